@@ -1,0 +1,65 @@
+// The Python face of the extension; the only file that knows pybind11.
+#include <ATen/record_function.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include "plan.h"
+
+namespace py = pybind11;
+using namespace fastclip;
+
+namespace {
+
+py::object wrap(const at::Tensor& tensor) {
+  if (!tensor.defined()) return py::none();
+  return py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor));
+}
+
+// None where the kernels did the work; otherwise why they did not.
+py::object reason(const std::string& why_not) {
+  if (why_not.empty()) return py::none();
+  return py::str(why_not);
+}
+
+py::object clip_grad_value(Plan& plan, const py::list& params, const py::object& clip_value) {
+  double low, high;
+  read_clip_value(clip_value.ptr(), "", &low, &high);
+  return reason(plan.clip_grads(params.ptr(), low, high, {}));
+}
+
+py::object clip_grad_norm(Plan& plan, const py::list& params, const py::object& max_norm,
+                          const py::object& norm_type) {
+  const NormClip clip = read_norm_clip(max_norm.ptr(), norm_type.ptr(), "");
+  return reason(plan.clip_grads(params.ptr(), -HUGE_VAL, HUGE_VAL, clip));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  py::register_exception_translator([](std::exception_ptr exception) {
+    try {
+      if (exception) std::rethrow_exception(exception);
+    } catch (const PythonError&) {
+      // Already set.
+    } catch (const c10::Error& error) {
+      PyErr_SetString(PyExc_RuntimeError, error.what_without_backtrace());
+    }
+  });
+
+  py::class_<Plan>(module, "Plan")
+      .def(py::init<>())
+      .def("step",
+           [](Plan& plan, const py::list& groups, const py::dict& state, const py::object& grad_scale,
+              const py::object& found_inf) {
+             return reason(plan.step(groups.ptr(), state.ptr(), grad_scale.ptr(), found_inf.ptr()));
+           })
+      .def("clip_grad_value_", clip_grad_value)
+      .def("clip_grad_norm_", clip_grad_norm)
+      .def("total_norm", [](const Plan& plan) { return wrap(plan.total_norm()); });
+
+  module.def("check_group", [](const py::object& group, Py_ssize_t index) { read_group(group.ptr(), index); });
+  // Whether a profiler, or anything else that records torch's operations, is on.
+  module.def("is_recording", [] { return at::hasCallbacks(); });
+  module.def("cpu_capability", cpu::capability);
+}

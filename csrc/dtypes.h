@@ -1,0 +1,102 @@
+// The element types the kernels read and write, and the type each is computed in.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#define FASTCLIP_HD __host__ __device__ __forceinline__
+#else
+#define FASTCLIP_HD [[gnu::always_inline]] inline
+#endif
+
+namespace fastclip {
+
+enum class DType : uint8_t { float32, float64, bfloat16, float16 };
+constexpr int kNumDTypes = 4;
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+// 16-bit parameters are computed in float32; only the store rounds.
+template <class Stored>
+struct Compute {
+  using type = float;
+};
+template <>
+struct Compute<double> {
+  using type = double;
+};
+template <class Stored>
+using ComputeType = typename Compute<Stored>::type;
+
+FASTCLIP_HD float float_from_bits(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+FASTCLIP_HD uint32_t bits_from_float(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+FASTCLIP_HD float load(float x) { return x; }
+FASTCLIP_HD double load(double x) { return x; }
+
+FASTCLIP_HD float load(BFloat16 x) { return float_from_bits(uint32_t{x.bits} << 16); }
+
+FASTCLIP_HD float load(Float16 x) {
+#if defined(__CUDA_ARCH__)
+  return __half2float(__ushort_as_half(x.bits));
+#else
+  // Branchless, so that loops over it vectorise. Moving the exponent bias by a product is exact
+  // for normal and subnormal numbers; infinities and NaN need their exponent filled up.
+  const uint32_t magnitude = (x.bits & 0x7fffu) << 13;
+  const uint32_t finite = bits_from_float(float_from_bits(magnitude) * 0x1p112f);
+  const uint32_t special = magnitude | 0x7f800000u;
+  const uint32_t sign = (x.bits & 0x8000u) << 16;
+  return float_from_bits(sign | (magnitude >= 0x0f800000u ? special : finite));
+#endif
+}
+
+// Round to nearest even, as torch does.
+FASTCLIP_HD void store(float& to, float x) { to = x; }
+FASTCLIP_HD void store(double& to, double x) { to = x; }
+
+FASTCLIP_HD void store(BFloat16& to, float x) {
+#if defined(__CUDA_ARCH__)
+  to.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x));
+#else
+  const uint32_t bits = bits_from_float(x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  to.bits = static_cast<uint16_t>(nan ? 0x7fc0u : rounded);
+#endif
+}
+
+FASTCLIP_HD void store(Float16& to, float x) {
+#if defined(__CUDA_ARCH__)
+  to.bits = __half_as_ushort(__float2half_rn(x));
+#else
+  const uint32_t bits = bits_from_float(x);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  // 2^-14 and above: round the 13 bits away, move the bias; 65520 and above carries into infinity.
+  const uint32_t normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
+  // Below: the sum's last place is 2^-24, the spacing of subnormal halves, so the addition rounds.
+  const uint32_t subnormal = bits_from_float(float_from_bits(magnitude) + 0.5f) - 0x3f000000u;
+  const uint32_t huge = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
+  half = magnitude >= 0x47800000u ? huge : half;
+  to.bits = static_cast<uint16_t>((bits >> 16 & 0x8000u) | half);
+#endif
+}
+
+}  // namespace fastclip

@@ -1,0 +1,205 @@
+// Reads an optimizer's param_groups: hyperparameters, checked, and the clip they ask for.
+#include "groups.h"
+
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <cmath>
+#include <limits>
+
+namespace fastclip {
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+std::string repr(PyObject* value) {
+  PyObject* text = PyObject_Repr(value);
+  if (!text) {
+    PyErr_Clear();
+    return "?";
+  }
+  const char* utf8 = PyUnicode_AsUTF8(text);
+  std::string result = utf8 ? utf8 : "?";
+  if (!utf8) PyErr_Clear();
+  Py_DECREF(text);
+  return result;
+}
+
+std::string type_name(PyObject* value) { return Py_TYPE(value)->tp_name; }
+
+// Numbers as torch takes them: float, int, numpy scalars, one-element tensors. Not bool strings, not
+// str, though float("0.1") would work: torch would fail later, in the middle of a step.
+double read_number(PyObject* value, const char* name, const std::string& where) {
+  if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
+  double number = PyFloat_AsDouble(value);
+  if (number == -1.0 && PyErr_Occurred()) {
+    PyErr_Clear();
+    raise(PyExc_TypeError, std::string(name) + where + " must be a number, got " + repr(value) +
+                               " of type " + type_name(value));
+  }
+  return number;
+}
+
+double read_non_negative(PyObject* value, const char* name, const std::string& where) {
+  const double number = read_number(value, name, where);
+  if (!(number >= 0)) {
+    raise(PyExc_ValueError,
+          std::string(name) + where + " must not be negative or NaN, got " + repr(value));
+  }
+  return number;
+}
+
+struct Key {
+  PyObject* object;
+  const char* name;
+  explicit Key(const char* name) : object(PyUnicode_InternFromString(name)), name(name) {}
+};
+
+class GroupReader {
+ public:
+  GroupReader(PyObject* group, Py_ssize_t index) : group_(group), index_(index) {
+    if (!PyDict_Check(group)) {
+      raise(PyExc_TypeError, "param_groups[" + std::to_string(index) + "] must be a dict, got " +
+                                 type_name(group));
+    }
+  }
+
+  PyObject* optional(const Key& key) const {
+    PyObject* value = PyDict_GetItemWithError(group_, key.object);
+    if (!value && PyErr_Occurred()) throw PythonError{};
+    return value;
+  }
+
+  PyObject* required(const Key& key) const {
+    PyObject* value = optional(key);
+    if (!value) raise(PyExc_KeyError, key.name + where() + " is missing");
+    return value;
+  }
+
+  bool flag(const Key& key) const {
+    PyObject* value = required(key);
+    if (value == Py_False) return false;
+    if (value == Py_True) return true;
+    const int truth = PyObject_IsTrue(value);
+    if (truth < 0) throw PythonError{};
+    return truth;
+  }
+
+  // " in param_groups[1]"; built only where something is wrong.
+  std::string where() const { return " in param_groups[" + std::to_string(index_) + "]"; }
+
+ private:
+  PyObject* group_;
+  Py_ssize_t index_;
+};
+
+}  // namespace
+
+void raise(PyObject* type, const std::string& message) {
+  PyErr_SetString(type, message.c_str());
+  throw PythonError{};
+}
+
+void read_clip_value(PyObject* value, const std::string& where, double* low, double* high) {
+  *low = -kInfinity;
+  *high = kInfinity;
+  if (value == Py_None) return;
+  if (PyTuple_Check(value) || PyList_Check(value)) {
+    PyObject* pair = PySequence_Fast(value, "");
+    if (PySequence_Fast_GET_SIZE(pair) != 2) {
+      Py_DECREF(pair);
+      raise(PyExc_ValueError, "clip_value" + where + " must be a number or (low, high), got " + repr(value));
+    }
+    PyObject* items[2] = {PySequence_Fast_GET_ITEM(pair, 0), PySequence_Fast_GET_ITEM(pair, 1)};
+    Py_DECREF(pair);  // `value` keeps the items alive
+    *low = read_number(items[0], "clip_value[0]", where);
+    *high = read_number(items[1], "clip_value[1]", where);
+    if (!(*low <= *high)) {  // refuses NaN, too
+      raise(PyExc_ValueError, "clip_value" + where + " must have low <= high, got " + repr(value));
+    }
+    return;
+  }
+  *high = read_non_negative(value, "clip_value", where);
+  *low = -*high;
+}
+
+NormClip read_norm_clip(PyObject* max_norm, PyObject* norm_type, const std::string& where) {
+  NormClip clip;
+  double order = 2;
+  if (PyUnicode_Check(norm_type) && PyUnicode_CompareWithASCIIString(norm_type, "inf") == 0) {
+    order = kInfinity;
+  } else {
+    order = read_number(norm_type, "norm_type", where);
+  }
+  if (order != 2 && order != kInfinity) {
+    raise(PyExc_ValueError, "norm_type" + where + " must be 2 or inf, got " + repr(norm_type));
+  }
+  if (max_norm == Py_None) return clip;
+  clip.norm = order == 2 ? Norm::two : Norm::inf;
+  clip.max_norm = read_non_negative(max_norm, "max_norm", where);
+  return clip;
+}
+
+Group read_group(PyObject* object, Py_ssize_t index) {
+  static const Key kParams("params"), kParamNames("param_names"), kLr("lr"), kMomentum("momentum"),
+      kDampening("dampening"), kWeightDecay("weight_decay"), kNesterov("nesterov"),
+      kMaximize("maximize"), kDifferentiable("differentiable"), kClipValue("clip_value"),
+      kMaxNorm("max_norm"), kNormType("norm_type");
+  const GroupReader reader(object, index);
+  // Signs are checked where an optimizer is made, by torch. A step only refuses what would destroy
+  // the model: schedulers may end on a learning rate of -1e-19, and torch takes it.
+  const auto number = [&](const Key& key) {
+    PyObject* value = reader.required(key);
+    if (PyFloat_CheckExact(value) && !std::isnan(PyFloat_AS_DOUBLE(value))) {
+      return PyFloat_AS_DOUBLE(value);
+    }
+    const double number = read_number(value, key.name, reader.where());
+    if (std::isnan(number)) raise(PyExc_ValueError, key.name + reader.where() + " is NaN");
+    return number;
+  };
+
+  Group group{};
+  group.params = reader.required(kParams);
+  if (!PyList_CheckExact(group.params)) {
+    raise(PyExc_TypeError, "params" + reader.where() + " must be a list, got " +
+                               type_name(group.params));
+  }
+  group.param_names = reader.optional(kParamNames);
+  if (group.param_names && !PyList_Check(group.param_names)) group.param_names = nullptr;
+  group.differentiable = reader.flag(kDifferentiable);
+
+  PyObject* lr = reader.required(kLr);
+  PyObject* weight_decay = reader.required(kWeightDecay);
+  for (PyObject* value : {lr, weight_decay}) {
+    if (!PyFloat_CheckExact(value) && THPVariable_Check(value)) {
+      group.differentiable |= THPVariable_Unpack(value).requires_grad();
+    }
+  }
+  Hyper& hyper = group.hyper;
+  if (!PyFloat_CheckExact(lr) && THPVariable_Check(lr) && !THPVariable_Unpack(lr).is_cpu()) {
+    if (THPVariable_Unpack(lr).numel() != 1) {
+      raise(PyExc_ValueError, "lr" + reader.where() + " must be a 1-element tensor");
+    }
+    group.lr_tensor = lr;  // on a GPU: reading it here would wait for the device
+  } else {
+    hyper.lr = number(kLr);
+  }
+  hyper.weight_decay = number(kWeightDecay);
+  hyper.momentum = number(kMomentum);
+  hyper.dampening = number(kDampening);
+  hyper.nesterov = reader.flag(kNesterov);
+  hyper.maximize = reader.flag(kMaximize);
+
+  PyObject* clip_value = reader.required(kClipValue);
+  PyObject* max_norm = reader.required(kMaxNorm);
+  hyper.clip_low = -kInfinity;
+  hyper.clip_high = kInfinity;
+  if (clip_value != Py_None) {
+    read_clip_value(clip_value, reader.where(), &hyper.clip_low, &hyper.clip_high);
+  }
+  if (max_norm != Py_None) {
+    group.norm_clip = read_norm_clip(max_norm, reader.required(kNormType), reader.where());
+  }
+  return group;
+}
+
+}  // namespace fastclip

@@ -1,0 +1,45 @@
+// Reads an optimizer's param_groups: hyperparameters, checked, and the clip they ask for.
+#pragma once
+
+#include <Python.h>
+
+#include <string>
+
+#include "step.h"
+
+namespace fastclip {
+
+// A Python error is set and on its way to the caller.
+struct PythonError {};
+
+// Raises type(message).
+[[noreturn]] void raise(PyObject* type, const std::string& message);
+
+// The clip over all gradients of all groups.
+struct NormClip {
+  Norm norm = Norm::none;
+  double max_norm = 0;
+
+  bool operator==(const NormClip& other) const {
+    return norm == other.norm && max_norm == other.max_norm;
+  }
+};
+
+struct Group {
+  PyObject* params;       // the group's own list, borrowed
+  PyObject* param_names;  // a list, or nullptr; borrowed
+  PyObject* lr_tensor;    // lr as a tensor on another device than the CPU, or nullptr; borrowed
+  Hyper hyper;
+  NormClip norm_clip;
+  bool differentiable;  // the caller wants gradients through the step
+};
+
+// What `index` says of itself in messages goes into each error: ValueError or TypeError that names
+// the argument, its value and the group.
+Group read_group(PyObject* group, Py_ssize_t index);
+
+// Bounds of a value clip: None -> (-inf, inf), δ -> (-δ, δ), (low, high) as it is.
+void read_clip_value(PyObject* value, const std::string& where, double* low, double* high);
+NormClip read_norm_clip(PyObject* max_norm, PyObject* norm_type, const std::string& where);
+
+}  // namespace fastclip

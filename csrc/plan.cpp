@@ -1,0 +1,331 @@
+// From an optimizer's groups to a Step: tensors found, checked, cut into chunks, handed to a device.
+#include "plan.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/Parallel.h>
+#include <c10/core/InferenceMode.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <algorithm>
+#include <unordered_set>
+
+#include "tensors.h"
+
+namespace fastclip {
+namespace {
+
+// Below this a step is over sooner than other threads could make use of the GIL.
+constexpr int64_t kElementsToReleaseGil = 1 << 18;
+
+struct ReleasedGil {
+  PyThreadState* state;
+  explicit ReleasedGil(bool release) : state(release ? PyEval_SaveThread() : nullptr) {}
+  ~ReleasedGil() {
+    if (state) PyEval_RestoreThread(state);
+  }
+};
+
+void run_on_torch_threads(int count, void (*work)(void*), void* context) {
+  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) work(context);
+  });
+}
+
+// Bounds as clamp_ has them: rounded to the tensor's dtype.
+double round_to(DType dtype, double bound) {
+  if (dtype == DType::bfloat16) return static_cast<float>(c10::BFloat16(static_cast<float>(bound)));
+  if (dtype == DType::float16) return static_cast<float>(c10::Half(static_cast<float>(bound)));
+  return bound;
+}
+
+PyObject* momentum_buffer_key() {
+  static PyObject* const key = PyUnicode_InternFromString("momentum_buffer");
+  return key;
+}
+
+at::Tensor optional_scalar(PyObject* object, const char* name) {
+  if (object == Py_None) return {};
+  if (!THPVariable_Check(object) || THPVariable_Unpack(object).numel() != 1) {
+    raise(PyExc_TypeError, std::string(name) + " must be None or a 1-element tensor");
+  }
+  return THPVariable_Unpack(object).detach();
+}
+
+at::Tensor moved_to(c10::Device device, const at::Tensor& scalar) {
+  return scalar.defined() ? scalar.to(device, at::kFloat, /*non_blocking=*/true) : scalar;
+}
+
+const float* pointer(const at::Tensor& scalar) {
+  return scalar.defined() ? static_cast<const float*>(scalar.const_data_ptr()) : nullptr;
+}
+
+}  // namespace
+
+// Marks the plan as in use: its memory is one step's, and the GIL is released in the middle.
+class Plan::Busy {
+ public:
+  explicit Busy(Plan& plan) : plan_(plan) {
+    if (plan.busy_) raise(PyExc_RuntimeError, "this optimizer is being stepped by another thread");
+    plan.busy_ = true;
+    plan.clear();
+  }
+  ~Busy() {
+    plan_.new_buffers_.clear();
+    plan_.busy_ = false;
+  }
+
+ private:
+  Plan& plan_;
+};
+
+void Plan::clear() {
+  for (auto& part : parts_) {
+    part.step.tensors.clear();
+    part.step.hypers.clear();
+    part.step.chunks = part.step.elements = 0;
+  }
+  written_.clear();
+  read_.clear();
+  parameter_ = 0;
+  reason_.clear();
+  first_device_.reset();
+  outcome_.reset();
+}
+
+void Plan::not_covered(const std::string& reason) {
+  if (reason_.empty()) reason_ = reason;
+}
+
+DevicePart& Plan::part_of(c10::Device device) {
+  for (auto& part : parts_) {
+    if (part.device == device) return part;
+  }
+  parts_.push_back(DevicePart{device, {}, 0, {}, {}, {}});
+  return parts_.back();
+}
+
+// state[param]. A look-up by tensor runs Tensor.__hash__, in Python (100 ns), so each parameter's
+// place in the dict is remembered. It is only a hint: the key found there says whether it still holds.
+PyObject* Plan::state_entry(PyObject* param, PyObject* state) {
+  if (places_.size() <= parameter_) places_.resize(parameter_ + 1, 0);
+  PyObject *key, *entry;
+  Py_ssize_t next = places_[parameter_];
+  if (PyDict_Next(state, &next, &key, &entry) && key == param) return entry;
+
+  entry = PyDict_GetItemWithError(state, param);
+  if (!entry && PyErr_Occurred()) throw PythonError{};
+  if (entry) {
+    // Entries are mostly in the order of the parameters: look for it near its predecessor's.
+    constexpr int kNear = 64;
+    next = parameter_ > 0 ? places_[parameter_ - 1] : 0;
+    for (int i = 0; i < kNear; ++i) {
+      const Py_ssize_t place = next;
+      if (!PyDict_Next(state, &next, &key, nullptr)) break;
+      if (key == param) {
+        places_[parameter_] = place;
+        break;
+      }
+    }
+  }
+  return entry;
+}
+
+// state[param]["momentum_buffer"], or nullptr where there is none yet; old checkpoints hold None.
+const at::Tensor* Plan::momentum_buffer(PyObject* param, PyObject* state) {
+  PyObject* entry = state_entry(param, state);
+  if (!entry) return nullptr;
+  if (!PyDict_Check(entry)) raise(PyExc_TypeError, "an optimizer's state of a parameter must be a dict");
+  PyObject* buffer = PyDict_GetItemWithError(entry, momentum_buffer_key());
+  if (!buffer && PyErr_Occurred()) throw PythonError{};
+  if (!buffer || buffer == Py_None) return nullptr;
+  if (!THPVariable_Check(buffer)) {
+    raise(PyExc_TypeError, std::string("momentum_buffer must be a tensor, got ") + Py_TYPE(buffer)->tp_name);
+  }
+  return &THPVariable_Unpack(buffer);
+}
+
+void Plan::add_tensor(const at::Tensor* param, const at::Tensor& grad, const at::Tensor* buffer,
+                      Momentum momentum, const Hyper& hyper, Py_ssize_t group_index) {
+  DevicePart& part = part_of(grad.device());
+  Step& step = part.step;
+  const DType dtype = dtype_of(grad);
+  if (step.hypers.empty() || part.group != group_index || part.dtype != dtype) {
+    part.group = group_index;
+    part.dtype = dtype;
+    step.hypers.push_back(hyper);
+    step.hypers.back().clip_low = round_to(dtype, hyper.clip_low);
+    step.hypers.back().clip_high = round_to(dtype, hyper.clip_high);
+  }
+  // The kernels may write what they find under `grad` only where there is no param.
+  void* const grad_data = param ? const_cast<void*>(grad.const_data_ptr()) : grad.mutable_data_ptr();
+  const int64_t numel = grad.numel();
+  step.tensors.push_back(TensorEntry{param ? param->mutable_data_ptr() : nullptr, grad_data,
+                                     buffer ? buffer->mutable_data_ptr() : nullptr, numel, step.chunks,
+                                     static_cast<int32_t>(step.hypers.size() - 1), dtype, momentum});
+  step.chunks += (numel + kChunk - 1) / kChunk;
+  step.elements += numel;
+  if (param) written_.push_back(param->unsafeGetTensorImpl());
+  if (buffer) written_.push_back(buffer->unsafeGetTensorImpl());
+  (param ? read_ : written_).push_back(grad.unsafeGetTensorImpl());
+}
+
+void Plan::add_param(const Group& group, Py_ssize_t group_index, Py_ssize_t index, PyObject* state) {
+  PyObject* object = PyList_GET_ITEM(group.params, index);
+  const Place place{group_index, index, group.param_names};
+  if (!THPVariable_Check(object)) {
+    raise(PyExc_TypeError, place.text() + " must be a tensor, got " + Py_TYPE(object)->tp_name);
+  }
+  const at::Tensor& param = THPVariable_Unpack(object);
+  if (!first_device_) first_device_ = param.device();
+  const at::Tensor& grad = param.unsafeGetTensorImpl()->grad();
+  if (!grad.defined()) return;
+  if (const char* why_not = why_not_covered(param, grad, place)) {
+    return not_covered(place.text() + " " + why_not);
+  }
+  const at::Tensor* buffer = nullptr;
+  Momentum momentum = Momentum::none;
+  if (group.hyper.momentum != 0) {
+    buffer = momentum_buffer(object, state);
+    momentum = buffer ? Momentum::running : Momentum::first;
+    if (!buffer) {
+      new_buffers_.push_back({object, at::empty_like(grad.detach())});
+      buffer = &new_buffers_.back().buffer;
+    } else if (buffer->is_inference() && !c10::InferenceMode::is_enabled()) {
+      raise(PyExc_RuntimeError, "the momentum_buffer of " + place.text() +
+                                    " is an inference tensor: it can't be updated outside InferenceMode");
+    } else if (!same_memory_layout(*buffer, param)) {
+      return not_covered(place.text() + " has a momentum_buffer of another memory layout, dtype or device");
+    }
+  }
+  if (grad.numel() > 0) add_tensor(&param, grad, buffer, momentum, group.hyper, group_index);
+}
+
+void Plan::add_group(const Group& group, Py_ssize_t group_index, PyObject* state) {
+  if (group.differentiable) not_covered("the step is to be differentiable");
+  if (group.lr_tensor) not_covered("lr is a tensor on a GPU");
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(group.params); ++i, ++parameter_) {
+    add_param(group, group_index, i, state);  // to the end, for what has to be refused
+  }
+}
+
+// Before the first byte is written: a dict can only fail where memory ends.
+void Plan::store_new_buffers(PyObject* state) {
+  for (auto& [param, buffer] : new_buffers_) {
+    PyObject* wrapped = THPVariable_Wrap(buffer);
+    PyObject* entry = wrapped ? PyObject_GetItem(state, param) : nullptr;  // a defaultdict's default
+    const bool stored = entry && PyDict_SetItem(entry, momentum_buffer_key(), wrapped) == 0;
+    Py_XDECREF(entry);
+    Py_XDECREF(wrapped);
+    if (!stored) throw PythonError{};
+  }
+}
+
+std::string Plan::step(PyObject* groups, PyObject* state, PyObject* grad_scale, PyObject* found_inf) {
+  const Busy busy(*this);
+  if (!PyList_Check(groups)) raise(PyExc_TypeError, "param_groups must be a list");
+  if (!PyDict_Check(state)) raise(PyExc_TypeError, "state must be a dict");
+  const at::Tensor scale = optional_scalar(grad_scale, "grad_scale");
+  const at::Tensor inf = optional_scalar(found_inf, "found_inf");
+  NormClip norm_clip;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(groups); ++i) {
+    const Group group = read_group(PyList_GET_ITEM(groups, i), i);
+    if (i == 0) norm_clip = group.norm_clip;
+    if (!(group.norm_clip == norm_clip)) {
+      raise(PyExc_ValueError, "max_norm and norm_type hold for all groups together: param_groups[" +
+                                  std::to_string(i) + "] has others than param_groups[0]");
+    }
+    add_group(group, i, state);
+  }
+  if (norm_clip.norm != Norm::none && parts_in_use() > 1) not_covered("max_norm over several devices");
+  if (!reason_.empty()) return reason_;
+
+  // A skipped step must leave "no buffer yet" as it is. Where there are none to make, a GPU decides
+  // by itself and nobody waits.
+  if (inf.defined() && (inf.is_cpu() || !new_buffers_.empty()) && inf.item<float>() != 0) return {};
+  store_new_buffers(state);
+  run(Rule::sgd, norm_clip, scale, inf);
+  return {};
+}
+
+std::string Plan::clip_grads(PyObject* params, double low, double high, NormClip norm_clip) {
+  const Busy busy(*this);
+  Hyper hyper{};
+  hyper.clip_low = low;
+  hyper.clip_high = high;
+  std::unordered_set<c10::TensorImpl*> seen;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i) {
+    PyObject* object = PyList_GET_ITEM(params, i);
+    const Place place{0, i, nullptr, /*in_optimizer=*/false};
+    if (!THPVariable_Check(object)) {
+      raise(PyExc_TypeError, place.text() + " must be a tensor, got " + Py_TYPE(object)->tp_name);
+    }
+    const at::Tensor& param = THPVariable_Unpack(object);
+    if (!first_device_) first_device_ = param.device();
+    const at::Tensor& grad = param.unsafeGetTensorImpl()->grad();
+    if (!grad.defined() || !seen.insert(grad.unsafeGetTensorImpl()).second) continue;
+    if (const char* why_not = why_not_covered(grad)) {
+      not_covered("the gradient of " + place.text() + " " + why_not);
+    } else if (grad.numel() > 0) {
+      add_tensor(nullptr, grad, nullptr, Momentum::none, hyper, 0);
+    }
+  }
+  if (norm_clip.norm != Norm::none && parts_in_use() > 1) not_covered("max_norm over several devices");
+  if (reason_.empty()) run(Rule::clip_grad, norm_clip, {}, {});
+  return reason_;
+}
+
+int Plan::parts_in_use() const {
+  return static_cast<int>(std::count_if(parts_.begin(), parts_.end(), [](const DevicePart& part) {
+    return !part.step.tensors.empty();
+  }));
+}
+
+void Plan::run(Rule rule, NormClip norm_clip, const at::Tensor& grad_scale, const at::Tensor& found_inf) {
+  // The norm of no gradients is 0, on the parameters' device.
+  if (norm_clip.norm != Norm::none && parts_in_use() == 0 && first_device_) {
+    outcome_ = at::zeros({2}, at::TensorOptions().dtype(at::kDouble).device(*first_device_));
+  }
+  for (auto& part : parts_) {
+    if (part.step.tensors.empty()) continue;
+    part.step.rule = rule;
+    part.step.norm = norm_clip.norm;
+    part.step.max_norm = norm_clip.max_norm;
+    run_part(part, moved_to(part.device, grad_scale), moved_to(part.device, found_inf));
+  }
+  for (c10::TensorImpl* tensor : written_) tensor->bump_version();
+}
+
+void Plan::run_part(DevicePart& part, const at::Tensor& grad_scale, const at::Tensor& found_inf) {
+  Step& step = part.step;
+  step.grad_scale = pointer(grad_scale);
+  step.found_inf = pointer(found_inf);
+  if (step.norm != Norm::none) {
+    const auto doubles = at::TensorOptions().dtype(at::kDouble).device(part.device);
+    const int64_t size = step.chunks * static_cast<int64_t>(sizeof(Measure) / sizeof(double));
+    if (!part.outcome.defined()) part.outcome = at::empty({sizeof(Outcome) / sizeof(double)}, doubles);
+    if (!part.measures.defined() || part.measures.numel() < size) part.measures = at::empty({size}, doubles);
+    step.outcome = static_cast<Outcome*>(part.outcome.mutable_data_ptr());
+    step.measures = static_cast<Measure*>(part.measures.mutable_data_ptr());
+    outcome_ = part.outcome;
+  }
+  const bool release = step.elements >= kElementsToReleaseGil;
+  std::vector<c10::intrusive_ptr<c10::TensorImpl>> alive;  // another thread may drop them meanwhile
+  if (release) {
+    for (const auto* tensors : {&written_, &read_}) {
+      for (c10::TensorImpl* tensor : *tensors) {
+        alive.push_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(tensor));
+      }
+    }
+  }
+  const ReleasedGil released(release);
+  if (part.device.is_cpu()) cpu::run(step, cpu::ThreadPool{at::get_num_threads(), run_on_torch_threads});
+}
+
+at::Tensor Plan::total_norm() const {
+  // A copy: the next step writes over it, and whoever logs may look later.
+  return outcome_.defined() ? outcome_.select(0, 0).clone() : at::Tensor();
+}
+
+}  // namespace fastclip

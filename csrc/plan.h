@@ -1,0 +1,77 @@
+// From an optimizer's groups to a Step: tensors found, checked, cut into chunks, handed to a device.
+// The only C++ that knows torch.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <Python.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "groups.h"
+#include "step.h"
+
+namespace fastclip {
+
+// A step over the tensors of one device, with the scratch memory it needs there.
+struct DevicePart {
+  c10::Device device;
+  Step step;
+  Py_ssize_t group;     // whose hyperparameters, for which dtype, are the last row of the step's
+  DType dtype;
+  at::Tensor outcome;   // Outcome, as float64
+  at::Tensor measures;  // Measure of every chunk, as float64
+};
+
+// Owned by an optimizer. Holds no tensor of the model and no address from one step to the next: all
+// are read anew at every step, which costs less than comparing them would. What stays is scratch
+// memory and the places where momentum buffers were found.
+class Plan {
+ public:
+  // One step over `groups` (a list of dicts) with `state` (a dict of dicts by parameter). Returns ""
+  // when it was taken, or skipped because found_inf says so; otherwise why the kernels do not cover
+  // it, and nothing was changed. Raises for bad input, and nothing was changed.
+  std::string step(PyObject* groups, PyObject* state, PyObject* grad_scale, PyObject* found_inf);
+
+  // Clips the gradients of `params` (a list) in place. Returns as step does.
+  std::string clip_grads(PyObject* params, double low, double high, NormClip norm_clip);
+
+  // The norm before the norm clip of the last call, a float64 scalar on the parameters' device;
+  // undefined if there was none to take.
+  at::Tensor total_norm() const;
+
+ private:
+  struct NewBuffer {
+    PyObject* param;
+    at::Tensor buffer;
+  };
+  class Busy;
+
+  void clear();
+  void not_covered(const std::string& reason);
+  void add_group(const Group& group, Py_ssize_t group_index, PyObject* state);
+  void add_param(const Group& group, Py_ssize_t group_index, Py_ssize_t index, PyObject* state);
+  const at::Tensor* momentum_buffer(PyObject* param, PyObject* state);
+  PyObject* state_entry(PyObject* param, PyObject* state);
+  void add_tensor(const at::Tensor* param, const at::Tensor& grad, const at::Tensor* buffer,
+                  Momentum momentum, const Hyper& hyper, Py_ssize_t group_index);
+  DevicePart& part_of(c10::Device device);
+  int parts_in_use() const;
+  void store_new_buffers(PyObject* state);
+  void run(Rule rule, NormClip norm_clip, const at::Tensor& grad_scale, const at::Tensor& found_inf);
+  void run_part(DevicePart& part, const at::Tensor& grad_scale, const at::Tensor& found_inf);
+
+  std::vector<DevicePart> parts_;
+  std::vector<NewBuffer> new_buffers_;
+  std::vector<Py_ssize_t> places_;         // of each parameter's entry in the state: a hint
+  size_t parameter_ = 0;                   // the walk's position, over all groups
+  std::vector<c10::TensorImpl*> written_;  // borrowed: what this step writes, and reads
+  std::vector<c10::TensorImpl*> read_;
+  std::string reason_;                     // why the kernels do not cover this step
+  std::optional<c10::Device> first_device_;
+  at::Tensor outcome_;                     // of the last step that had a norm clip
+  bool busy_ = false;
+};
+
+}  // namespace fastclip

@@ -1,0 +1,96 @@
+// The contract between the plan and each device. Knows no torch and no Python.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "clip_rules.h"
+#include "update_rules.h"
+
+namespace fastclip {
+
+// Tensors are cut into chunks of this many elements, the last of each being shorter. A chunk is the
+// unit of scheduling and of the norm: its sum is always taken in the same order, and the sums are
+// added in chunk order, so the norm has the same bits on any number of threads or blocks.
+constexpr int64_t kChunk = 4096;
+
+// The hyperparameters of one group, for tensors of one dtype. Derived on the host in double
+// (1 - 0.999f is off by 1e-5) and converted to the compute type by the kernel.
+struct Hyper {
+  double lr;
+  const void* lr_on_device;  // lr as a device tensor: read by the kernel, so that no host waits for it
+  bool lr_is_float64;
+  bool nesterov;
+  bool maximize;
+  double momentum;
+  double dampening;
+  double weight_decay;
+  double clip_low;  // -inf where there is no value clip
+  double clip_high;
+};
+
+// One tensor with a gradient. All three arrays have the same element order in memory.
+struct TensorEntry {
+  void* param;
+  void* grad;
+  void* momentum_buffer;
+  int64_t numel;
+  int64_t first_chunk;
+  int32_t hyper;
+  DType dtype;
+  Momentum momentum;
+};
+
+enum class Rule : uint8_t {
+  sgd,
+  clip_grad,  // writes the clipped gradient back: torch.nn.utils.clip_grad_*_
+};
+
+// What a step leaves behind, in device memory: read by whoever asks, never waited for.
+struct Outcome {
+  double total_norm;
+  double coefficient;
+};
+
+struct Step {
+  Rule rule = Rule::sgd;
+  Norm norm = Norm::none;
+  double max_norm = 0;
+  std::vector<TensorEntry> tensors;
+  std::vector<Hyper> hypers;
+  int64_t chunks = 0;
+  int64_t elements = 0;
+  // Device memory, borrowed for the call.
+  const float* grad_scale = nullptr;  // AMP: gradients are divided by it
+  const float* found_inf = nullptr;   // AMP: not 0 means leave everything as it is
+  Outcome* outcome = nullptr;
+  Measure* measures = nullptr;  // one per chunk, where there is a norm
+};
+
+namespace cpu {
+
+// Runs work(context, i) for i in [0, count) on as many threads. Given by the plan: torch's pool.
+struct ThreadPool {
+  int threads;
+  void (*run)(int count, void (*work)(void*), void* context);
+};
+
+void run(const Step& step, const ThreadPool& pool);
+const char* capability();  // the instruction set that runs: "AVX512", "AVX2" or "baseline"
+
+}  // namespace cpu
+
+namespace cuda {
+
+struct Scratch {
+  void* table;     // device memory for a step's tables, where they outgrow the kernel arguments
+  int64_t bytes;
+};
+
+// Everything is enqueued on `stream`; nothing waits. Returns nullptr, or what CUDA said.
+const char* run(const Step& step, int device, void* stream);
+const char* architectures();
+
+}  // namespace cuda
+
+}  // namespace fastclip

@@ -1,0 +1,9 @@
+"""Gradient clipping and the optimizer update of all parameters, in one pass over memory."""
+
+from ._extension import build_info
+from .clip_grad import clip_grad_norm_, clip_grad_value_
+from .sgd import SGD
+
+__version__ = "0.1.0"
+
+__all__ = ["SGD", "build_info", "clip_grad_norm_", "clip_grad_value_"]

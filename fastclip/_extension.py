@@ -1,0 +1,41 @@
+"""Loads the compiled half, or says what to do where it can't be loaded."""
+
+import torch
+
+BUILD_COMMAND = "pip install --no-build-isolation --force-reinstall --no-deps ."
+
+try:
+    from ._build_info import BUILD_INFO
+except ImportError as error:
+    raise ImportError(
+        f"fastclip's extension is not built. In a clone of fastclip: python setup.py build_ext --inplace, or {BUILD_COMMAND}"
+    ) from error
+
+
+def _release(version):
+    """'2.13.0+cpu' -> '2.13': what has to agree, as torch's C++ interface changes between minor releases."""
+    return ".".join(version.split("+")[0].split(".")[:2])
+
+
+if _release(torch.__version__) != _release(BUILD_INFO["torch"]):
+    raise ImportError(
+        f"fastclip was built for torch {BUILD_INFO['torch']}, but this is torch {torch.__version__}. "
+        f"Build it again, in a clone of fastclip: {BUILD_COMMAND}"
+    )
+
+from . import _C  # noqa: E402  after the check, whose message beats that of an undefined symbol
+
+
+def build_info():
+    """What was built, and what runs here.
+
+    Returns:
+        dict: ``torch`` (the version built against), ``cuda`` (the toolkit's version, or None where the CUDA half was
+        left out), ``cuda_architectures`` (a list such as ``["8.0", "9.0+PTX"]``), ``compiler``, and ``cpu_capability``:
+        the instruction set that the CPU kernels use on this machine, ``"AVX512"``, ``"AVX2"`` or ``"baseline"``.
+
+    Example:
+        >>> fastclip.build_info()["cpu_capability"] in ("AVX512", "AVX2", "baseline")
+        True
+    """
+    return {**BUILD_INFO, "cpu_capability": _C.cpu_capability()}

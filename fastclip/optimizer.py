@@ -1,0 +1,128 @@
+"""The base of the optimizers: what a clip adds to a torch.optim optimizer, and the way to the kernels."""
+
+import warnings
+
+import torch
+from torch.optim import optimizer as torch_optimizer
+
+from ._extension import _C
+
+CLIP_SETTINGS = ("clip_value", "max_norm", "norm_type")
+
+
+class ClippedOptimizer(torch.optim.Optimizer):
+    """Mixed in before an optimizer of `torch.optim`: takes over its `step`, and keeps everything else.
+
+    A subclass sets `self._clip_defaults` before it calls torch's `__init__`, and says in `_reference_step` what a step
+    is in plain torch.
+    """
+
+    # GradScaler then leaves unscaling and skipping to the step, in `self.grad_scale` and `self.found_inf`.
+    _step_supports_amp_scaling = True
+
+    def add_param_group(self, param_group):
+        """As in torch; a group may have a `clip_value` of its own. Refuses duplicates and bad values.
+
+        Example:
+            >>> opt = fastclip.SGD([torch.zeros(3)], clip_value=0.01)
+            >>> opt.add_param_group({"params": [torch.zeros(2)], "clip_value": None})
+        """
+        if "_plan" not in self.__dict__:  # torch's __init__ is at work
+            self._start()
+            self.defaults.update(self._clip_defaults)
+        if isinstance(param_group, dict):
+            if not isinstance(param_group["params"], (torch.Tensor, set)):
+                param_group["params"] = list(param_group["params"])  # a generator can be read once
+            self._check_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    def _check_group(self, group):
+        index = len(self.param_groups)
+        params = group["params"] if isinstance(group["params"], (list, set)) else [group["params"]]
+        _C.check_group({**group, "params": []}, index)
+        tensors = [p[1] if isinstance(p, tuple) else p for p in params]
+        if len({id(p) for p in tensors}) != len(tensors):
+            raise ValueError(f"param_groups[{index}] holds the same parameter twice")
+        for name in ("max_norm", "norm_type"):
+            if self.param_groups and group[name] != self.param_groups[0][name]:
+                raise ValueError(
+                    f"{name} holds for all groups together: param_groups[{index}] has {group[name]}, "
+                    f"param_groups[0] has {self.param_groups[0][name]}"
+                )
+
+    def _start(self):
+        """What is not state: made anew for a new, copied or loaded optimizer."""
+        self._plan = _C.Plan()
+        self._reference_norm = None
+        self._warned = set()
+
+    def __setstate__(self, state):
+        own_groups = self.__dict__.get("param_groups", [])
+        super().__setstate__(state)
+        self._start()
+        # A checkpoint of plain torch knows of no clip: this optimizer's own settings stay.
+        for index, group in enumerate(self.param_groups):
+            own = own_groups[index] if index < len(own_groups) else self.defaults
+            for name in CLIP_SETTINGS:
+                group.setdefault(name, own.get(name))
+
+    @property
+    def total_norm(self):
+        """Norm of the gradients in the last step, after a value clip and before the norm clip: what
+        `torch.nn.utils.clip_grad_norm_` returns, to log.
+
+        A float64 scalar tensor on the parameters' device, computed without waiting for the device; None where
+        `max_norm` is not set or no step was taken. `max_norm=inf` measures and does not clip.
+
+        Example:
+            >>> opt = fastclip.SGD(model.parameters(), lr=0.1, max_norm=5.0)
+            >>> model(x).sum().backward(); opt.step()
+            >>> log({"grad_norm": opt.total_norm})
+        """
+        return self._plan.total_norm() if self._reference_norm is None else self._reference_norm
+
+    def step(self, closure=None):
+        """Clips and updates all parameters that have a gradient; the gradients are left as they are.
+
+        Args:
+            closure (Callable, optional): reevaluates the model and returns the loss, as in torch.
+
+        Raises:
+            ValueError, TypeError: bad hyperparameters, or a gradient that does not fit its parameter. Nothing was
+                changed then.
+        """
+        # torch wraps every step to run hooks and to show in profiles, which costs as much as all of a small model's
+        # update: here only where somebody listens. A subclass with a step of its own was wrapped by torch already.
+        if (
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or torch_optimizer._global_optimizer_pre_hooks
+            or torch_optimizer._global_optimizer_post_hooks
+            or _C.is_recording()
+        ) and type(self).step is ClippedOptimizer.step:
+            return _hooked_step(self) if closure is None else _hooked_step(self, closure)
+        return self._step(closure)
+
+    step.hooked = True  # tells torch not to wrap it
+
+    def _step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        attributes = self.__dict__
+        grad_scale, found_inf = attributes.get("grad_scale"), attributes.get("found_inf")
+        why_not = self._plan.step(self.param_groups, self.state, grad_scale, found_inf)
+        self._reference_norm = None
+        if why_not is not None:
+            self._step_in_plain_torch(why_not, grad_scale, found_inf)
+        return loss
+
+    def _step_in_plain_torch(self, why_not, grad_scale, found_inf):
+        if why_not not in self._warned and not self.defaults["differentiable"]:
+            self._warned.add(why_not)
+            warnings.warn(f"fastclip steps in plain torch, which is slower: {why_not}", stacklevel=4)
+        self._reference_norm = self._reference_step(self.param_groups, self.state, grad_scale, found_inf)
+
+
+_hooked_step = torch.optim.Optimizer.profile_hook_step(ClippedOptimizer._step)

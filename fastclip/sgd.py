@@ -1,0 +1,76 @@
+"""torch.optim.SGD with clipping, in one pass."""
+
+import torch
+
+from . import reference
+from .optimizer import ClippedOptimizer
+
+
+class SGD(ClippedOptimizer, torch.optim.SGD):
+    r"""`torch.optim.SGD` that clips the gradients in the same pass over memory.
+
+    Equivalent to::
+
+        torch.nn.utils.clip_grad_value_(params, clip_value)  # if clip_value is given
+        torch.nn.utils.clip_grad_norm_(params, max_norm)     # if max_norm is given
+        torch.optim.SGD(params, ...).step()
+
+    except that the gradients stay as they were. Value clip (and no clip) gives the same bits as torch on the CPU for
+    float32 and float64; the norm is more exact than torch's (1e-6 for any finite input). 16-bit parameters are
+    computed in float32 and rounded once.
+
+    Args:
+        params, lr, momentum, dampening, weight_decay, nesterov, maximize, differentiable: as in `torch.optim.SGD`.
+        foreach, fused: accepted and not needed; the step is fused in any case.
+        clip_value (float or (float, float), optional): gradients are clamped to [-clip_value, clip_value], or to
+            [low, high]. Can be set per group. Units: those of the gradient.
+        max_norm (float, optional): gradients are scaled down so that their norm over all groups is at most this. 0 is
+            allowed; inf only measures, see `total_norm`.
+        norm_type (float): 2 or inf.
+
+    Raises:
+        ValueError: a negative or NaN threshold, low > high, another norm type, `max_norm` different between groups.
+        TypeError: a value that is not a number.
+
+    Sources: value clip, Mikolov (2012), and the article this project started from; norm clip, Pascanu et al. (2013),
+    https://arxiv.org/abs/1211.5063.
+
+    Example:
+        >>> model = torch.nn.Linear(80, 64)
+        >>> opt = fastclip.SGD(model.parameters(), lr=0.01, momentum=0.9, clip_value=0.01)
+        >>> model(torch.randn(8, 80)).square().sum().backward()
+        >>> opt.step()
+    """
+
+    def __init__(
+        self,
+        params,
+        lr=1e-3,
+        momentum=0,
+        dampening=0,
+        weight_decay=0,
+        nesterov=False,
+        *,
+        maximize=False,
+        foreach=None,
+        differentiable=False,
+        fused=None,
+        clip_value=None,
+        max_norm=None,
+        norm_type=2.0,
+    ):
+        self._clip_defaults = {"clip_value": clip_value, "max_norm": max_norm, "norm_type": norm_type}
+        super().__init__(
+            params,
+            lr,
+            momentum,
+            dampening,
+            weight_decay,
+            nesterov,
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+        )
+
+    _reference_step = staticmethod(reference.step_sgd)
