@@ -22,6 +22,8 @@ CXX_FLAGS = [
     "-Wno-unused-parameter",  # torch's headers have many
     "-Wno-psabi",  # vectors never cross a function that is not inlined
     "-fvisibility=hidden",
+    "-fvisibility-inlines-hidden",
+    "-fno-plt",
     "-fopenmp",  # for at::parallel_for; torch brings the runtime, so it is not linked again
     # Only the fma that is written: the bits must not depend on what a compiler contracts.
     "-ffp-contract=off",

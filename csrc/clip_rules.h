@@ -30,47 +30,40 @@ struct Clip {
   FASTCLIP_HD T operator()(T x) const { return value(x) * coefficient; }
 };
 
-// A sum of squares (or a maximum) over some gradients, in double: as a double, or as a vector of
-// them, one sum per lane. float32 and narrower need only `medium`: there their squares are exact
-// and can neither overflow nor vanish. Squares of float64 can, so those below and above the safe
-// range are summed scaled by a power of two (Blue, 1978).
-template <class V>
-struct MeasureOf {
-  V small;
-  V medium;  // for the inf norm: the largest magnitude
-  V big;
+// A sum of squares (or a maximum) over some gradients, in double. float32 and narrower need only
+// `medium`: there their squares are exact and can neither overflow nor vanish. Squares of float64 can,
+// so those below and above the safe range are summed scaled by a power of two (Blue, 1978).
+struct Measure {
+  double small;
+  double medium;  // for the inf norm: the largest magnitude
+  double big;
 };
-using Measure = MeasureOf<double>;
 
 constexpr double kSmall = 0x1p-500, kScaleSmall = 0x1p600;
 constexpr double kBig = 0x1p480, kScaleBig = 0x1p-600;
 
 // A NaN, once met, stays: no comparison with it is true, and only NaN differs from itself.
-template <class V>
-FASTCLIP_HD V larger(V a, V b) {
-  return (b > a) | (b != b) ? b : a;
-}
+FASTCLIP_HD double larger(double a, double b) { return b > a || b != b ? b : a; }
 
-template <Norm kNorm, bool kFloat64, class V>
-FASTCLIP_HD void measure(MeasureOf<V>& m, V x) {
-  const V zero{};
-  const V magnitude = x < zero ? -x : x;
+// The parts of a Measure come one by one, so that a CPU can keep many sums in three arrays.
+template <Norm kNorm, bool kFloat64>
+FASTCLIP_HD void measure(double& small, double& medium, double& big, double x) {
+  const double magnitude = fabs(x);
   if constexpr (kNorm == Norm::inf) {
-    m.medium = larger(m.medium, magnitude);
+    medium = larger(medium, magnitude);
   } else if constexpr (kFloat64) {
-    const V s = magnitude < kSmall ? x * kScaleSmall : zero;
-    const V b = magnitude > kBig ? x * kScaleBig : zero;
-    const V mid = (magnitude < kSmall) | (magnitude > kBig) ? zero : x;  // NaN goes here
-    m.small += s * s;
-    m.medium += mid * mid;
-    m.big += b * b;
+    const double s = magnitude < kSmall ? x * kScaleSmall : 0.0;
+    const double b = magnitude > kBig ? x * kScaleBig : 0.0;
+    const double m = magnitude < kSmall || magnitude > kBig ? 0.0 : x;  // NaN goes here
+    small += s * s;
+    medium += m * m;
+    big += b * b;
   } else {
-    m.medium += x * x;
+    medium += x * x;
   }
 }
 
-template <class V>
-FASTCLIP_HD void combine(Norm norm, MeasureOf<V>& into, const MeasureOf<V>& other) {
+FASTCLIP_HD void combine(Norm norm, Measure& into, const Measure& other) {
   if (norm == Norm::inf) {
     into.medium = larger(into.medium, other.medium);
   } else {

@@ -91,6 +91,7 @@ void Plan::clear() {
   parameter_ = 0;
   reason_.clear();
   first_device_.reset();
+  part_ = nullptr;
   outcome_.reset();
 }
 
@@ -148,7 +149,8 @@ const at::Tensor* Plan::momentum_buffer(PyObject* param, PyObject* state) {
 
 void Plan::add_tensor(const at::Tensor* param, const at::Tensor& grad, const at::Tensor* buffer,
                       Momentum momentum, const Hyper& hyper, Py_ssize_t group_index) {
-  DevicePart& part = part_of(grad.device());
+  if (!part_ || part_->device != grad.device()) part_ = &part_of(grad.device());
+  DevicePart& part = *part_;
   Step& step = part.step;
   const DType dtype = dtype_of(grad);
   if (step.hypers.empty() || part.group != group_index || part.dtype != dtype) {
@@ -158,11 +160,9 @@ void Plan::add_tensor(const at::Tensor* param, const at::Tensor& grad, const at:
     step.hypers.back().clip_low = round_to(dtype, hyper.clip_low);
     step.hypers.back().clip_high = round_to(dtype, hyper.clip_high);
   }
-  // The kernels may write what they find under `grad` only where there is no param.
-  void* const grad_data = param ? const_cast<void*>(grad.const_data_ptr()) : grad.mutable_data_ptr();
   const int64_t numel = grad.numel();
-  step.tensors.push_back(TensorEntry{param ? param->mutable_data_ptr() : nullptr, grad_data,
-                                     buffer ? buffer->mutable_data_ptr() : nullptr, numel, step.chunks,
+  step.tensors.push_back(TensorEntry{param ? data_of(*param, dtype) : nullptr, data_of(grad, dtype),
+                                     buffer ? data_of(*buffer, dtype) : nullptr, numel, step.chunks,
                                      static_cast<int32_t>(step.hypers.size() - 1), dtype, momentum});
   step.chunks += (numel + kChunk - 1) / kChunk;
   step.elements += numel;
@@ -179,10 +179,12 @@ void Plan::add_param(const Group& group, Py_ssize_t group_index, Py_ssize_t inde
   }
   const at::Tensor& param = THPVariable_Unpack(object);
   if (!first_device_) first_device_ = param.device();
-  const at::Tensor& grad = param.unsafeGetTensorImpl()->grad();
+  const at::Tensor& grad = grad_of(param);
   if (!grad.defined()) return;
-  if (const char* why_not = why_not_covered(param, grad, place)) {
-    return not_covered(place.text() + " " + why_not);
+  if (!is_plainly_covered(param, grad)) {
+    if (const char* why_not = why_not_covered(param, grad, place)) {
+      return not_covered(place.text() + " " + why_not);
+    }
   }
   const at::Tensor* buffer = nullptr;
   Momentum momentum = Momentum::none;
@@ -263,7 +265,7 @@ std::string Plan::clip_grads(PyObject* params, double low, double high, NormClip
     }
     const at::Tensor& param = THPVariable_Unpack(object);
     if (!first_device_) first_device_ = param.device();
-    const at::Tensor& grad = param.unsafeGetTensorImpl()->grad();
+    const at::Tensor& grad = grad_of(param);
     if (!grad.defined() || !seen.insert(grad.unsafeGetTensorImpl()).second) continue;
     if (const char* why_not = why_not_covered(grad)) {
       not_covered("the gradient of " + place.text() + " " + why_not);

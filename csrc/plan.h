@@ -63,6 +63,7 @@ class Plan {
   void run_part(DevicePart& part, const at::Tensor& grad_scale, const at::Tensor& found_inf);
 
   std::vector<DevicePart> parts_;
+  DevicePart* part_ = nullptr;             // the walk's last
   std::vector<NewBuffer> new_buffers_;
   std::vector<Py_ssize_t> places_;         // of each parameter's entry in the state: a hint
   size_t parameter_ = 0;                   // the walk's position, over all groups

@@ -62,56 +62,52 @@ FASTCLIP_HD void clip_loop(const Span& span, const Constants& constants) {
   for (int64_t i = 0; i < span.size; ++i) store(grads[i], clip(load(grads[i])));
 }
 
-// Lanes are explicit, so that the sums have the same order, and bits, on every instruction set.
-constexpr int kLanes = 8;
-constexpr int kSums = 4;  // independent, to hide the latency of an addition
-template <class T>
-struct VectorOf {
-  typedef T type __attribute__((vector_size(kLanes * sizeof(T))));
-};
-using Doubles = VectorOf<double>::type;
+// One core reads one stream at about 60 % of what it can: the hardware prefetcher stops at each page
+// and looks too short a way ahead. Asking for the lines this far ahead brings the rest.
+constexpr int64_t kPrefetchBytes = 4096;
+constexpr int64_t kCacheLine = 64;
 
-template <class Stored>
-FASTCLIP_HD auto load_lanes(const Stored* from) {
-  typename VectorOf<ComputeType<Stored>>::type lanes;
-  if constexpr (std::is_same_v<Stored, ComputeType<Stored>>) {
-    memcpy(&lanes, from, sizeof(lanes));
-  } else {
-    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = load(from[lane]);
-  }
-  return lanes;
-}
+// A chunk is summed in this many lanes, on every instruction set, and so to the same bits.
+constexpr int kLanes = 32;
 
-template <class Stored, Norm kNorm>
+// kClip: whether there is a value clip or an unscaling before the norm.
+template <class Stored, Norm kNorm, bool kClip>
 FASTCLIP_HD void measure_loop(const Span& span, const Constants& constants, Measure& result) {
   using T = ComputeType<Stored>;
   constexpr bool kFloat64 = std::is_same_v<Stored, double>;
   const auto clip = convert<T>(constants.clip);
   const auto* const grads = static_cast<const Stored*>(span.grad);
-  const typename VectorOf<T>::type zero{};
-  const Clip<typename VectorOf<T>::type> wide_clip{zero + clip.unscale, zero + clip.low,
-                                                   zero + clip.high, zero + clip.coefficient};
-  const auto measure_lanes = [&](MeasureOf<Doubles>& sum, const Stored* from) __attribute__((always_inline)) {
-    const auto values = wide_clip.value(load_lanes(from));
-    measure<kNorm, kFloat64>(sum, __builtin_convertvector(values, Doubles));
-  };
-
-  MeasureOf<Doubles> sums[kSums] = {};
+  double small[kLanes] = {}, medium[kLanes] = {}, big[kLanes] = {};
   int64_t i = 0;
-  for (; i + kSums * kLanes <= span.size; i += kSums * kLanes) {
-    for (int s = 0; s < kSums; ++s) measure_lanes(sums[s], grads + i + s * kLanes);
+  for (; i + kLanes <= span.size; i += kLanes) {
+    for (int64_t line = 0; line < kLanes * int64_t{sizeof(Stored)}; line += kCacheLine) {
+      __builtin_prefetch(reinterpret_cast<const char*>(grads + i) + kPrefetchBytes + line);
+    }
+    T x[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      x[lane] = load(grads[i + lane]);
+      if constexpr (kClip) x[lane] = clip.value(x[lane]);
+    }
+    for (int lane = 0; lane < kLanes; ++lane) {
+      measure<kNorm, kFloat64>(small[lane], medium[lane], big[lane], x[lane]);
+    }
   }
-  for (; i + kLanes <= span.size; i += kLanes) measure_lanes(sums[0], grads + i);
-
-  for (int s = 1; s < kSums; ++s) combine(kNorm, sums[0], sums[s]);
-  result = {};
-  for (int lane = 0; lane < kLanes; ++lane) {
-    combine(kNorm, result,
-            Measure{sums[0].small[lane], sums[0].medium[lane], sums[0].big[lane]});
+  for (int lane = 0; i < span.size; ++i, ++lane) {
+    const T x = clip.value(load(grads[i]));
+    measure<kNorm, kFloat64>(small[lane], medium[lane], big[lane], x);
   }
-  for (; i < span.size; ++i) {
-    measure<kNorm, kFloat64>(result, static_cast<double>(clip.value(load(grads[i]))));
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) {
+      if constexpr (kNorm == Norm::inf) {
+        medium[lane] = larger(medium[lane], medium[lane + half]);
+      } else {
+        small[lane] += small[lane + half];
+        medium[lane] += medium[lane + half];
+        big[lane] += big[lane + half];
+      }
+    }
   }
+  result = {small[0], medium[0], big[0]};
 }
 
 // ---- the three instruction sets ----------------------------------------------------------------
@@ -122,7 +118,7 @@ using MeasureLoop = void (*)(const Span&, const Constants&, Measure&);
 struct LoopTable {
   Loop update[kNumDTypes][3][2][2];  // dtype, momentum, nesterov, weight decay
   Loop clip[kNumDTypes];
-  MeasureLoop measure[kNumDTypes][2];  // dtype, inf norm
+  MeasureLoop measure[kNumDTypes][2][2];  // dtype, inf norm, clip
 };
 
 // The loops above are inlined into the members of each set, and so compiled for its target.
@@ -136,9 +132,9 @@ struct LoopTable {
     TARGET static void clip(const Span& s, const Constants& c) {                                   \
       clip_loop<Stored>(s, c);                                                                     \
     }                                                                                              \
-    template <class Stored, Norm kNorm>                                                            \
+    template <class Stored, Norm kNorm, bool kClip>                                                          \
     TARGET static void measure(const Span& s, const Constants& c, Measure& m) {                    \
-      measure_loop<Stored, kNorm>(s, c, m);                                                        \
+      measure_loop<Stored, kNorm, kClip>(s, c, m);                                                 \
     }                                                                                              \
   };
 
@@ -165,8 +161,10 @@ constexpr void fill_dtype(LoopTable& table, DType dtype) {
   fill_terms<Set, Stored, Momentum::first>(table.update[d][1]);
   fill_terms<Set, Stored, Momentum::running>(table.update[d][2]);
   table.clip[d] = Set::template clip<Stored>;
-  table.measure[d][0] = Set::template measure<Stored, Norm::two>;
-  table.measure[d][1] = Set::template measure<Stored, Norm::inf>;
+  table.measure[d][0][0] = Set::template measure<Stored, Norm::two, false>;
+  table.measure[d][0][1] = Set::template measure<Stored, Norm::two, true>;
+  table.measure[d][1][0] = Set::template measure<Stored, Norm::inf, false>;
+  table.measure[d][1][1] = Set::template measure<Stored, Norm::inf, true>;
 }
 
 template <class Set>
@@ -291,7 +289,9 @@ void measure_all(const Step& step, const ThreadPool& pool, const LoopTable& loop
     for_each_run(step, first_chunk, last_chunk, [&](const TensorEntry& tensor, int64_t begin,
                                                     int64_t size) {
       const Constants constants = constants_of(step, step.hypers[tensor.hyper], 1.0);
-      const MeasureLoop loop = loops.measure[static_cast<int>(tensor.dtype)][inf];
+      const bool clip = constants.clip.unscale != 1 || constants.clip.low > -HUGE_VAL ||
+                        constants.clip.high < HUGE_VAL;
+      const MeasureLoop loop = loops.measure[static_cast<int>(tensor.dtype)][inf][clip];
       Measure* measure = step.measures + tensor.first_chunk + begin / kChunk;
       for (int64_t done = 0; done < size; done += kChunk) {
         loop(span_of(tensor, begin + done, std::min(kChunk, size - done)), constants, *measure++);

@@ -7,31 +7,13 @@
 #include "tensors.h"
 
 namespace fastclip {
-namespace {
 
 using c10::DispatchKey;
 using c10::DispatchKeySet;
 
-// Keys of an ordinary dense tensor. Any other key (sparse, quantized, conjugated, negated, a Python
-// subclass, functorch, ...) means that the memory alone does not tell the values.
-uint64_t ordinary_keys() {
-  auto keys = DispatchKeySet({DispatchKey::ADInplaceOrView, DispatchKey::CPU, DispatchKey::AutogradCPU,
-                              DispatchKey::AutocastCPU});
-#if defined(FASTCLIP_CUDA)
-  keys = keys | DispatchKeySet({DispatchKey::CUDA, DispatchKey::AutogradCUDA, DispatchKey::AutocastCUDA});
-#endif
-  return keys.raw_repr();
-}
+namespace {
 
-bool is_ordinary(const at::Tensor& tensor) {
-  static const uint64_t others = ~ordinary_keys();
-  return (tensor.unsafeGetTensorImpl()->key_set().raw_repr() & others) == 0;
-}
-
-bool has_kernel_dtype(const at::Tensor& tensor) {
-  const auto dtype = tensor.scalar_type();
-  return dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf;
-}
+bool is_ordinary(const at::Tensor& tensor) { return fastclip::is_ordinary(tensor.unsafeGetTensorImpl()); }
 
 // Sizes already equal. Strides of dimensions of size 1 mean nothing.
 bool same_order(const at::Tensor& a, const at::Tensor& b) {
@@ -68,6 +50,15 @@ std::string describe(const at::Tensor& tensor) {
 
 }  // namespace
 
+uint64_t ordinary_keys() {
+  auto keys = DispatchKeySet({DispatchKey::ADInplaceOrView, DispatchKey::CPU, DispatchKey::AutogradCPU,
+                              DispatchKey::AutocastCPU});
+#if defined(FASTCLIP_CUDA)
+  keys = keys | DispatchKeySet({DispatchKey::CUDA, DispatchKey::AutogradCUDA, DispatchKey::AutocastCUDA});
+#endif
+  return keys.raw_repr();
+}
+
 std::string Place::text() const {
   std::string text = "parameter " + std::to_string(index);
   if (in_optimizer) text += " of group " + std::to_string(group);
@@ -83,27 +74,25 @@ std::string Place::text() const {
 
 const char* why_not_covered(const at::Tensor& param, const at::Tensor& grad, const Place& place) {
   const bool ordinary = is_ordinary(param) && is_ordinary(grad);
+  const auto dtype = param.scalar_type();
   // A subclass may have sizes of its own kind: what it holds is for plain torch to judge.
-  if (ordinary || !(param.key_set().has(DispatchKey::Python) || grad.key_set().has(DispatchKey::Python))) {
+  if (!param.key_set().has(DispatchKey::Python) && !grad.key_set().has(DispatchKey::Python)) {
     if (param.sizes() != grad.sizes()) raise_mismatch("shape", param, grad, place);
-    if (param.scalar_type() != grad.scalar_type()) raise_mismatch("dtype", param, grad, place);
+    if (dtype != grad.scalar_type()) raise_mismatch("dtype", param, grad, place);
     if (param.device() != grad.device()) raise_mismatch("device", param, grad, place);
   }
   if (param.is_inference() && !c10::InferenceMode::is_enabled()) {
-    raise(PyExc_RuntimeError, place.text() + " is an inference tensor: it can't be updated in place "
-                              "outside InferenceMode");
+    raise(PyExc_RuntimeError, place.text() + " is an inference tensor: it can't be updated in place outside InferenceMode");
   }
   if (!ordinary) return why_not_ordinary(is_ordinary(grad) ? param : grad);
-  if (!has_kernel_dtype(param)) return "has a dtype that the kernels do not cover";
-  if (!same_order(param, grad)) {
-    return "has a gradient of another memory layout, or memory with gaps or overlaps";
-  }
+  if (!has_kernel_dtype(dtype)) return "has a dtype that the kernels do not cover";
+  if (!same_order(param, grad)) return "has a gradient of another memory layout, or memory with gaps or overlaps";
   return nullptr;
 }
 
 const char* why_not_covered(const at::Tensor& grad) {
   if (!is_ordinary(grad)) return why_not_ordinary(grad);
-  if (!has_kernel_dtype(grad)) return "has a dtype that the kernels do not cover";
+  if (!has_kernel_dtype(grad.scalar_type())) return "has a dtype that the kernels do not cover";
   if (!grad.is_non_overlapping_and_dense()) return "has memory with gaps or overlaps";
   return nullptr;
 }
@@ -111,15 +100,6 @@ const char* why_not_covered(const at::Tensor& grad) {
 bool same_memory_layout(const at::Tensor& a, const at::Tensor& b) {
   return is_ordinary(a) && a.scalar_type() == b.scalar_type() && a.device() == b.device() &&
          a.sizes() == b.sizes() && same_order(a, b);
-}
-
-DType dtype_of(const at::Tensor& covered) {
-  switch (covered.scalar_type()) {
-    case at::kDouble: return DType::float64;
-    case at::kBFloat16: return DType::bfloat16;
-    case at::kHalf: return DType::float16;
-    default: return DType::float32;
-  }
 }
 
 }  // namespace fastclip

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <torch/csrc/autograd/variable.h>
 
 #include <string>
 
@@ -19,6 +20,52 @@ struct Place {
   std::string text() const;  // "parameter 3 of group 0 ('encoder.bias')"
 };
 
+// The gradient, without the virtual calls of Tensor::grad(): this is read for every tensor at every step.
+inline const at::Tensor& grad_of(const at::Tensor& param) {
+  static const at::Tensor none;
+  const auto* meta = static_cast<torch::autograd::AutogradMeta*>(param.unsafeGetTensorImpl()->autograd_meta());
+  return meta ? meta->grad_ : none;
+}
+
+// The first element's address; `covered` has ordinary memory.
+inline void* data_of(const at::Tensor& covered, DType dtype) {
+  constexpr int64_t kItemSize[kNumDTypes] = {4, 8, 2, 2};
+  c10::TensorImpl* impl = covered.unsafeGetTensorImpl();
+  auto* storage = impl->unsafe_storage().unsafeGetStorageImpl();
+  return static_cast<char*>(storage->mutable_data()) + impl->storage_offset() * kItemSize[static_cast<int>(dtype)];
+}
+
+// Keys of an ordinary dense tensor. Any other key (sparse, quantized, conjugated, negated, a Python
+// subclass, functorch, ...) means that the memory alone does not tell the values.
+uint64_t ordinary_keys();
+
+inline bool is_ordinary(c10::TensorImpl* tensor) {
+  static const uint64_t others = ~ordinary_keys();
+  return (tensor->key_set().raw_repr() & others) == 0;
+}
+
+inline bool has_kernel_dtype(at::ScalarType dtype) {
+  return dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf;
+}
+
+// The common case of why_not_covered(param, grad) == nullptr, without a call. Both contiguous and of
+// the same sizes: the same element order.
+inline bool is_plainly_covered(const at::Tensor& param, const at::Tensor& grad) {
+  c10::TensorImpl* const p = param.unsafeGetTensorImpl();
+  c10::TensorImpl* const g = grad.unsafeGetTensorImpl();
+  if (!is_ordinary(p) || !is_ordinary(g) || p->dtype() != g->dtype() || p->is_inference() ||
+      !p->is_contiguous_default(at::MemoryFormat::Contiguous) ||
+      !g->is_contiguous_default(at::MemoryFormat::Contiguous) || p->device() != g->device()) {
+    return false;
+  }
+  const auto of_p = p->sizes(), of_g = g->sizes();
+  if (of_p.size() != of_g.size()) return false;
+  for (size_t i = 0; i < of_p.size(); ++i) {
+    if (of_p[i] != of_g[i]) return false;
+  }
+  return has_kernel_dtype(c10::typeMetaToScalarType(p->dtype()));
+}
+
 // nullptr where the kernels can step `param` by `grad`; otherwise why they can't, and plain torch
 // has to. Raises where the two don't belong together, which plain torch would broadcast, promote or
 // find out in the middle of a step.
@@ -30,6 +77,13 @@ const char* why_not_covered(const at::Tensor& grad);
 // Same dtype, device, sizes and element order: what a momentum buffer needs.
 bool same_memory_layout(const at::Tensor& a, const at::Tensor& b);
 
-DType dtype_of(const at::Tensor& covered);
+inline DType dtype_of(const at::Tensor& covered) {
+  switch (covered.scalar_type()) {
+    case at::kDouble: return DType::float64;
+    case at::kBFloat16: return DType::bfloat16;
+    case at::kHalf: return DType::float16;
+    default: return DType::float32;
+  }
+}
 
 }  // namespace fastclip
