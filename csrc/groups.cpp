@@ -196,9 +196,9 @@ Group read_group(PyObject* object, Py_ssize_t index) {
   if (clip_value != Py_None) {
     read_clip_value(clip_value, reader.where(), &hyper.clip_low, &hyper.clip_high);
   }
-  if (max_norm != Py_None) {
-    group.norm_clip = read_norm_clip(max_norm, reader.required(kNormType), reader.where());
-  }
+  PyObject* norm_type = reader.required(kNormType);
+  const bool two = PyFloat_CheckExact(norm_type) && PyFloat_AS_DOUBLE(norm_type) == 2;
+  if (max_norm != Py_None || !two) group.norm_clip = read_norm_clip(max_norm, norm_type, reader.where());
   return group;
 }
 

@@ -1,0 +1,52 @@
+# Every command a developer types. By default in a virtual environment of its own, .venv; with VENV= (empty) in the
+# environment of PYTHON, which must have torch, pytest and the rest already: nothing is installed there.
+#   make test
+#   make test VENV= PYTHON=python3
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+
+ifeq ($(strip $(VENV)),)
+PY := $(PYTHON)
+else
+PY := $(VENV)/bin/python
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+endif
+
+.PHONY: help demo test bench build format clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):[^#]*## */  make \1	/p' Makefile
+
+demo: build  ## train a small recogniser on real speech: no clipping, the Python loop, fastclip
+	$(PY) -m examples.speech_demo $(ARGS)
+
+test: build  ## all tests
+	$(PY) -m pytest $(ARGS)
+
+bench: build  ## time fastclip against the Python loop and the best of torch, about 8 minutes; leave the machine alone
+	$(PY) -m benchmarks.cpu $(ARGS)
+
+build: .requirements  ## the extension, in place
+	@$(PY) setup.py build_ext --inplace > build.log 2>&1 || { cat build.log; exit 1; }
+	@$(PY) -m fastclip
+
+format: build
+	$(PY) -m ruff format . && $(PY) -m ruff check --fix .
+
+clean:  ## what was built
+	rm -rf build build.log fastclip/_C*.so fastclip/_build_info.py
+
+ifeq ($(strip $(VENV)),)
+.requirements:
+.PHONY: .requirements
+else
+.requirements: $(VENV)/installed-$(subst =,-,$(TORCH))
+.PHONY: .requirements
+# torch is pinned: a range would bring gigabytes of CUDA libraries that this needs nothing of.
+$(VENV)/installed-$(subst =,-,$(TORCH)): requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet "$(TORCH)" -r requirements.txt
+	touch $@
+endif

@@ -1,0 +1,104 @@
+"""The table of cases, and the plain-torch loop that every one of them is compared with."""
+
+import itertools
+import math
+
+import torch
+
+import fastclip
+
+CHUNK = 4096  # kChunk in csrc/step.h
+
+# The adversaries: nothing, one, around a SIMD width, around a chunk, unaligned, many dimensions.
+SHAPES = [(), (0, 3), (1,), (7,), (15,), (16,), (17,), (33,), (3, 5, 2), (CHUNK - 1,), (CHUNK,), (CHUNK + 1,), (3, CHUNK + 7)]
+TINY = [(5,)] * 600
+LARGE = [(257, 1031), (64,), (300, 300)]  # enough for several threads
+
+CLIPS = {
+    "none": {},
+    "value": {"clip_value": 0.5},
+    "pair": {"clip_value": (-0.1, 0.7)},
+    "norm": {"max_norm": 1.0},
+    "inf norm": {"max_norm": 0.3, "norm_type": math.inf},
+    "loose norm": {"max_norm": 1e6},
+    "value and norm": {"clip_value": 0.5, "max_norm": 1.0},
+}
+
+# Every combination that torch.optim.SGD takes.
+RULES = [
+    {"momentum": momentum, "dampening": dampening, "nesterov": nesterov, "weight_decay": decay, "maximize": maximize}
+    for (momentum, dampening, nesterov), decay, maximize in itertools.product(
+        [(0, 0, False), (0.9, 0, False), (0.9, 0.3, False), (0.9, 0, True)], [0, 0.01], [False, True]
+    )
+]
+
+
+def make_params(shapes, dtype=torch.float32, device="cpu"):
+    return [torch.randn(shape, dtype=torch.float64).to(device, dtype).requires_grad_() for shape in shapes]
+
+
+def copy_params(params):
+    return [p.detach().clone().requires_grad_() for p in params]
+
+
+def give_grads(*param_lists, scale=1.0):
+    """The same new random gradients for each list of parameters."""
+    for params in zip(*param_lists, strict=True):
+        grad = scale * torch.randn(params[0].shape, dtype=torch.float64)
+        for p in params:
+            p.grad = grad.to(p.device, p.dtype, copy=True)
+
+
+def clip_in_place(params, clip_value=None, max_norm=None, norm_type=2.0):
+    """The clipping that goes before `optimizer.step()` in plain code. Returns the norm."""
+    grads = [p.grad for p in params if p.grad is not None and p.grad.numel()]
+    if clip_value is not None:
+        low, high = clip_value if isinstance(clip_value, tuple) else (-clip_value, clip_value)
+        for g in grads:
+            g.clamp_(low, high)
+    if max_norm is None:
+        return None
+    # clip_grad_norm_ as it is meant: its own float32 sum is off by 1e-4 at a few million elements.
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.double(), norm_type) for g in grads]), norm_type)
+    coefficient = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    for g in grads:
+        g.mul_(coefficient.to(g.dtype))
+    return norm
+
+
+class Loop:
+    """The Python loop that fastclip replaces: clip each gradient in place, then torch.optim.SGD."""
+
+    def __init__(self, params, clip=None, **settings):
+        self.params = list(params)
+        self.clip = clip or {}
+        self.optimizer = torch.optim.SGD(self.params, foreach=False, **settings)
+
+    def step(self):
+        norm = clip_in_place(self.params, **self.clip)
+        self.optimizer.step()
+        return norm
+
+
+def pair(shapes, clip=None, dtype=torch.float32, device="cpu", **settings):
+    """A Loop and a fastclip.SGD over equal parameters: (loop, its parameters, optimizer, its parameters)."""
+    settings.setdefault("lr", 0.1)
+    ours = make_params(shapes, dtype, device)
+    theirs = copy_params(ours)
+    return Loop(theirs, clip, **settings), theirs, fastclip.SGD(ours, **(clip or {}), **settings), ours
+
+
+def assert_same_bits(theirs, ours, their_optimizer=None, our_optimizer=None):
+    for index, (a, b) in enumerate(zip(theirs, ours, strict=True)):
+        assert torch.equal(a, b), f"parameter {index} {tuple(a.shape)} differs by up to {(a - b).abs().max()}"
+        if our_optimizer is None:
+            continue
+        state_a, state_b = their_optimizer.state.get(a, {}), our_optimizer.state.get(b, {})
+        assert state_a.keys() == state_b.keys(), f"parameter {index} {tuple(a.shape)}"
+        for name in state_a:
+            assert torch.equal(state_a[name], state_b[name]), f"{name} of parameter {index} {tuple(a.shape)}"
+
+
+def assert_close(theirs, ours, rtol):
+    for index, (a, b) in enumerate(zip(theirs, ours, strict=True)):
+        torch.testing.assert_close(b, a, rtol=rtol, atol=rtol, msg=lambda m, i=index: f"parameter {i}: {m}")
