@@ -17,6 +17,7 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 CXX_FLAGS = [
     "-O3",
+    "-g0",  # Python brings -g, which makes the library ten times as large
     "-Wall",
     "-Wextra",
     "-Wno-unused-parameter",  # torch's headers have many

@@ -6,6 +6,7 @@
 #include <ATen/ops/zeros.h>
 #include <ATen/Parallel.h>
 #include <c10/core/InferenceMode.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
@@ -103,7 +104,7 @@ DevicePart& Plan::part_of(c10::Device device) {
   for (auto& part : parts_) {
     if (part.device == device) return part;
   }
-  parts_.push_back(DevicePart{device, {}, 0, {}, {}, {}});
+  parts_.push_back(DevicePart{device, {}, 0, {}, {}, {}, {}, {}});
   return parts_.back();
 }
 
@@ -201,12 +202,23 @@ void Plan::add_param(const Group& group, Py_ssize_t group_index, Py_ssize_t inde
       return not_covered(place.text() + " has a momentum_buffer of another memory layout, dtype or device");
     }
   }
+  if (group.lr_tensor && THPVariable_Unpack(group.lr_tensor).device() != param.device()) {
+    return not_covered(place.text() + " is on another device than lr");
+  }
   if (grad.numel() > 0) add_tensor(&param, grad, buffer, momentum, group.hyper, group_index);
 }
 
-void Plan::add_group(const Group& group, Py_ssize_t group_index, PyObject* state) {
+void Plan::add_group(Group& group, Py_ssize_t group_index, PyObject* state) {
+  if (group.lr_tensor) {  // on a GPU: read there
+    const at::Tensor& lr = THPVariable_Unpack(group.lr_tensor);
+    if (lr.is_cuda() && (lr.scalar_type() == at::kFloat || lr.scalar_type() == at::kDouble)) {
+      group.hyper.lr_on_device = lr.const_data_ptr();
+      group.hyper.lr_is_float64 = lr.scalar_type() == at::kDouble;
+    } else {
+      not_covered("lr is a tensor of a device or dtype that the kernels do not cover");
+    }
+  }
   if (group.differentiable) not_covered("the step is to be differentiable");
-  if (group.lr_tensor) not_covered("lr is a tensor on a GPU");
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(group.params); ++i, ++parameter_) {
     add_param(group, group_index, i, state);  // to the end, for what has to be refused
   }
@@ -232,7 +244,7 @@ std::string Plan::step(PyObject* groups, PyObject* state, PyObject* grad_scale, 
   const at::Tensor inf = optional_scalar(found_inf, "found_inf");
   NormClip norm_clip;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(groups); ++i) {
-    const Group group = read_group(PyList_GET_ITEM(groups, i), i);
+    Group group = read_group(PyList_GET_ITEM(groups, i), i);
     if (i == 0) norm_clip = group.norm_clip;
     if (!(group.norm_clip == norm_clip)) {
       raise(PyExc_ValueError, "max_norm and norm_type hold for all groups together: param_groups[" +
@@ -306,12 +318,16 @@ void Plan::run_part(DevicePart& part, const at::Tensor& grad_scale, const at::Te
   if (step.norm != Norm::none) {
     const auto doubles = at::TensorOptions().dtype(at::kDouble).device(part.device);
     const int64_t size = step.chunks * static_cast<int64_t>(sizeof(Measure) / sizeof(double));
-    if (!part.outcome.defined()) part.outcome = at::empty({sizeof(Outcome) / sizeof(double)}, doubles);
+    if (!part.outcome.defined()) part.outcome = at::zeros({sizeof(Outcome) / sizeof(double)}, doubles);
     if (!part.measures.defined() || part.measures.numel() < size) part.measures = at::empty({size}, doubles);
     step.outcome = static_cast<Outcome*>(part.outcome.mutable_data_ptr());
     step.measures = static_cast<Measure*>(part.measures.mutable_data_ptr());
     outcome_ = part.outcome;
   }
+  part.device.is_cpu() ? run_on_cpu(step) : run_on_gpu(part);
+}
+
+void Plan::run_on_cpu(const Step& step) {
   const bool release = step.elements >= kElementsToReleaseGil;
   std::vector<c10::intrusive_ptr<c10::TensorImpl>> alive;  // another thread may drop them meanwhile
   if (release) {
@@ -322,7 +338,27 @@ void Plan::run_part(DevicePart& part, const at::Tensor& grad_scale, const at::Te
     }
   }
   const ReleasedGil released(release);
-  if (part.device.is_cpu()) cpu::run(step, cpu::ThreadPool{at::get_num_threads(), run_on_torch_threads});
+  cpu::run(step, cpu::ThreadPool{at::get_num_threads(), run_on_torch_threads});
+}
+
+void Plan::run_on_gpu(DevicePart& part) {
+#if defined(FASTCLIP_CUDA)
+  if (cuda::needs_device_table(part.step)) {
+    const int64_t bytes = cuda::table_bytes(part.step);
+    if (!part.table_memory.defined() || part.table_memory.numel() < bytes) {
+      part.table_memory = at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(part.device));
+      part.table = {part.table_memory.mutable_data_ptr(), {}};
+    }
+  }
+  // Without torch's CUDA headers, which a CPU-only torch does not have.
+  const c10::impl::VirtualGuardImpl guard(c10::DeviceType::CUDA);
+  void* const stream = guard.getStream(part.device).native_handle();
+  if (const char* error = cuda::run(part.step, part.table, part.device.index(), stream)) {
+    raise(PyExc_RuntimeError, std::string("fastclip on ") + part.device.str() + ": " + error);
+  }
+#else
+  raise(PyExc_RuntimeError, "fastclip was built without CUDA; got a tensor on " + part.device.str());
+#endif
 }
 
 at::Tensor Plan::total_norm() const {

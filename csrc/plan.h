@@ -22,6 +22,8 @@ struct DevicePart {
   DType dtype;
   at::Tensor outcome;   // Outcome, as float64
   at::Tensor measures;  // Measure of every chunk, as float64
+  at::Tensor table_memory;
+  cuda::DeviceTable table;
 };
 
 // Owned by an optimizer. Holds no tensor of the model and no address from one step to the next: all
@@ -50,7 +52,7 @@ class Plan {
 
   void clear();
   void not_covered(const std::string& reason);
-  void add_group(const Group& group, Py_ssize_t group_index, PyObject* state);
+  void add_group(Group& group, Py_ssize_t group_index, PyObject* state);
   void add_param(const Group& group, Py_ssize_t group_index, Py_ssize_t index, PyObject* state);
   const at::Tensor* momentum_buffer(PyObject* param, PyObject* state);
   PyObject* state_entry(PyObject* param, PyObject* state);
@@ -61,6 +63,8 @@ class Plan {
   void store_new_buffers(PyObject* state);
   void run(Rule rule, NormClip norm_clip, const at::Tensor& grad_scale, const at::Tensor& found_inf);
   void run_part(DevicePart& part, const at::Tensor& grad_scale, const at::Tensor& found_inf);
+  void run_on_cpu(const Step& step);
+  void run_on_gpu(DevicePart& part);
 
   std::vector<DevicePart> parts_;
   DevicePart* part_ = nullptr;             // the walk's last

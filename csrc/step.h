@@ -50,6 +50,8 @@ enum class Rule : uint8_t {
 struct Outcome {
   double total_norm;
   double coefficient;
+  uint32_t arrived;  // blocks that have measured; 0 between steps
+  uint32_t padding;
 };
 
 struct Step {
@@ -82,14 +84,18 @@ const char* capability();  // the instruction set that runs: "AVX512", "AVX2" or
 
 namespace cuda {
 
-struct Scratch {
-  void* table;     // device memory for a step's tables, where they outgrow the kernel arguments
-  int64_t bytes;
+// A step's table in device memory, for more tensors than fit into the kernel arguments (about 790).
+struct DeviceTable {
+  void* memory = nullptr;
+  std::vector<unsigned char> uploaded;  // what is there
 };
 
-// Everything is enqueued on `stream`; nothing waits. Returns nullptr, or what CUDA said.
-const char* run(const Step& step, int device, void* stream);
-const char* architectures();
+int64_t table_bytes(const Step& step);
+bool needs_device_table(const Step& step);
+
+// Enqueues one launch on `stream`, two where there is a norm; waits for nothing. Returns nullptr, or
+// what went wrong.
+const char* run(const Step& step, DeviceTable& table, int device, void* stream);
 
 }  // namespace cuda
 
