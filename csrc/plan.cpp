@@ -139,8 +139,12 @@ const at::Tensor* Plan::momentum_buffer(PyObject* param, PyObject* state) {
   PyObject* entry = state_entry(param, state);
   if (!entry) return nullptr;
   if (!PyDict_Check(entry)) raise(PyExc_TypeError, "an optimizer's state of a parameter must be a dict");
-  PyObject* buffer = PyDict_GetItemWithError(entry, momentum_buffer_key());
-  if (!buffer && PyErr_Occurred()) throw PythonError{};
+  PyObject *key, *buffer;
+  Py_ssize_t first = 0;
+  if (!PyDict_Next(entry, &first, &key, &buffer) || key != momentum_buffer_key()) {  // mostly the only one
+    buffer = PyDict_GetItemWithError(entry, momentum_buffer_key());
+    if (!buffer && PyErr_Occurred()) throw PythonError{};
+  }
   if (!buffer || buffer == Py_None) return nullptr;
   if (!THPVariable_Check(buffer)) {
     raise(PyExc_TypeError, std::string("momentum_buffer must be a tensor, got ") + Py_TYPE(buffer)->tp_name);
@@ -198,7 +202,7 @@ void Plan::add_param(const Group& group, Py_ssize_t group_index, Py_ssize_t inde
     } else if (buffer->is_inference() && !c10::InferenceMode::is_enabled()) {
       raise(PyExc_RuntimeError, "the momentum_buffer of " + place.text() +
                                     " is an inference tensor: it can't be updated outside InferenceMode");
-    } else if (!same_memory_layout(*buffer, param)) {
+    } else if (!is_plainly_covered(param, *buffer) && !same_memory_layout(*buffer, param)) {
       return not_covered(place.text() + " has a momentum_buffer of another memory layout, dtype or device");
     }
   }

@@ -77,7 +77,8 @@ FASTCLIP_HD void measure_loop(const Span& span, const Constants& constants, Meas
   constexpr bool kFloat64 = std::is_same_v<Stored, double>;
   const auto clip = convert<T>(constants.clip);
   const auto* const grads = static_cast<const Stored*>(span.grad);
-  double small[kLanes] = {}, medium[kLanes] = {}, big[kLanes] = {};
+  constexpr int kWide = kFloat64 && kNorm == Norm::two ? kLanes : 1;  // lanes of the sums that only float64 needs
+  double small[kWide] = {}, medium[kLanes] = {}, big[kWide] = {};
   int64_t i = 0;
   for (; i + kLanes <= span.size; i += kLanes) {
     for (int64_t line = 0; line < kLanes * int64_t{sizeof(Stored)}; line += kCacheLine) {
@@ -89,20 +90,18 @@ FASTCLIP_HD void measure_loop(const Span& span, const Constants& constants, Meas
       if constexpr (kClip) x[lane] = clip.value(x[lane]);
     }
     for (int lane = 0; lane < kLanes; ++lane) {
-      measure<kNorm, kFloat64>(small[lane], medium[lane], big[lane], x[lane]);
+      measure<kNorm, kFloat64>(small[lane % kWide], medium[lane], big[lane % kWide], x[lane]);
     }
   }
   for (int lane = 0; i < span.size; ++i, ++lane) {
     const T x = clip.value(load(grads[i]));
-    measure<kNorm, kFloat64>(small[lane], medium[lane], big[lane], x);
+    measure<kNorm, kFloat64>(small[lane % kWide], medium[lane], big[lane % kWide], x);
   }
   for (int half = kLanes / 2; half > 0; half /= 2) {
     for (int lane = 0; lane < half; ++lane) {
-      if constexpr (kNorm == Norm::inf) {
-        medium[lane] = larger(medium[lane], medium[lane + half]);
-      } else {
+      medium[lane] = kNorm == Norm::inf ? larger(medium[lane], medium[lane + half]) : medium[lane] + medium[lane + half];
+      if constexpr (kWide > 1) {
         small[lane] += small[lane + half];
-        medium[lane] += medium[lane + half];
         big[lane] += big[lane + half];
       }
     }

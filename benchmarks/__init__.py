@@ -1,0 +1,1 @@
+"""Speed and agreement of fastclip against what torch offers, on the parameter shapes of speech models."""

@@ -1,0 +1,88 @@
+"""Before anything is timed: do all contenders do the same thing?"""
+
+import torch
+
+from .contenders import CONTENDERS, OF_TORCH, Contender
+
+# Of the gradients of the three steps. The norm of the second stays below the limit in small models. All of one sign,
+# as a sum that cancels magnifies rounding.
+FACTORS = (3.0, 0.1, 1.0)
+
+# Of torch's norms: they are sums in float32, which lose up to 2e-3 at 30M elements (recorded in the results).
+NORM_TOLERANCE = {"fastclip": 1e-6, "loop": 1e-2, "foreach": 1e-2, "fused": 1e-2}
+
+PIECE = 2**18  # elements that are compared at a time: they stay in the cache
+
+
+class Disagreement(Exception):
+    """A contender computes something else than the others: its time would say nothing."""
+
+
+def check(problem, clip, momentum, threads=(1,)):
+    """Three steps of every contender from the same start, compared in parameters and momentum buffers.
+
+    The steps take turns with the thread counts. Value clip: fastclip has to give the bits of the loop, torch's own
+    variants 1e-6. Norm clip: all are compared with the loop in float64.
+
+    Returns:
+        dict: the largest deviation of each contender, relative to the largest element of its tensor.
+
+    Raises:
+        Disagreement: names the contender and the tensor.
+    """
+    by_norm = clip[0] == "norm"
+    if by_norm:
+        reference = three_steps(problem, "loop", problem.copy(torch.float64), clip, momentum, threads)
+    else:
+        reference = three_steps(problem, "loop", problem.copies["loop"], clip, momentum, threads)
+    deviations = {}
+    for name in CONTENDERS:
+        if by_norm or name != "loop":
+            result = three_steps(problem, name, problem.copies[name], clip, momentum, threads)
+            tolerance = NORM_TOLERANCE[name] if by_norm else value_tolerance(name)
+            deviations[name] = compare(name, result, reference, tolerance)
+    return deviations
+
+
+def three_steps(problem, name, copies, clip, momentum, threads):
+    """What three steps of a contender leave."""
+    # From zero, the parameters are the sum of the updates: what a norm lost is not hidden under a parameter.
+    problem.reset_params(copies, from_zero=clip[0] == "norm")
+    contender = Contender(name, copies, clip, momentum)
+    for index, factor in enumerate(FACTORS):
+        torch.set_num_threads(threads[index % len(threads)])
+        problem.reset_grads(copies, factor)
+        contender.step()
+    return contender.results()
+
+
+def value_tolerance(name):
+    # torch's add(other, alpha) is an fma only in its vectorised kernels, and fastclip follows those.
+    vectorised = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    return 1e-6 if name in OF_TORCH[1:] or not vectorised else 0.0
+
+
+def compare(name, result, reference, tolerance):
+    """Largest deviation; Disagreement where one is above the tolerance. A tolerance of 0 means the same bits."""
+    largest = 0.0
+    for kind, expected_tensors in reference.items():
+        if len(result[kind]) != len(expected_tensors):
+            raise Disagreement(f"{name}: {len(result[kind])} {kind} tensors instead of {len(expected_tensors)}")
+        for index, (tensor, expected) in enumerate(zip(result[kind], expected_tensors, strict=True)):
+            same = tensor.dtype == expected.dtype and torch.equal(tensor, expected)
+            deviation = 0.0 if same else relative_deviation(tensor, expected)
+            if not (same or deviation <= tolerance > 0):  # a NaN is neither
+                raise Disagreement(
+                    f"{name}: {kind} {index} of shape {tuple(expected.shape)} is off by {deviation:.2g} "
+                    f"after {len(FACTORS)} steps, where {tolerance:.2g} is allowed"
+                )
+            largest = max(largest, deviation)
+    return largest
+
+
+def relative_deviation(tensor, expected):
+    """Largest difference over the largest element: an element that happens to be near 0 has no relative accuracy."""
+    pieces = [t.flatten().split(PIECE) for t in (tensor, expected)]
+    differences = [piece.double().sub_(wanted).abs_().max() for piece, wanted in zip(*pieces, strict=True)]
+    largest = [torch.linalg.vector_norm(wanted, torch.inf) for wanted in pieces[1]]
+    return (torch.stack(differences).max() / torch.stack(largest).max().double()).item()

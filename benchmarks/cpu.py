@@ -1,0 +1,105 @@
+"""python -m benchmarks.cpu: checks that all contenders agree, times them, writes cpu.json and cpu.png."""
+
+import argparse
+import itertools
+import json
+import re
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from . import agreement, case, machine, report
+from .contenders import CLIPS
+from .problem import Problem
+from .shapes import MODELS
+
+MOMENTA = (0.0, 0.9)
+QUICK = ["dnn", "tiny-600", "conformer-s"]
+
+
+def main(arguments=None):
+    """Returns the exit code: 1 where contenders disagree, in which case nothing is timed."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parse(arguments)
+    found = machine.describe(arguments)
+    load = found["machine"]["load_before"][0]
+    if load > 0.5:
+        print(f"Load average {load}: other processes are at work, which all-thread times suffer from.", file=sys.stderr)
+    torch.set_num_threads(options.threads[0])
+    problems = [Problem(model, MODELS[model]) for model in options.model]
+    try:
+        found["agreement"] = check(problems, options.threads)
+    except agreement.Disagreement as error:
+        print(f"The contenders disagree, nothing was timed. {error}", file=sys.stderr)
+        return 1
+    found["cases"] = measure(problems, options.threads, options.rounds)
+    print(report.console(found))
+    options.out.mkdir(parents=True, exist_ok=True)
+    write(found, options.out / "cpu.json")
+    from . import plot  # only here: matplotlib is slow to load
+
+    plot.speed_ups(found, options.out / "cpu.png")
+    print(f"\nWritten: {options.out / 'cpu.json'}, {options.out / 'cpu.png'}")
+    return 0
+
+
+def parse(arguments):
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__.split(": ", 1)[1])
+    parser.add_argument("--quick", action="store_true", help="the smaller models, few rounds")
+    parser.add_argument("--model", nargs="+", choices=MODELS, help="default: all")
+    parser.add_argument("--threads", type=thread_counts, default="1,all", help="as in 1,all (the default)")
+    parser.add_argument("--rounds", type=int, help="default: 24, or 4 with --quick; half of it for the largest models")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="default: %(default)s")
+    options = parser.parse_args(arguments)
+    options.model = options.model or (QUICK if options.quick else list(MODELS))
+    if options.rounds is None:
+        options.rounds = 4 if options.quick else 24
+    if options.rounds < 1:
+        parser.error("--rounds is at least 1")
+    return options
+
+
+def thread_counts(text):
+    """'1,all' -> [1, 8]."""
+    counts = sorted({torch.get_num_threads() if word == "all" else int(word) for word in text.split(",")})
+    if counts[0] < 1:
+        raise argparse.ArgumentTypeError(f"{text}: at least 1")
+    return counts
+
+
+def check(problems, threads):
+    """Rows of deviations; raises Disagreement."""
+    rows = []
+    combinations = list(itertools.product(problems, CLIPS, MOMENTA))
+    for problem, clip, momentum in tqdm(combinations, desc="agreement", unit="case"):
+        try:
+            deviations = agreement.check(problem, CLIPS[clip], momentum, threads)
+        except agreement.Disagreement as error:
+            raise agreement.Disagreement(f"{problem.model}, {clip}, momentum {momentum:g}: {error}") from error
+        deviations = {name: case.digits(value) for name, value in deviations.items()}
+        rows.append({"model": problem.model, "clip": clip, "momentum": momentum, "deviation": deviations})
+    return rows
+
+
+def measure(problems, threads, rounds):
+    """Rows of all cases."""
+    count = {problem.model: max(1, rounds // 2) if problem.numel >= case.LARGE else rounds for problem in problems}
+    total = sum(count.values()) * len(CLIPS) * len(MOMENTA) * len(threads)
+    rows = []
+    with tqdm(total=total, desc="timing", unit="round") as progress:
+        for problem, clip, momentum in itertools.product(problems, CLIPS, MOMENTA):
+            progress.set_postfix_str(f"{problem.model} {clip} {momentum:g}")
+            rows += case.measure(problem, clip, momentum, threads, count[problem.model], progress.update)
+    return rows
+
+
+def write(found, path):
+    """JSON with every list of numbers on one line."""
+    text = json.dumps({"schema": 1, **found}, indent=1)
+    path.write_text(re.sub(r"\[[-+\d.eE,\s]*\]", lambda numbers: " ".join(numbers[0].split()), text) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

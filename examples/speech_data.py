@@ -1,0 +1,167 @@
+"""Utterances to train and test on: strings of spoken digits, or a folder of wav files with transcripts."""
+
+import dataclasses
+import random
+import wave
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from .speech_clips import find_clips
+from .speech_console import SpeechDataError
+from .speech_model import LogMel, output_length, outputs_needed
+
+DIGIT_RATE, OWN_RATE = 8000, 16000
+TRAIN_STRINGS, TEST_STRINGS, MAX_DIGITS = 1200, 300, 3
+TRANSCRIPTS = "transcripts.txt"
+
+
+@dataclasses.dataclass
+class Utterance:
+    samples: torch.Tensor  # 1-D float32 in [-1, 1]
+    text: str
+
+
+@dataclasses.dataclass
+class Speech:
+    kind: str  # "recorded" or "synthetic" digits, or "own"
+    caption: str
+    rate: int
+    symbols: list
+    train: list
+    test: list
+
+    def words(self, text):
+        """What the error rate counts: digits, or the words of a text."""
+        return text.split() if self.kind == "own" else list(text)
+
+
+def resample(samples, rate, new_rate):
+    """Band-limited: cuts or pads the spectrum of a 1-D tensor."""
+    if rate == new_rate:
+        return samples
+    length = max(1, round(len(samples) * new_rate / rate))
+    spectrum = torch.fft.rfft(samples)[: length // 2 + 1]
+    return torch.fft.irfft(spectrum, n=length) * (length / len(samples))
+
+
+def read_wav(path, rate):
+    """A wav file of 16 bit PCM as one channel at `rate`; raises SpeechDataError."""
+    try:
+        with wave.open(str(path), "rb") as file:
+            channels, width, file_rate, frames = file.getparams()[:4]
+            content = file.readframes(frames)
+    except FileNotFoundError:
+        raise SpeechDataError(f"{path}: no such file") from None
+    except EOFError:
+        raise SpeechDataError(f"{path}: not a wav file, or cut off within its header") from None
+    except (wave.Error, RuntimeError) as error:
+        raise SpeechDataError(f"{path}: not a wav file of 16 bit PCM ({error})") from None
+    except OSError as error:
+        raise SpeechDataError(f"{path}: {error.strerror}") from None
+    if width != 2:
+        raise SpeechDataError(f"{path}: {8 * width} bit samples, where 16 bit PCM is needed")
+    if frames == 0:
+        raise SpeechDataError(f"{path}: holds no samples")
+    if not 1000 <= file_rate <= 1_000_000:
+        raise SpeechDataError(f"{path}: its header says {file_rate} samples per second")
+    if len(content) < frames * channels * width:
+        has = len(content) // (channels * width)
+        raise SpeechDataError(f"{path}: truncated, has {has} of the {frames} samples that its header announces")
+    samples = torch.frombuffer(bytearray(content), dtype=torch.int16).float().div_(32768)
+    return resample(samples.view(-1, channels).mean(1), file_rate, rate)
+
+
+def digit_strings(cache, seed, train_strings=TRAIN_STRINGS, test_strings=TEST_STRINGS):
+    """Strings of 1 to 3 digits, each of one voice; train and test share the clips and nothing else."""
+    kind, voices = find_clips(cache)
+    clips = [[_without_silence(read_wav(path, DIGIT_RATE)) for path in paths] for paths in voices.values()]
+    source = {
+        "recorded": "recorded digits (Debian's Asterisk prompts)",
+        "synthetic": "SYNTHETIC digits (espeak-ng): no measure of speech recognition",
+    }[kind]
+    caption = f"{source}, {len(voices)} voices; train and test share the {10 * len(voices)} clips"
+    make = random.Random(seed)
+    strings = [_digit_string(clips, make) for _ in range(train_strings + test_strings)]
+    return Speech(kind, caption, DIGIT_RATE, list("0123456789"), strings[test_strings:], strings[:test_strings])
+
+
+def _without_silence(samples):
+    """Cut where the sound is 35 dB below its peak, less 20 ms: shorter strings, faster steps."""
+    loud = (samples.abs() > 0.018 * samples.abs().max()).nonzero()
+    margin = DIGIT_RATE // 50
+    return samples[max(0, int(loud[0]) - margin) : int(loud[-1]) + margin]
+
+
+def _digit_string(clips, make):
+    voice = make.choice(clips)
+    digits = [make.randrange(10) for _ in range(make.randint(1, MAX_DIGITS))]
+    pieces = []
+    for digit in digits:
+        length = int(len(voice[digit]) / make.uniform(0.9, 1.15))
+        pieces.append(F.interpolate(voice[digit].view(1, 1, -1), length, mode="linear").view(-1))
+        pieces.append(torch.zeros(int(DIGIT_RATE * make.uniform(0, 0.1))))
+    samples = torch.cat(pieces)
+    noise = torch.randn(len(samples), generator=torch.Generator().manual_seed(make.getrandbits(40)))
+    samples += noise * samples.std() * 10 ** (-make.uniform(10, 30) / 20)
+    return Utterance(samples * 10 ** (make.uniform(-6, 6) / 20), "".join(map(str, digits)))
+
+
+def own_recordings(folder):
+    """Reads `folder`/*.wav and `folder`/transcripts.txt; a tenth of them, always the same, is for the test."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise SpeechDataError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
+    if not any(folder.iterdir()):
+        raise SpeechDataError(f"{folder}: the folder is empty")
+    utterances, mel = [], LogMel(OWN_RATE)
+    for path, text in _transcripts(folder):
+        utterances.append(Utterance(read_wav(path, OWN_RATE), text))
+        outputs, needed = output_length(mel.frames(len(utterances[-1].samples))), outputs_needed(text)
+        if outputs < needed:
+            raise SpeechDataError(
+                f"{path}: too short for its transcript: CTC needs {needed} outputs of 40 ms, and it gives {outputs}"
+            )
+    if len(utterances) < 2:
+        raise SpeechDataError(f"{folder / TRANSCRIPTS}: {len(utterances)} utterance, where training needs 2 or more")
+    random.Random(0).shuffle(utterances)
+    held_out = max(1, len(utterances) // 10)
+    symbols = sorted({symbol for utterance in utterances for symbol in utterance.text})
+    caption = f"{len(utterances)} utterances of {folder}, {held_out} held out for the test"
+    return Speech("own", caption, OWN_RATE, symbols, utterances[held_out:], utterances[:held_out])
+
+
+def _transcripts(folder):
+    """Yields (path of the wav, text) per line: `file.wav<TAB>text`, or as in Kaldi and LibriSpeech `name text`."""
+    file = folder / TRANSCRIPTS
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        raise SpeechDataError(f"{file}: no such file; it has a line file.wav<TAB>text per recording") from None
+    except UnicodeDecodeError as error:
+        raise SpeechDataError(f"{file}: not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise SpeechDataError(f"{file}: {error.strerror}") from None
+    seen = set()
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{file}, line {number}"
+        name, separator, text = line.partition("\t") if "\t" in line else line.partition(" ")
+        if not name.strip():
+            raise SpeechDataError(f"{where}: starts with a blank, where the name of a wav file is expected")
+        if not separator:
+            raise SpeechDataError(f"{where}: {name!r} is one word, where file.wav<TAB>text is expected")
+        text = " ".join(text.split())
+        if not text:
+            raise SpeechDataError(f"{where}: the transcript of {name} is empty")
+        path = folder / name
+        if not path.is_file() and not name.endswith(".wav"):
+            path = folder / f"{name}.wav"
+        if not path.is_file():
+            raise SpeechDataError(f"{where}: there is no {path.name} in {folder}")
+        if path in seen:
+            raise SpeechDataError(f"{where}: {path.name} has a transcript already")
+        seen.add(path)
+        yield path, text

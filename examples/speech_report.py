@@ -1,0 +1,117 @@
+"""What remains of a run: a table, a picture, and all numbers as JSON."""
+
+import json
+import math
+import platform
+from pathlib import Path
+from statistics import median
+
+import matplotlib
+import torch
+
+import fastclip
+
+SMOOTHING = 0.9
+
+
+def summarise(arms, baseline):
+    """A dict per arm; `baseline` names the arm that the speed-up refers to."""
+    rows = [
+        {
+            "arm": arm.name,
+            "lr": arm.optimizer.param_groups[0]["lr"],
+            "wer_percent": arm.wer,
+            "final_loss": sum(arm.losses[-20:]) / len(arm.losses[-20:]),
+            "steps_per_second": len(arm.step_seconds) / sum(arm.step_seconds),
+            "update_microseconds": 1e6 * median(arm.update_seconds),
+        }
+        for arm in arms
+    ]
+    base = next(row["update_microseconds"] for row in rows if row["arm"] == baseline)
+    for row in rows:
+        row["speedup_of_update"] = base / row["update_microseconds"]
+    return rows
+
+
+def table(rows, caption, baseline):
+    """The rows as text, with a line that says what was recognised."""
+    lines = [f"Test: {caption}."]
+    head = ("arm", "WER %", "final loss", "steps/s", "clip+update µs", "faster than loop")
+    lines.append(f"{head[0]:<24}{head[1]:>8}{head[2]:>12}{head[3]:>10}{head[4]:>16}{head[5]:>18}")
+    for row in rows:
+        faster = f"{row['speedup_of_update']:.1f}x" if row["arm"] != baseline else "-"
+        lines.append(
+            f"{row['arm']:<24}{row['wer_percent']:>8.1f}{row['final_loss']:>12.3g}{row['steps_per_second']:>10.1f}"
+            f"{row['update_microseconds']:>16.0f}{faster:>18}"
+        )
+    return "\n".join(lines)
+
+
+def _smooth(values):
+    smoothed, mean = [], None
+    for value in values:
+        mean = value if mean is None or not math.isfinite(mean) else SMOOTHING * mean + (1 - SMOOTHING) * value
+        smoothed.append(mean)
+    return smoothed
+
+
+def draw(arms, caption, path):
+    """Loss and gradient norm over the steps, as a PNG."""
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    # The loop is a broad light line, so that fastclip's, which coincides with it, shows inside.
+    styles = {"Python loop": {"lw": 6, "alpha": 0.35, "color": "tab:blue"}, "fastclip": {"lw": 1.3, "color": "navy"}}
+    others = iter(("tab:red", "tab:orange"))
+    figure, (loss_axes, norm_axes) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    for arm in arms:
+        style = styles.get(arm.name) or {"lw": 1.3, "color": next(others)}
+        label = f"{arm.name}: WER {arm.wer:.1f} %"
+        loss_axes.plot(range(1, len(arm.losses) + 1), _smooth(arm.losses), label=label, **style)
+        norm_axes.plot(arm.norm_steps, _smooth(arm.norms), label=arm.name, **style)
+    loss_axes.set(xlabel="step", ylabel="CTC loss per string (smoothed)", yscale="log", title="Loss")
+    norm_axes.set(xlabel="step", ylabel="norm before the clip (smoothed)", yscale="log", title="Gradient norm")
+    for axes in (loss_axes, norm_axes):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.suptitle(f"SGD with and without clipping; {caption}", fontsize=9)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _cpu_name():
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _finite(value):
+    """JSON knows no NaN and no infinity: null stands for them."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def save(path, rows, arms, speech, settings):
+    """All numbers, and what they depend on, as JSON."""
+    report = {
+        "data": {"kind": speech.kind, "caption": speech.caption, "train": len(speech.train), "test": len(speech.test)},
+        "settings": settings,
+        "machine": {"cpu": _cpu_name(), "system": platform.platform(), "threads": torch.get_num_threads()},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "fastclip": fastclip.__version__,
+            "fastclip_build": fastclip.build_info(),
+        },
+        "results": rows,
+        "curves": {arm.name: {"loss": arm.losses, "norm_steps": arm.norm_steps, "norm": arm.norms} for arm in arms},
+        "seconds": {arm.name: {"step": arm.step_seconds, "update": arm.update_seconds} for arm in arms},
+    }
+    path.write_text(json.dumps(_finite(report)) + "\n")

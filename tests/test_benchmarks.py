@@ -1,0 +1,250 @@
+"""The benchmark compares like with like, and reports what it measured. Nothing here is timed."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("tqdm", reason="the benchmark shows its progress with tqdm: pip install fastclip[demo]")
+
+from benchmarks import agreement, case, contenders, cpu, report, shapes, timing  # noqa: E402
+from benchmarks.problem import Problem, is_normal  # noqa: E402
+
+SHAPES = [(5, 3), (7,), (), (1, 33)]
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("model", "tensors", "params"),
+    [
+        ("dnn", 4, 37_184),
+        ("gru-ctc", 20, 300_203),
+        ("tiny-600", 600, 86_400),
+        ("conformer-s", 480, 7.8e6),
+        ("conformer-m", 480, 24.4e6),
+        ("dense-100m", 6, 100.7e6),
+    ],
+)
+def test_models_have_the_published_sizes(model, tensors, params):
+    assert len(shapes.MODELS[model]) == tensors
+    assert shapes.count(shapes.MODELS[model]) == pytest.approx(params, abs=0.05e6 if params > 1e6 else 0)
+
+
+@pytest.mark.parametrize(("model", "histogram"), [("conformer-s", (336, 80, 64)), ("conformer-m", (336, 48, 96))])
+def test_conformers_have_torchaudio_s_histogram_of_sizes(model, histogram):
+    sizes = [math.prod(shape) for shape in shapes.MODELS[model]]
+    small, medium = sum(n <= 1024 for n in sizes), sum(4096 < n <= 64 * 1024 for n in sizes)
+    large = sum(64 * 1024 < n <= 256 * 1024 for n in sizes)
+    assert (small, medium, large) == histogram
+    assert small + medium + large == len(sizes)
+
+
+@pytest.mark.parametrize("momentum", cpu.MOMENTA)
+@pytest.mark.parametrize("clip", contenders.CLIPS)
+def test_contenders_agree(clip, momentum):
+    deviations = agreement.check(Problem("tiny", SHAPES), contenders.CLIPS[clip], momentum, (1, 2))
+    assert deviations["fastclip"] < 1e-6
+    if clip == "value":
+        assert deviations["fastclip"] == agreement.value_tolerance("fastclip") == 0
+
+
+def planted(params, clip, momentum):
+    """One element of the last step's result is off by one bit."""
+    optimizer, step = contenders.one_pass(params, clip, momentum)
+
+    def wrong_step():
+        step()
+        p = params[0].data.view(-1)
+        p[3] = torch.nextafter(p[3], torch.tensor(math.inf))
+
+    return optimizer, wrong_step
+
+
+def test_one_wrong_bit_is_a_disagreement(monkeypatch):
+    monkeypatch.setitem(contenders.CONTENDERS, "fastclip", planted)
+    with pytest.raises(agreement.Disagreement, match=r"fastclip: parameter 0 of shape \(5, 3\)"):
+        agreement.check(Problem("tiny", SHAPES), contenders.CLIPS["value"], 0.9)
+
+
+def unclipped(params, clip, momentum):
+    optimizer = torch.optim.SGD(params, contenders.LR, momentum)
+    return optimizer, optimizer.step
+
+
+@pytest.mark.parametrize("name", contenders.CONTENDERS)
+def test_a_clip_that_is_not_applied_is_a_disagreement(name, monkeypatch):
+    problem = Problem("tiny", [(100, 100)])
+    monkeypatch.setitem(contenders.CONTENDERS, name, unclipped)
+    for clip in contenders.CLIPS.values():
+        if not (name == "loop" and clip[0] == "norm"):  # there the loop is wrong in both types, and the others differ
+            with pytest.raises(agreement.Disagreement):
+                agreement.check(problem, clip, 0.0)
+
+
+def test_lost_momentum_and_nan_are_disagreements():
+    good = {"parameter": [torch.ones(2)], "momentum": [torch.ones(2)]}
+    with pytest.raises(agreement.Disagreement, match="0 momentum tensors instead of 1"):
+        agreement.compare("x", good | {"momentum": []}, good, 1.0)
+    with pytest.raises(agreement.Disagreement, match="nan"):
+        agreement.compare("x", good | {"momentum": [torch.tensor([1.0, math.nan])]}, good, 1.0)
+
+
+def test_the_command_stops_at_a_disagreement(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(contenders.CONTENDERS, "fastclip", planted)
+    monkeypatch.setattr(case, "measure", lambda *_: pytest.fail("timed"))
+    assert cpu.main(["--model", "dnn", "--threads", "1", "--out", str(tmp_path)]) == 1
+    assert "dnn, value, momentum 0: fastclip: parameter 0" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_writes_what_the_report_reads(monkeypatch, capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(timing, "BLOCK_SECONDS", 1e-6)
+    monkeypatch.setattr(case, "LARGE", 1)
+    assert cpu.main(["--model", "dnn", "--threads", "1", "--rounds", "6", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "cpu.json").read_text())
+    assert [(row["clip"], row["momentum"]) for row in found["cases"]] == [
+        (clip, momentum) for clip in contenders.CLIPS for momentum in cpu.MOMENTA
+    ]
+    # Half of the rounds, as the model counts as large.
+    assert [len(row["us_per_step"]["fastclip"]["samples"]) for row in found["cases"]] == 4 * [3]
+    assert [row["floor_bytes_per_parameter"] for row in found["cases"]] == [12, 20, 16, 24]
+    assert (tmp_path / "cpu.png").stat().st_size > 0
+    capsys.readouterr()
+    assert report.main([str(tmp_path / "cpu.json")]) == 0
+    assert capsys.readouterr().out.count("\n| dnn |") == 4
+
+
+def test_statistics_by_hand():
+    assert timing.summary([5.0]) == {"median": 5.0, "p10": 5.0, "p90": 5.0}
+    assert timing.summary([11.0 - i for i in range(11)]) == {"median": 6.0, "p10": 2.0, "p90": 10.0}
+    assert timing.ratios([2.0, 9.0], [1.0, 3.0]) == [2.0, 3.0]
+    assert timing.fastest({"slow": [3.0, 3.0, 1.0], "fast": [2.0, 2.0, 9.0]}) == "fast"
+
+
+def test_every_actor_runs_its_steps_in_every_round():
+    counts = {"a": 0, "b": 0}
+
+    def actor(name):
+        def step():
+            counts[name] += 1
+
+        return step
+
+    samples = timing.rounds({name: actor(name) for name in counts}, {"a": 2, "b": 5}, 3)
+    assert counts == {"a": 6, "b": 15}
+    assert {name: len(values) for name, values in samples.items()} == {"a": 3, "b": 3}
+
+
+def test_speed_ups_and_floor_by_hand():
+    samples = {"loop": [4e-3, 9e-3], "foreach": [3e-3, 9e-3], "fused": [2e-3, 6e-3], "fastclip": [1e-3, 2e-3]}
+    row = {"tensors": 10, "parameters": 1_000_000, "clip": "norm", "momentum": 0.9}
+    found = case.evaluate(row, samples | {"host": [1e-6, 2e-6], "add_": [0.4e-3, 0.5e-3]})
+    assert found["vs_loop"]["samples"] == [4.0, 4.5]
+    assert (found["best_of_torch"], found["vs_best_of_torch"]["samples"]) == ("fused", [2.0, 3.0])
+    assert found["us_per_step"]["fastclip"]["median"] == 1500
+    assert found["host_ns_per_tensor"]["samples"] == [100.0, 200.0]
+    assert found["gb_per_s"]["samples"] == [30.0, 24.0]  # 12 bytes for each of 1M elements
+    assert found["of_floor"]["samples"] == [0.8, 0.5]  # 24 bytes at that speed take 0.8 ms and 1 ms
+
+
+def test_normal_numbers():
+    assert is_normal([torch.tensor([0.0, 1.0, -1e-37])])
+    for bad in (1e-39, math.inf, math.nan):
+        assert not is_normal([torch.tensor([1.0, bad])])
+
+
+def summary(median, p10, p90):
+    return {"median": median, "p10": p10, "p90": p90, "samples": []}
+
+
+RESULTS = {
+    "machine": {"cpu": "Some CPU", "cores": 2},
+    "versions": {"python": "3.11.7", "torch": "2.13.0", "fastclip": "0.1.0", "compiler": "gcc", "capability": "AVX2"},
+    "commit": "0123456789abcdef",
+    "dirty": False,
+    "date": "2025-01-31T12:00:00+00:00",
+    "command": "python -m benchmarks.cpu",
+    "cases": [
+        {
+            "model": "conformer-m",
+            "tensors": 480,
+            "parameters": 24_367_104,
+            "clip": "value",
+            "limit": 0.01,
+            "momentum": 0.9,
+            "threads": 1,
+            "us_per_step": {"fastclip": summary(12345.6, 12000.0, 13000.0)},
+            "vs_loop": summary(2.04, 1.9, 2.2),
+            "best_of_torch": "fused",
+            "vs_best_of_torch": summary(1.5, 1.4, 1.6),
+            "of_floor": summary(0.957, 0.9, 1.0),
+        },
+        {
+            "model": "dnn",
+            "tensors": 4,
+            "parameters": 37_184,
+            "clip": "norm",
+            "limit": 1.0,
+            "momentum": 0.0,
+            "threads": 2,
+            "us_per_step": {"fastclip": summary(3.456, 3.0, 14.04)},
+            "vs_loop": summary(123.4, 99.0, 130.0),
+            "best_of_torch": "loop",
+            "vs_best_of_torch": summary(20.0, 19.0, 21.0),
+        },
+    ],
+}
+
+TABLES = """\
+Some CPU, 2 cores; torch 2.13.0, Python 3.11.7, fastclip 0.1.0 (gcc, AVX2); commit 0123456789, 2025-01-31; \
+`python -m benchmarks.cpu`. Medians (10th–90th percentile of the rounds). Floor: the bytes that a step has to \
+move, at the speed of torch's `add_` in the same round.
+
+Models: conformer-m, 480 tensors, 24.4M; dnn, 4 tensors, 37K.
+
+**1 thread**
+
+| model | clip | momentum | µs per step | vs loop | vs best of torch | of the floor |
+| --- | --- | ---: | ---: | ---: | ---: | ---: |
+| conformer-m | value 0.01 | 0.9 | 12,346 (12,000–13,000) | 2.0× (1.9–2.2) | 1.5× (1.4–1.6) fused | 96 % (90–100) |
+
+**2 threads**
+
+| model | clip | momentum | µs per step | vs loop | vs best of torch | of the floor |
+| --- | --- | ---: | ---: | ---: | ---: | ---: |
+| dnn | norm 1 | 0 | 3.46 (3–14) | 123× (99.0–130) | 20.0× (19.0–21.0) loop |  |"""
+
+
+def test_report_by_hand():
+    assert report.markdown(RESULTS) == TABLES
+    changed = copy.deepcopy(RESULTS) | {"commit": None, "dirty": True}
+    assert "commit unknown with changes" in report.markdown(changed)
+
+
+def test_report_updates_what_is_between_the_markers(tmp_path):
+    results, readme = tmp_path / "cpu.json", tmp_path / "README.md"
+    results.write_text(json.dumps(RESULTS))
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    for _ in range(2):
+        assert report.main([str(results), "--update", str(readme)]) == 0
+        assert readme.read_text() == f"before\n{report.BEGIN}\n{TABLES}\n{report.END}\nafter\n"
+
+
+@pytest.mark.parametrize("text", ["", report.BEGIN, f"{report.END} {report.BEGIN}", None])
+def test_report_without_markers_or_file_says_so(text, tmp_path, capsys):
+    results, readme = tmp_path / "cpu.json", tmp_path / "README.md"
+    results.write_text(json.dumps(RESULTS))
+    if text is not None:
+        readme.write_text(text)
+    assert report.main([str(results), "--update", str(readme)]) == 1
+    assert "README.md" in capsys.readouterr().err
+    assert text is None or readme.read_text() == text
