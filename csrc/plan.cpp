@@ -87,8 +87,7 @@ void Plan::clear() {
     part.step.hypers.clear();
     part.step.chunks = part.step.elements = 0;
   }
-  written_.clear();
-  read_.clear();
+  touched_.clear();
   parameter_ = 0;
   reason_.clear();
   first_device_.reset();
@@ -154,7 +153,7 @@ const at::Tensor* Plan::momentum_buffer(PyObject* param, PyObject* state) {
 
 void Plan::add_tensor(const at::Tensor* param, const at::Tensor& grad, const at::Tensor* buffer,
                       Momentum momentum, const Hyper& hyper, Py_ssize_t group_index) {
-  if (!part_ || part_->device != grad.device()) part_ = &part_of(grad.device());
+  if (!part_ || !(part_->device.is_cpu() && grad.is_cpu())) part_ = &part_of(grad.device());
   DevicePart& part = *part_;
   Step& step = part.step;
   const DType dtype = dtype_of(grad);
@@ -166,14 +165,19 @@ void Plan::add_tensor(const at::Tensor* param, const at::Tensor& grad, const at:
     step.hypers.back().clip_high = round_to(dtype, hyper.clip_high);
   }
   const int64_t numel = grad.numel();
-  step.tensors.push_back(TensorEntry{param ? data_of(*param, dtype) : nullptr, data_of(grad, dtype),
-                                     buffer ? data_of(*buffer, dtype) : nullptr, numel, step.chunks,
-                                     static_cast<int32_t>(step.hypers.size() - 1), dtype, momentum});
+  TensorEntry& entry = step.tensors.emplace_back();
+  entry.param = param ? data_of(*param, dtype) : nullptr;
+  entry.grad = data_of(grad, dtype);
+  entry.momentum_buffer = buffer ? data_of(*buffer, dtype) : nullptr;
+  entry.numel = numel;
+  entry.first_chunk = step.chunks;
+  entry.hyper = static_cast<int32_t>(step.hypers.size() - 1);
+  entry.dtype = dtype;
+  entry.momentum = momentum;
   step.chunks += (numel + kChunk - 1) / kChunk;
   step.elements += numel;
-  if (param) written_.push_back(param->unsafeGetTensorImpl());
-  if (buffer) written_.push_back(buffer->unsafeGetTensorImpl());
-  (param ? read_ : written_).push_back(grad.unsafeGetTensorImpl());
+  touched_.push_back({param ? param->unsafeGetTensorImpl() : nullptr, buffer ? buffer->unsafeGetTensorImpl() : nullptr,
+                      grad.unsafeGetTensorImpl()});
 }
 
 void Plan::add_param(const Group& group, Py_ssize_t group_index, Py_ssize_t index, PyObject* state) {
@@ -312,7 +316,10 @@ void Plan::run(Rule rule, NormClip norm_clip, const at::Tensor& grad_scale, cons
     part.step.max_norm = norm_clip.max_norm;
     run_part(part, moved_to(part.device, grad_scale), moved_to(part.device, found_inf));
   }
-  for (c10::TensorImpl* tensor : written_) tensor->bump_version();
+  for (const Touched& tensor : touched_) {
+    (tensor.param ? tensor.param : tensor.grad)->bump_version();
+    if (tensor.buffer) tensor.buffer->bump_version();
+  }
 }
 
 void Plan::run_part(DevicePart& part, const at::Tensor& grad_scale, const at::Tensor& found_inf) {
@@ -335,9 +342,9 @@ void Plan::run_on_cpu(const Step& step) {
   const bool release = step.elements >= kElementsToReleaseGil;
   std::vector<c10::intrusive_ptr<c10::TensorImpl>> alive;  // another thread may drop them meanwhile
   if (release) {
-    for (const auto* tensors : {&written_, &read_}) {
-      for (c10::TensorImpl* tensor : *tensors) {
-        alive.push_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(tensor));
+    for (const Touched& touched : touched_) {
+      for (c10::TensorImpl* tensor : {touched.param, touched.buffer, touched.grad}) {
+        if (tensor) alive.push_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(tensor));
       }
     }
   }

@@ -13,6 +13,15 @@ using c10::DispatchKeySet;
 
 namespace {
 
+uint64_t ordinary_keys() {
+  auto keys = DispatchKeySet({DispatchKey::ADInplaceOrView, DispatchKey::CPU, DispatchKey::AutogradCPU,
+                              DispatchKey::AutocastCPU});
+#if defined(FASTCLIP_CUDA)
+  keys = keys | DispatchKeySet({DispatchKey::CUDA, DispatchKey::AutogradCUDA, DispatchKey::AutocastCUDA});
+#endif
+  return keys.raw_repr();
+}
+
 bool is_ordinary(const at::Tensor& tensor) { return fastclip::is_ordinary(tensor.unsafeGetTensorImpl()); }
 
 // Sizes already equal. Strides of dimensions of size 1 mean nothing.
@@ -50,14 +59,8 @@ std::string describe(const at::Tensor& tensor) {
 
 }  // namespace
 
-uint64_t ordinary_keys() {
-  auto keys = DispatchKeySet({DispatchKey::ADInplaceOrView, DispatchKey::CPU, DispatchKey::AutogradCPU,
-                              DispatchKey::AutocastCPU});
-#if defined(FASTCLIP_CUDA)
-  keys = keys | DispatchKeySet({DispatchKey::CUDA, DispatchKey::AutogradCUDA, DispatchKey::AutocastCUDA});
-#endif
-  return keys.raw_repr();
-}
+const uint64_t kOtherKeys = ~ordinary_keys();
+const at::Tensor kNoGradient;
 
 std::string Place::text() const {
   std::string text = "parameter " + std::to_string(index);

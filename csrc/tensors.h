@@ -22,9 +22,9 @@ struct Place {
 
 // The gradient, without the virtual calls of Tensor::grad(): this is read for every tensor at every step.
 inline const at::Tensor& grad_of(const at::Tensor& param) {
-  static const at::Tensor none;
+  extern const at::Tensor kNoGradient;
   const auto* meta = static_cast<torch::autograd::AutogradMeta*>(param.unsafeGetTensorImpl()->autograd_meta());
-  return meta ? meta->grad_ : none;
+  return meta ? meta->grad_ : kNoGradient;
 }
 
 // The first element's address; `covered` has ordinary memory.
@@ -37,25 +37,25 @@ inline void* data_of(const at::Tensor& covered, DType dtype) {
 
 // Keys of an ordinary dense tensor. Any other key (sparse, quantized, conjugated, negated, a Python
 // subclass, functorch, ...) means that the memory alone does not tell the values.
-uint64_t ordinary_keys();
+extern const uint64_t kOtherKeys;  // all but the ordinary ones
 
 inline bool is_ordinary(c10::TensorImpl* tensor) {
-  static const uint64_t others = ~ordinary_keys();
-  return (tensor->key_set().raw_repr() & others) == 0;
+  return (tensor->key_set().raw_repr() & kOtherKeys) == 0;
 }
 
 inline bool has_kernel_dtype(at::ScalarType dtype) {
   return dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf;
 }
 
-// The common case of why_not_covered(param, grad) == nullptr, without a call. Both contiguous and of
-// the same sizes: the same element order.
-inline bool is_plainly_covered(const at::Tensor& param, const at::Tensor& grad) {
+// The common case of why_not_covered(param, grad) == nullptr, without a call: both contiguous and of
+// the same sizes, and so of the same element order.
+[[gnu::always_inline]] inline bool is_plainly_covered(const at::Tensor& param, const at::Tensor& grad) {
   c10::TensorImpl* const p = param.unsafeGetTensorImpl();
   c10::TensorImpl* const g = grad.unsafeGetTensorImpl();
   if (!is_ordinary(p) || !is_ordinary(g) || p->dtype() != g->dtype() || p->is_inference() ||
       !p->is_contiguous_default(at::MemoryFormat::Contiguous) ||
-      !g->is_contiguous_default(at::MemoryFormat::Contiguous) || p->device() != g->device()) {
+      !g->is_contiguous_default(at::MemoryFormat::Contiguous) ||
+      !((p->is_cpu() && g->is_cpu()) || p->device() == g->device())) {
     return false;
   }
   const auto of_p = p->sizes(), of_g = g->sizes();
