@@ -102,7 +102,16 @@ class Build(BuildExtension):
         target = folder / f"step_cuda_{'_'.join(architectures).replace('.', '')}.o"
         if self.force or not target.exists() or any(s.stat().st_mtime > target.stat().st_mtime for s in sources):
             flags = [flag for architecture in architectures for flag in gencode(architecture)]
-            command = [nvcc, *NVCC_FLAGS, f"--threads={os.cpu_count()}", *flags, "-c", str(sources[0]), "-o", str(target)]
+            command = [
+                nvcc,
+                *NVCC_FLAGS,
+                f"--threads={os.cpu_count()}",
+                *flags,
+                "-c",
+                str(sources[0]),
+                "-o",
+                str(target),
+            ]
             print(" ".join(command), flush=True)
             subprocess.run(command, check=True)
         return str(target)
@@ -120,14 +129,21 @@ class Build(BuildExtension):
         (folder / "_build_info.py").write_text(f'"""Written by setup.py."""\n\nBUILD_INFO = {info!r}\n')
 
 
-setup(
-    ext_modules=[
-        CppExtension(
-            "fastclip._C",
-            sources=["csrc/bindings.cpp", "csrc/plan.cpp", "csrc/tensors.cpp", "csrc/groups.cpp", "csrc/step_cpu.cpp"],
-            depends=sorted(map(str, Path("csrc").glob("*.h"))),
-            extra_compile_args=CXX_FLAGS,
-        )
-    ],
-    cmdclass={"build_ext": Build},
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=[
+            CppExtension(
+                "fastclip._C",
+                sources=[
+                    "csrc/bindings.cpp",
+                    "csrc/plan.cpp",
+                    "csrc/tensors.cpp",
+                    "csrc/groups.cpp",
+                    "csrc/step_cpu.cpp",
+                ],
+                depends=sorted(map(str, Path("csrc").glob("*.h"))),
+                extra_compile_args=CXX_FLAGS,
+            )
+        ],
+        cmdclass={"build_ext": Build},
+    )

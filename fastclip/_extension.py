@@ -8,7 +8,8 @@ try:
     from ._build_info import BUILD_INFO
 except ImportError as error:
     raise ImportError(
-        f"fastclip's extension is not built. In a clone of fastclip: python setup.py build_ext --inplace, or {BUILD_COMMAND}"
+        "fastclip's extension is not built. In a clone of fastclip: python setup.py build_ext --inplace, "
+        f"or {BUILD_COMMAND}"
     ) from error
 
 

@@ -54,7 +54,9 @@ def clipped(grad, clip_value=None, inverse_scale=None, dtype=None):
     """`grad` unscaled and value-clipped, in the type it is computed in; `grad` itself is left alone."""
     limits = None
     if clip_value is not None:  # clamp_ rounds its bounds to the gradient's dtype
-        limits = [torch.tensor(bound, dtype=torch.float64).to(grad.dtype).double().item() for bound in bounds(clip_value)]
+        limits = [
+            torch.tensor(bound, dtype=torch.float64).to(grad.dtype).double().item() for bound in bounds(clip_value)
+        ]
     if dtype is not None:
         grad = grad.to(dtype)
     if inverse_scale is not None:
@@ -101,7 +103,11 @@ def step_sgd(groups, state, grad_scale=None, found_inf=None):
     inverse_scale = None if grad_scale is None else grad_scale.double().reciprocal().float()
     with torch.set_grad_enabled(any(group["differentiable"] for group in groups)):
         grads = [
-            [clipped(p.grad, group["clip_value"], inverse_scale, compute_dtype(p)) for p in group["params"] if p.grad is not None]
+            [
+                clipped(p.grad, group["clip_value"], inverse_scale, compute_dtype(p))
+                for p in group["params"]
+                if p.grad is not None
+            ]
             for group in groups
         ]
         norm = None

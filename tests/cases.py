@@ -10,7 +10,21 @@ import fastclip
 CHUNK = 4096  # kChunk in csrc/step.h
 
 # The adversaries: nothing, one, around a SIMD width, around a chunk, unaligned, many dimensions.
-SHAPES = [(), (0, 3), (1,), (7,), (15,), (16,), (17,), (33,), (3, 5, 2), (CHUNK - 1,), (CHUNK,), (CHUNK + 1,), (3, CHUNK + 7)]
+SHAPES = [
+    (),
+    (0, 3),
+    (1,),
+    (7,),
+    (15,),
+    (16,),
+    (17,),
+    (33,),
+    (3, 5, 2),
+    (CHUNK - 1,),
+    (CHUNK,),
+    (CHUNK + 1,),
+    (3, CHUNK + 7),
+]
 TINY = [(5,)] * 600
 LARGE = [(257, 1031), (64,), (300, 300)]  # enough for several threads
 
@@ -59,7 +73,9 @@ def clip_in_place(params, clip_value=None, max_norm=None, norm_type=2.0):
     if max_norm is None:
         return None
     # clip_grad_norm_ as it is meant: its own float32 sum is off by 1e-4 at a few million elements.
-    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.double(), norm_type) for g in grads]), norm_type)
+    norm = torch.linalg.vector_norm(
+        torch.stack([torch.linalg.vector_norm(g.double(), norm_type) for g in grads]), norm_type
+    )
     coefficient = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     for g in grads:
         g.mul_(coefficient.to(g.dtype))

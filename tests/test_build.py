@@ -1,6 +1,7 @@
 """What the build promises: it says what it is, both halves compile and link, and no kernel spills."""
 
 import importlib
+import importlib.util
 import os
 import re
 import shutil
@@ -21,7 +22,12 @@ needs_nvcc = pytest.mark.skipif(nvcc is None, reason="needs nvcc")
 
 def run(*command, **environment):
     return subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **environment}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
 
 
@@ -54,7 +60,9 @@ def test_the_same_release_in_another_variant_is_taken(version):
 
 
 def test_without_a_build_the_command_is_told(tmp_path):
-    shutil.copytree(ROOT / "fastclip", tmp_path / "fastclip", ignore=shutil.ignore_patterns("*.so", "_build_info.py", "__pycache__"))
+    shutil.copytree(
+        ROOT / "fastclip", tmp_path / "fastclip", ignore=shutil.ignore_patterns("*.so", "_build_info.py", "__pycache__")
+    )
     result = subprocess.run([sys.executable, "-c", "import fastclip"], cwd=tmp_path, text=True, capture_output=True)
     assert "ImportError" in result.stderr and "setup.py build_ext --inplace" in result.stderr
 
@@ -65,7 +73,8 @@ from fastclip import _extension
 torch.manual_seed(0)
 digest = hashlib.sha256()
 for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-    for clip in ({}, {"clip_value": 0.5}, {"max_norm": 1.0}, {"max_norm": 0.5, "norm_type": "inf"}, {"clip_value": 0.5, "max_norm": 1.0}):
+    inf, both = {"max_norm": 0.5, "norm_type": "inf"}, {"clip_value": 0.5, "max_norm": 1.0}
+    for clip in ({}, {"clip_value": 0.5}, {"max_norm": 1.0}, inf, both):
         params = [torch.randn(n).to(dtype).requires_grad_() for n in (1, 17, 100, 5003)]
         opt = fastclip.SGD(params, lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=True, **clip)
         for _ in range(3):
@@ -101,17 +110,56 @@ def test_the_cuda_half_was_built_and_linked():
 
 
 @needs_nvcc
-@pytest.mark.parametrize("architecture", ["75", "80", "90"])
-def test_kernels_compile_without_warnings_and_do_not_spill(architecture, tmp_path):
+def test_kernels_compile_without_warnings_and_do_not_spill(tmp_path):
+    """For every architecture that fastclip is built for."""
+    known = run(nvcc, "--list-gpu-arch").stdout
+    architectures = [a for a in ("75", "80", "86", "89", "90", "100", "120") if f"compute_{a}\n" in known]
+    flags = [
+        "-O3",
+        "-std=c++17",
+        "-fmad=false",
+        "-Werror=all-warnings",
+        "-Xcompiler=-Wall,-Wextra,-Werror",
+        "--threads=2",
+    ]
+    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
     result = run(
-        nvcc, "-O3", "-std=c++17", "-fmad=false", "-Werror=all-warnings", "-Xptxas=-v", "-Xcompiler=-Wall,-Wextra,-Werror",
-        f"-gencode=arch=compute_{architecture},code=sm_{architecture}", "-cubin", "-o", str(tmp_path / "step.cubin"), "csrc/step_cuda.cu",
-    )  # fmt: skip
+        nvcc, *flags, "-Xptxas=-v", *targets, "-fatbin", "-o", str(tmp_path / "step.fatbin"), "csrc/step_cuda.cu"
+    )
     assert result.returncode == 0, result.stdout
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", result.stdout)]
     kernels = result.stdout.count("Compiling entry function")
-    assert kernels >= 10 and len(spills) >= 2 * kernels
+    assert kernels >= 10 * len(architectures) and len(spills) >= 2 * kernels
     assert not any(spills), [line for line in result.stdout.splitlines() if re.search(r"[1-9]\d* bytes spill", line)]
+
+
+def load_setup():
+    spec = importlib.util.spec_from_file_location("fastclip_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_cuda_can_be_left_out(monkeypatch):
+    monkeypatch.setenv("FASTCLIP_CUDA", "0")
+    assert load_setup().find_nvcc() is None
+
+
+@needs_nvcc
+def test_cuda_architectures(monkeypatch):
+    """All that the toolkit has, with PTX of the newest; TORCH_CUDA_ARCH_LIST narrows them."""
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    found = load_setup().cuda_architectures(nvcc)
+    assert {"8.0", "9.0"} <= {a.removesuffix("+PTX") for a in found}
+    assert [a for a in found if a.endswith("+PTX")] == [found[-1]]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    narrowed = load_setup().cuda_architectures(nvcc)
+    assert narrowed == ["8.0", "9.0+PTX"]
+    assert [flag for a in narrowed for flag in load_setup().gencode(a)] == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90,code=sm_90",
+        "-gencode=arch=compute_90,code=compute_90",
+    ]
 
 
 def test_sources_keep_to_their_layers():

@@ -17,7 +17,9 @@ def test_is_an_sgd_with_its_arguments():
     opt = fastclip.SGD([p], 0.1, 0.9, 0.0, 0.01, True, maximize=True, foreach=True, differentiable=False, fused=None)
     assert isinstance(opt, torch.optim.SGD)
     group = {k: v for k, v in opt.param_groups[0].items() if k != "params"}
-    plain = torch.optim.SGD([p], 0.1, 0.9, 0.0, 0.01, True, maximize=True, foreach=True, differentiable=False, fused=None)
+    plain = torch.optim.SGD(
+        [p], 0.1, 0.9, 0.0, 0.01, True, maximize=True, foreach=True, differentiable=False, fused=None
+    )
     assert group == {
         **{k: v for k, v in plain.param_groups[0].items() if k != "params"},
         "clip_value": None,
@@ -103,7 +105,9 @@ def test_checkpoints_load_with_weights_only():
     fastclip.SGD(ours, lr=0.1).load_state_dict(loaded)
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"]
+)
 def test_copies_step_like_the_original(duplicate):
     _, _, optimizer, ours = pair([(5, 3), (4,)], CLIPS["value and norm"], momentum=0.9)
     give_grads(ours)
@@ -192,7 +196,9 @@ def test_closure_runs_with_gradients_enabled():
 @pytest.mark.parametrize("tensor_lr", [False, True])
 def test_schedulers(make, tensor_lr):
     lr = 0.1
-    loop, theirs, optimizer, ours = pair([(5, 3), (4,)], CLIPS["value"], momentum=0.9, lr=torch.tensor(lr) if tensor_lr else lr)
+    loop, theirs, optimizer, ours = pair(
+        [(5, 3), (4,)], CLIPS["value"], momentum=0.9, lr=torch.tensor(lr) if tensor_lr else lr
+    )
     optimizer.param_groups[0]["lr"] = torch.tensor(lr) if tensor_lr else lr  # not the same tensor
     schedulers = make(loop.optimizer), make(optimizer)
     for _ in range(8):

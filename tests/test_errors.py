@@ -53,7 +53,11 @@ def test_bad_arguments_are_refused_at_construction(settings, error, words):
         (torch.zeros(2), TypeError, "iterable"),
         ([1], TypeError, "Tensors"),
         ([{"params": [torch.zeros(2)], "clip_value": -1}], ValueError, r"clip_value in param_groups\[0\]"),
-        ([{"params": [torch.zeros(2)]}, {"params": [torch.zeros(2)], "max_norm": 3.0}], ValueError, "max_norm.*all groups"),
+        (
+            [{"params": [torch.zeros(2)]}, {"params": [torch.zeros(2)], "max_norm": 3.0}],
+            ValueError,
+            "max_norm.*all groups",
+        ),
     ],
 )
 def test_bad_parameters_are_refused(params, error, words):
@@ -136,7 +140,9 @@ def test_a_step_that_raises_has_changed_nothing(broken, error, words, stepped):
     assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
     assert [p._version for p in params] == versions
     assert len(opt.state) == len(buffers)
-    assert all(torch.equal(opt.state[p]["momentum_buffer"], c) for p, c in zip(params[: len(buffers)], buffers, strict=True))
+    assert all(
+        torch.equal(opt.state[p]["momentum_buffer"], c) for p, c in zip(params[: len(buffers)], buffers, strict=True)
+    )
     assert first.grad is not None and torch.equal(first.grad, torch.ones(4))
 
 

@@ -34,7 +34,9 @@ def test_norm_of_float32_range(scale, dtype, device):
     assert math.isclose(norm.item(), exact_norm(grads), rel_tol=1e-12)
 
 
-@pytest.mark.parametrize("scales", [(1e-320,), (1e-300,), (1e-160, 1e-300), (1e150,), (1e300,), (1e307, 1.0, 1e-300), (1e160, 1e-160)])
+@pytest.mark.parametrize(
+    "scales", [(1e-320,), (1e-300,), (1e-160, 1e-300), (1e150,), (1e300,), (1e307, 1.0, 1e-300), (1e160, 1e-160)]
+)
 def test_norm_of_float64_range(scales, device):
     grads = [torch.rand(3000, dtype=torch.float64, device=device) * scale for scale in scales]
     assert math.isclose(norm_of(grads).item(), exact_norm(grads), rel_tol=1e-12)

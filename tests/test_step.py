@@ -60,7 +60,9 @@ def test_same_bits_over_many_steps():
 
 @pytest.mark.parametrize("clip", ["norm", "inf norm", "loose norm", "value and norm"])
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 2e-6), (torch.float64, 1e-12)], ids=str)
-@pytest.mark.parametrize("rule", [RULES[0], RULES[5], RULES[10], RULES[15]], ids=["plain", "momentum", "dampening", "nesterov"])
+@pytest.mark.parametrize(
+    "rule", [RULES[0], RULES[5], RULES[10], RULES[15]], ids=["plain", "momentum", "dampening", "nesterov"]
+)
 def test_norm_clip_agrees_with_the_loop(rule, dtype, rtol, clip, device):
     loop, theirs, optimizer, ours = pair(SHAPES, CLIPS[clip], dtype, device, **rule)
     for _ in range(4):
@@ -120,7 +122,9 @@ def test_rounding_to_16_bits_is_torchs(dtype):
 
 @pytest.mark.parametrize("clip", CLIPS)
 def test_gradients_are_left_as_they_were(clip, device):
-    _, _, optimizer, ours = pair(SHAPES, CLIPS[clip], device=device, momentum=0.9, nesterov=True, maximize=True, weight_decay=0.1)
+    _, _, optimizer, ours = pair(
+        SHAPES, CLIPS[clip], device=device, momentum=0.9, nesterov=True, maximize=True, weight_decay=0.1
+    )
     give_grads(ours, scale=3)
     before = [p.grad.clone() for p in ours]
     optimizer.step()
@@ -134,7 +138,8 @@ def test_groups_have_their_own_hyperparameters_and_value_clip_and_share_the_norm
     ours = make_params([(5,), (70, 70), (9,)], device=device)
     theirs = copy_params(ours)
     optimizer = fastclip.SGD(
-        [{"params": [p], "clip_value": c, **s} for p, c, s in zip(ours, clip_values, settings, strict=True)], max_norm=1.0
+        [{"params": [p], "clip_value": c, **s} for p, c, s in zip(ours, clip_values, settings, strict=True)],
+        max_norm=1.0,
     )
     plain = torch.optim.SGD([{"params": [p], **s} for p, s in zip(theirs, settings, strict=True)], foreach=False)
     for _ in range(3):
@@ -172,3 +177,14 @@ def test_a_norm_of_zero_and_a_threshold_of_zero(device):
     optimizer.step()
     assert torch.equal(p.detach(), torch.ones_like(p))
     assert math.isclose(optimizer.total_norm.item(), 3 * 5**0.5)
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+def test_no_temporary_of_the_size_of_a_gradient(clip):
+    _, _, optimizer, ours = pair([(1000, 1000)], CLIPS[clip], momentum=0.9, weight_decay=0.1, nesterov=True)
+    give_grads(ours)
+    optimizer.step()  # makes the momentum buffer
+    with torch.profiler.profile(profile_memory=True) as profile:
+        optimizer._step()
+    allocated = sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
+    assert allocated < 0.01 * ours[0].numel() * ours[0].element_size()
