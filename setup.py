@@ -98,7 +98,7 @@ class Build(BuildExtension):
         super().build_extensions()
 
     def compile_cuda(self, nvcc, architectures, folder):
-        sources = [Path("csrc/step_cuda.cu"), *Path("csrc").glob("*.h"), Path(__file__)]
+        sources = [Path("csrc/step_cuda.cu"), *Path("csrc").glob("*.h"), *Path("csrc").glob("*.cuh"), Path(__file__)]
         target = folder / f"step_cuda_{'_'.join(architectures).replace('.', '')}.o"
         if self.force or not target.exists() or any(s.stat().st_mtime > target.stat().st_mtime for s in sources):
             flags = [flag for architecture in architectures for flag in gencode(architecture)]

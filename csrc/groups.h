@@ -34,8 +34,7 @@ struct Group {
   bool differentiable;  // the caller wants gradients through the step
 };
 
-// What `index` says of itself in messages goes into each error: ValueError or TypeError that names
-// the argument, its value and the group.
+// Raises ValueError, TypeError or KeyError that names the argument, its value and the group.
 Group read_group(PyObject* group, Py_ssize_t index);
 
 // Bounds of a value clip: None -> (-inf, inf), δ -> (-δ, δ), (low, high) as it is.

@@ -1,0 +1,236 @@
+// The CPU's loops over a run of elements: one per dtype and set of terms, each for three instruction sets.
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+#include <type_traits>
+
+#include "step.h"
+
+namespace fastclip::cpu {
+namespace {
+
+// A run of elements of one tensor.
+struct Span {
+  void* param;
+  void* grad;
+  void* momentum_buffer;
+  int64_t size;
+};
+
+// What a loop needs besides its span, in double; each loop converts it to its compute type, as
+// torch does with the scalars of an operation.
+struct Constants {
+  Clip<double> clip;
+  SGD<double> sgd;
+};
+
+template <class T>
+FASTCLIP_HD Clip<T> convert(const Clip<double>& c) {
+  return {T(c.unscale), T(c.low), T(c.high), T(c.coefficient)};
+}
+template <class T>
+FASTCLIP_HD SGD<T> convert(const SGD<double>& c) {
+  return {T(c.negative_lr), T(c.momentum), T(c.one_minus_dampening), T(c.weight_decay)};
+}
+
+// The hardware prefetcher stops at each page and looks too short a way ahead: one core reads one stream
+// at about 60 % of what it can. Asking for the lines this far ahead brings the rest.
+constexpr int64_t kPrefetchBytes = 4096;
+constexpr int64_t kCacheLine = 64;
+
+// Asks for `count` elements, some way ahead of `from`.
+template <class Stored>
+FASTCLIP_HD void prefetch(const Stored* from, int64_t count, int64_t bytes_ahead = kPrefetchBytes) {
+  const char* ahead = reinterpret_cast<const char*>(from) + bytes_ahead;
+  for (int64_t byte = 0; byte < count * int64_t{sizeof(Stored)}; byte += kCacheLine) __builtin_prefetch(ahead + byte);
+}
+
+template <class Stored, class WhichTerms>
+FASTCLIP_HD void update_loop(const Span& span, const Constants& constants) {
+  using T = ComputeType<Stored>;
+  const auto clip = convert<T>(constants.clip);
+  const auto rule = convert<T>(constants.sgd);
+  const WhichTerms terms;
+  auto* const params = static_cast<Stored*>(span.param);
+  const auto* const grads = static_cast<const Stored*>(span.grad);
+  auto* const buffers = static_cast<Stored*>(span.momentum_buffer);
+  const auto update = [&](int64_t i) __attribute__((always_inline)) {
+    T param = load(params[i]);
+    T buffer{};
+    if constexpr (WhichTerms::momentum == Momentum::running) buffer = load(buffers[i]);
+    rule(terms, param, clip(load(grads[i])), buffer);
+    store(params[i], param);
+    if constexpr (WhichTerms::momentum != Momentum::none) store(buffers[i], buffer);
+  };
+  constexpr int64_t kBlock = 64;
+  int64_t i = 0;
+  for (; i + kBlock <= span.size; i += kBlock) {
+    prefetch(params + i, kBlock);
+    prefetch(grads + i, kBlock);
+    if constexpr (WhichTerms::momentum != Momentum::none) prefetch(buffers + i, kBlock);
+    for (int64_t j = 0; j < kBlock; ++j) update(i + j);
+  }
+  for (; i < span.size; ++i) update(i);
+}
+
+template <class Stored>
+FASTCLIP_HD void clip_loop(const Span& span, const Constants& constants) {
+  const auto clip = convert<ComputeType<Stored>>(constants.clip);
+  auto* const grads = static_cast<Stored*>(span.grad);
+  for (int64_t i = 0; i < span.size; ++i) store(grads[i], clip(load(grads[i])));
+}
+
+// A chunk is summed in this many lanes, on every instruction set, and so to the same bits.
+constexpr int kLanes = 32;
+// A whole chunk is read as four streams: one core keeps more lines in flight over several pages.
+constexpr int kStreams = 4;
+
+// kClip: whether there is a value clip or an unscaling before the norm.
+template <class Stored, Norm kNorm, bool kClip>
+FASTCLIP_HD void measure_loop(const Span& span, const Constants& constants, Measure& result) {
+  using T = ComputeType<Stored>;
+  constexpr bool kFloat64 = std::is_same_v<Stored, double>;
+  const auto clip = convert<T>(constants.clip);
+  const auto* const grads = static_cast<const Stored*>(span.grad);
+  constexpr int kWide = kFloat64 && kNorm == Norm::two ? kLanes : 1;  // lanes of the sums that only float64 needs
+  double small[kWide] = {}, medium[kLanes] = {}, big[kWide] = {};
+  const auto add = [&](const Stored* from) __attribute__((always_inline)) {
+    T x[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      x[lane] = load(from[lane]);
+      if constexpr (kClip) x[lane] = clip.value(x[lane]);
+    }
+    for (int lane = 0; lane < kLanes; ++lane) {
+      measure<kNorm, kFloat64>(small[lane % kWide], medium[lane], big[lane % kWide], x[lane]);
+    }
+  };
+  int64_t i = 0;
+  if (span.size == kChunk) {
+    constexpr int64_t kStream = kChunk / kStreams;
+    for (; i < kStream; i += kLanes) {
+      for (int stream = 0; stream < kStreams; ++stream) {
+        const Stored* const from = grads + stream * kStream + i;
+        prefetch(from, kLanes, kChunk * sizeof(Stored));  // the same place of the next chunk
+        add(from);
+      }
+    }
+    i = kChunk;
+  }
+  for (; i + kLanes <= span.size; i += kLanes) add(grads + i);
+  for (int lane = 0; i < span.size; ++i, ++lane) {
+    const T x = clip.value(load(grads[i]));
+    measure<kNorm, kFloat64>(small[lane % kWide], medium[lane], big[lane % kWide], x);
+  }
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) {
+      medium[lane] = kNorm == Norm::inf ? larger(medium[lane], medium[lane + half]) : medium[lane] + medium[lane + half];
+      if constexpr (kWide > 1) {
+        small[lane] += small[lane + half];
+        big[lane] += big[lane + half];
+      }
+    }
+  }
+  result = {small[0], medium[0], big[0]};
+}
+
+// ---- the three instruction sets ----------------------------------------------------------------
+
+using Loop = void (*)(const Span&, const Constants&);
+using MeasureLoop = void (*)(const Span&, const Constants&, Measure&);
+
+struct LoopTable {
+  Loop update[kNumDTypes][3][2][2];  // dtype, momentum, nesterov, weight decay
+  Loop clip[kNumDTypes];
+  MeasureLoop measure[kNumDTypes][2][2];  // dtype, inf norm, clip
+};
+
+// The loops above are inlined into the members of each set, and so compiled for its target.
+#define FASTCLIP_INSTRUCTION_SET(NAME, TARGET)                                                     \
+  struct NAME {                                                                                    \
+    template <class Stored, class WhichTerms>                                                      \
+    TARGET static void update(const Span& s, const Constants& c) {                                 \
+      update_loop<Stored, WhichTerms>(s, c);                                                       \
+    }                                                                                              \
+    template <class Stored>                                                                        \
+    TARGET static void clip(const Span& s, const Constants& c) {                                   \
+      clip_loop<Stored>(s, c);                                                                     \
+    }                                                                                              \
+    template <class Stored, Norm kNorm, bool kClip>                                                          \
+    TARGET static void measure(const Span& s, const Constants& c, Measure& m) {                    \
+      measure_loop<Stored, kNorm, kClip>(s, c, m);                                                 \
+    }                                                                                              \
+  };
+
+FASTCLIP_INSTRUCTION_SET(Baseline, )
+#if defined(__x86_64__)
+FASTCLIP_INSTRUCTION_SET(Avx2, __attribute__((target("avx2,fma"))))
+FASTCLIP_INSTRUCTION_SET(Avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512"))))
+#endif
+
+template <class Set, class Stored, Momentum kMomentum>
+constexpr void fill_terms(Loop (&loops)[2][2]) {
+  loops[0][0] = Set::template update<Stored, StaticTerms<kMomentum, false, false>>;
+  loops[0][1] = Set::template update<Stored, StaticTerms<kMomentum, false, true>>;
+  // Without momentum nesterov means nothing.
+  constexpr bool kNesterov = kMomentum != Momentum::none;
+  loops[1][0] = Set::template update<Stored, StaticTerms<kMomentum, kNesterov, false>>;
+  loops[1][1] = Set::template update<Stored, StaticTerms<kMomentum, kNesterov, true>>;
+}
+
+template <class Set, class Stored>
+constexpr void fill_dtype(LoopTable& table, DType dtype) {
+  const int d = static_cast<int>(dtype);
+  fill_terms<Set, Stored, Momentum::none>(table.update[d][0]);
+  fill_terms<Set, Stored, Momentum::first>(table.update[d][1]);
+  fill_terms<Set, Stored, Momentum::running>(table.update[d][2]);
+  table.clip[d] = Set::template clip<Stored>;
+  table.measure[d][0][0] = Set::template measure<Stored, Norm::two, false>;
+  table.measure[d][0][1] = Set::template measure<Stored, Norm::two, true>;
+  table.measure[d][1][0] = Set::template measure<Stored, Norm::inf, false>;
+  table.measure[d][1][1] = Set::template measure<Stored, Norm::inf, true>;
+}
+
+template <class Set>
+constexpr LoopTable make_loops() {
+  LoopTable table{};
+  fill_dtype<Set, float>(table, DType::float32);
+  fill_dtype<Set, double>(table, DType::float64);
+  fill_dtype<Set, BFloat16>(table, DType::bfloat16);
+  fill_dtype<Set, Float16>(table, DType::float16);
+  return table;
+}
+
+struct InstructionSet {
+  const char* name;
+  bool supported;
+  LoopTable loops;
+};
+
+// The best that the machine has, or the one named by FASTCLIP_CPU_CAPABILITY if the machine has it.
+const InstructionSet& instruction_set() {
+  static const InstructionSet sets[] = {
+#if defined(__x86_64__)
+      {"AVX512",
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"),
+       make_loops<Avx512>()},
+      {"AVX2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), make_loops<Avx2>()},
+#endif
+      {"baseline", true, make_loops<Baseline>()},
+  };
+  static const InstructionSet& chosen = [&]() -> const InstructionSet& {
+    const char* wanted = std::getenv("FASTCLIP_CPU_CAPABILITY");
+    const InstructionSet* best = nullptr;
+    for (const auto& set : sets) {
+      if (!set.supported) continue;
+      if (wanted && std::strcmp(wanted, set.name) == 0) return set;
+      if (!best) best = &set;
+    }
+    return *best;
+  }();
+  return chosen;
+}
+
+}  // namespace
+}  // namespace fastclip::cpu
