@@ -50,7 +50,7 @@ PYBIND11_MODULE(_C, module) {
   py::class_<Plan>(module, "Plan")
       .def(py::init<>())
       .def("step",
-           [](Plan& plan, const py::list& groups, const py::dict& state, const py::object& grad_scale,
+           [](Plan& plan, const py::object& groups, const py::object& state, const py::object& grad_scale,
               const py::object& found_inf) {
              return reason(plan.step(groups.ptr(), state.ptr(), grad_scale.ptr(), found_inf.ptr()));
            })

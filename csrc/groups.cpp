@@ -24,6 +24,14 @@ std::string repr(PyObject* value) {
   return result;
 }
 
+// Keeps an object alive: reading a number may run Python, which may change the list it came from.
+struct Held {
+  PyObject* object;
+  explicit Held(PyObject* object) : object(object) { Py_INCREF(object); }
+  Held(const Held&) = delete;
+  ~Held() { Py_DECREF(object); }
+};
+
 std::string type_name(PyObject* value) { return Py_TYPE(value)->tp_name; }
 
 // Numbers as torch takes them: float, int, numpy scalars, one-element tensors. Not bool strings, not
@@ -109,10 +117,10 @@ void read_clip_value(PyObject* value, const std::string& where, double* low, dou
       Py_DECREF(pair);
       raise(PyExc_ValueError, "clip_value" + where + " must be a number or (low, high), got " + repr(value));
     }
-    PyObject* items[2] = {PySequence_Fast_GET_ITEM(pair, 0), PySequence_Fast_GET_ITEM(pair, 1)};
-    Py_DECREF(pair);  // `value` keeps the items alive
-    *low = read_number(items[0], "clip_value[0]", where);
-    *high = read_number(items[1], "clip_value[1]", where);
+    const Held items[2] = {Held(PySequence_Fast_GET_ITEM(pair, 0)), Held(PySequence_Fast_GET_ITEM(pair, 1))};
+    Py_DECREF(pair);
+    *low = read_number(items[0].object, "clip_value[0]", where);
+    *high = read_number(items[1].object, "clip_value[1]", where);
     if (!(*low <= *high)) {  // refuses NaN, too
       raise(PyExc_ValueError, "clip_value" + where + " must have low <= high, got " + repr(value));
     }
@@ -159,13 +167,13 @@ Group read_group(PyObject* object, Py_ssize_t index) {
 
   Group group{};
   group.params = reader.required(kParams);
-  if (!PyList_CheckExact(group.params)) {
+  if (!PyList_Check(group.params) && !PyTuple_Check(group.params)) {
     raise(PyExc_TypeError, "params" + reader.where() + " must be a list, got " +
                                type_name(group.params));
   }
   group.param_names = reader.optional(kParamNames);
   if (group.param_names && !PyList_Check(group.param_names)) group.param_names = nullptr;
-  group.differentiable = reader.flag(kDifferentiable);
+  group.differentiable = reader.optional(kDifferentiable) && reader.flag(kDifferentiable);
 
   PyObject* lr = reader.required(kLr);
   PyObject* weight_decay = reader.required(kWeightDecay);
@@ -180,10 +188,10 @@ Group read_group(PyObject* object, Py_ssize_t index) {
       raise(PyExc_ValueError, "lr" + reader.where() + " must be a 1-element tensor");
     }
     group.lr_tensor = lr;  // on a GPU: reading it here would wait for the device
-  } else {
+  } else if (!group.differentiable) {
     hyper.lr = number(kLr);
   }
-  hyper.weight_decay = number(kWeightDecay);
+  if (!group.differentiable) hyper.weight_decay = number(kWeightDecay);
   hyper.momentum = number(kMomentum);
   hyper.dampening = number(kDampening);
   hyper.nesterov = reader.flag(kNesterov);

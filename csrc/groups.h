@@ -26,7 +26,7 @@ struct NormClip {
 };
 
 struct Group {
-  PyObject* params;       // the group's own list, borrowed
+  PyObject* params;       // the group's own list or tuple, borrowed
   PyObject* param_names;  // a list, or nullptr; borrowed
   PyObject* lr_tensor;    // lr as a tensor on another device than the CPU, or nullptr; borrowed
   Hyper hyper;

@@ -280,7 +280,10 @@ __global__ void __launch_bounds__(kThreads, min_blocks(kDTypes)) update_kernel(c
 template <Norm kNorm, DTypes kDTypes, int kTableBytes>
 __global__ void __launch_bounds__(kThreads, min_blocks(kDTypes)) measure_kernel(const __grid_constant__ Arguments<kTableBytes> arguments) {
   const Header& header = arguments.header;
-  if (skipped(header)) return;
+  if (skipped(header)) {
+    if (blockIdx.x == 0 && threadIdx.x == 0) header.outcome->total_norm = HUGE_VAL;
+    return;
+  }
   for_each_chunk(arguments, [&](int64_t chunk, const Hyper& hyper, const Entry& entry, int64_t begin, int size) {
     with_dtype<kDTypes>(entry.dtype, [&](auto stored) {
       const Measure sum = sum_over_block(kNorm, measure_chunk<kNorm, decltype(stored)>(header, hyper, entry, begin, size));

@@ -3,14 +3,19 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/Parallel.h>
 #include <c10/core/InferenceMode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
+#include <cmath>
 #include <unordered_set>
+#include <utility>
 
 #include "tensors.h"
 
@@ -54,6 +59,16 @@ at::Tensor optional_scalar(PyObject* object, const char* name) {
   return THPVariable_Unpack(object).detach();
 }
 
+// A mode (fake tensors, tracing, ...) or a functorch transform has to see operations; the kernels are none.
+bool something_watches_operations() {
+  using c10::DispatchKey;
+  static const c10::DispatchKeySet transforms({DispatchKey::FuncTorchDynamicLayerFrontMode,
+                                               DispatchKey::FuncTorchDynamicLayerBackMode, DispatchKey::Functionalize,
+                                               DispatchKey::PythonDispatcher, DispatchKey::PreDispatch});
+  return c10::impl::dispatch_mode_enabled() ||
+         !(c10::impl::tls_local_dispatch_key_set().included_ & transforms).empty();
+}
+
 at::Tensor moved_to(c10::Device device, const at::Tensor& scalar) {
   return scalar.defined() ? scalar.to(device, at::kFloat, /*non_blocking=*/true) : scalar;
 }
@@ -73,6 +88,10 @@ class Plan::Busy {
     plan.clear();
   }
   ~Busy() {
+    for (auto& added : plan_.new_buffers_) {
+      Py_XDECREF(added.entry);
+      Py_XDECREF(added.wrapped);
+    }
     plan_.new_buffers_.clear();
     plan_.busy_ = false;
   }
@@ -88,6 +107,8 @@ void Plan::clear() {
     part.step.chunks = part.step.elements = 0;
   }
   touched_.clear();
+  groups_.clear();
+  written_addresses_ = 0;
   parameter_ = 0;
   reason_.clear();
   first_device_.reset();
@@ -176,13 +197,16 @@ void Plan::add_tensor(const at::Tensor* param, const at::Tensor& grad, const at:
   entry.momentum = momentum;
   step.chunks += (numel + kChunk - 1) / kChunk;
   step.elements += numel;
+  for (const void* written : {param ? entry.param : entry.grad, entry.momentum_buffer}) {
+    written_addresses_ = (written_addresses_ ^ reinterpret_cast<uintptr_t>(written) ^ numel) * 0x9e3779b97f4a7c15u;
+  }
   touched_.push_back({param ? param->unsafeGetTensorImpl() : nullptr, buffer ? buffer->unsafeGetTensorImpl() : nullptr,
                       grad.unsafeGetTensorImpl()});
 }
 
 void Plan::add_param(const Group& group, Py_ssize_t group_index, Py_ssize_t index, PyObject* state) {
-  PyObject* object = PyList_GET_ITEM(group.params, index);
-  const Place place{group_index, index, group.param_names};
+  PyObject* object = PySequence_Fast_GET_ITEM(group.params, index);
+  const Place place{group_index, index, group.param_names, object};
   if (!THPVariable_Check(object)) {
     raise(PyExc_TypeError, place.text() + " must be a tensor, got " + Py_TYPE(object)->tp_name);
   }
@@ -201,11 +225,13 @@ void Plan::add_param(const Group& group, Py_ssize_t group_index, Py_ssize_t inde
     buffer = momentum_buffer(object, state);
     momentum = buffer ? Momentum::running : Momentum::first;
     if (!buffer) {
-      new_buffers_.push_back({object, at::empty_like(grad.detach())});
+      new_buffers_.push_back({object, at::empty_like(grad.detach()), nullptr, nullptr});
       buffer = &new_buffers_.back().buffer;
     } else if (buffer->is_inference() && !c10::InferenceMode::is_enabled()) {
       raise(PyExc_RuntimeError, "the momentum_buffer of " + place.text() +
                                     " is an inference tensor: it can't be updated outside InferenceMode");
+    } else if (buffer->sizes() != param.sizes()) {
+      raise(PyExc_ValueError, "the momentum_buffer of " + place.text() + " has another shape than the parameter");
     } else if (!is_plainly_covered(param, *buffer) && !same_memory_layout(*buffer, param)) {
       return not_covered(place.text() + " has a momentum_buffer of another memory layout, dtype or device");
     }
@@ -227,47 +253,81 @@ void Plan::add_group(Group& group, Py_ssize_t group_index, PyObject* state) {
     }
   }
   if (group.differentiable) not_covered("the step is to be differentiable");
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(group.params); ++i, ++parameter_) {
+  for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(group.params); ++i, ++parameter_) {
     add_param(group, group_index, i, state);  // to the end, for what has to be refused
   }
 }
 
-// Before the first byte is written: a dict can only fail where memory ends.
-void Plan::store_new_buffers(PyObject* state) {
-  for (auto& [param, buffer] : new_buffers_) {
-    PyObject* wrapped = THPVariable_Wrap(buffer);
-    PyObject* entry = wrapped ? PyObject_GetItem(state, param) : nullptr;  // a defaultdict's default
-    const bool stored = entry && PyDict_SetItem(entry, momentum_buffer_key(), wrapped) == 0;
-    Py_XDECREF(entry);
-    Py_XDECREF(wrapped);
-    if (!stored) throw PythonError{};
+// All that can fail, or run Python, comes before the first byte is written; what store_new_buffers then
+// does can only fail where memory ends.
+void Plan::prepare_new_buffers(PyObject* state) {
+  for (auto& added : new_buffers_) {
+    added.wrapped = THPVariable_Wrap(added.buffer);
+    added.entry = added.wrapped ? PyObject_GetItem(state, added.param) : nullptr;  // a defaultdict's default
+    if (!added.entry) throw PythonError{};
+    if (!PyDict_Check(added.entry)) raise(PyExc_TypeError, "an optimizer's state of a parameter must be a dict");
   }
+}
+
+void Plan::store_new_buffers() {
+  for (auto& added : new_buffers_) {
+    if (PyDict_SetItem(added.entry, momentum_buffer_key(), added.wrapped) != 0) throw PythonError{};
+  }
+}
+
+// Whether two of the arrays that this step writes overlap: then the order of the tensors matters, which the
+// kernels do not keep. Looked at only where an address is new.
+bool Plan::shares_memory() {
+  if (written_addresses_ == disjoint_addresses_) return false;
+  std::vector<std::pair<uintptr_t, uintptr_t>> ranges;
+  constexpr int64_t kItemSize[kNumDTypes] = {4, 8, 2, 2};
+  for (const auto& part : parts_) {
+    ranges.clear();
+    for (const auto& tensor : part.step.tensors) {
+      for (const void* written : {tensor.param ? tensor.param : tensor.grad, tensor.momentum_buffer}) {
+        const auto begin = reinterpret_cast<uintptr_t>(written);
+        if (written) ranges.emplace_back(begin, begin + tensor.numel * kItemSize[static_cast<int>(tensor.dtype)]);
+      }
+    }
+    std::sort(ranges.begin(), ranges.end());
+    for (size_t i = 1; i < ranges.size(); ++i) {
+      if (ranges[i].first < ranges[i - 1].second) return true;
+    }
+  }
+  disjoint_addresses_ = written_addresses_;
+  return false;
 }
 
 std::string Plan::step(PyObject* groups, PyObject* state, PyObject* grad_scale, PyObject* found_inf) {
   const Busy busy(*this);
-  if (!PyList_Check(groups)) raise(PyExc_TypeError, "param_groups must be a list");
+  if (!PyList_Check(groups) && !PyTuple_Check(groups)) raise(PyExc_TypeError, "param_groups must be a list");
   if (!PyDict_Check(state)) raise(PyExc_TypeError, "state must be a dict");
   const at::Tensor scale = optional_scalar(grad_scale, "grad_scale");
   const at::Tensor inf = optional_scalar(found_inf, "found_inf");
-  NormClip norm_clip;
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(groups); ++i) {
-    Group group = read_group(PyList_GET_ITEM(groups, i), i);
-    if (i == 0) norm_clip = group.norm_clip;
-    if (!(group.norm_clip == norm_clip)) {
+  // All groups first: reading a number may run Python, the walk over tensors may not.
+  for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(groups); ++i) {
+    groups_.push_back(read_group(PySequence_Fast_GET_ITEM(groups, i), i));
+    if (!(groups_.back().norm_clip == groups_.front().norm_clip)) {
       raise(PyExc_ValueError, "max_norm and norm_type hold for all groups together: param_groups[" +
                                   std::to_string(i) + "] has others than param_groups[0]");
     }
-    add_group(group, i, state);
   }
+  if (something_watches_operations()) not_covered("a dispatch mode or a functorch transform is active");
+  for (size_t i = 0; i < groups_.size(); ++i) add_group(groups_[i], static_cast<Py_ssize_t>(i), state);
+  const NormClip norm_clip = groups_.empty() ? NormClip{} : groups_.front().norm_clip;
   if (norm_clip.norm != Norm::none && parts_in_use() > 1) not_covered("max_norm over several devices");
+  if (reason_.empty() && shares_memory()) not_covered("two parameters or buffers share memory");
   if (!reason_.empty()) return reason_;
 
   // A skipped step must leave "no buffer yet" as it is. Where there are none to make, a GPU decides
   // by itself and nobody waits.
-  if (inf.defined() && (inf.is_cpu() || !new_buffers_.empty()) && inf.item<float>() != 0) return {};
-  store_new_buffers(state);
+  if (inf.defined() && (inf.is_cpu() || !new_buffers_.empty()) && inf.item<float>() != 0) {
+    if (norm_clip.norm != Norm::none) outcome_ = at::full({1}, HUGE_VAL, at::kDouble);
+    return {};
+  }
+  prepare_new_buffers(state);
   run(Rule::sgd, norm_clip, scale, inf);
+  store_new_buffers();
   return {};
 }
 
@@ -279,7 +339,7 @@ std::string Plan::clip_grads(PyObject* params, double low, double high, NormClip
   std::unordered_set<c10::TensorImpl*> seen;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i) {
     PyObject* object = PyList_GET_ITEM(params, i);
-    const Place place{0, i, nullptr, /*in_optimizer=*/false};
+    const Place place{0, i, nullptr, object, /*in_optimizer=*/false};
     if (!THPVariable_Check(object)) {
       raise(PyExc_TypeError, place.text() + " must be a tensor, got " + Py_TYPE(object)->tp_name);
     }
@@ -287,13 +347,15 @@ std::string Plan::clip_grads(PyObject* params, double low, double high, NormClip
     if (!first_device_) first_device_ = param.device();
     const at::Tensor& grad = grad_of(param);
     if (!grad.defined() || !seen.insert(grad.unsafeGetTensorImpl()).second) continue;
-    if (const char* why_not = why_not_covered(grad)) {
+    if (const char* why_not = why_not_covered(grad, place)) {
       not_covered("the gradient of " + place.text() + " " + why_not);
     } else if (grad.numel() > 0) {
       add_tensor(nullptr, grad, nullptr, Momentum::none, hyper, 0);
     }
   }
   if (norm_clip.norm != Norm::none && parts_in_use() > 1) not_covered("max_norm over several devices");
+  if (something_watches_operations()) not_covered("a dispatch mode or a functorch transform is active");
+  if (reason_.empty() && shares_memory()) not_covered("two gradients share memory");
   if (reason_.empty()) run(Rule::clip_grad, norm_clip, {}, {});
   return reason_;
 }

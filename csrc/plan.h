@@ -45,8 +45,10 @@ class Plan {
 
  private:
   struct NewBuffer {
-    PyObject* param;
+    PyObject* param;  // borrowed
     at::Tensor buffer;
+    PyObject* entry = nullptr;    // state[param], owned
+    PyObject* wrapped = nullptr;  // the buffer as a Python object, owned
   };
   // What a step writes and reads of one tensor, borrowed; nullptr where there is none.
   struct Touched {
@@ -67,7 +69,9 @@ class Plan {
                   Momentum momentum, const Hyper& hyper, Py_ssize_t group_index);
   DevicePart& part_of(c10::Device device);
   int parts_in_use() const;
-  void store_new_buffers(PyObject* state);
+  void prepare_new_buffers(PyObject* state);
+  void store_new_buffers();
+  bool shares_memory();
   void run(Rule rule, NormClip norm_clip, const at::Tensor& grad_scale, const at::Tensor& found_inf);
   void run_part(DevicePart& part, const at::Tensor& grad_scale, const at::Tensor& found_inf);
   void run_on_cpu(const Step& step);
@@ -79,6 +83,9 @@ class Plan {
   std::vector<Py_ssize_t> places_;         // of each parameter's entry in the state: a hint
   size_t parameter_ = 0;                   // the walk's position, over all groups
   std::vector<Touched> touched_;
+  std::vector<Group> groups_;
+  uint64_t written_addresses_ = 0;         // a hash of all that this step writes,
+  uint64_t disjoint_addresses_ = 0;        // and of the last ones found not to overlap
   std::string reason_;                     // why the kernels do not cover this step
   std::optional<c10::Device> first_device_;
   at::Tensor outcome_;                     // of the last step that had a norm clip

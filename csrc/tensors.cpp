@@ -1,4 +1,5 @@
 // Which tensors the kernels can take: dense memory, of the same element order, on a known device.
+#include <torch/csrc/Dtype.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <c10/core/InferenceMode.h>
@@ -50,6 +51,16 @@ std::string describe(const at::Tensor& tensor) {
   return std::string(c10::toString(tensor.scalar_type())) + " [" + sizes + "] on " + tensor.device().str();
 }
 
+// Whether the parameter was told, by its grad_dtype, to take gradients of this dtype.
+bool allows_grad_dtype(PyObject* param, const at::Tensor& grad) {
+  PyObject* wanted = PyObject_GetAttrString(param, "grad_dtype");
+  const bool allowed = wanted && THPDtype_Check(wanted) &&
+                       reinterpret_cast<THPDtype*>(wanted)->scalar_type == grad.scalar_type();
+  if (!wanted) PyErr_Clear();
+  Py_XDECREF(wanted);
+  return allowed;
+}
+
 [[noreturn]] void raise_mismatch(const char* what, const at::Tensor& param, const at::Tensor& grad,
                                  const Place& place) {
   raise(PyExc_ValueError, "the gradient of " + place.text() + " has another " + what +
@@ -81,7 +92,10 @@ const char* why_not_covered(const at::Tensor& param, const at::Tensor& grad, con
   // A subclass may have sizes of its own kind: what it holds is for plain torch to judge.
   if (!param.key_set().has(DispatchKey::Python) && !grad.key_set().has(DispatchKey::Python)) {
     if (param.sizes() != grad.sizes()) raise_mismatch("shape", param, grad, place);
-    if (dtype != grad.scalar_type()) raise_mismatch("dtype", param, grad, place);
+    if (dtype != grad.scalar_type()) {
+      if (allows_grad_dtype(place.param, grad)) return "has a gradient of another dtype";
+      raise_mismatch("dtype", param, grad, place);
+    }
     if (param.device() != grad.device()) raise_mismatch("device", param, grad, place);
   }
   if (param.is_inference() && !c10::InferenceMode::is_enabled()) {
@@ -93,7 +107,11 @@ const char* why_not_covered(const at::Tensor& param, const at::Tensor& grad, con
   return nullptr;
 }
 
-const char* why_not_covered(const at::Tensor& grad) {
+const char* why_not_covered(const at::Tensor& grad, const Place& place) {
+  if (grad.is_inference() && !c10::InferenceMode::is_enabled()) {
+    raise(PyExc_RuntimeError, "the gradient of " + place.text() +
+                                  " is an inference tensor: it can't be changed in place outside InferenceMode");
+  }
   if (!is_ordinary(grad)) return why_not_ordinary(grad);
   if (!has_kernel_dtype(grad.scalar_type())) return "has a dtype that the kernels do not cover";
   if (!grad.is_non_overlapping_and_dense()) return "has memory with gaps or overlaps";

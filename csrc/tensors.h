@@ -15,6 +15,7 @@ struct Place {
   Py_ssize_t group;
   Py_ssize_t index;
   PyObject* names;  // the group's param_names, or nullptr
+  PyObject* param;
   bool in_optimizer = true;
 
   std::string text() const;  // "parameter 3 of group 0 ('encoder.bias')"
@@ -72,7 +73,7 @@ inline bool has_kernel_dtype(at::ScalarType dtype) {
 const char* why_not_covered(const at::Tensor& param, const at::Tensor& grad, const Place& place);
 
 // The same question about a gradient alone, to be clipped in place.
-const char* why_not_covered(const at::Tensor& grad);
+const char* why_not_covered(const at::Tensor& grad, const Place& place);
 
 // Same dtype, device, sizes and element order: what a momentum buffer needs.
 bool same_memory_layout(const at::Tensor& a, const at::Tensor& b);

@@ -37,8 +37,12 @@ def clip_grad_value_(parameters, clip_value, foreach=None):
     """
     parameters = _as_list(parameters)
     if _C.Plan().clip_grad_value_(parameters, clip_value) is not None:
+        grads = _unique_grads(parameters)
+        for grad in grads:
+            if grad.is_complex() or grad.layout != torch.strided:
+                raise TypeError(f"clip_value can't be applied to a {grad.dtype} gradient of layout {grad.layout}")
         with torch.no_grad():
-            for grad in _unique_grads(parameters):
+            for grad in grads:
                 grad.clamp_(*reference.bounds(clip_value))
 
 
@@ -66,7 +70,7 @@ def clip_grad_norm_(parameters, max_norm, norm_type=2.0, error_if_nonfinite=Fals
         >>> grad_norm = fastclip.clip_grad_norm_(model.parameters(), 5.0)
     """
     parameters = _as_list(parameters)
-    norm_type = float(norm_type)
+    max_norm, norm_type = float(max_norm), float(norm_type)
     if not max_norm >= 0:
         raise ValueError(f"max_norm must not be negative or NaN, got {max_norm}")
     if error_if_nonfinite:
@@ -77,12 +81,13 @@ def clip_grad_norm_(parameters, max_norm, norm_type=2.0, error_if_nonfinite=Fals
     plan = _C.Plan()
     if norm_type in (2.0, math.inf) and plan.clip_grad_norm_(parameters, max_norm, norm_type) is None:
         norm = plan.total_norm()
-    elif norm_type in (2.0, math.inf):
-        norm = reference.total_norm(grads, norm_type)
-        reference.scale_(grads, reference.clip_coefficient(norm, max_norm))
     else:
-        norm = torch.nn.utils.get_total_norm(grads, norm_type, foreach=foreach)
-        reference.scale_(grads, reference.clip_coefficient(norm, max_norm))
+        with torch.no_grad():
+            if norm_type in (2.0, math.inf):
+                norm = reference.total_norm(grads, norm_type)
+            else:
+                norm = torch.nn.utils.get_total_norm(grads, norm_type, foreach=foreach)
+            reference.scale_(grads, reference.clip_coefficient(norm, max_norm))
     if norm is None:  # not one parameter
         return torch.zeros(())
     return norm.to(functools.reduce(torch.promote_types, (g.real.dtype for g in grads), torch.float32))

@@ -72,7 +72,8 @@ class ClippedOptimizer(torch.optim.Optimizer):
         `torch.nn.utils.clip_grad_norm_` returns, to log.
 
         A float64 scalar tensor on the parameters' device, computed without waiting for the device; None where
-        `max_norm` is not set or no step was taken. `max_norm=inf` measures and does not clip.
+        `max_norm` is not set or no step was taken, inf where AMP skipped the step. `max_norm=inf` measures and does not
+        clip.
 
         Example:
             >>> opt = fastclip.SGD(model.parameters(), lr=0.1, max_norm=5.0)

@@ -25,10 +25,10 @@ def total_norm(grads, norm_type=2.0):
         magnitudes = [g.abs().amax() for g in grads if g.numel() > 0]
         return torch.stack([m.double().to(device) for m in magnitudes]).amax()
     largest = torch.stack([g.abs().amax().double().to(device) for g in flat]).amax()
-    if not (largest.isfinite() and largest > 0):
-        return largest
-    squares = [(g.double() / largest.to(g.device)).square().sum().to(device) for g in flat]
-    return largest * torch.stack(squares).sum().sqrt()
+    ordinary = largest.isfinite() & (largest > 0)
+    scale = torch.where(ordinary, largest, 1.0)
+    squares = [(g.double() / scale.to(g.device)).square().sum().to(device) for g in flat]
+    return torch.where(ordinary, scale * torch.stack(squares).sum().sqrt(), largest)
 
 
 def clip_coefficient(norm, max_norm):
@@ -54,9 +54,8 @@ def clipped(grad, clip_value=None, inverse_scale=None, dtype=None):
     """`grad` unscaled and value-clipped, in the type it is computed in; `grad` itself is left alone."""
     limits = None
     if clip_value is not None:  # clamp_ rounds its bounds to the gradient's dtype
-        limits = [
-            torch.tensor(bound, dtype=torch.float64).to(grad.dtype).double().item() for bound in bounds(clip_value)
-        ]
+        exact = torch.tensor(bounds(clip_value), dtype=torch.float64, device="cpu")
+        limits = exact.to(grad.dtype).double().tolist()
     if dtype is not None:
         grad = grad.to(dtype)
     if inverse_scale is not None:
@@ -72,14 +71,17 @@ def compute_dtype(param):
 
 
 def check(groups):
-    """Raises for a clip that has no meaning for a gradient, before anything is changed."""
+    """Raises for what has no meaning for a gradient, before anything is changed."""
     for index, group in enumerate(groups):
         clips = [name for name in ("clip_value", "max_norm") if group[name] is not None]
         for i, param in enumerate(group["params"]):
-            if param.grad is None or not clips:
+            if param.grad is None:
                 continue
             where = f"parameter {i} of group {index}"
-            if param.grad.layout != torch.strided:
+            sparse = param.grad.layout != torch.strided
+            if sparse and isinstance(group["weight_decay"], (int, float)) and group["weight_decay"] != 0:
+                raise TypeError(f"weight_decay can't be applied to the sparse gradient of {where}")
+            if sparse and clips:
                 raise TypeError(f"{clips[0]} can't be applied to the sparse gradient of {where}")
             if param.grad.is_complex() and "clip_value" in clips:
                 raise TypeError(f"clip_value can't be applied to the complex gradient of {where}")
@@ -126,6 +128,8 @@ def update_sgd(group, grads, state):
     """`torch.optim.SGD`'s update of one group by the given gradients."""
     params = [p for p in group["params"] if p.grad is not None]
     buffers = [state[p].get("momentum_buffer") if group["momentum"] != 0 else None for p in params]
+    if isinstance(group["weight_decay"], torch.Tensor) and group["weight_decay"].requires_grad:
+        grads = [g.clone() for g in grads]  # torch then adds the decay in place
     wide = [p.to(compute_dtype(p)) for p in params]  # the parameter itself, but for 16-bit ones
     wide_buffers = [None if b is None else b.to(compute_dtype(p)) for p, b in zip(params, buffers, strict=True)]
     sgd(

@@ -168,6 +168,15 @@ def test_sources_keep_to_their_layers():
         text = path.read_text()
         if path.name != "bindings.cpp":
             assert "pybind11/" not in text, path.name
-        if path.stem in ("dtypes", "clip_rules", "update_rules", "step", "step_cpu", "loops_cpu", "step_cuda", "kernels_cuda"):
+        if path.stem in (
+            "dtypes",
+            "clip_rules",
+            "update_rules",
+            "step",
+            "step_cpu",
+            "loops_cpu",
+            "step_cuda",
+            "kernels_cuda",
+        ):
             includes = re.findall(r"#include [<\"]([^>\"]+)", text)
             assert not [i for i in includes if i.startswith(("torch/", "ATen/", "c10/", "Python"))], path.name
