@@ -29,10 +29,11 @@ bench: build  ## time fastclip against the Python loop and the best of torch, ab
 	$(PY) -m benchmarks.cpu $(ARGS)
 
 build: .requirements  ## the extension, in place
+	@echo "Building fastclip: 1 to 3 minutes the first time, longer with CUDA on an old machine. Log: build.log"
 	@$(PY) setup.py build_ext --inplace > build.log 2>&1 || { cat build.log; exit 1; }
 	@$(PY) -m fastclip
 
-format: build
+format: build  ## ruff
 	$(PY) -m ruff format . && $(PY) -m ruff check --fix .
 
 clean:  ## what was built
@@ -46,6 +47,7 @@ else
 .PHONY: .requirements
 # torch is pinned: a range would bring gigabytes of CUDA libraries that this needs nothing of.
 $(VENV)/installed-$(subst =,-,$(TORCH)): requirements.txt
+	@echo "Making $(VENV): torch and the rest, about a minute (200 MB)"
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet "$(TORCH)" -r requirements.txt
 	touch $@

@@ -2,6 +2,9 @@
 
 import gc
 import math
+import os
+import subprocess
+import sys
 import threading
 import weakref
 
@@ -432,3 +435,71 @@ def test_two_optimizers_in_two_threads():
     for theirs, ours in results.values():
         assert_close(theirs, ours, 2e-6)
     assert len(results) == 2
+
+
+def run_script(script, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_a_forked_child_can_step():
+    """As with stock torch: after set_num_threads(1), since OpenMP's threads do not survive a fork."""
+    result = run_script("""if True:
+        import os, torch, fastclip
+        p = torch.zeros(300_000, requires_grad=True)
+        opt = fastclip.SGD([p], lr=1.0, momentum=0.9, max_norm=1e9)
+        torch.set_num_threads(2)
+        p.grad = torch.ones_like(p)
+        opt.step()
+        child = os.fork()
+        if child == 0:
+            torch.set_num_threads(1)
+            opt.step()
+            os._exit(0 if torch.allclose(p.detach(), torch.tensor(-2.9)) else 1)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """)
+    assert result.stdout == "0\n", result.stderr
+
+
+def test_where_torch_rounds_twice_the_difference_is_one_ulp():
+    """ATEN_CPU_CAPABILITY=default has no fma; fastclip's rule always has."""
+    result = run_script(
+        """if True:
+        import torch, fastclip
+        torch.manual_seed(0)
+        p, g = torch.randn(10_000), torch.randn(10_000)
+        ours, theirs = p.clone().requires_grad_(), p.clone().requires_grad_()
+        ours.grad, theirs.grad = g.clone(), g.clone()
+        fastclip.SGD([ours], lr=0.1).step()
+        torch.optim.SGD([theirs], lr=0.1, foreach=False).step()
+        exact = (p.double() - torch.tensor(0.1).double() * g.double()).float()
+        ulps = (ours.detach().view(torch.int32) - exact.view(torch.int32)).abs().max().item()
+        close = torch.allclose(ours, theirs, rtol=2.4e-7, atol=2.4e-8)
+        print(torch.backends.cpu.get_cpu_capability(), ulps, close)
+        """,
+        ATEN_CPU_CAPABILITY="default",
+    )
+    assert result.stdout.split() == ["DEFAULT", "0", "True"], result.stdout + result.stderr
+
+
+@falls_back
+def test_a_local_norm_is_not_taken_for_the_norm_of_a_sharded_model():
+    distributed = pytest.importorskip("torch.distributed")
+    if not distributed.is_available():
+        pytest.skip("this torch has no torch.distributed")
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        p = torch.nn.Parameter(distribute_tensor(torch.zeros(4), mesh, [Shard(0)]))
+        p.grad = distribute_tensor(torch.full((4,), 3.0), mesh, [Shard(0)])
+        with pytest.raises(TypeError, match="max_norm.*parameter 0 of group 0.*DTensor"):
+            fastclip.SGD([p], lr=1.0, max_norm=1.0).step()
+        assert torch.equal(p.detach().full_tensor(), torch.zeros(4))
+        fastclip.SGD([p], lr=1.0, clip_value=0.5).step()
+        assert torch.equal(p.detach().full_tensor(), torch.full((4,), -0.5))
+    finally:
+        distributed.destroy_process_group()
