@@ -137,6 +137,7 @@ if __name__ == "__main__":
                 sources=[
                     "csrc/bindings.cpp",
                     "csrc/plan.cpp",
+                    "csrc/device_part.cpp",
                     "csrc/tensors.cpp",
                     "csrc/groups.cpp",
                     "csrc/step_cpu.cpp",

@@ -56,7 +56,8 @@ PYBIND11_MODULE(_C, module) {
            })
       .def("clip_grad_value_", clip_grad_value)
       .def("clip_grad_norm_", clip_grad_norm)
-      .def("total_norm", [](const Plan& plan) { return wrap(plan.total_norm()); });
+      .def("total_norm", [](const Plan& plan) { return wrap(plan.total_norm()); })
+      .def("skipped_steps", [](const Plan& plan) { return wrap(plan.skipped_steps()); });
 
   module.def("check_group", [](const py::object& group, Py_ssize_t index) { read_group(group.ptr(), index); });
   // Whether a profiler, or anything else that records torch's operations, is on.

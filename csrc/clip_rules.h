@@ -27,6 +27,12 @@ struct Clip {
     return x > high ? high : x;
   }
 
+  // To skip a step whose gradients hold an inf or NaN, the measure has to see what a value clip would hide.
+  FASTCLIP_HD T measured(T x, bool see_nonfinite) const {
+    const T unscaled = x * unscale;
+    return see_nonfinite && !(unscaled - unscaled == T(0)) ? unscaled : value(x);
+  }
+
   FASTCLIP_HD T operator()(T x) const { return value(x) * coefficient; }
 };
 
@@ -88,6 +94,38 @@ FASTCLIP_HD double clip_coefficient(double norm, double max_norm) {
   if (max_norm == HUGE_VAL) return 1.0;
   const double coefficient = max_norm / (norm + 1e-6);
   return coefficient > 1.0 ? 1.0 : coefficient;
+}
+
+// What the measured gradients mean for a step.
+struct Decision {
+  double total_norm;
+  double coefficient;
+  bool skip;
+};
+// Of a step that AMP found to be skipped.
+FASTCLIP_HD Decision skipped() { return {HUGE_VAL, 1.0, true}; }
+
+FASTCLIP_HD Decision decide(Norm norm, const Measure& sum, double max_norm, bool skip_nonfinite) {
+  // No sum of finite gradients overflows, so this is true exactly where one is not finite.
+  const double zero = (sum.small - sum.small) + (sum.medium - sum.medium) + (sum.big - sum.big);
+  const double total = total_norm(norm, sum);
+  return {total, clip_coefficient(total, max_norm), skip_nonfinite && zero != 0};
+}
+
+// What a step leaves behind, in the memory of its device: read by whoever asks, never waited for.
+struct Outcome {
+  Measure sum;        // over the gradients of this device
+  double total_norm;  // over those of all devices
+  double coefficient;
+  uint64_t skipped;   // steps, since the plan was made
+  uint32_t arrived;   // blocks at the barrier; 0 between steps
+  uint32_t opened;    // how often the barrier has opened
+};
+
+FASTCLIP_HD void record(Outcome& outcome, const Decision& decision, bool counts) {
+  outcome.total_norm = decision.total_norm;
+  outcome.coefficient = decision.coefficient;
+  outcome.skipped += decision.skip && counts;
 }
 
 }  // namespace fastclip

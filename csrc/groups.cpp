@@ -151,7 +151,7 @@ Group read_group(PyObject* object, Py_ssize_t index) {
   static const Key kParams("params"), kParamNames("param_names"), kLr("lr"), kMomentum("momentum"),
       kDampening("dampening"), kWeightDecay("weight_decay"), kNesterov("nesterov"),
       kMaximize("maximize"), kDifferentiable("differentiable"), kClipValue("clip_value"),
-      kMaxNorm("max_norm"), kNormType("norm_type");
+      kMaxNorm("max_norm"), kNormType("norm_type"), kSkipNonfinite("skip_nonfinite");
   const GroupReader reader(object, index);
   // Signs are checked where an optimizer is made, by torch. A step only refuses what would destroy
   // the model: schedulers may end on a learning rate of -1e-19, and torch takes it.
@@ -207,6 +207,7 @@ Group read_group(PyObject* object, Py_ssize_t index) {
   PyObject* norm_type = reader.required(kNormType);
   const bool two = PyFloat_CheckExact(norm_type) && PyFloat_AS_DOUBLE(norm_type) == 2;
   if (max_norm != Py_None || !two) group.norm_clip = read_norm_clip(max_norm, norm_type, reader.where());
+  group.norm_clip.skip_nonfinite = reader.flag(kSkipNonfinite);
   return group;
 }
 

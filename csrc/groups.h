@@ -15,13 +15,14 @@ struct PythonError {};
 // Raises type(message).
 [[noreturn]] void raise(PyObject* type, const std::string& message);
 
-// The clip over all gradients of all groups.
+// What is decided over all gradients of all groups.
 struct NormClip {
   Norm norm = Norm::none;
   double max_norm = 0;
+  bool skip_nonfinite = false;
 
   bool operator==(const NormClip& other) const {
-    return norm == other.norm && max_norm == other.max_norm;
+    return norm == other.norm && max_norm == other.max_norm && skip_nonfinite == other.skip_nonfinite;
   }
 };
 

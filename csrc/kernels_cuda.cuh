@@ -1,316 +1,174 @@
-// The CUDA kernels: measure and update, over every chunk of every tensor in a table.
+// The CUDA kernel: measures (where there is a norm), waits for the whole grid, updates.
 #pragma once
 
-#include <cuda_runtime.h>
+#include "tiles_cuda.cuh"
 
-#include "step.h"
+// All of a block's shared memory: a Shared, then the slots.
+extern __shared__ uint4 dynamic_shared_memory[];
 
 namespace fastclip::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarp = 32;
-constexpr int kPackBytes = 16;  // the widest load
-
-// ---- the table a kernel reads ------------------------------------------------------------------
-
-struct Entry {
-  void* param;
-  void* grad;
-  void* momentum_buffer;
-  int64_t numel;
-  uint32_t first_chunk;
-  uint16_t hyper;
-  DType dtype;
-  Momentum momentum : 4;
-  bool aligned : 1;  // all arrays start on 16 bytes, and with them every chunk
-};
-static_assert(sizeof(Entry) == 40, "more tensors fit into the kernel arguments while it is small");
-
-struct Header {
-  int64_t chunks;
-  uint32_t tensors;
-  uint32_t hypers;
-  double max_norm;
-  const float* grad_scale;
-  const float* found_inf;
-  Outcome* outcome;
-  Measure* measures;
-  const unsigned char* table;  // in device memory, or nullptr: it follows the header
-  bool normed;
+struct alignas(kPackBytes) Shared {
+  Measure of_warp[kWarps];
+  Decision decision;
+  bool last;
 };
 
-// Rows of Hyper, then the entries. As a kernel argument the table needs no copy and no lifetime, and a
-// CUDA graph captures it by value; arguments may have 32,764 bytes since CUDA 12.1.
-constexpr int kSmallTable = 3072;
-#if CUDART_VERSION >= 12010
-constexpr int kLargeTable = 32000;
-#else
-constexpr int kLargeTable = kSmallTable;
-#endif
+__device__ __forceinline__ Shared& shared() { return *reinterpret_cast<Shared*>(dynamic_shared_memory); }
 
-template <int kTableBytes>
-struct Arguments {
-  Header header;
-  alignas(16) unsigned char table[kTableBytes];
-};
-
-struct Table {
-  const Hyper* hypers;
-  const Entry* entries;
-};
-
-template <int kTableBytes>
-__device__ __forceinline__ Table table_of(const Arguments<kTableBytes>& arguments) {
-  const unsigned char* bytes = arguments.header.table ? arguments.header.table : arguments.table;
-  const auto* hypers = reinterpret_cast<const Hyper*>(bytes);
-  return {hypers, reinterpret_cast<const Entry*>(hypers + arguments.header.hypers)};
-}
-
-// The last entry that starts at or before a chunk. The same for all threads of a block.
-__device__ __forceinline__ const Entry& entry_of(const Entry* entries, uint32_t count, int64_t chunk) {
-  uint32_t low = 0, high = count;
-  while (high - low > 1) {
-    const uint32_t middle = (low + high) / 2;
-    (entries[middle].first_chunk <= chunk ? low : high) = middle;
-  }
-  return entries[low];
-}
-
-// ---- one chunk ---------------------------------------------------------------------------------
-
-template <class Stored>
-struct alignas(kPackBytes) Pack {
-  static constexpr int kSize = kPackBytes / sizeof(Stored);
-  static constexpr int kOfChunk = kChunk / (kThreads * kSize);  // of one thread
-  static constexpr int kInFlight = kOfChunk < 4 ? kOfChunk : 4;
-  Stored values[kSize];
-};
-
-__device__ __forceinline__ double lr_of(const Hyper& hyper) {
-  if (!hyper.lr_on_device) return hyper.lr;
-  return hyper.lr_is_float64 ? *static_cast<const double*>(hyper.lr_on_device)
-                             : *static_cast<const float*>(hyper.lr_on_device);
-}
-
-template <class T>
-__device__ __forceinline__ Clip<T> clip_of(const Header& header, const Hyper& hyper, double coefficient) {
-  const float unscale = header.grad_scale ? static_cast<float>(1.0 / *header.grad_scale) : 1.0f;
-  return {T(unscale), T(hyper.clip_low), T(hyper.clip_high), T(hyper.maximize ? -coefficient : coefficient)};
-}
-
-// Calls body(i, n) for packs [i, i + kThreads, ...) of which n are in range, then one(i) for each
-// element that is left over or lies in unaligned memory.
-template <class Stored, class Packs, class One>
-__device__ __forceinline__ void for_chunk(bool aligned, int size, const Packs& packs, const One& one) {
-  constexpr int kPack = Pack<Stored>::kSize;
-  const int whole = aligned ? size / kPack : 0;
-#pragma unroll 1
-  for (int first = threadIdx.x; first < whole; first += kThreads * Pack<Stored>::kInFlight) packs(first, whole);
-#pragma unroll 1
-  for (int i = whole * kPack + threadIdx.x; i < size; i += kThreads) one(i);
-}
-
-enum class Kernel { sgd, sgd_momentum, clip_grad };
-
-// Not inlined: one copy serves all kernels, and a call is nothing against a chunk's memory traffic.
-template <Kernel kKernel, class Stored>
-__device__ __noinline__ void update_chunk(const Header& header, const Hyper& hyper, const Entry& entry,
-                                             int64_t begin, int size, double coefficient) {
-  using T = ComputeType<Stored>;
-  constexpr bool kRule = kKernel != Kernel::clip_grad;
-  constexpr bool kBuffer = kKernel == Kernel::sgd_momentum;
-  const Clip<T> clip = clip_of<T>(header, hyper, coefficient);
-  const SGD<T> sgd{T(-lr_of(hyper)), T(hyper.momentum), T(1 - hyper.dampening), T(hyper.weight_decay)};
-  const Terms terms{kBuffer ? entry.momentum : Momentum::none, hyper.nesterov, hyper.weight_decay != 0};
-
-  auto* const params = static_cast<Stored*>(kRule ? entry.param : entry.grad) + begin;
-  const auto* const grads = static_cast<const Stored*>(entry.grad) + begin;
-  auto* const buffers = kBuffer ? static_cast<Stored*>(entry.momentum_buffer) + begin : nullptr;
-  const bool read_buffer = terms.momentum == Momentum::running;
-
-  const auto update = [&](Stored& param, const Stored& grad, Stored& stored_buffer) {
-    const T g = clip(load(grad));
-    if constexpr (kRule) {
-      T p = load(param);
-      T buffer = kBuffer && read_buffer ? load(stored_buffer) : T{};
-      sgd(terms, p, g, buffer);
-      store(param, p);
-      if constexpr (kBuffer) store(stored_buffer, buffer);
-    } else {
-      store(param, g);
+// Deals tiles out to the warps of all blocks, one round after the other, or back from the last to the
+// first: what a pass read last is what the next one still finds in L2. The tiles of the first rounds
+// have slots, in both directions the same. Calls body(tile, hyper, entry, first element, size, slot).
+template <int kTableBytes, class Body>
+__device__ __forceinline__ void for_each_tile(const Arguments<kTableBytes>& arguments, bool backwards, bool slots,
+                                              const Body& body) {
+  const Header& header = arguments.header;
+  const Table table = table_of(arguments);
+  const uint32_t warp = threadIdx.x / kWarp;
+  const uint32_t first = warp * gridDim.x + blockIdx.x;  // every block gets a tile before any gets a second
+  const uint32_t workers = gridDim.x * kWarps;
+  const uint32_t rounds = first < header.tiles ? (header.tiles - first - 1) / workers + 1 : 0;
+  for (uint32_t i = 0; i < rounds; ++i) {
+    const uint32_t round = backwards ? rounds - 1 - i : i;
+    const uint32_t tile = first + round * workers;
+    const Entry& entry = entry_of(table.entries, header.tensors, tile);
+    const int64_t begin = static_cast<int64_t>(tile - entry.first_tile) * header.tile;
+    const int64_t rest = entry.numel - begin;
+    const uint32_t slot = round * kWarps + warp;
+    uint4* kept = nullptr;
+    if (slots && slot < header.slots) {
+      kept = dynamic_shared_memory + (sizeof(Shared) + size_t{slot} * header.slot_bytes) / sizeof(uint4);
     }
-  };
-
-  for_chunk<Stored>(
-      entry.aligned, size,
-      [&](int first, int whole) {
-        constexpr int kInFlight = Pack<Stored>::kInFlight;
-        Pack<Stored> p[kInFlight], g[kInFlight], b[kInFlight];
-#pragma unroll
-        for (int k = 0; k < kInFlight; ++k) {
-          const int i = first + k * kThreads;
-          if (i >= whole) break;
-          g[k] = reinterpret_cast<const Pack<Stored>*>(grads)[i];
-          if constexpr (kRule) p[k] = reinterpret_cast<const Pack<Stored>*>(params)[i];
-          if constexpr (kBuffer) {
-            if (read_buffer) b[k] = reinterpret_cast<const Pack<Stored>*>(buffers)[i];
-          }
-        }
-#pragma unroll
-        for (int k = 0; k < kInFlight; ++k) {
-          const int i = first + k * kThreads;
-          if (i >= whole) break;
-#pragma unroll
-          for (int j = 0; j < Pack<Stored>::kSize; ++j) update(p[k].values[j], g[k].values[j], b[k].values[j]);
-          reinterpret_cast<Pack<Stored>*>(params)[i] = p[k];
-          if constexpr (kBuffer) reinterpret_cast<Pack<Stored>*>(buffers)[i] = b[k];
-        }
-      },
-      [&](int i) {
-        Stored unused;
-        update(params[i], grads[i], kBuffer ? buffers[i] : unused);
-      });
+    body(tile, table.hypers[entry.hyper], entry, begin, static_cast<int>(rest < header.tile ? rest : header.tile), kept);
+  }
 }
 
-template <Norm kNorm, class Stored>
-__device__ __noinline__ Measure measure_chunk(const Header& header, const Hyper& hyper, const Entry& entry,
-                                                 int64_t begin, int size) {
-  using T = ComputeType<Stored>;
-  constexpr bool kFloat64 = sizeof(Stored) == sizeof(double);
-  const Clip<T> clip = clip_of<T>(header, hyper, 1.0);
-  const auto* const grads = static_cast<const Stored*>(entry.grad) + begin;
-  Measure sum{};
-  const auto add = [&](const Stored& grad) {
-    measure<kNorm, kFloat64>(sum.small, sum.medium, sum.big, static_cast<double>(clip.value(load(grad))));
-  };
-  for_chunk<Stored>(
-      entry.aligned, size,
-      [&](int first, int whole) {
-        constexpr int kInFlight = Pack<Stored>::kInFlight;
-        Pack<Stored> g[kInFlight];
-#pragma unroll
-        for (int k = 0; k < kInFlight; ++k) {
-          if (first + k * kThreads >= whole) break;
-          g[k] = reinterpret_cast<const Pack<Stored>*>(grads)[first + k * kThreads];
-        }
-#pragma unroll
-        for (int k = 0; k < kInFlight; ++k) {
-          if (first + k * kThreads >= whole) break;
-#pragma unroll
-          for (int j = 0; j < Pack<Stored>::kSize; ++j) add(g[k].values[j]);
-        }
-      },
-      [&](int i) { add(grads[i]); });
-  return sum;
-}
-
-// The sum over a block, in an order that depends on nothing but the thread's number; for thread 0.
-__device__ __forceinline__ Measure sum_over_block(Norm norm, Measure sum) {
-  __shared__ Measure of_warp[kThreads / kWarp];
+// Over the lanes of a warp, for lane 0, in an order that depends on nothing else.
+__device__ __forceinline__ Measure sum_over_warp(Norm norm, Measure sum) {
   for (int offset = kWarp / 2; offset > 0; offset /= 2) {
     const Measure other{__shfl_down_sync(0xffffffffu, sum.small, offset),
                         __shfl_down_sync(0xffffffffu, sum.medium, offset),
                         __shfl_down_sync(0xffffffffu, sum.big, offset)};
     combine(norm, sum, other);
   }
-  __syncthreads();  // the last sum was read
-  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = sum;
+  return sum;
+}
+
+// Over the threads of a block, for thread 0.
+__device__ __forceinline__ Measure sum_over_block(Norm norm, Measure sum) {
+  sum = sum_over_warp(norm, sum);
+  if (threadIdx.x % kWarp == 0) shared().of_warp[threadIdx.x / kWarp] = sum;
   __syncthreads();
   if (threadIdx.x == 0) {
-    for (int warp = 1; warp < kThreads / kWarp; ++warp) combine(norm, sum, of_warp[warp]);
+    for (int warp = 1; warp < kWarps; ++warp) combine(norm, sum, shared().of_warp[warp]);
   }
   return sum;
 }
 
-// ---- the kernels -------------------------------------------------------------------------------
-
-// Kernels for tensors of one dtype, and one for a mixture, which needs more registers: there all
-// threads of a block take the same branch.
-enum class DTypes { float32, float64, bfloat16, float16, mixed };
-
-template <DTypes kDTypes, class Body>
-__device__ __forceinline__ void with_dtype(DType dtype, const Body& body) {
-  if constexpr (kDTypes == DTypes::float32) return body(float{});
-  if constexpr (kDTypes == DTypes::float64) return body(double{});
-  if constexpr (kDTypes == DTypes::bfloat16) return body(BFloat16{});
-  if constexpr (kDTypes == DTypes::float16) return body(Float16{});
-  if constexpr (kDTypes == DTypes::mixed) {
-    switch (dtype) {
-      case DType::float32: return body(float{});
-      case DType::float64: return body(double{});
-      case DType::bfloat16: return body(BFloat16{});
-      case DType::float16: return body(Float16{});
-    }
+// The sum over all tiles, for thread 0 of one block. Other blocks have written them: `volatile` reads what
+// is there now.
+template <DTypes kDTypes>
+__device__ __forceinline__ Measure sum_over_tiles(const Header& header) {
+  constexpr bool kFloat64 = kDTypes == DTypes::any;  // else only `medium` is in use
+  const volatile double* const medium = header.measures;
+  const volatile double* const small = medium + header.tiles;
+  const volatile double* const big = small + header.tiles;
+  Measure sum{};
+#pragma unroll 4
+  for (uint32_t tile = threadIdx.x; tile < header.tiles; tile += kThreads) {
+    combine(header.norm, sum, Measure{kFloat64 ? small[tile] : 0, medium[tile], kFloat64 ? big[tile] : 0});
   }
+  return sum_over_block(header.norm, sum);
 }
 
-// Blocks of 256 threads on a multiprocessor at the least: a cap on registers that leaves enough loads in flight.
-constexpr int min_blocks(DTypes dtypes) { return dtypes == DTypes::mixed ? 1 : 2; }
-
-// Chunks go round over the blocks. Calls body(chunk, hyper, entry, first element, number of elements).
-template <int kTableBytes, class Body>
-__device__ __forceinline__ void for_each_chunk(const Arguments<kTableBytes>& arguments, const Body& body) {
-  const Table table = table_of(arguments);
-  for (int64_t chunk = blockIdx.x; chunk < arguments.header.chunks; chunk += gridDim.x) {
-    const Entry& entry = entry_of(table.entries, arguments.header.tensors, chunk);
-    const int64_t begin = (chunk - entry.first_chunk) * kChunk;
-    const int64_t rest = entry.numel - begin;
-    body(chunk, table.hypers[entry.hyper], entry, begin, static_cast<int>(rest < kChunk ? rest : kChunk));
-  }
-}
-
-__device__ __forceinline__ bool skipped(const Header& header) {
-  return header.found_inf && *header.found_inf != 0;
-}
-
-template <Kernel kKernel, DTypes kDTypes, int kTableBytes>
-__global__ void __launch_bounds__(kThreads, min_blocks(kDTypes)) update_kernel(const __grid_constant__ Arguments<kTableBytes> arguments) {
-  const Header& header = arguments.header;
-  if (skipped(header)) return;
-  const double coefficient = header.normed ? header.outcome->coefficient : 1.0;
-  if (kKernel == Kernel::clip_grad && header.normed && coefficient == 1.0) return;
-  for_each_chunk(arguments, [&](int64_t, const Hyper& hyper, const Entry& entry, int64_t begin, int size) {
-    with_dtype<kDTypes>(entry.dtype, [&](auto stored) {
-      update_chunk<kKernel, decltype(stored)>(header, hyper, entry, begin, size, coefficient);
-    });
-  });
-}
-
-template <Norm kNorm, DTypes kDTypes, int kTableBytes>
-__global__ void __launch_bounds__(kThreads, min_blocks(kDTypes)) measure_kernel(const __grid_constant__ Arguments<kTableBytes> arguments) {
-  const Header& header = arguments.header;
-  if (skipped(header)) {
-    if (blockIdx.x == 0 && threadIdx.x == 0) header.outcome->total_norm = HUGE_VAL;
-    return;
-  }
-  for_each_chunk(arguments, [&](int64_t chunk, const Hyper& hyper, const Entry& entry, int64_t begin, int size) {
-    with_dtype<kDTypes>(entry.dtype, [&](auto stored) {
-      const Measure sum = sum_over_block(kNorm, measure_chunk<kNorm, decltype(stored)>(header, hyper, entry, begin, size));
-      if (threadIdx.x == 0) header.measures[chunk] = sum;
-    });
-  });
-
-  // The last block to come here adds up what all have measured.
-  __shared__ bool last;
+// All blocks meet here. The last to come adds up what was measured before it lets the others go on; where
+// nothing follows in this launch, nobody waits.
+template <DTypes kDTypes>
+__device__ __forceinline__ void meet_and_sum(const Header& header) {
+  volatile Outcome& outcome = *header.outcome;
+  const uint32_t opened = outcome.opened;
+  __syncthreads();  // the block's tiles are measured
   if (threadIdx.x == 0) {
     __threadfence();
-    last = atomicAdd(&header.outcome->arrived, 1u) == gridDim.x - 1;
+    shared().last = atomicAdd(&header.outcome->arrived, 1u) == gridDim.x - 1;
   }
   __syncthreads();
-  if (!last) return;
-  __threadfence();
-  Measure sum{};
-  for (int64_t chunk = threadIdx.x; chunk < header.chunks; chunk += kThreads) {
-    const volatile Measure& measured = header.measures[chunk];
-    combine(kNorm, sum, Measure{measured.small, measured.medium, measured.big});
+  if (shared().last) {
+    __threadfence();
+    const Measure sum = sum_over_tiles<kDTypes>(header);
+    if (threadIdx.x == 0) {
+      header.outcome->sum = sum;
+      atomicExch(&header.outcome->arrived, 0u);
+      __threadfence();
+      outcome.opened = opened + 1;
+    }
+  } else if (header.update && threadIdx.x == 0) {
+    while (outcome.opened == opened) __nanosleep(64);
+    __threadfence();
   }
-  sum = sum_over_block(kNorm, sum);
+}
+
+// What the norm decides, known to all threads of the block.
+__device__ __forceinline__ const Decision& decide_for_block(const Header& header) {
   if (threadIdx.x == 0) {
-    header.outcome->total_norm = total_norm(kNorm, sum);
-    header.outcome->coefficient = clip_coefficient(header.outcome->total_norm, header.max_norm);
-    header.outcome->arrived = 0;
+    Measure sum{};
+    for (int device = 0; device < header.devices; ++device) {
+      const volatile Measure& of = header.sums[device];
+      combine(header.norm, sum, Measure{of.small, of.medium, of.big});
+    }
+    shared().decision = decide(header.norm, sum, header.max_norm, header.skip_nonfinite);
+    if (blockIdx.x == 0) record(*header.outcome, shared().decision, header.counts);
   }
+  __syncthreads();
+  return shared().decision;
+}
+
+// Blocks on a multiprocessor at the least: a cap on registers that leaves enough loads in flight.
+constexpr int min_blocks(DTypes dtypes) { return dtypes == DTypes::any ? 1 : 2; }
+
+// One launch does it all, if all blocks run at the same time. Else one measures and the next updates.
+template <Kernel kKernel, DTypes kDTypes, int kTableBytes>
+__global__ void __launch_bounds__(kThreads, min_blocks(kDTypes))
+    step_kernel(const __grid_constant__ Arguments<kTableBytes> arguments) {
+  const Header& header = arguments.header;
+  if (header.found_inf && *header.found_inf != 0) {
+    if (header.update && blockIdx.x == 0 && threadIdx.x == 0) record(*header.outcome, skipped(), header.counts);
+    return;
+  }
+  const bool keep = header.measure && header.update;
+  if (header.measure) {
+    for_each_tile(arguments, false, keep, [&](uint32_t tile, const Hyper& hyper, const Entry& entry, int64_t begin,
+                                              int size, uint4* slot) {
+      with_dtype<kDTypes>(entry.dtype, [&](auto stored) {
+        using Stored = decltype(stored);
+        Measure sum = header.norm == Norm::inf
+                          ? measure_tile<Norm::inf, Stored>(header, hyper, entry, begin, size, slot)
+                          : measure_tile<Norm::two, Stored>(header, hyper, entry, begin, size, slot);
+        sum = sum_over_warp(header.norm, sum);
+        if (threadIdx.x % kWarp == 0) {
+          header.measures[tile] = sum.medium;
+          header.measures[header.tiles + tile] = sum.small;
+          header.measures[2 * header.tiles + tile] = sum.big;
+        }
+      });
+    });
+    meet_and_sum<kDTypes>(header);
+  }
+  if (!header.update) return;
+  double coefficient = 1.0;
+  if (header.sums) {
+    const Decision& decision = decide_for_block(header);
+    if (decision.skip) return;
+    coefficient = decision.coefficient;
+    if (kKernel == Kernel::clip_grad && coefficient == 1.0) return;
+  }
+  for_each_tile(arguments, keep, keep, [&](uint32_t, const Hyper& hyper, const Entry& entry, int64_t begin, int size,
+                                           const uint4* slot) {
+    with_dtype<kDTypes>(entry.dtype, [&](auto stored) {
+      update_tile<kKernel, decltype(stored)>(header, hyper, entry, begin, size, coefficient, slot);
+    });
+  });
 }
 
 }  // namespace

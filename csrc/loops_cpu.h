@@ -86,8 +86,10 @@ constexpr int kLanes = 32;
 // A whole chunk is read as four streams: one core keeps more lines in flight over several pages.
 constexpr int kStreams = 4;
 
-// kClip: whether there is a value clip or an unscaling before the norm.
-template <class Stored, Norm kNorm, bool kClip>
+// What a norm is taken of: gradients as they are, after unscaling and value clip, or so but for inf and NaN.
+enum class Seen { raw, clipped, clipped_or_nonfinite };
+
+template <class Stored, Norm kNorm, Seen kSeen>
 FASTCLIP_HD void measure_loop(const Span& span, const Constants& constants, Measure& result) {
   using T = ComputeType<Stored>;
   constexpr bool kFloat64 = std::is_same_v<Stored, double>;
@@ -99,7 +101,7 @@ FASTCLIP_HD void measure_loop(const Span& span, const Constants& constants, Meas
     T x[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) {
       x[lane] = load(from[lane]);
-      if constexpr (kClip) x[lane] = clip.value(x[lane]);
+      if constexpr (kSeen != Seen::raw) x[lane] = clip.measured(x[lane], kSeen == Seen::clipped_or_nonfinite);
     }
     for (int lane = 0; lane < kLanes; ++lane) {
       measure<kNorm, kFloat64>(small[lane % kWide], medium[lane], big[lane % kWide], x[lane]);
@@ -119,7 +121,7 @@ FASTCLIP_HD void measure_loop(const Span& span, const Constants& constants, Meas
   }
   for (; i + kLanes <= span.size; i += kLanes) add(grads + i);
   for (int lane = 0; i < span.size; ++i, ++lane) {
-    const T x = clip.value(load(grads[i]));
+    const T x = clip.measured(load(grads[i]), kSeen == Seen::clipped_or_nonfinite);
     measure<kNorm, kFloat64>(small[lane % kWide], medium[lane], big[lane % kWide], x);
   }
   for (int half = kLanes / 2; half > 0; half /= 2) {
@@ -142,7 +144,7 @@ using MeasureLoop = void (*)(const Span&, const Constants&, Measure&);
 struct LoopTable {
   Loop update[kNumDTypes][3][2][2];  // dtype, momentum, nesterov, weight decay
   Loop clip[kNumDTypes];
-  MeasureLoop measure[kNumDTypes][2][2];  // dtype, inf norm, clip
+  MeasureLoop measure[kNumDTypes][2][3];  // dtype, inf norm, seen
 };
 
 // The loops above are inlined into the members of each set, and so compiled for its target.
@@ -156,9 +158,9 @@ struct LoopTable {
     TARGET static void clip(const Span& s, const Constants& c) {                                   \
       clip_loop<Stored>(s, c);                                                                     \
     }                                                                                              \
-    template <class Stored, Norm kNorm, bool kClip>                                                          \
+    template <class Stored, Norm kNorm, Seen kSeen>                                                \
     TARGET static void measure(const Span& s, const Constants& c, Measure& m) {                    \
-      measure_loop<Stored, kNorm, kClip>(s, c, m);                                                 \
+      measure_loop<Stored, kNorm, kSeen>(s, c, m);                                                 \
     }                                                                                              \
   };
 
@@ -178,6 +180,13 @@ constexpr void fill_terms(Loop (&loops)[2][2]) {
   loops[1][1] = Set::template update<Stored, StaticTerms<kMomentum, kNesterov, true>>;
 }
 
+template <class Set, class Stored, Norm kNorm>
+constexpr void fill_measures(MeasureLoop (&loops)[3]) {
+  loops[0] = Set::template measure<Stored, kNorm, Seen::raw>;
+  loops[1] = Set::template measure<Stored, kNorm, Seen::clipped>;
+  loops[2] = Set::template measure<Stored, kNorm, Seen::clipped_or_nonfinite>;
+}
+
 template <class Set, class Stored>
 constexpr void fill_dtype(LoopTable& table, DType dtype) {
   const int d = static_cast<int>(dtype);
@@ -185,10 +194,8 @@ constexpr void fill_dtype(LoopTable& table, DType dtype) {
   fill_terms<Set, Stored, Momentum::first>(table.update[d][1]);
   fill_terms<Set, Stored, Momentum::running>(table.update[d][2]);
   table.clip[d] = Set::template clip<Stored>;
-  table.measure[d][0][0] = Set::template measure<Stored, Norm::two, false>;
-  table.measure[d][0][1] = Set::template measure<Stored, Norm::two, true>;
-  table.measure[d][1][0] = Set::template measure<Stored, Norm::inf, false>;
-  table.measure[d][1][1] = Set::template measure<Stored, Norm::inf, true>;
+  fill_measures<Set, Stored, Norm::two>(table.measure[d][0]);
+  fill_measures<Set, Stored, Norm::inf>(table.measure[d][1]);
 }
 
 template <class Set>

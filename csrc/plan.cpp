@@ -1,15 +1,12 @@
 // From an optimizer's groups to a Step: tensors found, checked, cut into chunks, handed to a device.
 #include "plan.h"
 
-#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
-#include <ATen/Parallel.h>
 #include <c10/core/InferenceMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
@@ -21,23 +18,6 @@
 
 namespace fastclip {
 namespace {
-
-// Below this a step is over sooner than other threads could make use of the GIL.
-constexpr int64_t kElementsToReleaseGil = 1 << 18;
-
-struct ReleasedGil {
-  PyThreadState* state;
-  explicit ReleasedGil(bool release) : state(release ? PyEval_SaveThread() : nullptr) {}
-  ~ReleasedGil() {
-    if (state) PyEval_RestoreThread(state);
-  }
-};
-
-void run_on_torch_threads(int count, void (*work)(void*), void* context) {
-  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) work(context);
-  });
-}
 
 // Bounds as clamp_ has them: rounded to the tensor's dtype.
 double round_to(DType dtype, double bound) {
@@ -69,14 +49,6 @@ bool something_watches_operations() {
          !(c10::impl::tls_local_dispatch_key_set().included_ & transforms).empty();
 }
 
-at::Tensor moved_to(c10::Device device, const at::Tensor& scalar) {
-  return scalar.defined() ? scalar.to(device, at::kFloat, /*non_blocking=*/true) : scalar;
-}
-
-const float* pointer(const at::Tensor& scalar) {
-  return scalar.defined() ? static_cast<const float*>(scalar.const_data_ptr()) : nullptr;
-}
-
 }  // namespace
 
 // Marks the plan as in use: its memory is one step's, and the GIL is released in the middle.
@@ -101,11 +73,7 @@ class Plan::Busy {
 };
 
 void Plan::clear() {
-  for (auto& part : parts_) {
-    part.step.tensors.clear();
-    part.step.hypers.clear();
-    part.step.chunks = part.step.elements = 0;
-  }
+  for (auto& part : parts_) part.clear();
   touched_.clear();
   groups_.clear();
   written_addresses_ = 0;
@@ -113,7 +81,7 @@ void Plan::clear() {
   reason_.clear();
   first_device_.reset();
   part_ = nullptr;
-  outcome_.reset();
+  total_norm_.reset();
 }
 
 void Plan::not_covered(const std::string& reason) {
@@ -124,8 +92,7 @@ DevicePart& Plan::part_of(c10::Device device) {
   for (auto& part : parts_) {
     if (part.device == device) return part;
   }
-  parts_.push_back(DevicePart{device, {}, 0, {}, {}, {}, {}, {}});
-  return parts_.back();
+  return parts_.emplace_back(device);
 }
 
 // state[param]. A look-up by tensor runs Tensor.__hash__, in Python (100 ns), so each parameter's
@@ -280,13 +247,12 @@ void Plan::store_new_buffers() {
 bool Plan::shares_memory() {
   if (written_addresses_ == disjoint_addresses_) return false;
   std::vector<std::pair<uintptr_t, uintptr_t>> ranges;
-  constexpr int64_t kItemSize[kNumDTypes] = {4, 8, 2, 2};
   for (const auto& part : parts_) {
     ranges.clear();
     for (const auto& tensor : part.step.tensors) {
       for (const void* written : {tensor.param ? tensor.param : tensor.grad, tensor.momentum_buffer}) {
         const auto begin = reinterpret_cast<uintptr_t>(written);
-        if (written) ranges.emplace_back(begin, begin + tensor.numel * kItemSize[static_cast<int>(tensor.dtype)]);
+        if (written) ranges.emplace_back(begin, begin + tensor.numel * item_size(tensor.dtype));
       }
     }
     std::sort(ranges.begin(), ranges.end());
@@ -308,26 +274,26 @@ std::string Plan::step(PyObject* groups, PyObject* state, PyObject* grad_scale, 
   for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(groups); ++i) {
     groups_.push_back(read_group(PySequence_Fast_GET_ITEM(groups, i), i));
     if (!(groups_.back().norm_clip == groups_.front().norm_clip)) {
-      raise(PyExc_ValueError, "max_norm and norm_type hold for all groups together: param_groups[" +
+      raise(PyExc_ValueError, "max_norm, norm_type and skip_nonfinite hold for all groups together: param_groups[" +
                                   std::to_string(i) + "] has others than param_groups[0]");
     }
   }
   if (something_watches_operations()) not_covered("a dispatch mode or a functorch transform is active");
   for (size_t i = 0; i < groups_.size(); ++i) add_group(groups_[i], static_cast<Py_ssize_t>(i), state);
   const NormClip norm_clip = groups_.empty() ? NormClip{} : groups_.front().norm_clip;
-  if (norm_clip.norm != Norm::none && parts_in_use() > 1) not_covered("max_norm over several devices");
   if (reason_.empty() && shares_memory()) not_covered("two parameters or buffers share memory");
   if (!reason_.empty()) return reason_;
 
-  // A skipped step must leave "no buffer yet" as it is. Where there are none to make, a GPU decides
-  // by itself and nobody waits.
+  // A skipped step must leave "no buffer yet" as it is. Where there are none to make, a GPU decides by itself
+  // and nobody waits.
   if (inf.defined() && (inf.is_cpu() || !new_buffers_.empty()) && inf.item<float>() != 0) {
-    if (norm_clip.norm != Norm::none) outcome_ = at::full({1}, HUGE_VAL, at::kDouble);
+    if (norm_clip.norm != Norm::none) total_norm_ = at::full({}, HUGE_VAL, at::kDouble);
+    ++skipped_by_host_;
     return {};
   }
   prepare_new_buffers(state);
-  run(Rule::sgd, norm_clip, scale, inf);
-  store_new_buffers();
+  run(Rule::sgd, norm_clip, {scale, inf});
+  if (new_buffers_.empty() || !was_skipped(norm_clip)) store_new_buffers();
   return {};
 }
 
@@ -353,30 +319,32 @@ std::string Plan::clip_grads(PyObject* params, double low, double high, NormClip
       add_tensor(nullptr, grad, nullptr, Momentum::none, hyper, 0);
     }
   }
-  if (norm_clip.norm != Norm::none && parts_in_use() > 1) not_covered("max_norm over several devices");
   if (something_watches_operations()) not_covered("a dispatch mode or a functorch transform is active");
   if (reason_.empty() && shares_memory()) not_covered("two gradients share memory");
-  if (reason_.empty()) run(Rule::clip_grad, norm_clip, {}, {});
+  if (reason_.empty()) run(Rule::clip_grad, norm_clip, {});
   return reason_;
 }
 
-int Plan::parts_in_use() const {
-  return static_cast<int>(std::count_if(parts_.begin(), parts_.end(), [](const DevicePart& part) {
-    return !part.step.tensors.empty();
-  }));
-}
-
-void Plan::run(Rule rule, NormClip norm_clip, const at::Tensor& grad_scale, const at::Tensor& found_inf) {
-  // The norm of no gradients is 0, on the parameters' device.
-  if (norm_clip.norm != Norm::none && parts_in_use() == 0 && first_device_) {
-    outcome_ = at::zeros({2}, at::TensorOptions().dtype(at::kDouble).device(*first_device_));
+void Plan::run(Rule rule, NormClip norm_clip, const Amp& amp) {
+  const bool normed = norm_clip.norm != Norm::none;
+  // Looking for inf and NaN is taking the inf norm, and clipping nothing.
+  if (norm_clip.skip_nonfinite && !normed) norm_clip = {Norm::inf, HUGE_VAL, true};
+  std::vector<c10::intrusive_ptr<c10::TensorImpl>> alive;  // another thread may drop them meanwhile
+  if (std::any_of(parts_.begin(), parts_.end(), [](const DevicePart& part) { return part.releases_gil(); })) {
+    for (const Touched& touched : touched_) {
+      for (c10::TensorImpl* tensor : {touched.param, touched.buffer, touched.grad}) {
+        if (tensor) alive.push_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(tensor));
+      }
+    }
   }
-  for (auto& part : parts_) {
-    if (part.step.tensors.empty()) continue;
-    part.step.rule = rule;
-    part.step.norm = norm_clip.norm;
-    part.step.max_norm = norm_clip.max_norm;
-    run_part(part, moved_to(part.device, grad_scale), moved_to(part.device, found_inf));
+  run_parts(parts_, rule, norm_clip, amp);
+  if (normed) {
+    const auto used = std::find_if(parts_.begin(), parts_.end(), [](const auto& p) { return !p.step.tensors.empty(); });
+    if (used != parts_.end()) {
+      total_norm_ = used->total_norm();
+    } else if (first_device_) {  // the norm of no gradients is 0
+      total_norm_ = at::zeros({}, at::TensorOptions().dtype(at::kDouble).device(*first_device_));
+    }
   }
   for (const Touched& tensor : touched_) {
     (tensor.param ? tensor.param : tensor.grad)->bump_version();
@@ -384,59 +352,27 @@ void Plan::run(Rule rule, NormClip norm_clip, const at::Tensor& grad_scale, cons
   }
 }
 
-void Plan::run_part(DevicePart& part, const at::Tensor& grad_scale, const at::Tensor& found_inf) {
-  Step& step = part.step;
-  step.grad_scale = pointer(grad_scale);
-  step.found_inf = pointer(found_inf);
-  if (step.norm != Norm::none) {
-    const auto doubles = at::TensorOptions().dtype(at::kDouble).device(part.device);
-    const int64_t size = step.chunks * static_cast<int64_t>(sizeof(Measure) / sizeof(double));
-    if (!part.outcome.defined()) part.outcome = at::zeros({sizeof(Outcome) / sizeof(double)}, doubles);
-    if (!part.measures.defined() || part.measures.numel() < size) part.measures = at::empty({size}, doubles);
-    step.outcome = static_cast<Outcome*>(part.outcome.mutable_data_ptr());
-    step.measures = static_cast<Measure*>(part.measures.mutable_data_ptr());
-    outcome_ = part.outcome;
-  }
-  part.device.is_cpu() ? run_on_cpu(step) : run_on_gpu(part);
-}
-
-void Plan::run_on_cpu(const Step& step) {
-  const bool release = step.elements >= kElementsToReleaseGil;
-  std::vector<c10::intrusive_ptr<c10::TensorImpl>> alive;  // another thread may drop them meanwhile
-  if (release) {
-    for (const Touched& touched : touched_) {
-      for (c10::TensorImpl* tensor : {touched.param, touched.buffer, touched.grad}) {
-        if (tensor) alive.push_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(tensor));
-      }
-    }
-  }
-  const ReleasedGil released(release);
-  cpu::run(step, cpu::ThreadPool{at::get_num_threads(), run_on_torch_threads});
-}
-
-void Plan::run_on_gpu(DevicePart& part) {
-#if defined(FASTCLIP_CUDA)
-  if (cuda::needs_device_table(part.step)) {
-    const int64_t bytes = cuda::table_bytes(part.step);
-    if (!part.table_memory.defined() || part.table_memory.numel() < bytes) {
-      part.table_memory = at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(part.device));
-      part.table = {part.table_memory.mutable_data_ptr(), {}};
-    }
-  }
-  // Without torch's CUDA headers, which a CPU-only torch does not have.
-  const c10::impl::VirtualGuardImpl guard(c10::DeviceType::CUDA);
-  void* const stream = guard.getStream(part.device).native_handle();
-  if (const char* error = cuda::run(part.step, part.table, part.device.index(), stream)) {
-    raise(PyExc_RuntimeError, std::string("fastclip on ") + part.device.str() + ": " + error);
-  }
-#else
-  raise(PyExc_RuntimeError, "fastclip was built without CUDA; got a tensor on " + part.device.str());
-#endif
+// Whether the step just taken found an inf or NaN. Waits for the device: asked only after a step that made
+// momentum buffers, which a skipped step must not leave behind.
+bool Plan::was_skipped(const NormClip& norm_clip) const {
+  if (!norm_clip.skip_nonfinite) return false;
+  return std::any_of(parts_.begin(), parts_.end(), [](const DevicePart& part) {
+    return !part.step.tensors.empty() && !part.sum().isfinite().all().item<bool>();
+  });
 }
 
 at::Tensor Plan::total_norm() const {
   // A copy: the next step writes over it, and whoever logs may look later.
-  return outcome_.defined() ? outcome_.select(0, 0).clone() : at::Tensor();
+  return total_norm_.defined() ? total_norm_.clone() : at::Tensor();
+}
+
+at::Tensor Plan::skipped_steps() const {
+  at::Tensor count = at::full({}, skipped_by_host_, at::kLong);
+  for (const auto& part : parts_) {
+    const at::Tensor counted = part.skipped();
+    if (counted.defined()) count = counted.add(count.to(counted.device(), /*non_blocking=*/true));
+  }
+  return count;
 }
 
 }  // namespace fastclip

@@ -9,22 +9,11 @@
 #include <string>
 #include <vector>
 
+#include "device_part.h"
 #include "groups.h"
 #include "step.h"
 
 namespace fastclip {
-
-// A step over the tensors of one device, with the scratch memory it needs there.
-struct DevicePart {
-  c10::Device device;
-  Step step;
-  Py_ssize_t group;     // whose hyperparameters, for which dtype, are the last row of the step's
-  DType dtype;
-  at::Tensor outcome;   // Outcome, as float64
-  at::Tensor measures;  // Measure of every chunk, as float64
-  at::Tensor table_memory;
-  cuda::DeviceTable table;
-};
 
 // Owned by an optimizer. Holds no tensor of the model and no address from one step to the next: all
 // are read anew at every step, which costs less than comparing them would. What stays is scratch
@@ -42,6 +31,9 @@ class Plan {
   // The norm before the norm clip of the last call, a float64 scalar on the parameters' device;
   // undefined if there was none to take.
   at::Tensor total_norm() const;
+
+  // Steps that were skipped since the plan was made, an int64 scalar on the parameters' device.
+  at::Tensor skipped_steps() const;
 
  private:
   struct NewBuffer {
@@ -68,14 +60,11 @@ class Plan {
   [[gnu::always_inline]] inline void add_tensor(const at::Tensor* param, const at::Tensor& grad, const at::Tensor* buffer,
                   Momentum momentum, const Hyper& hyper, Py_ssize_t group_index);
   DevicePart& part_of(c10::Device device);
-  int parts_in_use() const;
   void prepare_new_buffers(PyObject* state);
   void store_new_buffers();
   bool shares_memory();
-  void run(Rule rule, NormClip norm_clip, const at::Tensor& grad_scale, const at::Tensor& found_inf);
-  void run_part(DevicePart& part, const at::Tensor& grad_scale, const at::Tensor& found_inf);
-  void run_on_cpu(const Step& step);
-  void run_on_gpu(DevicePart& part);
+  void run(Rule rule, NormClip norm_clip, const Amp& amp);
+  bool was_skipped(const NormClip& norm_clip) const;
 
   std::vector<DevicePart> parts_;
   DevicePart* part_ = nullptr;             // the walk's last
@@ -88,7 +77,8 @@ class Plan {
   uint64_t disjoint_addresses_ = 0;        // and of the last ones found not to overlap
   std::string reason_;                     // why the kernels do not cover this step
   std::optional<c10::Device> first_device_;
-  at::Tensor outcome_;                     // of the last step that had a norm clip
+  at::Tensor total_norm_;                  // of the last step, if it had a norm clip: a view, or a value
+  int64_t skipped_by_host_ = 0;
   bool busy_ = false;
 };
 

@@ -46,18 +46,16 @@ enum class Rule : uint8_t {
   clip_grad,  // writes the clipped gradient back: torch.nn.utils.clip_grad_*_
 };
 
-// What a step leaves behind, in device memory: read by whoever asks, never waited for.
-struct Outcome {
-  double total_norm;
-  double coefficient;
-  uint32_t arrived;  // blocks that have measured; 0 between steps
-  uint32_t padding;
-};
+// Which passes a call makes. The two are called one by one where a norm is taken over several devices: in
+// between, every device is given the sums of all.
+enum class Passes : uint8_t { all, measure, update };
 
 struct Step {
   Rule rule = Rule::sgd;
-  Norm norm = Norm::none;
+  Passes passes = Passes::all;
+  Norm norm = Norm::none;  // none: gradients are read once, and nothing is measured
   double max_norm = 0;
+  bool skip_nonfinite = false;  // leave everything as it is where the measure met an inf or NaN
   std::vector<TensorEntry> tensors;
   std::vector<Hyper> hypers;
   int64_t chunks = 0;
@@ -66,7 +64,10 @@ struct Step {
   const float* grad_scale = nullptr;  // AMP: gradients are divided by it
   const float* found_inf = nullptr;   // AMP: not 0 means leave everything as it is
   Outcome* outcome = nullptr;
-  Measure* measures = nullptr;  // one per chunk, where there is a norm
+  Measure* measures = nullptr;  // scratch, where there is a norm: one per chunk on the CPU, cuda::measures()
+  const Measure* sums = nullptr;  // Passes::update: the `sum` of each device's outcome, in device memory
+  int devices = 1;
+  bool counts = true;  // of several devices, one counts the skipped steps
 };
 
 namespace cpu {
@@ -90,11 +91,19 @@ struct DeviceTable {
   std::vector<unsigned char> uploaded;  // what is there
 };
 
-int64_t table_bytes(const Step& step);
-bool needs_device_table(const Step& step);
+// What the plan has to allocate for a step.
+struct Needs {
+  int64_t measures;     // where there is a norm
+  int64_t table_bytes;  // 0: the table fits into the kernel arguments
+};
+Needs needs(const Step& step);
 
-// Enqueues one launch on `stream`, two where there is a norm; waits for nothing. Returns nullptr, or
-// what went wrong.
+// Whether what is enqueued on the stream is captured by a CUDA graph.
+bool is_capturing(void* stream);
+
+// Enqueues one launch on `stream`, and waits for nothing: one more where a norm is taken and the device
+// can't run all blocks at once, and one per 32,000 bytes of a table in device memory that has changed.
+// Returns nullptr, or what went wrong.
 const char* run(const Step& step, DeviceTable& table, int device, void* stream);
 
 }  // namespace cuda

@@ -13,12 +13,8 @@ constexpr int64_t kElementsPerThread = 32768;
 // Threads fetch this many chunks at a time: whoever is held up by other work on its core takes fewer.
 constexpr int64_t kChunksPerFetch = 16;
 
-int64_t size_of(DType dtype) {
-  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
-}
-
 Span span_of(const TensorEntry& tensor, int64_t begin, int64_t size) {
-  const int64_t offset = begin * size_of(tensor.dtype);
+  const int64_t offset = begin * item_size(tensor.dtype);
   const auto at = [offset](void* base) {
     return base ? static_cast<char*>(base) + offset : nullptr;
   };
@@ -89,7 +85,8 @@ void measure_all(const Step& step, const ThreadPool& pool, const LoopTable& loop
       const Constants constants = constants_of(step, step.hypers[tensor.hyper], 1.0);
       const bool clip = constants.clip.unscale != 1 || constants.clip.low > -HUGE_VAL ||
                         constants.clip.high < HUGE_VAL;
-      const MeasureLoop loop = loops.measure[static_cast<int>(tensor.dtype)][inf][clip];
+      const Seen seen = !clip ? Seen::raw : step.skip_nonfinite ? Seen::clipped_or_nonfinite : Seen::clipped;
+      const MeasureLoop loop = loops.measure[static_cast<int>(tensor.dtype)][inf][static_cast<int>(seen)];
       Measure* measure = step.measures + tensor.first_chunk + begin / kChunk;
       for (int64_t done = 0; done < size; done += kChunk) {
         loop(span_of(tensor, begin + done, std::min(kChunk, size - done)), constants, *measure++);
@@ -100,13 +97,18 @@ void measure_all(const Step& step, const ThreadPool& pool, const LoopTable& loop
   for (int64_t chunk = 0; chunk < step.chunks; ++chunk) {
     combine(step.norm, sum, step.measures[chunk]);
   }
-  step.outcome->total_norm = total_norm(step.norm, sum);
-  step.outcome->coefficient = clip_coefficient(step.outcome->total_norm, step.max_norm);
+  step.outcome->sum = sum;
 }
 
-void update_all(const Step& step, const ThreadPool& pool, const LoopTable& loops) {
+Decision decide_for(const Step& step) {
+  const Measure* sums = step.passes == Passes::all ? &step.outcome->sum : step.sums;
+  Measure sum{};
+  for (int device = 0; device < step.devices; ++device) combine(step.norm, sum, sums[device]);
+  return decide(step.norm, sum, step.max_norm, step.skip_nonfinite);
+}
+
+void update_all(const Step& step, const ThreadPool& pool, const LoopTable& loops, double coefficient) {
   const bool normed = step.norm != Norm::none;
-  const double coefficient = normed ? step.outcome->coefficient : 1.0;
   for_each_chunk(step, pool, normed, [&](int64_t first_chunk, int64_t last_chunk) {
     int32_t current = -1;
     Constants constants;
@@ -130,12 +132,22 @@ void update_all(const Step& step, const ThreadPool& pool, const LoopTable& loops
 }  // namespace
 
 void run(const Step& step, const ThreadPool& pool) {
-  if (step.found_inf && *step.found_inf != 0) return;
+  if (step.found_inf && *step.found_inf != 0) {
+    if (step.passes != Passes::measure) record(*step.outcome, skipped(), step.counts);
+    return;
+  }
   const LoopTable& loops = instruction_set().loops;
-  if (step.norm != Norm::none) measure_all(step, pool, loops);
-  const bool nothing_to_clip =
-      step.rule == Rule::clip_grad && step.norm != Norm::none && step.outcome->coefficient == 1;
-  if (!nothing_to_clip) update_all(step, pool, loops);
+  double coefficient = 1.0;
+  if (step.norm != Norm::none) {
+    if (step.passes != Passes::update) measure_all(step, pool, loops);
+    if (step.passes == Passes::measure) return;
+    const Decision decision = decide_for(step);
+    record(*step.outcome, decision, step.counts);
+    if (decision.skip) return;
+    coefficient = decision.coefficient;
+    if (step.rule == Rule::clip_grad && coefficient == 1.0) return;
+  }
+  update_all(step, pool, loops, coefficient);
 }
 
 const char* capability() { return instruction_set().name; }

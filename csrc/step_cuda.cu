@@ -1,82 +1,221 @@
-// A step on a GPU: the table of its tensors, and the launches.
+// A step on a GPU: the table of its tensors, the shape of its grid, and the launch.
 #include <algorithm>
 #include <cstring>
+#include <mutex>
 
 #include "kernels_cuda.cuh"
 
 namespace fastclip::cuda {
 namespace {
 
+// ---- the table -----------------------------------------------------------------------------------
+
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kPackBytes == 0; }
 
-Entry entry_from(const TensorEntry& tensor) {
+// Elements before all arrays of a tensor are aligned; 0 where they are, or can't be together.
+int64_t unaligned_head(const TensorEntry& tensor) {
+  const auto behind = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kPackBytes; };
+  const uintptr_t grad = behind(tensor.grad);
+  if (grad == 0 || grad % item_size(tensor.dtype) != 0) return 0;
+  if (tensor.param && behind(tensor.param) != grad) return 0;
+  if (tensor.momentum_buffer && behind(tensor.momentum_buffer) != grad) return 0;
+  const auto head = static_cast<int64_t>(kPackBytes - grad) / item_size(tensor.dtype);
+  return head < tensor.numel ? head : 0;
+}
+
+// Calls body(tensor, first element, number of elements) for what becomes an entry: a tensor, or the head
+// and the aligned rest of one, as of a view into a flat buffer.
+template <class Body>
+void for_each_entry(const Step& step, const Body& body) {
+  for (const TensorEntry& tensor : step.tensors) {
+    const int64_t head = unaligned_head(tensor);
+    if (head > 0) body(tensor, 0, head);
+    body(tensor, head, tensor.numel - head);
+  }
+}
+
+Entry make_entry(const TensorEntry& tensor, int64_t begin, int64_t numel) {
+  const auto at = [&](void* base) -> void* {
+    return base ? static_cast<char*>(base) + begin * item_size(tensor.dtype) : nullptr;
+  };
   Entry entry{};
-  entry.param = tensor.param;
-  entry.grad = tensor.grad;
-  entry.momentum_buffer = tensor.momentum_buffer;
-  entry.numel = tensor.numel;
-  entry.first_chunk = static_cast<uint32_t>(tensor.first_chunk);
+  entry.param = at(tensor.param);
+  entry.grad = at(tensor.grad);
+  entry.momentum_buffer = at(tensor.momentum_buffer);
+  entry.numel = numel;
   entry.hyper = static_cast<uint16_t>(tensor.hyper);
   entry.dtype = tensor.dtype;
   entry.momentum = tensor.momentum;
-  entry.aligned = is_aligned(tensor.param) && is_aligned(tensor.grad) && is_aligned(tensor.momentum_buffer);
+  entry.aligned = is_aligned(entry.param) && is_aligned(entry.grad) && is_aligned(entry.momentum_buffer);
   return entry;
 }
 
-void write_table(const Step& step, unsigned char* bytes) {
-  auto* hypers = reinterpret_cast<Hyper*>(bytes);
-  std::copy(step.hypers.begin(), step.hypers.end(), hypers);
-  std::transform(step.tensors.begin(), step.tensors.end(), reinterpret_cast<Entry*>(hypers + step.hypers.size()),
-                 entry_from);
+struct Layout {
+  int64_t entries = 0;
+  int64_t tiles = 0;
+  int32_t tile = 1024;  // elements
+  int32_t item_bytes = 0;  // of the widest dtype
+  int64_t table_bytes = 0;
+};
+
+// Small tiles keep all of a GPU busy with a small model; the last block adds up one sum per tile, so a large
+// model gets larger ones. Depends on the model alone, and with it the order of the sums.
+Layout layout_of(const Step& step) {
+  constexpr int64_t kManyTiles = 1 << 15;
+  constexpr int32_t kLargestTile = 1 << 14;
+  Layout layout;
+  while (layout.tile < kLargestTile && step.elements / layout.tile > kManyTiles) layout.tile *= 2;
+  for_each_entry(step, [&](const TensorEntry& tensor, int64_t, int64_t numel) {
+    ++layout.entries;
+    layout.tiles += (numel + layout.tile - 1) / layout.tile;
+    layout.item_bytes = std::max(layout.item_bytes, item_size(tensor.dtype));
+  });
+  layout.table_bytes = static_cast<int64_t>(step.hypers.size() * sizeof(Hyper) + layout.entries * sizeof(Entry));
+  return layout;
 }
 
-// Blocks that fill the device, by kernel; asked for once per device.
+void write_table(const Step& step, const Layout& layout, unsigned char* bytes) {
+  auto* hypers = reinterpret_cast<Hyper*>(bytes);
+  std::copy(step.hypers.begin(), step.hypers.end(), hypers);
+  auto* entry = reinterpret_cast<Entry*>(hypers + step.hypers.size());
+  uint32_t tiles = 0;
+  for_each_entry(step, [&](const TensorEntry& tensor, int64_t begin, int64_t numel) {
+    *entry = make_entry(tensor, begin, numel);
+    entry->first_tile = tiles;
+    tiles += static_cast<uint32_t>((numel + layout.tile - 1) / layout.tile);
+    ++entry;
+  });
+}
+
+// ---- the launch ----------------------------------------------------------------------------------
+
+// How many blocks of a kernel a device runs at once, and what each of them can have of its shared memory.
+struct Room {
+  int blocks = 0;
+  int shared_bytes = 0;
+  bool cooperative = false;
+};
+
+int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  cudaDeviceGetAttribute(&value, which, device);
+  return value;
+}
+
 template <auto kKernel>
-int blocks_for(int device, int64_t chunks) {
+Room ask_for_room(int device) {
+  Room room;
+  int per_multiprocessor = 1;
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kKernel, kThreads, sizeof(Shared));
+  per_multiprocessor = std::max(1, per_multiprocessor);
+  const int share = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device) / per_multiprocessor -
+                    attribute(cudaDevAttrReservedSharedMemoryPerBlock, device);
+  constexpr int kGranularity = 1024;
+  room.shared_bytes = std::min(share, attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) & -kGranularity;
+  cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, room.shared_bytes);
+  int with_shared = 0;
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&with_shared, kKernel, kThreads, room.shared_bytes);
+  if (with_shared < per_multiprocessor) room.shared_bytes = sizeof(Shared);  // not as thought: nothing is kept
+  room.blocks = per_multiprocessor * std::max(1, attribute(cudaDevAttrMultiProcessorCount, device));
+  room.cooperative = attribute(cudaDevAttrCooperativeLaunch, device) != 0;
+  return room;
+}
+
+// Asked for once per kernel and device.
+template <auto kKernel>
+const Room& room_of(int device) {
   constexpr int kMaxDevices = 64;
-  static int resident[kMaxDevices] = {};
-  if (resident[device % kMaxDevices] == 0) {
-    int multiprocessors = 1, per_multiprocessor = 1;
-    cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kKernel, kThreads, 0);
-    resident[device % kMaxDevices] = std::max(1, multiprocessors * per_multiprocessor);
-  }
-  return static_cast<int>(std::min<int64_t>(resident[device % kMaxDevices], chunks));
+  static Room rooms[kMaxDevices];
+  static std::once_flag asked[kMaxDevices];
+  std::call_once(asked[device], [device] { rooms[device] = ask_for_room<kKernel>(device); });
+  return rooms[device];
 }
 
 template <auto kKernel, class Args>
-void launch(const Step& step, Args& arguments, int device, cudaStream_t stream) {
-  void* pointers[] = {&arguments};
-  cudaLaunchKernel(reinterpret_cast<const void*>(kKernel), dim3(blocks_for<kKernel>(device, step.chunks)), dim3(kThreads),
-                   pointers, 0, stream);
+void launch(const Layout& layout, Args& arguments, int device, cudaStream_t stream) {
+  const Room& room = room_of<kKernel>(device);
+  Header& header = arguments.header;
+  const auto blocks = static_cast<int>(std::min<int64_t>(room.blocks, layout.tiles));
+  const auto enqueue = [&](bool cooperative, size_t shared_bytes) {
+    void* pointers[] = {&arguments};
+    cooperative ? cudaLaunchCooperativeKernel(kKernel, dim3(blocks), dim3(kThreads), pointers, shared_bytes, stream)
+                : cudaLaunchKernel(kKernel, dim3(blocks), dim3(kThreads), pointers, shared_bytes, stream);
+  };
+  if (!(header.measure && header.update)) return enqueue(false, sizeof(Shared));
+  if (room.cooperative) {
+    header.slot_bytes = layout.tile * layout.item_bytes;
+    const int64_t rounds = (layout.tiles - 1) / (int64_t{blocks} * kWarps) + 1;
+    header.slots = static_cast<uint32_t>(
+        std::min<int64_t>(rounds * kWarps, (room.shared_bytes - int{sizeof(Shared)}) / header.slot_bytes));
+    return enqueue(true, sizeof(Shared) + size_t(header.slots) * header.slot_bytes);
+  }
+  header.update = false;
+  enqueue(false, sizeof(Shared));
+  header.update = true;
+  header.measure = false;
+  enqueue(false, sizeof(Shared));
 }
 
 template <DTypes kDTypes, int kTableBytes>
-void launch_for(const Step& step, Arguments<kTableBytes>& arguments, int device, cudaStream_t stream) {
-  if (step.norm == Norm::two) launch<measure_kernel<Norm::two, kDTypes, kTableBytes>>(step, arguments, device, stream);
-  if (step.norm == Norm::inf) launch<measure_kernel<Norm::inf, kDTypes, kTableBytes>>(step, arguments, device, stream);
+void launch_for(const Step& step, const Layout& layout, Arguments<kTableBytes>& arguments, int device,
+                cudaStream_t stream) {
   const bool momentum = std::any_of(step.tensors.begin(), step.tensors.end(),
                                     [](const TensorEntry& t) { return t.momentum != Momentum::none; });
   if (step.rule == Rule::clip_grad) {
-    launch<update_kernel<Kernel::clip_grad, kDTypes, kTableBytes>>(step, arguments, device, stream);
+    launch<step_kernel<Kernel::clip_grad, kDTypes, kTableBytes>>(layout, arguments, device, stream);
   } else if (momentum) {
-    launch<update_kernel<Kernel::sgd_momentum, kDTypes, kTableBytes>>(step, arguments, device, stream);
+    launch<step_kernel<Kernel::sgd_momentum, kDTypes, kTableBytes>>(layout, arguments, device, stream);
   } else {
-    launch<update_kernel<Kernel::sgd, kDTypes, kTableBytes>>(step, arguments, device, stream);
+    launch<step_kernel<Kernel::sgd, kDTypes, kTableBytes>>(layout, arguments, device, stream);
   }
 }
 
 template <int kTableBytes>
-void launch_all(const Step& step, Arguments<kTableBytes>& arguments, int device, cudaStream_t stream) {
+void launch_with(const Step& step, const Layout& layout, Arguments<kTableBytes>& arguments, int device,
+                 cudaStream_t stream) {
   const DType dtype = step.tensors.front().dtype;
   const bool mixed = std::any_of(step.tensors.begin(), step.tensors.end(),
                                  [dtype](const TensorEntry& t) { return t.dtype != dtype; });
-  switch (mixed ? DTypes::mixed : static_cast<DTypes>(dtype)) {
-    case DTypes::float32: return launch_for<DTypes::float32>(step, arguments, device, stream);
-    case DTypes::float64: return launch_for<DTypes::float64>(step, arguments, device, stream);
-    case DTypes::bfloat16: return launch_for<DTypes::bfloat16>(step, arguments, device, stream);
-    case DTypes::float16: return launch_for<DTypes::float16>(step, arguments, device, stream);
-    case DTypes::mixed: return launch_for<DTypes::mixed>(step, arguments, device, stream);
+  if (!mixed && dtype == DType::float32) {
+    launch_for<DTypes::float32>(step, layout, arguments, device, stream);
+  } else if (!mixed && dtype == DType::bfloat16) {
+    launch_for<DTypes::bfloat16>(step, layout, arguments, device, stream);
+  } else {
+    launch_for<DTypes::any>(step, layout, arguments, device, stream);
+  }
+}
+
+Header header_of(const Step& step, const Layout& layout) {
+  Header header{};
+  header.hypers = static_cast<uint32_t>(step.hypers.size());
+  header.tensors = static_cast<uint32_t>(layout.entries);
+  header.tiles = static_cast<uint32_t>(layout.tiles);
+  header.tile = layout.tile;
+  header.grad_scale = step.grad_scale;
+  header.found_inf = step.found_inf;
+  header.outcome = step.outcome;
+  header.measures = reinterpret_cast<double*>(step.measures);
+  if (step.norm != Norm::none) {
+    header.measure = step.passes != Passes::update;
+    header.sums = header.measure ? &step.outcome->sum : step.sums;
+    header.devices = header.measure ? 1 : step.devices;
+  }
+  header.update = step.passes != Passes::measure;
+  header.norm = step.norm;
+  header.skip_nonfinite = step.skip_nonfinite;
+  header.counts = step.counts;
+  header.max_norm = step.max_norm;
+  return header;
+}
+
+void upload(const std::vector<unsigned char>& bytes, void* to, cudaStream_t stream) {
+  for (size_t done = 0; done < bytes.size(); done += kLargeTable) {
+    Upload piece;
+    piece.to = static_cast<unsigned char*>(to) + done;
+    piece.bytes = static_cast<uint32_t>(std::min<size_t>(kLargeTable, bytes.size() - done));
+    std::memcpy(piece.table, bytes.data() + done, piece.bytes);
+    void* pointers[] = {&piece};
+    cudaLaunchKernel(upload_kernel, dim3(1), dim3(kThreads), pointers, 0, stream);
   }
 }
 
@@ -92,11 +231,16 @@ struct CurrentDevice {
 
 }  // namespace
 
-int64_t table_bytes(const Step& step) {
-  return static_cast<int64_t>(step.hypers.size() * sizeof(Hyper) + step.tensors.size() * sizeof(Entry));
+Needs needs(const Step& step) {
+  const Layout layout = layout_of(step);
+  return {layout.tiles, layout.table_bytes > kLargeTable ? layout.table_bytes : 0};
 }
 
-bool needs_device_table(const Step& step) { return table_bytes(step) > kLargeTable; }
+bool is_capturing(void* stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status);
+  return status != cudaStreamCaptureStatusNone;
+}
 
 const char* run(const Step& step, DeviceTable& table, int device, void* on_stream) {
   if (step.hypers.size() > UINT16_MAX) return "more than 65,535 groups";
@@ -104,39 +248,27 @@ const char* run(const Step& step, DeviceTable& table, int device, void* on_strea
   const CurrentDevice current(device);
   cudaGetLastError();  // not ours
 
-  const Header header{step.chunks,    static_cast<uint32_t>(step.tensors.size()),
-                      static_cast<uint32_t>(step.hypers.size()),
-                      step.max_norm,  step.grad_scale,
-                      step.found_inf, step.outcome,
-                      step.measures,  nullptr,
-                      step.norm != Norm::none};
-  const int64_t bytes = table_bytes(step);
-  if (bytes <= kSmallTable || needs_device_table(step)) {
+  const Layout layout = layout_of(step);
+  if (layout.table_bytes <= kSmallTable || layout.table_bytes > kLargeTable) {
     Arguments<kSmallTable> arguments;
-    arguments.header = header;
-    if (bytes <= kSmallTable) {
-      write_table(step, arguments.table);
+    arguments.header = header_of(step, layout);
+    if (layout.table_bytes <= kSmallTable) {
+      write_table(step, layout, arguments.table);
     } else {
-      std::vector<unsigned char> fresh(bytes);
-      write_table(step, fresh.data());
+      std::vector<unsigned char> fresh(layout.table_bytes);
+      write_table(step, layout, fresh.data());
       if (fresh != table.uploaded) {  // some address changed
-        cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
-        cudaStreamIsCapturing(stream, &capturing);
-        if (capturing != cudaStreamCaptureStatusNone) {
-          return "the table of a model of so many tensors can't be uploaded while a CUDA graph is captured: "
-                 "take a step with the same gradients before";
-        }
-        cudaMemcpyAsync(table.memory, fresh.data(), bytes, cudaMemcpyHostToDevice, stream);
+        upload(fresh, table.memory, stream);
         table.uploaded.swap(fresh);
       }
       arguments.header.table = static_cast<const unsigned char*>(table.memory);
     }
-    launch_all(step, arguments, device, stream);
+    launch_with(step, layout, arguments, device, stream);
   } else {
     Arguments<kLargeTable> arguments;
-    arguments.header = header;
-    write_table(step, arguments.table);
-    launch_all(step, arguments, device, stream);
+    arguments.header = header_of(step, layout);
+    write_table(step, layout, arguments.table);
+    launch_with(step, layout, arguments, device, stream);
   }
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

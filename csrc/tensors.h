@@ -30,10 +30,9 @@ inline const at::Tensor& grad_of(const at::Tensor& param) {
 
 // The first element's address; `covered` has ordinary memory.
 inline void* data_of(const at::Tensor& covered, DType dtype) {
-  constexpr int64_t kItemSize[kNumDTypes] = {4, 8, 2, 2};
   c10::TensorImpl* impl = covered.unsafeGetTensorImpl();
   auto* storage = impl->unsafe_storage().unsafeGetStorageImpl();
-  return static_cast<char*>(storage->mutable_data()) + impl->storage_offset() * kItemSize[static_cast<int>(dtype)];
+  return static_cast<char*>(storage->mutable_data()) + impl->storage_offset() * item_size(dtype);
 }
 
 // Keys of an ordinary dense tensor. Any other key (sparse, quantized, conjugated, negated, a Python

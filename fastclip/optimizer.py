@@ -7,7 +7,7 @@ from torch.optim import optimizer as torch_optimizer
 
 from ._extension import _C
 
-CLIP_SETTINGS = ("clip_value", "max_norm", "norm_type")
+CLIP_SETTINGS = ("clip_value", "max_norm", "norm_type", "skip_nonfinite")
 
 
 class ClippedOptimizer(torch.optim.Optimizer):
@@ -43,7 +43,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
         tensors = [p[1] if isinstance(p, tuple) else p for p in params]
         if len({id(p) for p in tensors}) != len(tensors):
             raise ValueError(f"param_groups[{index}] holds the same parameter twice")
-        for name in ("max_norm", "norm_type"):
+        for name in ("max_norm", "norm_type", "skip_nonfinite"):
             if self.param_groups and group[name] != self.param_groups[0][name]:
                 raise ValueError(
                     f"{name} holds for all groups together: param_groups[{index}] has {group[name]}, "
@@ -54,6 +54,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
         """What is not state: made anew for a new, copied or loaded optimizer."""
         self._plan = _C.Plan()
         self._reference_norm = None
+        self._reference_skips = 0
         self._warned = set()
 
     def __setstate__(self, state):
@@ -81,6 +82,20 @@ class ClippedOptimizer(torch.optim.Optimizer):
             >>> log({"grad_norm": opt.total_norm})
         """
         return self._plan.total_norm() if self._reference_norm is None else self._reference_norm
+
+    @property
+    def skipped_steps(self):
+        """How many steps were skipped, and have changed nothing: by `skip_nonfinite`, or by AMP's `found_inf`.
+
+        An int64 scalar tensor on the parameters' device, counted there and read without waiting for it. Counts from 0
+        in an optimizer that was made, copied or unpickled; it is not part of the state_dict.
+
+        Example:
+            >>> opt = fastclip.SGD(model.parameters(), lr=0.1, max_norm=5.0, skip_nonfinite=True)
+            >>> opt.step()
+            >>> log({"skipped": opt.skipped_steps})
+        """
+        return self._plan.skipped_steps() + self._reference_skips
 
     def step(self, closure=None):
         """Clips and updates all parameters that have a gradient; the gradients are left as they are.
@@ -123,7 +138,8 @@ class ClippedOptimizer(torch.optim.Optimizer):
         if why_not not in self._warned and not self.defaults["differentiable"]:
             self._warned.add(why_not)
             warnings.warn(f"fastclip steps in plain torch, which is slower: {why_not}", stacklevel=4)
-        self._reference_norm = self._reference_step(self.param_groups, self.state, grad_scale, found_inf)
+        self._reference_norm, skipped = self._reference_step(self.param_groups, self.state, grad_scale, found_inf)
+        self._reference_skips += skipped
 
 
 _hooked_step = torch.optim.Optimizer.profile_hook_step(ClippedOptimizer._step)

@@ -65,6 +65,11 @@ def clipped(grad, clip_value=None, inverse_scale=None, dtype=None):
     return grad
 
 
+def values_of(grad):
+    """The values that a gradient holds: of a sparse one, those it stores."""
+    return grad.coalesce().values() if grad.layout == torch.sparse_coo else grad
+
+
 def compute_dtype(param):
     """16-bit parameters are computed in float32 and rounded once, when they are stored."""
     return torch.float32 if param.dtype in SIXTEEN_BIT else param.dtype
@@ -96,12 +101,16 @@ def check(groups):
 def step_sgd(groups, state, grad_scale=None, found_inf=None):
     """One step of `fastclip.SGD` over `groups` (a list of dicts) with `state` (a dict of dicts by parameter).
 
-    Returns the norm before the norm clip, or None if no `max_norm` is set. Order: unscale, value clip, norm clip, then
-    `torch.optim.SGD`, whose own code does the update.
+    Returns the norm before the norm clip, or None if no `max_norm` is set, and whether the step was skipped. Order:
+    unscale, value clip, norm clip, then `torch.optim.SGD`, whose own code does the update.
     """
     check(groups)
+    wants_norm = groups[0]["max_norm"] is not None
     if found_inf is not None and found_inf.item() != 0:
-        return None
+        return (torch.tensor(math.inf, dtype=torch.float64) if wants_norm else None), True
+    raw = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+    if groups[0]["skip_nonfinite"] and not all(values_of(g).isfinite().all() for g in raw):
+        return (total_norm(raw, float(groups[0]["norm_type"])) if wants_norm else None), True
     inverse_scale = None if grad_scale is None else grad_scale.double().reciprocal().float()
     with torch.set_grad_enabled(any(group["differentiable"] for group in groups)):
         grads = [
@@ -113,15 +122,15 @@ def step_sgd(groups, state, grad_scale=None, found_inf=None):
             for group in groups
         ]
         norm = None
-        if groups[0]["max_norm"] is not None:
+        if wants_norm:
             norm = total_norm([g for of_group in grads for g in of_group], float(groups[0]["norm_type"]))
             coefficient = clip_coefficient(norm, groups[0]["max_norm"])
             grads = [[g * coefficient.to(g.device, g.real.dtype) for g in of_group] for of_group in grads]
         for group, of_group in zip(groups, grads, strict=True):
             update_sgd(group, of_group, state)
-    if norm is None and groups[0]["max_norm"] is not None:
+    if norm is None and wants_norm:
         norm = torch.zeros((), dtype=torch.float64)
-    return norm
+    return norm, False
 
 
 def update_sgd(group, grads, state):

@@ -27,9 +27,13 @@ class SGD(ClippedOptimizer, torch.optim.SGD):
         max_norm (float, optional): gradients are scaled down so that their norm over all groups is at most this. 0 is
             allowed; inf only measures, see `total_norm`.
         norm_type (float): 2 or inf.
+        skip_nonfinite (bool): leaves parameters and momentum as they are where any gradient holds an inf or NaN, also
+            one that a value clip would bound; see `skipped_steps`. Reads the gradients once more, unless `max_norm`
+            does already. By default, as in torch, such values take their course.
 
     Raises:
-        ValueError: a negative or NaN threshold, low > high, another norm type, `max_norm` different between groups.
+        ValueError: a negative or NaN threshold, low > high, another norm type, `max_norm` or `skip_nonfinite` different
+            between groups.
         TypeError: a value that is not a number.
 
     Sources: value clip, Mikolov (2012), and the article this project started from; norm clip, Pascanu et al. (2013),
@@ -58,8 +62,14 @@ class SGD(ClippedOptimizer, torch.optim.SGD):
         clip_value=None,
         max_norm=None,
         norm_type=2.0,
+        skip_nonfinite=False,
     ):
-        self._clip_defaults = {"clip_value": clip_value, "max_norm": max_norm, "norm_type": norm_type}
+        self._clip_defaults = {
+            "clip_value": clip_value,
+            "max_norm": max_norm,
+            "norm_type": norm_type,
+            "skip_nonfinite": skip_nonfinite,
+        }
         super().__init__(
             params,
             lr,

@@ -1,58 +1,209 @@
-"""The CUDA update kernels, run on the CPU thread by thread, give the bits of the CPU's step."""
+"""The real CUDA kernels and launches, executed on the CPU by the stand-in of `cuda_on_cpu/`, in several schedules.
+
+Also the tests of that tester: bugs planted into the kernels have to be found.
+"""
 
 import os
+import re
+import shutil
 import subprocess
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-HERE = Path(__file__).parent / "cuda_on_cpu"
+from .cuda_on_cpu import build
+
+SCHEDULES = {"in order": 0, "reversed": 1, "random": 2}
+DEVICES = {"cooperative": 0, "not cooperative": 1, "little shared memory": 2}
 
 
-COMPILER = [os.environ.get("CXX", "c++"), "-std=c++17", "-O1", "-ffp-contract=off", "-fno-math-errno", "-w"]
-SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+def run(program, *arguments):
+    return subprocess.run([str(program), *map(str, arguments)], capture_output=True, text=True)
 
 
-def compile_(*arguments):
-    built = subprocess.run([*COMPILER, *SANITIZERS, *map(str, arguments)], capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
+def check_program(folder, sanitizer="plain", csrc=build.CSRC):
+    """Builds check_step.cpp with the kernels of `csrc`."""
+    program = folder / "check_step"
+    sources = [build.HERE / "check_step.cpp", build.CSRC / "step_cpu.cpp"]
+    build.compile_(sanitizer, *build.includes(csrc), *build.objects(folder, sanitizer, csrc), *sources, "-o", program)
+    return program
 
 
 @pytest.fixture(scope="module")
-def cpu_step(tmp_path_factory):
-    target = tmp_path_factory.mktemp("step") / "step_cpu.o"
-    compile_("-c", ROOT / "csrc" / "step_cpu.cpp", "-o", target)
-    return target
+def plain(tmp_path_factory):
+    return check_program(tmp_path_factory.mktemp("plain"))
 
 
-def build_and_run(folder, cpu_step, kernels=None):
-    """`kernels`: the text of kernels_cuda.cuh to use instead of the project's."""
-    if kernels is not None:
-        (folder / "kernels_cuda.cuh").write_text(kernels)
-    program = folder / "update_kernels"
-    includes = [f"-I{path}" for path in (folder, HERE, ROOT / "csrc")]
-    compile_(*includes, HERE / "update_kernels.cpp", cpu_step, "-o", program)
-    return subprocess.run([str(program)], capture_output=True, text=True)
+@pytest.mark.parametrize("sanitizer", ["plain", "asan"])
+def test_the_stand_in_itself(sanitizer, tmp_path):
+    """Toy kernels: barriers, shuffles and atomics in all schedules; what is wrong is reported."""
+    program = tmp_path / "self_test"
+    sources = [build.HERE / "self_test.cpp", build.HERE / "cuda_on_cpu.cpp"]
+    build.compile_(sanitizer, f"-I{build.HERE}", *sources, "-o", program)
+    result = run(program)
+    assert result.returncode == 0 and "0 failures" in result.stdout, result.stdout + result.stderr
 
 
-def test_update_kernels_have_the_bits_of_the_cpu(tmp_path, cpu_step):
-    """Every dtype and rule, sizes around chunks and packs, aligned and not; under address and UB sanitizers."""
-    result = build_and_run(tmp_path, cpu_step)
-    assert result.returncode == 0 and result.stdout == "3600 compared, 0 different\n", result.stdout + result.stderr
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_random_steps_equal_the_cpus(schedule, device, plain):
+    """Rules, dtypes, norms, sizes, alignments, groups, NaN; one device, and two that share a norm; to the bit."""
+    result = run(plain, SCHEDULES[schedule], DEVICES[device], 200, 1000 * DEVICES[device])
+    assert result.returncode == 0 and result.stdout == "200 steps, 0 different\n", result.stdout + result.stderr
+
+
+def test_a_tensor_of_more_than_2_to_the_31_elements(plain):
+    result = run(plain, "huge")
+    assert result.returncode == 0 and result.stdout == "huge: right\n", result.stdout + result.stderr
+
+
+def test_no_access_out_of_bounds_and_no_undefined_behaviour(tmp_path):
+    program = check_program(tmp_path, "asan")
+    for device in DEVICES.values():
+        result = run(program, 2, device, 40, 5000)
+        assert result.returncode == 0 and result.stdout == "40 steps, 0 different\n", (
+            result.stdout + result.stderr[-4000:]
+        )
+
+
+def test_no_race_between_threads(tmp_path):
+    """Each CUDA thread is a thread of ThreadSanitizer's: it sees a race whatever order they happened to run in."""
+    program = check_program(tmp_path, "tsan")
+    result = run(program, 1, DEVICES["little shared memory"], 8, 0)
+    assert result.returncode == 0 and result.stdout == "8 steps, 0 different\n", result.stdout + result.stderr[-4000:]
+
+
+# (file, what is right, what is planted, sanitizer, arguments of check_step)
+STEPS = (0, 0, 60)
+BUGS = {
+    "tail left out": ("tiles_cuda.cuh", "i < size; i += kWarp) one(i);", "i + 1 < size; i += kWarp) one(i);", STEPS),
+    "tile of the next tensor": ("kernels_cuda.cuh", "rest < header.tile ? rest", "rest < 0 ? rest", STEPS),
+    "wrong tensor": ("table_cuda.cuh", "first_tile <= tile", "first_tile < tile", STEPS),
+    "first momentum read": (
+        "tiles_cuda.cuh",
+        "const bool read_buffer = terms.momentum == Momentum::running;",
+        "const bool read_buffer = true;",
+        STEPS,
+    ),
+    "momentum of a group that has none": (
+        "tiles_cuda.cuh",
+        "const bool write_buffer = terms.momentum != Momentum::none;",
+        "const bool write_buffer = true;",
+        STEPS,
+    ),
+    "aligned where it is not": (
+        "step_cuda.cu",
+        "entry.aligned = is_aligned(entry.param) &&",
+        "entry.aligned = is_aligned(entry.param) ||",
+        STEPS,
+    ),
+    "no barrier before the sum of a block": (
+        "kernels_cuda.cuh",
+        "= sum;\n  __syncthreads();\n  if (threadIdx.x == 0) {\n    for",
+        "= sum;\n  if (threadIdx.x == 0) {\n    for",
+        STEPS,
+    ),
+    "no barrier before a block arrives": (
+        "kernels_cuda.cuh",
+        "  __syncthreads();  // the block's tiles are measured\n",
+        "",
+        (2, 0, 200),
+    ),
+    "no barrier between decision and update": (
+        "kernels_cuda.cuh",
+        "  __syncthreads();\n  return shared().decision;",
+        "  return shared().decision;",
+        (1, 0, 60),
+    ),
+    "no waiting for the grid": (
+        "kernels_cuda.cuh",
+        "while (outcome.opened == opened) __nanosleep(64);",
+        "",
+        STEPS,
+    ),
+    "counter not reset": ("kernels_cuda.cuh", "atomicExch(&header.outcome->arrived, 0u);", "", STEPS),
+    "slot of another tile": ("kernels_cuda.cuh", "round * kWarps + warp;", "round * kWarps;", STEPS),
+    "more slots than there are": (
+        "kernels_cuda.cuh",
+        "if (slots && slot < header.slots)",
+        "if (slots)",
+        (0, DEVICES["little shared memory"], 60),
+    ),
+    "32-bit offset": (
+        "kernels_cuda.cuh",
+        "static_cast<int64_t>(tile - entry.first_tile) * header.tile",
+        "static_cast<int32_t>(tile - entry.first_tile) * header.tile",
+        ("huge",),
+    ),
+    "table not uploaded anew": (
+        "step_cuda.cu",
+        "if (fresh != table.uploaded)",
+        "if (table.uploaded.empty() && false)",
+        STEPS,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What check_step says about each planted bug."""
+
+    def plant_and_run(name):
+        folder = tmp_path_factory.mktemp("bug")
+        csrc = shutil.copytree(build.CSRC, folder / "csrc")
+        file, right, wrong, arguments = BUGS[name]
+        text = (csrc / file).read_text()
+        assert text.count(right) == 1, f"{name}: what is to be replaced is there {text.count(right)} times"
+        (csrc / file).write_text(text.replace(right, wrong))
+        return run(check_program(folder, csrc=csrc), *arguments)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(BUGS, pool.map(plant_and_run, BUGS), strict=True))
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_planted_bug_is_found(bug, found):
+    assert found[bug].returncode != 0, found[bug].stdout
+
+
+def test_a_race_that_happens_to_go_well_is_found(tmp_path):
+    """Under the schedule that hides it: the reader runs last anyway."""
+    csrc = shutil.copytree(build.CSRC, tmp_path / "csrc")
+    kernels = (csrc / "kernels_cuda.cuh").read_text()
+    barrier = "= sum;\n  __syncthreads();\n  if (threadIdx.x == 0) {\n    for"
+    assert kernels.count(barrier) == 1
+    (csrc / "kernels_cuda.cuh").write_text(kernels.replace(barrier, barrier.replace("  __syncthreads();\n", "")))
+    result = run(check_program(tmp_path, "tsan", csrc), 1, DEVICES["little shared memory"], 4, 0)
+    assert result.returncode != 0 and "data race" in result.stderr
+    assert "0 different" in result.stdout, "the schedule gave it away: this shows nothing about races"
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    """A fastclip whose CPU steps are taken by the CUDA kernels."""
+    folder = tmp_path_factory.mktemp("emulated")
+    return folder, build.package(folder)
+
+
+STEP_TESTS = ["test_step", "test_norm", "test_clip_grad", "test_skip_nonfinite"]
+TWO_LAUNCHES = [*STEP_TESTS, "cuda_on_cpu/two_launches"]
+ALL_TESTS = [*STEP_TESTS, "test_drop_in", "test_errors", "test_traps", "test_attacks"]
 
 
 @pytest.mark.parametrize(
-    ("right", "wrong"),
-    [
-        ("i < size; i += kThreads) one(i);", "i + 1 < size; i += kThreads) one(i);"),  # the tail
-        ("const int64_t rest = entry.numel - begin;", "const int64_t rest = kChunk;"),  # out of bounds
-        ("(entries[middle].first_chunk <= chunk ? low : high)", "(entries[middle].first_chunk < chunk ? low : high)"),
-        ("const bool read_buffer = terms.momentum == Momentum::running;", "const bool read_buffer = false;"),
-    ],
-    ids=["tail", "bounds", "search", "momentum"],
+    ("schedule", "cooperative", "files"),
+    [("in order", 1, ALL_TESTS), ("reversed", 1, STEP_TESTS), ("random", 1, STEP_TESTS), ("reversed", 0, TWO_LAUNCHES)],
+    ids=["in order", "reversed", "random", "two launches"],
 )
-def test_a_planted_bug_is_found(right, wrong, tmp_path, cpu_step):
-    kernels = (ROOT / "csrc" / "kernels_cuda.cuh").read_text()
-    assert kernels.count(right) == 1
-    assert build_and_run(tmp_path, cpu_step, kernels.replace(right, wrong)).returncode != 0
+def test_the_tests_of_the_cpu_pass_on_the_kernels(schedule, cooperative, files, emulated):
+    folder, variables = emulated
+    variables = {**variables, "FASTCLIP_SCHEDULE": schedule, "FASTCLIP_COOPERATIVE": str(cooperative)}
+    result = build.run_tests(folder, variables, *(f"tests/{name}.py" for name in files))
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 150, result.stdout[-500:]
+
+
+def test_launches_and_bytes(emulated):
+    """What a step costs on a GPU, counted: see cuda_on_cpu/counts.py."""
+    result = build.run_tests(*emulated, "tests/cuda_on_cpu/counts.py")
+    assert result.returncode == 0 and " passed" in result.stdout, result.stdout[-6000:] + result.stderr[-2000:]

@@ -25,6 +25,7 @@ def test_is_an_sgd_with_its_arguments():
         "clip_value": None,
         "max_norm": None,
         "norm_type": 2.0,
+        "skip_nonfinite": False,
     }
     with pytest.raises(TypeError):
         fastclip.SGD([p], 0.1, 0.9, 0.0, 0.01, True, False, None, False, None, 0.1)

@@ -1,0 +1,176 @@
+// A device's share of a step: the tensors that are there, and the scratch memory they need.
+#include "device_part.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+#include <cstddef>
+#include <string>
+#include <utility>
+
+namespace fastclip {
+namespace {
+
+// Below this a step is over sooner than other threads could make use of the GIL.
+constexpr int64_t kElementsToReleaseGil = 1 << 18;
+
+struct ReleasedGil {
+  PyThreadState* state;
+  explicit ReleasedGil(bool release) : state(release ? PyEval_SaveThread() : nullptr) {}
+  ~ReleasedGil() {
+    if (state) PyEval_RestoreThread(state);
+  }
+};
+
+void run_on_torch_threads(int count, void (*work)(void*), void* context) {
+  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) work(context);
+  });
+}
+
+at::Tensor moved_to(c10::Device device, const at::Tensor& scalar) {
+  return scalar.defined() ? scalar.to(device, at::kFloat, /*non_blocking=*/true) : scalar;
+}
+
+const float* pointer(const at::Tensor& scalar) {
+  return scalar.defined() ? static_cast<const float*>(scalar.const_data_ptr()) : nullptr;
+}
+
+at::TensorOptions doubles_on(c10::Device device) { return at::TensorOptions().dtype(at::kDouble).device(device); }
+
+constexpr int64_t kDoubles = sizeof(Measure) / sizeof(double);
+constexpr int64_t place_of(size_t offset) { return static_cast<int64_t>(offset / sizeof(double)); }
+
+#if defined(FASTCLIP_CUDA)
+// Without torch's CUDA headers, which a CPU-only torch does not have.
+void* current_stream(c10::Device device) {
+  const c10::impl::VirtualGuardImpl guard(c10::DeviceType::CUDA);
+  return guard.getStream(device).native_handle();
+}
+#endif
+
+}  // namespace
+
+void DevicePart::clear() {
+  step.tensors.clear();
+  step.hypers.clear();
+  step.chunks = step.elements = 0;
+}
+
+at::Tensor DevicePart::sum() const { return outcome_.narrow(0, place_of(offsetof(Outcome, sum)), kDoubles); }
+
+at::Tensor DevicePart::total_norm() const { return outcome_.select(0, place_of(offsetof(Outcome, total_norm))); }
+
+at::Tensor DevicePart::skipped() const {
+  if (!outcome_.defined()) return {};
+  return outcome_.view(at::kLong).select(0, place_of(offsetof(Outcome, skipped)));
+}
+
+void DevicePart::prepare(Rule rule, const NormClip& norm_clip, const Amp& amp, bool counts) {
+  amp_ = {moved_to(device, amp.grad_scale), moved_to(device, amp.found_inf)};
+  step.rule = rule;
+  step.norm = norm_clip.norm;
+  step.max_norm = norm_clip.max_norm;
+  step.skip_nonfinite = norm_clip.skip_nonfinite;
+  step.counts = counts;
+  step.grad_scale = pointer(amp_.grad_scale);
+  step.found_inf = pointer(amp_.found_inf);
+  step.outcome = nullptr;
+  step.measures = nullptr;
+  if (device.is_cuda()) prepare_gpu();
+  if (step.norm == Norm::none && !step.found_inf) return;
+  if (!outcome_.defined()) {
+    if (capturing_) {
+      raise(PyExc_RuntimeError, "fastclip on " + device.str() +
+                                    ": take a step before a CUDA graph is captured, as other optimizers ask for");
+    }
+    outcome_ = at::zeros({sizeof(Outcome) / sizeof(double)}, doubles_on(device));
+  }
+  step.outcome = static_cast<Outcome*>(outcome_.mutable_data_ptr());
+  if (step.norm == Norm::none) return;
+  int64_t count = step.chunks;
+#if defined(FASTCLIP_CUDA)
+  if (device.is_cuda()) count = cuda::needs(step).measures;
+#endif
+  at::Tensor& measures = capturing_ ? captured_measures_ : measures_;
+  if (!measures.defined() || measures.numel() < count * kDoubles) {
+    measures = at::empty({count * kDoubles}, doubles_on(device));
+  }
+  step.measures = static_cast<Measure*>(measures.mutable_data_ptr());
+}
+
+// A graph is replayed when this plan's own scratch memory may long have been replaced by larger one. What is
+// allocated while it is captured comes from its pool, and stays valid for as long as the graph does.
+void DevicePart::prepare_gpu() {
+#if defined(FASTCLIP_CUDA)
+  capturing_ = cuda::is_capturing(current_stream(device));
+  captured_measures_.reset();
+  captured_table_memory_.reset();
+  const int64_t bytes = cuda::needs(step).table_bytes;
+  if (bytes == 0) return;
+  at::Tensor& memory = capturing_ ? captured_table_memory_ : table_memory_;
+  if (!memory.defined() || memory.numel() < bytes) {
+    memory = at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(device));
+    if (!capturing_) table_ = {memory.mutable_data_ptr(), {}};
+  }
+#else
+  raise(PyExc_RuntimeError, "fastclip was built without CUDA; got a tensor on " + device.str());
+#endif
+}
+
+void DevicePart::run(Passes passes) {
+  step.passes = passes;
+  device.is_cpu() ? run_on_cpu() : run_on_gpu();
+}
+
+void DevicePart::run_update(at::Tensor sums, int devices) {
+  sums_ = std::move(sums);
+  step.sums = static_cast<const Measure*>(sums_.const_data_ptr());
+  step.devices = devices;
+  run(Passes::update);
+}
+
+bool DevicePart::releases_gil() const { return device.is_cpu() && step.elements >= kElementsToReleaseGil; }
+
+void DevicePart::run_on_cpu() {
+  const ReleasedGil released(releases_gil());
+  cpu::run(step, cpu::ThreadPool{at::get_num_threads(), run_on_torch_threads});
+}
+
+void DevicePart::run_on_gpu() {
+#if defined(FASTCLIP_CUDA)
+  cuda::DeviceTable captured;  // uploaded anew at every replay
+  if (captured_table_memory_.defined()) captured.memory = captured_table_memory_.mutable_data_ptr();
+  if (const char* error = cuda::run(step, capturing_ ? captured : table_, device.index(), current_stream(device))) {
+    raise(PyExc_RuntimeError, "fastclip on " + device.str() + ": " + error);
+  }
+#endif
+}
+
+void run_parts(std::vector<DevicePart>& all_parts, Rule rule, const NormClip& norm_clip, const Amp& amp) {
+  std::vector<DevicePart*> parts;  // GPUs first: they work while the CPU does its share
+  for (const bool cpu : {false, true}) {
+    for (auto& part : all_parts) {
+      if (part.device.is_cpu() == cpu && !part.step.tensors.empty()) parts.push_back(&part);
+    }
+  }
+  for (DevicePart* part : parts) part->prepare(rule, norm_clip, amp, /*counts=*/part == parts.front());
+  if (parts.size() < 2 || norm_clip.norm == Norm::none) {
+    for (DevicePart* part : parts) part->run(Passes::all);
+    return;
+  }
+  for (DevicePart* part : parts) part->run(Passes::measure);
+  for (DevicePart* part : parts) {
+    // Copies between GPUs are enqueued. The CPU has to wait for the others' sums: it computes with them.
+    const auto devices = static_cast<int64_t>(parts.size());
+    at::Tensor sums = at::empty({devices * kDoubles}, doubles_on(part->device));
+    for (int64_t i = 0; i < devices; ++i) {
+      sums.narrow(0, i * kDoubles, kDoubles).copy_(parts[i]->sum(), /*non_blocking=*/part->device.is_cuda());
+    }
+    part->run_update(std::move(sums), static_cast<int>(devices));
+  }
+}
+
+}  // namespace fastclip

@@ -1,0 +1,67 @@
+// A device's share of a step: the tensors that are there, and the scratch memory they need.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <Python.h>
+
+#include <vector>
+
+#include "groups.h"
+#include "step.h"
+
+namespace fastclip {
+
+// What AMP hands to a step: one scalar each, or undefined.
+struct Amp {
+  at::Tensor grad_scale;
+  at::Tensor found_inf;
+};
+
+class DevicePart {
+ public:
+  explicit DevicePart(c10::Device on) : device(on) {}
+
+  void clear();
+
+  // Allocates what the step needs. Raises where it can't be taken, with nothing enqueued yet.
+  void prepare(Rule rule, const NormClip& norm_clip, const Amp& amp, bool counts);
+
+  // On the CPU: does it. On a GPU: enqueues it on the current stream.
+  void run(Passes passes);
+
+  // The update of a step that spans several devices: `sums` holds all their sums, here.
+  void run_update(at::Tensor sums, int devices);
+
+  bool releases_gil() const;  // while it runs
+
+  // Views into what the step leaves behind, for as long as no other step is taken.
+  at::Tensor sum() const;         // Measure, as 3 float64
+  at::Tensor total_norm() const;  // float64
+  at::Tensor skipped() const;     // int64
+
+  const c10::Device device;
+  Step step;
+  Py_ssize_t group = 0;  // whose hyperparameters, for which dtype, are the last row of the step's
+  DType dtype = DType::float32;
+
+ private:
+  void prepare_gpu();
+  void run_on_cpu();
+  void run_on_gpu();
+
+  Amp amp_;
+  at::Tensor sums_;
+  at::Tensor outcome_;   // Outcome, as float64
+  at::Tensor measures_;  // as float64
+  at::Tensor table_memory_;
+  cuda::DeviceTable table_;
+  // While a CUDA graph is captured: memory of the graph's own pool instead.
+  at::Tensor captured_measures_;
+  at::Tensor captured_table_memory_;
+  bool capturing_ = false;
+};
+
+// One step over all parts that hold tensors, and one norm over all of them.
+void run_parts(std::vector<DevicePart>& parts, Rule rule, const NormClip& norm_clip, const Amp& amp);
+
+}  // namespace fastclip

@@ -1,0 +1,42 @@
+// The CPU's step, taken by the CUDA kernels: an extension that is linked with this instead of csrc/step_cpu.cpp runs all
+// tests of the CPU on them.
+#include <mutex>
+#include <stdexcept>
+
+#include "step.h"
+
+namespace fastclip::cpu {
+
+void run(const Step& step, const ThreadPool&) {
+  static std::mutex one_at_a_time;  // the emulated device knows one thread of the host
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
+
+  // Scratch memory is the CPU plan's here: what a GPU's needs is made up for.
+  Step on_device = step;
+  const cuda::Needs needs = cuda::needs(step);
+  std::vector<Measure> measures(step.norm == Norm::none ? 0 : needs.measures);
+  on_device.measures = measures.data();
+  static std::vector<unsigned char> memory;
+  static cuda::DeviceTable table;
+  if (static_cast<size_t>(needs.table_bytes) > memory.size()) {
+    memory.resize(needs.table_bytes);
+    table = {memory.data(), {}};
+  }
+
+  // Every other step finds its learning rates in device memory, as schedulers under a CUDA graph leave them.
+  static int steps = 0;
+  std::vector<double> lr;
+  if (++steps % 2 == 0) {
+    lr.reserve(step.hypers.size());
+    for (Hyper& hyper : on_device.hypers) {
+      hyper.lr_on_device = &lr.emplace_back(hyper.lr);
+      hyper.lr_is_float64 = true;
+      hyper.lr = 1e30;  // not to be used
+    }
+  }
+  if (const char* error = cuda::run(on_device, table, 0, nullptr)) throw std::runtime_error(error);
+}
+
+const char* capability() { return "CUDA on the CPU"; }
+
+}  // namespace fastclip::cpu
