@@ -12,7 +12,7 @@ FACTORS = (3.0, 0.1, 1.0)
 NORM_TOLERANCE = {"fastclip": 1e-6, "loop": 1e-2, "foreach": 1e-2, "fused": 1e-2}
 
 # In 16 bits torch rounds the norm, the coefficient and the clipped gradients, where fastclip rounds the result only.
-NORM_TOLERANCE_16_BIT = 3e-2
+NORM_TOLERANCE_16_BIT = 5e-2
 
 PIECE = 2**18  # elements that are compared at a time: they stay in the cache
 

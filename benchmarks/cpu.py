@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import agreement, case, machine, report, result_file
+from . import agreement, case, machine, report_cpu, result_file
 from .contenders import CLIPS, MOMENTA
 from .problem import Problem
 from .shapes import MODELS
@@ -33,7 +33,7 @@ def main(arguments=None):
         print(f"The contenders disagree, nothing was timed. {error}", file=sys.stderr)
         return 1
     found["cases"] = measure(problems, options.threads, options.rounds)
-    print(report.console(found))
+    print(report_cpu.console(found))
     options.out.mkdir(parents=True, exist_ok=True)
     result_file.write(found, options.out / "cpu.json")
     from . import plot  # only here: matplotlib is slow to load

@@ -207,6 +207,7 @@ RESULTS = {
     ],
 }
 
+BEGIN, END = report.markers("cpu")
 TABLES = """\
 Some CPU, 2 cores; torch 2.13.0, Python 3.11.7, fastclip 0.1.0 (gcc, AVX2); commit 0123456789, 2025-01-31; \
 `python -m benchmarks.cpu`. Medians (10th–90th percentile of the rounds). Floor: the bytes that a step has to \
@@ -236,13 +237,13 @@ def test_report_by_hand():
 def test_report_updates_what_is_between_the_markers(tmp_path):
     results, readme = tmp_path / "cpu.json", tmp_path / "README.md"
     results.write_text(json.dumps(RESULTS))
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     for _ in range(2):
         assert report.main([str(results), "--update", str(readme)]) == 0
-        assert readme.read_text() == f"before\n{report.BEGIN}\n{TABLES}\n{report.END}\nafter\n"
+        assert readme.read_text() == f"before\n{BEGIN}\n{TABLES}\n{END}\nafter\n"
 
 
-@pytest.mark.parametrize("text", ["", report.BEGIN, f"{report.END} {report.BEGIN}", None])
+@pytest.mark.parametrize("text", ["", BEGIN, f"{END} {BEGIN}", None])
 def test_report_without_markers_or_file_says_so(text, tmp_path, capsys):
     results, readme = tmp_path / "cpu.json", tmp_path / "README.md"
     results.write_text(json.dumps(RESULTS))
