@@ -5,7 +5,13 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+OUT ?= gpu_out
 TORCH ?= torch==2.13.0
+
+# Where a GPU is, torch is there for it: no environment is made, and nothing installed.
+ifneq ($(filter gpu,$(MAKECMDGOALS)),)
+VENV :=
+endif
 
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
@@ -14,7 +20,7 @@ PY := $(VENV)/bin/python
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 endif
 
-.PHONY: help demo test bench build format clean
+.PHONY: help demo test bench gpu build format clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):[^#]*## */  make \1	/p' Makefile
@@ -27,6 +33,9 @@ test: build  ## all tests
 
 bench: build  ## time fastclip against the Python loop and the best of torch, about 8 minutes; leave the machine alone
 	$(PY) -m benchmarks.cpu $(ARGS)
+
+gpu:  ## on a machine with a GPU, in PYTHON's environment: build, tests, sanitizer, benchmark, ncu; under 8 minutes; OUT=
+	@$(PY) -m benchmarks.gpu_session --out "$(OUT)" $(ARGS)
 
 build: .requirements  ## the extension, in place
 	@echo "Building fastclip: 1 to 3 minutes the first time, longer with CUDA on an old machine. Log: build.log"

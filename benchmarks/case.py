@@ -1,8 +1,11 @@
-"""One row of the results: a model, a clip, a momentum, a number of threads."""
+"""One row of the results: a model, a clip, a momentum, a number of threads.
+
+What the rows of a CPU and of a GPU share stands here; gpu_case.py has the rest of a GPU's.
+"""
 
 import torch
 
-from . import timing
+from . import agreement, timing
 from .contenders import CLIPS, OF_TORCH, Contender
 from .problem import Probe, Problem, is_normal
 
@@ -10,9 +13,14 @@ from .problem import Probe, Problem, is_normal
 LARGE = 20_000_000
 SAME_STEPS = 1_000_000
 
-# Bytes per parameter that a step has to move, without and with momentum: gradient, parameter and momentum are read,
+# Elements per parameter that a step has to move, without and with momentum: gradient, parameter and momentum are read,
 # parameter and momentum are written. The norm reads the gradients before.
-FLOOR = {("value", False): 12, ("value", True): 20, ("norm", False): 16, ("norm", True): 24}
+FLOOR = {("value", False): 3, ("value", True): 5, ("norm", False): 4, ("norm", True): 6}
+
+
+def floor_bytes(clip, momentum, itemsize=4):
+    """Bytes per parameter that a step has to move."""
+    return FLOOR[clip, momentum != 0] * itemsize
 
 
 def measure(problem, clip, momentum, thread_counts, rounds, on_round=None):
@@ -21,11 +29,7 @@ def measure(problem, clip, momentum, thread_counts, rounds, on_round=None):
     Gradients are not set anew between steps: what torch's clip functions leave in them is clipped already, but no
     step's time depends on the values.
     """
-    contenders = {}
-    for name, copies in problem.copies.items():
-        problem.reset_params(copies)
-        problem.reset_grads(copies)
-        contenders[name] = Contender(name, copies, CLIPS[clip], momentum)
+    contenders = at_the_start(problem, clip, momentum)
     actors = {name: contender.step for name, contender in contenders.items()}
     single_elements = Problem("host", [(1,)] * len(problem.params)).copies["fastclip"]
     actors["host"] = Contender("fastclip", single_elements, CLIPS[clip], momentum).step
@@ -35,22 +39,53 @@ def measure(problem, clip, momentum, thread_counts, rounds, on_round=None):
     for threads in thread_counts:
         torch.set_num_threads(threads)
         steps = blocks(actors, problem.numel)
-        row = {
-            "model": problem.model,
-            "tensors": len(problem.params),
-            "parameters": problem.numel,
-            "clip": clip,
-            "limit": CLIPS[clip][1],
-            "momentum": momentum,
-            "threads": threads,
-            "steps_per_block": steps,
-        }
-        rows.append(row | evaluate(row, timing.rounds(actors, steps, rounds, on_round)))
+        timers = {name: timing.Timer(step, steps=steps[name]) for name, step in actors.items()}
+        row = head(problem, clip, momentum) | {"threads": threads, "steps_per_block": steps}
+        rows.append(row | evaluate(row, timing.rounds(timers, rounds, on_round)))
+    require_normal(contenders, row)
+    return rows
+
+
+def at_the_start(problem, clip, momentum):
+    """All contenders, each on its copy of the problem."""
+    contenders = {}
+    for name, copies in problem.copies.items():
+        problem.reset_params(copies)
+        problem.reset_grads(copies)
+        contenders[name] = Contender(name, copies, CLIPS[clip], momentum)
+    return contenders
+
+
+def agreement_row(problem, clip, momentum, threads=(1,)):
+    """How far the contenders are apart; raises Disagreement."""
+    try:
+        deviations = agreement.check(problem, CLIPS[clip], momentum, threads)
+    except agreement.Disagreement as error:
+        raise agreement.Disagreement(f"{problem.model}, {clip}, momentum {momentum:g}: {error}") from error
+    deviations = {name: digits(value) for name, value in deviations.items()}
+    return {"model": problem.model, "clip": clip, "momentum": momentum, "deviation": deviations}
+
+
+def head(problem, clip, momentum):
+    """What a row is about."""
+    return {
+        "model": problem.model,
+        "tensors": len(problem.params),
+        "parameters": problem.numel,
+        "clip": clip,
+        "limit": CLIPS[clip][1],
+        "momentum": momentum,
+    }
+
+
+def require_normal(contenders, row):
+    """ArithmeticError where a contender worked on numbers that have timings of their own."""
     for name, contender in contenders.items():
         tensors = [t for written in contender.results().values() for t in written]
         if not is_normal(tensors + [p.grad for p in contender.params]):
-            raise ArithmeticError(f"{name} met denormals, inf or NaN: {problem.model}, {clip}, momentum {momentum:g}")
-    return rows
+            raise ArithmeticError(
+                f"{name} met denormals, inf or NaN: {row['model']}, {row['clip']}, momentum {row['momentum']:g}"
+            )
 
 
 def blocks(actors, numel):
@@ -66,21 +101,37 @@ def blocks(actors, numel):
 def evaluate(row, samples):
     """Times, speed-ups and the part of the floor."""
     own = samples["fastclip"]
-    best = timing.fastest({name: samples[name] for name in OF_TORCH})
     found = {
-        "us_per_step": {name: described(scaled(1e6, values)) for name, values in samples.items() if name != "add_"},
-        "vs_loop": described(timing.ratios(samples["loop"], own)),
-        "best_of_torch": best,
-        "vs_best_of_torch": described(timing.ratios(samples[best], own)),
+        "us_per_step": microseconds({name: values for name, values in samples.items() if name != "add_"}),
+        **speed_ups(samples),
         "host_ns_per_tensor": described(scaled(1e9 / row["tensors"], samples["host"])),
     }
     if "add_" in samples:
-        floor = FLOOR[row["clip"], row["momentum"] != 0]
-        in_add = [Probe.BYTES / seconds for seconds in samples["add_"]]
-        found["gb_per_s"] = described(scaled(row["parameters"] / 1e9, in_add))
-        found["floor_bytes_per_parameter"] = floor
-        found["of_floor"] = described([floor / speed / seconds for speed, seconds in zip(in_add, own, strict=True)])
+        in_add = [row["parameters"] * Probe.BYTES / seconds for seconds in samples["add_"]]
+        found["gb_per_s"] = described(scaled(1e-9, in_add))
+        found["floor_bytes_per_parameter"] = floor_bytes(row["clip"], row["momentum"])
+        found["of_floor"] = of_floor(row["parameters"] * found["floor_bytes_per_parameter"], in_add, own)
     return found
+
+
+def microseconds(samples):
+    return {name: described(scaled(1e6, values)) for name, values in samples.items()}
+
+
+def speed_ups(samples):
+    """Of fastclip, over the loop and over the best of torch."""
+    own = samples["fastclip"]
+    best = timing.fastest({name: samples[name] for name in OF_TORCH})
+    return {
+        "vs_loop": described(timing.ratios(samples["loop"], own)),
+        "best_of_torch": best,
+        "vs_best_of_torch": described(timing.ratios(samples[best], own)),
+    }
+
+
+def of_floor(moved, speeds, own):
+    """The part of the time that the bytes which have to move take at the speed measured in the same round."""
+    return described([moved / speed / seconds for speed, seconds in zip(speeds, own, strict=True)])
 
 
 def scaled(factor, samples):

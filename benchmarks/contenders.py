@@ -10,6 +10,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 import fastclip
 
 LR = 0.01
+MOMENTA = (0.0, 0.9)
 CLIPS = {"value": ("value", 0.01), "norm": ("norm", 1.0)}
 
 

@@ -2,20 +2,18 @@
 
 import argparse
 import itertools
-import json
-import re
 import sys
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from . import agreement, case, machine, report
-from .contenders import CLIPS
+from . import agreement, case, machine, report_cpu, result_file
+from .contenders import CLIPS, MOMENTA
 from .problem import Problem
 from .shapes import MODELS
 
-MOMENTA = (0.0, 0.9)
+ALL = [model for model in MODELS if model != "conformer-l"]  # that is another one of 100M parameters
 QUICK = ["dnn", "tiny-600", "conformer-s"]
 
 
@@ -35,9 +33,9 @@ def main(arguments=None):
         print(f"The contenders disagree, nothing was timed. {error}", file=sys.stderr)
         return 1
     found["cases"] = measure(problems, options.threads, options.rounds)
-    print(report.console(found))
+    print(report_cpu.console(found))
     options.out.mkdir(parents=True, exist_ok=True)
-    write(found, options.out / "cpu.json")
+    result_file.write(found, options.out / "cpu.json")
     from . import plot  # only here: matplotlib is slow to load
 
     plot.speed_ups(found, options.out / "cpu.png")
@@ -48,12 +46,12 @@ def main(arguments=None):
 def parse(arguments):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__.split(": ", 1)[1])
     parser.add_argument("--quick", action="store_true", help="the smaller models, few rounds")
-    parser.add_argument("--model", nargs="+", choices=MODELS, help="default: all")
+    parser.add_argument("--model", nargs="+", choices=MODELS, help="default: all but conformer-l")
     parser.add_argument("--threads", type=thread_counts, default="1,all", help="as in 1,all (the default)")
     parser.add_argument("--rounds", type=int, help="default: 24, or 4 with --quick; half of it for the largest models")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="default: %(default)s")
     options = parser.parse_args(arguments)
-    options.model = options.model or (QUICK if options.quick else list(MODELS))
+    options.model = options.model or (QUICK if options.quick else ALL)
     if options.rounds is None:
         options.rounds = 4 if options.quick else 24
     if options.rounds < 1:
@@ -74,12 +72,7 @@ def check(problems, threads):
     rows = []
     combinations = list(itertools.product(problems, CLIPS, MOMENTA))
     for problem, clip, momentum in tqdm(combinations, desc="agreement", unit="case"):
-        try:
-            deviations = agreement.check(problem, CLIPS[clip], momentum, threads)
-        except agreement.Disagreement as error:
-            raise agreement.Disagreement(f"{problem.model}, {clip}, momentum {momentum:g}: {error}") from error
-        deviations = {name: case.digits(value) for name, value in deviations.items()}
-        rows.append({"model": problem.model, "clip": clip, "momentum": momentum, "deviation": deviations})
+        rows.append(case.agreement_row(problem, clip, momentum, threads))
     return rows
 
 
@@ -93,12 +86,6 @@ def measure(problems, threads, rounds):
             progress.set_postfix_str(f"{problem.model} {clip} {momentum:g}")
             rows += case.measure(problem, clip, momentum, threads, count[problem.model], progress.update)
     return rows
-
-
-def write(found, path):
-    """JSON with every list of numbers on one line."""
-    text = json.dumps({"schema": 1, **found}, indent=1)
-    path.write_text(re.sub(r"\[[-+\d.eE,\s]*\]", lambda numbers: " ".join(numbers[0].split()), text) + "\n")
 
 
 if __name__ == "__main__":

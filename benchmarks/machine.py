@@ -15,13 +15,13 @@ ROOT = Path(__file__).parents[1]
 NOT_CODE = [":!benchmarks/results", ":!README.md"]
 
 
-def describe(arguments):
+def describe(arguments, command="python -m benchmarks.cpu"):
     """Everything that is known before a run starts."""
     return {
         "machine": machine(),
         "versions": versions(),
         **revision(),
-        "command": " ".join(["python -m benchmarks.cpu", *arguments]),
+        "command": " ".join([command, *arguments]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -34,6 +34,29 @@ def machine():
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "load_before": [round(load, 2) for load in os.getloadavg()],
     }
+
+
+def gpu():
+    """The current CUDA device, for the results of a GPU."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "l2_bytes": getattr(properties, "L2_cache_size", None),
+        "driver": driver(),
+    }
+
+
+def driver():
+    """The version of NVIDIA's driver; None where nvidia-smi does not tell it."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return lines[0] if lines else None
 
 
 def cpu_model():
@@ -49,6 +72,8 @@ def versions():
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "nvcc": info["cuda"],
         "fastclip": fastclip.__version__,
         "compiler": info["compiler"],
         "capability": info["cpu_capability"],
@@ -57,12 +82,15 @@ def versions():
 
 
 def revision():
-    """The commit, and whether the code differs from it."""
+    """The commit, and whether the code differs from it.
+
+    Where the code came without its history, FASTCLIP_COMMIT may tell the commit; whether it differs is unknown then.
+    """
     try:
         commit = git("rev-parse", "HEAD")
         return {"commit": commit, "dirty": bool(git("status", "--porcelain", "--", ".", *NOT_CODE))}
     except (OSError, subprocess.CalledProcessError):
-        return {"commit": None, "dirty": None}
+        return {"commit": os.environ.get("FASTCLIP_COMMIT"), "dirty": None}
 
 
 def git(*arguments):

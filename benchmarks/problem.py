@@ -9,17 +9,22 @@ class Problem:
     """Where all contenders start from, and the memory of each: kept from the check to the last measurement, as the
     first touch of memory takes longer than many steps."""
 
-    def __init__(self, model, shapes, seed=0):
-        generator = torch.Generator().manual_seed(seed)
-        self.model = model
-        self.params = [0.05 * torch.randn(shape, generator=generator) for shape in shapes]
+    def __init__(self, model, shapes, seed=0, device="cpu", dtype=torch.float32):
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def random(shape):
+            return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+
+        self.model, self.device, self.dtype = model, torch.device(device), dtype
+        self.params = [0.05 * random(shape) for shape in shapes]
         # A value clip at 0.01 cuts more than half of these.
-        self.grads = [0.02 * torch.randn(shape, generator=generator) for shape in shapes]
+        self.grads = [0.02 * random(shape) for shape in shapes]
         self.numel = sum(p.numel() for p in self.params)
         self.copies = {name: self.copy() for name in CONTENDERS}
 
-    def copy(self, dtype=torch.float32):
+    def copy(self, dtype=None):
         """Parameters with gradients."""
+        dtype = dtype or self.dtype
         copies = [torch.nn.Parameter(p.to(dtype, copy=True)) for p in self.params]
         for p, grad in zip(copies, self.grads, strict=True):
             p.grad = grad.to(dtype, copy=True)

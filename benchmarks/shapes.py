@@ -45,6 +45,7 @@ MODELS = {
     "tiny-600": 600 * [(144,)],
     "conformer-s": conformer(144),
     "conformer-m": conformer(256),
+    "conformer-l": conformer(512, layers=17),
     "dense-100m": 6 * [(4096, 4096)],
 }
 

@@ -8,26 +8,43 @@ import time
 BLOCK_SECONDS = 0.02
 
 
-def rounds(actors, steps, count, on_round=None):
-    """Samples in seconds per step: in every round, each actor runs one block of its number of steps.
+class Timer:
+    """Times a step in blocks; each call gives seconds per step.
+
+    Args:
+        step (Callable): what is timed.
+        clock (Callable, optional): block() below, or another function of the same arguments and result.
+        steps (int, optional): per block; as many as take BLOCK_SECONDS where it is not given.
+        inside (int): steps that one call of `step` takes, as the replay of a graph may hold several.
+    """
+
+    def __init__(self, step, clock=None, steps=None, inside=1):
+        self.step, self.clock, self.inside = step, clock or block, inside
+        self.steps = steps or steps_per_block(step, self.clock)
+
+    def __call__(self):
+        return self.clock(self.step, self.steps) / (self.steps * self.inside)
+
+
+def rounds(timers, count, on_round=None):
+    """Samples in seconds per step: in every round, each timer times one block.
 
     The order changes from round to round: what the machine does besides, and what the one before left in the caches,
     hits all of them.
 
     Args:
-        actors (dict): functions by name.
-        steps (dict): steps per block, by name.
+        timers (dict): functions that return seconds per step, by name.
         count: number of rounds.
         on_round (Callable, optional): called after each round.
     """
     shuffler = random.Random(0)
-    samples = {name: [] for name in actors}
+    samples = {name: [] for name in timers}
     gc.collect()
     gc.disable()
     try:
         for _ in range(count):
-            for name in shuffler.sample(list(actors), len(actors)):
-                samples[name].append(block(actors[name], steps[name]) / steps[name])
+            for name in shuffler.sample(list(timers), len(timers)):
+                samples[name].append(timers[name]())
             if on_round:
                 on_round()
     finally:
@@ -43,11 +60,11 @@ def block(step, steps):
     return time.perf_counter() - start
 
 
-def steps_per_block(step):
-    """Steps that take about BLOCK_SECONDS, at least 1."""
-    block(step, 1)  # the first one allocates, and builds what is kept
+def steps_per_block(step, clock=block):
+    """Steps that take about BLOCK_SECONDS by a clock, at least 1."""
+    clock(step, 1)  # the first one allocates, and builds what is kept
     steps = 1
-    while (taken := block(step, steps)) < BLOCK_SECONDS / 4:
+    while (taken := clock(step, steps)) < BLOCK_SECONDS / 4:
         steps *= 2
     return max(1, round(BLOCK_SECONDS * steps / taken))
 

@@ -1,0 +1,80 @@
+"""The tables of a GPU's results."""
+
+from . import targets
+from .contenders import OF_TORCH
+from .formats import columns, commit, deviations, duration, models, percent, spread, table, times
+
+HEADER = ["model", "dtype", "clip", "momentum", "step µs", "device µs", "host µs", "vs loop", "vs best of torch"]
+
+
+def markdown(results):
+    """One line on the circumstances, one on the models, then the targets and all rows."""
+    rows = [readme_row(row) for row in results["cases"]]
+    parts = [
+        circumstances(results),
+        models(results),
+        table(targets.lines(results), words=1),
+        table([[*HEADER, "of the floor"], *rows], words=3),
+    ]
+    return "\n\n".join(parts + remarks(results))
+
+
+def circumstances(results):
+    versions, gpu = results["versions"], results["gpu"]
+    if results["rehearsal"]:
+        device = "**A rehearsal on a CPU: these are no GPU's times**"
+    else:
+        device = f"{gpu['name']}, driver {gpu['driver'] or 'unknown'}"
+    return (
+        f"{device}; CUDA {versions['cuda']} (nvcc {versions['nvcc']}), torch {versions['torch']}, "
+        f"Python {versions['python']}, fastclip {versions['fastclip']}; commit {commit(results)}, "
+        f"{results['date'][:10]}; `{results['command']}`. Medians (10th–90th percentile of the rounds) of fastclip. "
+        "Step: as a training loop takes them, bounded by the host in small models. Device: replayed from a CUDA graph. "
+        "Host: until the call returns. Speed-ups compare steps. Floor: the bytes that a step has to move, at the speed "
+        "of a copy on the device in the same round."
+    )
+
+
+def remarks(results):
+    """What a reader has to know of single rows, or of those that are not there."""
+    reasons = {f"{name}: {text}" for row in results["cases"] for name, text in row["no_graph"].items()}
+    parts = [f"No graph, steps in a row instead: {'; '.join(sorted(reasons))}."] if reasons else []
+    if results["failed"]:
+        parts.append(f"Failed: {'; '.join(case['case'] for case in results['failed'])}.")
+    if results["left_out"]:
+        parts.append(f"Left out, as the time was up: {'; '.join(results['left_out'])}.")
+    return parts
+
+
+def readme_row(row):
+    return [
+        row["model"],
+        row["dtype"],
+        f"{row['clip']} {row['limit']:g}",
+        f"{row['momentum']:g}",
+        spread(row["us_per_step"]["fastclip"], duration),
+        spread(row["device_us"]["fastclip"], duration) + ("*" if "fastclip" in row["no_graph"] else ""),
+        spread(row["host_us"]["fastclip"], duration),
+        spread(row["vs_loop"], times, "×"),
+        f"{spread(row['vs_best_of_torch'], times, '×')} {row['best_of_torch']}",
+        spread(row["of_floor"], percent, " %") if "of_floor" in row else in_cache(row),
+    ]
+
+
+def in_cache(row):
+    return "in the L2 cache" if row["in_l2"] else ""
+
+
+def console(results):
+    """All contenders' times, for a terminal."""
+    kinds = {"us_per_step": "step µs", "device_us": "device µs", "host_us": "host µs"}
+    names = [*OF_TORCH, "fastclip"]
+    lines = [["model", "dtype", "clip", "mom.", "", *names, "copy GB/s", "of the floor"]]
+    for row in results["cases"]:
+        own = readme_row(row)
+        for key, title in kinds.items():
+            medians = [duration(row[key][name]["median"]) for name in names]
+            rest = [f"{row['copy_gb_per_s']['median']:.0f}", own[-1]] if key == "device_us" else ["", ""]
+            lines.append([*own[:4], title, *medians, *rest])
+    parts = [circumstances(results), columns(lines), deviations(results), *remarks(results)]
+    return "\n\n".join([*parts, columns(targets.lines(results))])
