@@ -37,8 +37,8 @@ NOT_HERE = {
 }
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 NAMES = ["build", "built for CUDA", "exercise", "tests", "benchmark", *SANITIZERS, "ncu value", "ncu norm"]
-# The kernels of a step, by ncu's pattern.
-KERNELS = "regex:(step|update|measure|norm)_kernel"
+# The kernel of a step, by ncu's pattern.
+KERNEL = "regex:step_kernel"
 
 
 @dataclass
@@ -146,8 +146,7 @@ def steps(out, options, capability):
         Step("benchmark", benchmark(out, options), 170, "benchmark.log"),
     ]
     found += [sanitizer(tool, device) for tool in SANITIZERS]
-    # A value clip is one launch; of a norm clip, those of one step or of two.
-    found += [ncu("value", 1, device), ncu("norm", 2, device)]
+    found += [ncu("value", device), ncu("norm", device)]
     return found
 
 
@@ -175,10 +174,10 @@ def sanitizer(tool, device):
     )
 
 
-def ncu(clip, launches, device):
-    """Profiles the kernels of later steps, and leaves the clocks as they are."""
-    command = ["ncu", "--set", "full", "--clock-control", "none", "-k", KERNELS]
-    command += ["--launch-skip", str(launches), "--launch-count", str(launches)]
+def ncu(clip, device):
+    """Profiles the kernel of a later step than the first, and leaves the clocks as they are."""
+    command = ["ncu", "--set", "full", "--clock-control", "none", "-k", KERNEL]
+    command += ["--launch-skip", "2", "--launch-count", "1"]
     return Step(
         f"ncu {clip}",
         [*command, sys.executable, "-m", "benchmarks.steps", "--clip", clip, "--device", device],

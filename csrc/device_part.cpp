@@ -79,7 +79,8 @@ void DevicePart::prepare(Rule rule, const NormClip& norm_clip, const Amp& amp, b
   step.found_inf = pointer(amp_.found_inf);
   step.outcome = nullptr;
   step.measures = nullptr;
-  if (device.is_cuda()) prepare_gpu();
+  int64_t measures_needed = step.chunks;
+  if (device.is_cuda()) measures_needed = prepare_gpu();
   if (step.norm == Norm::none && !step.found_inf) return;
   if (!outcome_.defined()) {
     if (capturing_) {
@@ -90,31 +91,27 @@ void DevicePart::prepare(Rule rule, const NormClip& norm_clip, const Amp& amp, b
   }
   step.outcome = static_cast<Outcome*>(outcome_.mutable_data_ptr());
   if (step.norm == Norm::none) return;
-  int64_t count = step.chunks;
-#if defined(FASTCLIP_CUDA)
-  if (device.is_cuda()) count = cuda::needs(step).measures;
-#endif
   at::Tensor& measures = capturing_ ? captured_measures_ : measures_;
-  if (!measures.defined() || measures.numel() < count * kDoubles) {
-    measures = at::empty({count * kDoubles}, doubles_on(device));
+  if (!measures.defined() || measures.numel() < measures_needed * kDoubles) {
+    measures = at::empty({measures_needed * kDoubles}, doubles_on(device));
   }
   step.measures = static_cast<Measure*>(measures.mutable_data_ptr());
 }
 
 // A graph is replayed when this plan's own scratch memory may long have been replaced by larger one. What is
 // allocated while it is captured comes from its pool, and stays valid for as long as the graph does.
-void DevicePart::prepare_gpu() {
+int64_t DevicePart::prepare_gpu() {
 #if defined(FASTCLIP_CUDA)
   capturing_ = cuda::is_capturing(current_stream(device));
   captured_measures_.reset();
   captured_table_memory_.reset();
-  const int64_t bytes = cuda::needs(step).table_bytes;
-  if (bytes == 0) return;
+  const cuda::Needs needs = cuda::needs(step);
   at::Tensor& memory = capturing_ ? captured_table_memory_ : table_memory_;
-  if (!memory.defined() || memory.numel() < bytes) {
-    memory = at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(device));
+  if (needs.table_bytes > 0 && (!memory.defined() || memory.numel() < needs.table_bytes)) {
+    memory = at::empty({needs.table_bytes}, at::TensorOptions().dtype(at::kByte).device(device));
     if (!capturing_) table_ = {memory.mutable_data_ptr(), {}};
   }
+  return needs.measures;
 #else
   raise(PyExc_RuntimeError, "fastclip was built without CUDA; got a tensor on " + device.str());
 #endif

@@ -45,7 +45,7 @@ class DevicePart {
   DType dtype = DType::float32;
 
  private:
-  void prepare_gpu();
+  int64_t prepare_gpu();  // returns the number of measures it needs
   void run_on_cpu();
   void run_on_gpu();
 
