@@ -34,40 +34,43 @@ void for_each_entry(const Step& step, const Body& body) {
   }
 }
 
-Entry make_entry(const TensorEntry& tensor, int64_t begin, int64_t numel) {
-  const auto at = [&](void* base) -> void* {
-    return base ? static_cast<char*>(base) + begin * item_size(tensor.dtype) : nullptr;
-  };
-  Entry entry{};
+// Field by field in place: a whole entry, copied right after its bytes were written, waits for them.
+void write_entry(const TensorEntry& tensor, int64_t begin, int64_t numel, uint32_t first_tile, Entry& entry) {
+  const int64_t offset = begin * item_size(tensor.dtype);
+  const auto at = [offset](void* base) -> void* { return base ? static_cast<char*>(base) + offset : nullptr; };
   entry.param = at(tensor.param);
   entry.grad = at(tensor.grad);
   entry.momentum_buffer = at(tensor.momentum_buffer);
   entry.numel = numel;
+  entry.first_tile = first_tile;
   entry.hyper = static_cast<uint16_t>(tensor.hyper);
   entry.dtype = tensor.dtype;
   entry.momentum = tensor.momentum;
   entry.aligned = is_aligned(entry.param) && is_aligned(entry.grad) && is_aligned(entry.momentum_buffer);
-  return entry;
+  entry.unused = 0;
 }
 
 struct Layout {
   int64_t entries = 0;
   int64_t tiles = 0;
-  int32_t tile = 1024;  // elements
+  int tile_bits = 10;      // a tile has 2^tile_bits elements: divisions would be half of the host's work here
   int32_t item_bytes = 0;  // of the widest dtype
   int64_t table_bytes = 0;
+
+  int32_t tile() const { return 1 << tile_bits; }
+  int64_t tiles_of(int64_t numel) const { return (numel + tile() - 1) >> tile_bits; }
 };
 
 // Small tiles keep all of a GPU busy with a small model; the last block adds up one sum per tile, so a large
 // model gets larger ones. Depends on the model alone, and with it the order of the sums.
 Layout layout_of(const Step& step) {
   constexpr int64_t kManyTiles = 1 << 15;
-  constexpr int32_t kLargestTile = 1 << 14;
+  constexpr int kLargestTileBits = 14;
   Layout layout;
-  while (layout.tile < kLargestTile && step.elements / layout.tile > kManyTiles) layout.tile *= 2;
+  while (layout.tile_bits < kLargestTileBits && step.elements >> layout.tile_bits > kManyTiles) ++layout.tile_bits;
   for_each_entry(step, [&](const TensorEntry& tensor, int64_t, int64_t numel) {
     ++layout.entries;
-    layout.tiles += (numel + layout.tile - 1) / layout.tile;
+    layout.tiles += layout.tiles_of(numel);
     layout.item_bytes = std::max(layout.item_bytes, item_size(tensor.dtype));
   });
   layout.table_bytes = static_cast<int64_t>(step.hypers.size() * sizeof(Hyper) + layout.entries * sizeof(Entry));
@@ -80,10 +83,8 @@ void write_table(const Step& step, const Layout& layout, unsigned char* bytes) {
   auto* entry = reinterpret_cast<Entry*>(hypers + step.hypers.size());
   uint32_t tiles = 0;
   for_each_entry(step, [&](const TensorEntry& tensor, int64_t begin, int64_t numel) {
-    *entry = make_entry(tensor, begin, numel);
-    entry->first_tile = tiles;
-    tiles += static_cast<uint32_t>((numel + layout.tile - 1) / layout.tile);
-    ++entry;
+    write_entry(tensor, begin, numel, tiles, *entry++);
+    tiles += static_cast<uint32_t>(layout.tiles_of(numel));
   });
 }
 
@@ -143,7 +144,7 @@ void launch(const Layout& layout, Args& arguments, int device, cudaStream_t stre
   };
   if (!(header.measure && header.update)) return enqueue(false, sizeof(Shared));
   if (room.cooperative) {
-    header.slot_bytes = layout.tile * layout.item_bytes;
+    header.slot_bytes = layout.tile() * layout.item_bytes;
     const int64_t rounds = (layout.tiles - 1) / (int64_t{blocks} * kWarps) + 1;
     header.slots = static_cast<uint32_t>(
         std::min<int64_t>(rounds * kWarps, (room.shared_bytes - int{sizeof(Shared)}) / header.slot_bytes));
@@ -190,7 +191,7 @@ Header header_of(const Step& step, const Layout& layout) {
   header.hypers = static_cast<uint32_t>(step.hypers.size());
   header.tensors = static_cast<uint32_t>(layout.entries);
   header.tiles = static_cast<uint32_t>(layout.tiles);
-  header.tile = layout.tile;
+  header.tile = layout.tile();
   header.grad_scale = step.grad_scale;
   header.found_inf = step.found_inf;
   header.outcome = step.outcome;

@@ -25,6 +25,7 @@ struct Entry {
   DType dtype;
   Momentum momentum : 4;
   bool aligned : 1;  // all arrays start on 16 bytes, and with them every tile
+  uint8_t unused : 3;
 };
 static_assert(sizeof(Entry) == 40, "more tensors fit into the kernel arguments while it is small");
 
