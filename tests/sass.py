@@ -54,7 +54,7 @@ def missing(*tools):
 # ---- compiling -------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(frozen=True)
 class Cubin:
     path: Path
     log: str  # of ptxas -v
@@ -215,6 +215,7 @@ def functions_of(architecture):
     return disassemble(compiled(architecture))
 
 
+@functools.cache
 def usage_of(cubin):
     """Kernel -> what it takes of a multiprocessor: {"REG": 89, "STACK": 0, "LOCAL": 0, ...}."""
     text = setup.output(tool("cuobjdump"), "--dump-resource-usage", str(cubin.path))

@@ -292,12 +292,6 @@ PLANTED = {
         "double(x) < low + 1e-9 ? low : x;",
         "double precision",
     ),
-    "one more product": (
-        CLIP_FILE,
-        "return value(x) * coefficient;",
-        "return value(x) * coefficient * unscale;",
-        "arith",
-    ),
     "a division": (
         CLIP_FILE,
         "return value(x) * coefficient;",
