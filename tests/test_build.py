@@ -1,13 +1,12 @@
 """What the build promises: it says what it is, both halves compile and link, and no kernel spills."""
 
 import importlib
-import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -15,8 +14,8 @@ import torch
 import fastclip
 from fastclip import _extension
 
-ROOT = Path(__file__).parent.parent
-nvcc = shutil.which("nvcc")
+from .sass import ROOT, compiled, nvcc, setup
+
 needs_nvcc = pytest.mark.skipif(nvcc is None, reason="needs nvcc")
 
 
@@ -110,52 +109,34 @@ def test_the_cuda_half_was_built_and_linked():
 
 
 @needs_nvcc
-def test_kernels_compile_without_warnings_and_do_not_spill(tmp_path):
-    """For every architecture that fastclip is built for."""
+def test_kernels_compile_without_warnings_and_do_not_spill():
+    """For every architecture that fastclip is built for. What else their code must be: test_sass.py."""
     known = run(nvcc, "--list-gpu-arch").stdout
-    architectures = [a for a in ("75", "80", "86", "89", "90", "100", "120") if f"compute_{a}\n" in known]
-    flags = [
-        "-O3",
-        "-std=c++17",
-        "-fmad=false",
-        "-Werror=all-warnings",
-        "-Xcompiler=-Wall,-Wextra,-Werror",
-        "--threads=2",
-    ]
-    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
-    result = run(
-        nvcc, *flags, "-Xptxas=-v", *targets, "-fatbin", "-o", str(tmp_path / "step.fatbin"), "csrc/step_cuda.cu"
-    )
-    assert result.returncode == 0, result.stdout
-    spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", result.stdout)]
-    kernels = result.stdout.count("Compiling entry function")
-    assert kernels >= 10 * len(architectures) and len(spills) >= 2 * kernels
-    assert not any(spills), [line for line in result.stdout.splitlines() if re.search(r"[1-9]\d* bytes spill", line)]
-
-
-def load_setup():
-    spec = importlib.util.spec_from_file_location("fastclip_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    architectures = [a for a in setup.ARCHITECTURES if f"compute_{a.replace('.', '')}\n" in known]
+    assert architectures
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for cubin in pool.map(compiled, architectures):
+            kernels = cubin.log.count("Compiling entry function")
+            assert kernels >= 10 and cubin.log.count("bytes spill stores") >= kernels
+            assert not cubin.spills()
 
 
 def test_cuda_can_be_left_out(monkeypatch):
     monkeypatch.setenv("FASTCLIP_CUDA", "0")
-    assert load_setup().find_nvcc() is None
+    assert setup.find_nvcc() is None
 
 
 @needs_nvcc
 def test_cuda_architectures(monkeypatch):
     """All that the toolkit has, with PTX of the newest; TORCH_CUDA_ARCH_LIST narrows them."""
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    found = load_setup().cuda_architectures(nvcc)
+    found = setup.cuda_architectures(nvcc)
     assert {"8.0", "9.0"} <= {a.removesuffix("+PTX") for a in found}
     assert [a for a in found if a.endswith("+PTX")] == [found[-1]]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
-    narrowed = load_setup().cuda_architectures(nvcc)
+    narrowed = setup.cuda_architectures(nvcc)
     assert narrowed == ["8.0", "9.0+PTX"]
-    assert [flag for a in narrowed for flag in load_setup().gencode(a)] == [
+    assert [flag for a in narrowed for flag in setup.gencode(a)] == [
         "-gencode=arch=compute_80,code=sm_80",
         "-gencode=arch=compute_90,code=sm_90",
         "-gencode=arch=compute_90,code=compute_90",
