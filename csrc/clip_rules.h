@@ -49,12 +49,16 @@ constexpr double kSmall = 0x1p-500, kScaleSmall = 0x1p600;
 constexpr double kBig = 0x1p480, kScaleBig = 0x1p-600;
 
 // A NaN, once met, stays: no comparison with it is true, and only NaN differs from itself.
-FASTCLIP_HD double larger(double a, double b) { return b > a || b != b ? b : a; }
+template <class T>
+FASTCLIP_HD T larger(T a, T b) {
+  return b > a || b != b ? b : a;
+}
 
-// The parts of a Measure come one by one, so that a CPU can keep many sums in three arrays.
-template <Norm kNorm, bool kFloat64>
-FASTCLIP_HD void measure(double& small, double& medium, double& big, double x) {
-  const double magnitude = fabs(x);
+// The parts of a Measure come one by one, so that a CPU can keep many sums in three arrays. Sum is double; for
+// the inf norm it may be the type of the gradients.
+template <Norm kNorm, bool kFloat64, class Sum>
+FASTCLIP_HD void measure(double& small, Sum& medium, double& big, Sum x) {
+  const Sum magnitude = fabs(x);
   if constexpr (kNorm == Norm::inf) {
     medium = larger(medium, magnitude);
   } else if constexpr (kFloat64) {
@@ -65,7 +69,12 @@ FASTCLIP_HD void measure(double& small, double& medium, double& big, double x) {
     medium += m * m;
     big += b * b;
   } else {
+    // The square is exact, so it makes no difference to the bits whether it is rounded.
+#if defined(__CUDA_ARCH__)
+    medium = fma(x, x, medium);
+#else
     medium += x * x;
+#endif
   }
 }
 

@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <cstddef>
@@ -30,8 +31,9 @@ void run_on_torch_threads(int count, void (*work)(void*), void* context) {
   });
 }
 
+// The CPU computes with it right away, so there the copy has to be waited for.
 at::Tensor moved_to(c10::Device device, const at::Tensor& scalar) {
-  return scalar.defined() ? scalar.to(device, at::kFloat, /*non_blocking=*/true) : scalar;
+  return scalar.defined() ? scalar.to(device, at::kFloat, /*non_blocking=*/device.is_cuda()) : scalar;
 }
 
 const float* pointer(const at::Tensor& scalar) {
@@ -83,10 +85,8 @@ void DevicePart::prepare(Rule rule, const NormClip& norm_clip, const Amp& amp, b
   if (device.is_cuda()) measures_needed = prepare_gpu();
   if (step.norm == Norm::none && !step.found_inf) return;
   if (!outcome_.defined()) {
-    if (capturing_) {
-      raise(PyExc_RuntimeError, "fastclip on " + device.str() +
-                                    ": take a step before a CUDA graph is captured, as other optimizers ask for");
-    }
+    // A replay would set it, and the count of skipped steps, back to 0. Clipping counts nothing.
+    if (capturing_ && rule != Rule::clip_grad) raise_capturing();
     outcome_ = at::zeros({sizeof(Outcome) / sizeof(double)}, doubles_on(device));
   }
   step.outcome = static_cast<Outcome*>(outcome_.mutable_data_ptr());
@@ -98,11 +98,26 @@ void DevicePart::prepare(Rule rule, const NormClip& norm_clip, const Amp& amp, b
   step.measures = static_cast<Measure*>(measures.mutable_data_ptr());
 }
 
+bool DevicePart::is_capturing() const {
+#if defined(FASTCLIP_CUDA)
+  if (device.is_cuda()) {
+    const c10::DeviceGuard guard(device);
+    return cuda::is_capturing(current_stream(device));
+  }
+#endif
+  return false;
+}
+
+void DevicePart::raise_capturing() const {
+  raise(PyExc_RuntimeError, "fastclip on " + device.str() + ": take a step before a CUDA graph captures one, so that " +
+                                "what it leaves (momentum buffers, norm, count of skipped steps) is there already");
+}
+
 // A graph is replayed when this plan's own scratch memory may long have been replaced by larger one. What is
 // allocated while it is captured comes from its pool, and stays valid for as long as the graph does.
 int64_t DevicePart::prepare_gpu() {
 #if defined(FASTCLIP_CUDA)
-  capturing_ = cuda::is_capturing(current_stream(device));
+  capturing_ = is_capturing();
   captured_measures_.reset();
   captured_table_memory_.reset();
   const cuda::Needs needs = cuda::needs(step);
@@ -140,6 +155,7 @@ void DevicePart::run_on_gpu() {
 #if defined(FASTCLIP_CUDA)
   cuda::DeviceTable captured;  // uploaded anew at every replay
   if (captured_table_memory_.defined()) captured.memory = captured_table_memory_.mutable_data_ptr();
+  const c10::DeviceGuard guard(device);
   if (const char* error = cuda::run(step, capturing_ ? captured : table_, device.index(), current_stream(device))) {
     raise(PyExc_RuntimeError, "fastclip on " + device.str() + ": " + error);
   }
@@ -159,15 +175,17 @@ void run_parts(std::vector<DevicePart>& all_parts, Rule rule, const NormClip& no
     return;
   }
   for (DevicePart* part : parts) part->run(Passes::measure);
-  for (DevicePart* part : parts) {
-    // Copies between GPUs are enqueued. The CPU has to wait for the others' sums: it computes with them.
-    const auto devices = static_cast<int64_t>(parts.size());
-    at::Tensor sums = at::empty({devices * kDoubles}, doubles_on(part->device));
+  // Copies between GPUs are enqueued. The CPU has to wait for the others' sums: it computes with them. All are made
+  // before any device updates, so that nothing can fail in between.
+  const auto devices = static_cast<int64_t>(parts.size());
+  std::vector<at::Tensor> sums;
+  for (const DevicePart* part : parts) {
+    sums.push_back(at::empty({devices * kDoubles}, doubles_on(part->device)));
     for (int64_t i = 0; i < devices; ++i) {
-      sums.narrow(0, i * kDoubles, kDoubles).copy_(parts[i]->sum(), /*non_blocking=*/part->device.is_cuda());
+      sums.back().narrow(0, i * kDoubles, kDoubles).copy_(parts[i]->sum(), /*non_blocking=*/part->device.is_cuda());
     }
-    part->run_update(std::move(sums), static_cast<int>(devices));
   }
+  for (int64_t i = 0; i < devices; ++i) parts[i]->run_update(std::move(sums[i]), static_cast<int>(devices));
 }
 
 }  // namespace fastclip

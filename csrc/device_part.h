@@ -33,6 +33,8 @@ class DevicePart {
   void run_update(at::Tensor sums, int devices);
 
   bool releases_gil() const;  // while it runs
+  bool is_capturing() const;  // a CUDA graph, on the current stream
+  [[noreturn]] void raise_capturing() const;
 
   // Views into what the step leaves behind, for as long as no other step is taken.
   at::Tensor sum() const;         // Measure, as 3 float64

@@ -44,20 +44,23 @@ __device__ __forceinline__ void for_each_tile(const Arguments<kTableBytes>& argu
   }
 }
 
-// Over the lanes of a warp, for lane 0, in an order that depends on nothing else.
+// Over the lanes of a warp, for lane 0, in an order that depends on nothing else. kWide: all three parts are in use,
+// and not only `medium`.
+template <bool kWide>
 __device__ __forceinline__ Measure sum_over_warp(Norm norm, Measure sum) {
   for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    const Measure other{__shfl_down_sync(0xffffffffu, sum.small, offset),
+    const Measure other{kWide ? __shfl_down_sync(0xffffffffu, sum.small, offset) : 0,
                         __shfl_down_sync(0xffffffffu, sum.medium, offset),
-                        __shfl_down_sync(0xffffffffu, sum.big, offset)};
+                        kWide ? __shfl_down_sync(0xffffffffu, sum.big, offset) : 0};
     combine(norm, sum, other);
   }
   return sum;
 }
 
 // Over the threads of a block, for thread 0.
+template <bool kWide>
 __device__ __forceinline__ Measure sum_over_block(Norm norm, Measure sum) {
-  sum = sum_over_warp(norm, sum);
+  sum = sum_over_warp<kWide>(norm, sum);
   if (threadIdx.x % kWarp == 0) shared().of_warp[threadIdx.x / kWarp] = sum;
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -66,20 +69,28 @@ __device__ __forceinline__ Measure sum_over_block(Norm norm, Measure sum) {
   return sum;
 }
 
-// The sum over all tiles, for thread 0 of one block. Other blocks have written them: `volatile` reads what
-// is there now.
-template <DTypes kDTypes>
+// The sum over all tiles, for thread 0 of one block, while the whole grid waits: several loads are under way at
+// once. Other blocks have written them: `volatile` reads what is there now. A 0 changes no sum and no maximum.
+template <bool kWide>
 __device__ __forceinline__ Measure sum_over_tiles(const Header& header) {
-  constexpr bool kFloat64 = kDTypes == DTypes::any;  // else only `medium` is in use
+  constexpr int kAtOnce = 8;
   const volatile double* const medium = header.measures;
   const volatile double* const small = medium + header.tiles;
   const volatile double* const big = small + header.tiles;
   Measure sum{};
-#pragma unroll 4
-  for (uint32_t tile = threadIdx.x; tile < header.tiles; tile += kThreads) {
-    combine(header.norm, sum, Measure{kFloat64 ? small[tile] : 0, medium[tile], kFloat64 ? big[tile] : 0});
+#pragma unroll 1
+  for (uint32_t first = threadIdx.x; first < header.tiles; first += kAtOnce * kThreads) {
+    Measure of[kAtOnce];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const uint32_t tile = first + k * kThreads;
+      const bool inside = tile < header.tiles;
+      of[k] = {kWide && inside ? small[tile] : 0, inside ? medium[tile] : 0, kWide && inside ? big[tile] : 0};
+    }
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) combine(header.norm, sum, of[k]);
   }
-  return sum_over_block(header.norm, sum);
+  return sum_over_block<kWide>(header.norm, sum);
 }
 
 // All blocks meet here. The last to come adds up what was measured before it lets the others go on; where
@@ -87,16 +98,17 @@ __device__ __forceinline__ Measure sum_over_tiles(const Header& header) {
 template <DTypes kDTypes>
 __device__ __forceinline__ void meet_and_sum(const Header& header) {
   volatile Outcome& outcome = *header.outcome;
-  const uint32_t opened = outcome.opened;
+  uint32_t opened = 0;
   __syncthreads();  // the block's tiles are measured
   if (threadIdx.x == 0) {
+    opened = outcome.opened;
     __threadfence();
     shared().last = atomicAdd(&header.outcome->arrived, 1u) == gridDim.x - 1;
   }
   __syncthreads();
   if (shared().last) {
     __threadfence();
-    const Measure sum = sum_over_tiles<kDTypes>(header);
+    const Measure sum = sum_over_tiles<kDTypes == DTypes::any>(header);  // only float64 has more than one part
     if (threadIdx.x == 0) {
       header.outcome->sum = sum;
       atomicExch(&header.outcome->arrived, 0u);
@@ -142,14 +154,17 @@ __global__ void __launch_bounds__(kThreads, min_blocks(kDTypes))
                                               int size, uint4* slot) {
       with_dtype<kDTypes>(entry.dtype, [&](auto stored) {
         using Stored = decltype(stored);
+        constexpr bool kFloat64 = sizeof(Stored) == sizeof(double);
         Measure sum = header.norm == Norm::inf
                           ? measure_tile<Norm::inf, Stored>(header, hyper, entry, begin, size, slot)
                           : measure_tile<Norm::two, Stored>(header, hyper, entry, begin, size, slot);
-        sum = sum_over_warp(header.norm, sum);
+        sum = sum_over_warp<kFloat64>(header.norm, sum);
         if (threadIdx.x % kWarp == 0) {
           header.measures[tile] = sum.medium;
-          header.measures[header.tiles + tile] = sum.small;
-          header.measures[2 * header.tiles + tile] = sum.big;
+          if constexpr (kDTypes == DTypes::any) {
+            header.measures[header.tiles + tile] = kFloat64 ? sum.small : 0;
+            header.measures[2 * header.tiles + tile] = kFloat64 ? sum.big : 0;
+          }
         }
       });
     });

@@ -104,7 +104,7 @@ FASTCLIP_HD void measure_loop(const Span& span, const Constants& constants, Meas
       if constexpr (kSeen != Seen::raw) x[lane] = clip.measured(x[lane], kSeen == Seen::clipped_or_nonfinite);
     }
     for (int lane = 0; lane < kLanes; ++lane) {
-      measure<kNorm, kFloat64>(small[lane % kWide], medium[lane], big[lane % kWide], x[lane]);
+      measure<kNorm, kFloat64>(small[lane % kWide], medium[lane], big[lane % kWide], double{x[lane]});
     }
   };
   int64_t i = 0;
@@ -122,7 +122,7 @@ FASTCLIP_HD void measure_loop(const Span& span, const Constants& constants, Meas
   for (; i + kLanes <= span.size; i += kLanes) add(grads + i);
   for (int lane = 0; i < span.size; ++i, ++lane) {
     const T x = clip.measured(load(grads[i]), kSeen == Seen::clipped_or_nonfinite);
-    measure<kNorm, kFloat64>(small[lane % kWide], medium[lane], big[lane % kWide], x);
+    measure<kNorm, kFloat64>(small[lane % kWide], medium[lane], big[lane % kWide], double{x});
   }
   for (int half = kLanes / 2; half > 0; half /= 2) {
     for (int lane = 0; lane < half; ++lane) {

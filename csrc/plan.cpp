@@ -284,6 +284,11 @@ std::string Plan::step(PyObject* groups, PyObject* state, PyObject* grad_scale, 
   if (reason_.empty() && shares_memory()) not_covered("two parameters or buffers share memory");
   if (!reason_.empty()) return reason_;
 
+  if (!new_buffers_.empty()) {  // a replay would make them anew each time
+    for (const DevicePart& part : parts_) {
+      if (!part.step.tensors.empty() && part.is_capturing()) part.raise_capturing();
+    }
+  }
   // A skipped step must leave "no buffer yet" as it is. Where there are none to make, a GPU decides by itself
   // and nobody waits.
   if (inf.defined() && (inf.is_cpu() || !new_buffers_.empty()) && inf.item<float>() != 0) {
@@ -370,7 +375,7 @@ at::Tensor Plan::skipped_steps() const {
   at::Tensor count = at::full({}, skipped_by_host_, at::kLong);
   for (const auto& part : parts_) {
     const at::Tensor counted = part.skipped();
-    if (counted.defined()) count = counted.add(count.to(counted.device(), /*non_blocking=*/true));
+    if (counted.defined()) count = counted.add(count.to(counted.device(), /*non_blocking=*/counted.is_cuda()));
   }
   return count;
 }

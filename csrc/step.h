@@ -101,7 +101,7 @@ Needs needs(const Step& step);
 // Whether what is enqueued on the stream is captured by a CUDA graph.
 bool is_capturing(void* stream);
 
-// Enqueues one launch on `stream`, and waits for nothing: one more where a norm is taken and the device
+// Enqueues one launch on `stream` of `device`, which is the current one, and waits for nothing: one more where a norm is taken and the device
 // can't run all blocks at once, and one per 32,000 bytes of a table in device memory that has changed.
 // Returns nullptr, or what went wrong.
 const char* run(const Step& step, DeviceTable& table, int device, void* stream);

@@ -2,6 +2,8 @@
 #include <algorithm>
 #include <cstring>
 #include <mutex>
+#include <utility>
+#include <vector>
 
 #include "kernels_cuda.cuh"
 
@@ -67,6 +69,9 @@ Layout layout_of(const Step& step) {
   constexpr int64_t kManyTiles = 1 << 15;
   constexpr int kLargestTileBits = 14;
   Layout layout;
+  const bool narrow = std::all_of(step.tensors.begin(), step.tensors.end(),
+                                  [](const TensorEntry& tensor) { return item_size(tensor.dtype) == 2; });
+  if (narrow) ++layout.tile_bits;  // as many bytes
   while (layout.tile_bits < kLargestTileBits && step.elements >> layout.tile_bits > kManyTiles) ++layout.tile_bits;
   for_each_entry(step, [&](const TensorEntry& tensor, int64_t, int64_t numel) {
     ++layout.entries;
@@ -94,96 +99,96 @@ void write_table(const Step& step, const Layout& layout, unsigned char* bytes) {
 struct Room {
   int blocks = 0;
   int shared_bytes = 0;
-  bool cooperative = false;
+  int cooperative = 0;
 };
 
-int attribute(cudaDeviceAttr which, int device) {
-  int value = 0;
-  cudaDeviceGetAttribute(&value, which, device);
-  return value;
-}
-
 template <auto kKernel>
-Room ask_for_room(int device) {
-  Room room;
-  int per_multiprocessor = 1;
-  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kKernel, kThreads, sizeof(Shared));
-  per_multiprocessor = std::max(1, per_multiprocessor);
-  const int share = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device) / per_multiprocessor -
-                    attribute(cudaDevAttrReservedSharedMemoryPerBlock, device);
+cudaError_t ask_for_room(int device, Room& room) {
+  int per_multiprocessor = 0, multiprocessors = 0, shared = 0, reserved = 0, per_block = 0;
+  for (const cudaError_t error : {
+           cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kKernel, kThreads, sizeof(Shared)),
+           cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
+           cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
+           cudaDeviceGetAttribute(&reserved, cudaDevAttrReservedSharedMemoryPerBlock, device),
+           cudaDeviceGetAttribute(&per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+           cudaDeviceGetAttribute(&room.cooperative, cudaDevAttrCooperativeLaunch, device),
+       }) {
+    if (error != cudaSuccess) return error;
+  }
+  if (per_multiprocessor == 0) return cudaErrorLaunchOutOfResources;
   constexpr int kGranularity = 1024;
-  room.shared_bytes = std::min(share, attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) & -kGranularity;
-  cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, room.shared_bytes);
-  int with_shared = 0;
-  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&with_shared, kKernel, kThreads, room.shared_bytes);
-  if (with_shared < per_multiprocessor) room.shared_bytes = sizeof(Shared);  // not as thought: nothing is kept
-  room.blocks = per_multiprocessor * std::max(1, attribute(cudaDevAttrMultiProcessorCount, device));
-  room.cooperative = attribute(cudaDevAttrCooperativeLaunch, device) != 0;
-  return room;
+  room.shared_bytes = std::min(shared / per_multiprocessor - reserved, per_block) & -kGranularity;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, room.shared_bytes);
+  if (error != cudaSuccess) return error;
+  room.blocks = per_multiprocessor * multiprocessors;
+  return cudaSuccess;
 }
 
 // Asked for once per kernel and device.
 template <auto kKernel>
-const Room& room_of(int device) {
-  constexpr int kMaxDevices = 64;
-  static Room rooms[kMaxDevices];
-  static std::once_flag asked[kMaxDevices];
-  std::call_once(asked[device], [device] { rooms[device] = ask_for_room<kKernel>(device); });
-  return rooms[device];
+cudaError_t room_of(int device, Room& room) {
+  static std::mutex mutex;
+  static std::vector<Room> rooms;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (rooms.size() <= static_cast<size_t>(device)) rooms.resize(device + 1);
+  const cudaError_t error = rooms[device].blocks == 0 ? ask_for_room<kKernel>(device, rooms[device]) : cudaSuccess;
+  room = rooms[device];
+  return error;
 }
 
 template <auto kKernel, class Args>
-void launch(const Layout& layout, Args& arguments, int device, cudaStream_t stream) {
-  const Room& room = room_of<kKernel>(device);
+cudaError_t launch(const Layout& layout, Args& arguments, int device, cudaStream_t stream) {
+  Room room;
+  if (const cudaError_t error = room_of<kKernel>(device, room)) return error;
   Header& header = arguments.header;
-  const auto blocks = static_cast<int>(std::min<int64_t>(room.blocks, layout.tiles));
-  const auto enqueue = [&](bool cooperative, size_t shared_bytes) {
-    void* pointers[] = {&arguments};
-    cooperative ? cudaLaunchCooperativeKernel(kKernel, dim3(blocks), dim3(kThreads), pointers, shared_bytes, stream)
-                : cudaLaunchKernel(kKernel, dim3(blocks), dim3(kThreads), pointers, shared_bytes, stream);
-  };
-  if (!(header.measure && header.update)) return enqueue(false, sizeof(Shared));
-  if (room.cooperative) {
+  const dim3 blocks(static_cast<unsigned>(std::min<int64_t>(room.blocks, layout.tiles)));
+  void* pointers[] = {&arguments};
+  if (header.measure && header.update && room.cooperative) {
     header.slot_bytes = layout.tile() * layout.item_bytes;
-    const int64_t rounds = (layout.tiles - 1) / (int64_t{blocks} * kWarps) + 1;
+    const int64_t rounds = (layout.tiles - 1) / (int64_t{blocks.x} * kWarps) + 1;
     header.slots = static_cast<uint32_t>(
         std::min<int64_t>(rounds * kWarps, (room.shared_bytes - int{sizeof(Shared)}) / header.slot_bytes));
-    return enqueue(true, sizeof(Shared) + size_t(header.slots) * header.slot_bytes);
+    const size_t shared_bytes = sizeof(Shared) + size_t{header.slots} * header.slot_bytes;
+    const cudaError_t error =
+        cudaLaunchCooperativeKernel(kKernel, blocks, dim3(kThreads), pointers, shared_bytes, stream);
+    // Other clients of the device, or a tool, may leave less of it than it promises.
+    if (error != cudaErrorCooperativeLaunchTooLarge && error != cudaErrorNotSupported) return error;
+    cudaGetLastError();
+    header.slots = 0;
   }
-  header.update = false;
-  enqueue(false, sizeof(Shared));
-  header.update = true;
-  header.measure = false;
-  enqueue(false, sizeof(Shared));
+  const bool update = header.update;
+  if (header.measure && update) {
+    header.update = false;
+    const cudaError_t error = cudaLaunchKernel(kKernel, blocks, dim3(kThreads), pointers, sizeof(Shared), stream);
+    if (error != cudaSuccess) return error;
+    header.measure = false;
+    header.update = true;
+  }
+  return cudaLaunchKernel(kKernel, blocks, dim3(kThreads), pointers, sizeof(Shared), stream);
 }
 
 template <DTypes kDTypes, int kTableBytes>
-void launch_for(const Step& step, const Layout& layout, Arguments<kTableBytes>& arguments, int device,
-                cudaStream_t stream) {
+cudaError_t launch_for(const Step& step, const Layout& layout, Arguments<kTableBytes>& arguments, int device,
+                       cudaStream_t stream) {
   const bool momentum = std::any_of(step.tensors.begin(), step.tensors.end(),
                                     [](const TensorEntry& t) { return t.momentum != Momentum::none; });
   if (step.rule == Rule::clip_grad) {
-    launch<step_kernel<Kernel::clip_grad, kDTypes, kTableBytes>>(layout, arguments, device, stream);
-  } else if (momentum) {
-    launch<step_kernel<Kernel::sgd_momentum, kDTypes, kTableBytes>>(layout, arguments, device, stream);
-  } else {
-    launch<step_kernel<Kernel::sgd, kDTypes, kTableBytes>>(layout, arguments, device, stream);
+    return launch<step_kernel<Kernel::clip_grad, kDTypes, kTableBytes>>(layout, arguments, device, stream);
   }
+  return momentum ? launch<step_kernel<Kernel::sgd_momentum, kDTypes, kTableBytes>>(layout, arguments, device, stream)
+                  : launch<step_kernel<Kernel::sgd, kDTypes, kTableBytes>>(layout, arguments, device, stream);
 }
 
 template <int kTableBytes>
-void launch_with(const Step& step, const Layout& layout, Arguments<kTableBytes>& arguments, int device,
-                 cudaStream_t stream) {
+cudaError_t launch_with(const Step& step, const Layout& layout, Arguments<kTableBytes>& arguments, int device,
+                        cudaStream_t stream) {
   const DType dtype = step.tensors.front().dtype;
   const bool mixed = std::any_of(step.tensors.begin(), step.tensors.end(),
                                  [dtype](const TensorEntry& t) { return t.dtype != dtype; });
-  if (!mixed && dtype == DType::float32) {
-    launch_for<DTypes::float32>(step, layout, arguments, device, stream);
-  } else if (!mixed && dtype == DType::bfloat16) {
-    launch_for<DTypes::bfloat16>(step, layout, arguments, device, stream);
-  } else {
-    launch_for<DTypes::any>(step, layout, arguments, device, stream);
-  }
+  if (!mixed && dtype == DType::float32) return launch_for<DTypes::float32>(step, layout, arguments, device, stream);
+  if (!mixed && dtype == DType::bfloat16) return launch_for<DTypes::bfloat16>(step, layout, arguments, device, stream);
+  return launch_for<DTypes::any>(step, layout, arguments, device, stream);
 }
 
 Header header_of(const Step& step, const Layout& layout) {
@@ -209,26 +214,43 @@ Header header_of(const Step& step, const Layout& layout) {
   return header;
 }
 
-void upload(const std::vector<unsigned char>& bytes, void* to, cudaStream_t stream) {
+// Brings a table into device memory, where it has changed.
+cudaError_t upload(std::vector<unsigned char> bytes, DeviceTable& table, cudaStream_t stream) {
+  if (bytes == table.uploaded) return cudaSuccess;
+  table.uploaded.clear();
   for (size_t done = 0; done < bytes.size(); done += kLargeTable) {
     Upload piece;
-    piece.to = static_cast<unsigned char*>(to) + done;
+    piece.to = static_cast<unsigned char*>(table.memory) + done;
     piece.bytes = static_cast<uint32_t>(std::min<size_t>(kLargeTable, bytes.size() - done));
     std::memcpy(piece.table, bytes.data() + done, piece.bytes);
     void* pointers[] = {&piece};
-    cudaLaunchKernel(upload_kernel, dim3(1), dim3(kThreads), pointers, 0, stream);
+    const cudaError_t error = cudaLaunchKernel(upload_kernel, dim3(1), dim3(kThreads), pointers, 0, stream);
+    if (error != cudaSuccess) return error;
   }
+  table.uploaded = std::move(bytes);
+  return cudaSuccess;
 }
 
-// The device that was current, again, when this goes.
-struct CurrentDevice {
-  int previous = 0;
-  explicit CurrentDevice(int device) {
-    cudaGetDevice(&previous);
-    cudaSetDevice(device);
+cudaError_t run_on_current_device(const Step& step, DeviceTable& table, int device, cudaStream_t stream) {
+  const Layout layout = layout_of(step);
+  if (layout.table_bytes > kSmallTable && layout.table_bytes <= kLargeTable) {
+    Arguments<kLargeTable> arguments;
+    arguments.header = header_of(step, layout);
+    write_table(step, layout, arguments.table);
+    return launch_with(step, layout, arguments, device, stream);
   }
-  ~CurrentDevice() { cudaSetDevice(previous); }
-};
+  Arguments<kSmallTable> arguments;
+  arguments.header = header_of(step, layout);
+  if (layout.table_bytes <= kSmallTable) {
+    write_table(step, layout, arguments.table);
+  } else {
+    std::vector<unsigned char> bytes(layout.table_bytes);
+    write_table(step, layout, bytes.data());
+    if (const cudaError_t error = upload(std::move(bytes), table, stream)) return error;
+    arguments.header.table = static_cast<const unsigned char*>(table.memory);
+  }
+  return launch_with(step, layout, arguments, device, stream);
+}
 
 }  // namespace
 
@@ -243,36 +265,12 @@ bool is_capturing(void* stream) {
   return status != cudaStreamCaptureStatusNone;
 }
 
-const char* run(const Step& step, DeviceTable& table, int device, void* on_stream) {
+const char* run(const Step& step, DeviceTable& table, int device, void* stream) {
   if (step.hypers.size() > UINT16_MAX) return "more than 65,535 groups";
-  const auto stream = static_cast<cudaStream_t>(on_stream);
-  const CurrentDevice current(device);
-  cudaGetLastError();  // not ours
-
-  const Layout layout = layout_of(step);
-  if (layout.table_bytes <= kSmallTable || layout.table_bytes > kLargeTable) {
-    Arguments<kSmallTable> arguments;
-    arguments.header = header_of(step, layout);
-    if (layout.table_bytes <= kSmallTable) {
-      write_table(step, layout, arguments.table);
-    } else {
-      std::vector<unsigned char> fresh(layout.table_bytes);
-      write_table(step, layout, fresh.data());
-      if (fresh != table.uploaded) {  // some address changed
-        upload(fresh, table.memory, stream);
-        table.uploaded.swap(fresh);
-      }
-      arguments.header.table = static_cast<const unsigned char*>(table.memory);
-    }
-    launch_with(step, layout, arguments, device, stream);
-  } else {
-    Arguments<kLargeTable> arguments;
-    arguments.header = header_of(step, layout);
-    write_table(step, layout, arguments.table);
-    launch_with(step, layout, arguments, device, stream);
-  }
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  const cudaError_t error = run_on_current_device(step, table, device, static_cast<cudaStream_t>(stream));
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // said here, and not to be found by others
+  return cudaGetErrorString(error);
 }
 
 }  // namespace fastclip::cuda

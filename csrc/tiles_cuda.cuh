@@ -1,34 +1,15 @@
 // One tile of one tensor, for one warp of a GPU: measured, or updated.
 #pragma once
 
+#include <type_traits>
+
 #include "table_cuda.cuh"
 
 namespace fastclip::cuda {
 namespace {
 
-template <class Stored>
-struct alignas(kPackBytes) Pack {
-  static constexpr int kSize = kPackBytes / sizeof(Stored);
-  Stored values[kSize];
-};
-
-// Loads and stores say how the caches should treat them. Everything is used once and given back (`cs`), so
-// that it drives nothing out; only a gradient that is to be read again soon stays in L2 (`cg`).
-template <class Word, class Stored>
-__device__ __forceinline__ Stored load_as(const Stored* from, bool again) {
-  const auto* words = reinterpret_cast<const Word*>(from);
-  const Word word = again ? __ldcg(words) : __ldcs(words);
-  Stored value;
-  memcpy(&value, &word, sizeof(value));
-  return value;
-}
-template <class Word, class Stored>
-__device__ __forceinline__ void store_as(Stored* to, const Stored& value) {
-  Word word;
-  memcpy(&word, &value, sizeof(word));
-  __stcs(reinterpret_cast<Word*>(to), word);
-}
-
+// Memory moves in words of one value, or of as many as 16 bytes hold. A word is taken apart only when all that a
+// lane has asked for are under way: the compiler waits for each it sees taken apart.
 template <int kBytes>
 struct WordOf;
 template <>
@@ -43,40 +24,57 @@ template <>
 struct WordOf<8> {
   using type = double;
 };
+template <>
+struct WordOf<16> {
+  using type = uint4;
+};
 
-template <class Stored>
-__device__ __forceinline__ Stored load_one(const Stored* from, bool again = false) {
-  return load_as<typename WordOf<sizeof(Stored)>::type>(from, again);
-}
-template <class Stored>
-__device__ __forceinline__ void store_one(Stored* to, const Stored& value) {
-  store_as<typename WordOf<sizeof(Stored)>::type>(to, value);
-}
+template <class Stored, int kSize>
+struct Pack {
+  using Word = typename WordOf<sizeof(Stored) * kSize>::type;
+  Stored values[kSize];
 
-template <class Stored>
-__device__ __forceinline__ Pack<Stored> load_pack(const Pack<Stored>* from, bool again = false) {
-  return load_as<uint4>(from, again);
-}
-template <class Stored>
-__device__ __forceinline__ void store_pack(Pack<Stored>* to, const Pack<Stored>& pack) {
-  store_as<uint4>(to, pack);
-}
+  Pack() = default;
+  __device__ __forceinline__ explicit Pack(const Word& word) { memcpy(values, &word, sizeof(values)); }
+  __device__ __forceinline__ Word word() const {
+    Word word;
+    memcpy(&word, values, sizeof(values));
+    return word;
+  }
+};
 
-// Packs of each of so many arrays that a lane loads before it needs the first: with 16 warps on a
-// multiprocessor 48 KiB are under way, twice what the memory's latency asks for.
+// Words of each of so many arrays that a lane asks for before it needs the first: with 16 warps on a
+// multiprocessor 32 KiB and more are under way, more than the memory's latency asks for.
 template <int kArrays>
 constexpr int kInFlight = kArrays > 2 ? 2 : 4;
 
-// Calls packs(i, whole) for i = lane, lane + kAtOnce warps, ..., to handle the packs i, i + 32, ... below
-// `whole`; then one(i) for each element that is left over or lies in unaligned memory.
-template <class Stored, int kAtOnce, class Packs, class One>
-__device__ __forceinline__ void for_tile(bool aligned, int size, const Packs& packs, const One& one) {
+// Calls body(k, i) for the words i = first, first + 32, ... below `count` that a lane has under way at once.
+template <int kAtOnce, class Body>
+__device__ __forceinline__ void for_words(int first, int count, const Body& body) {
+#pragma unroll
+  for (int k = 0; k < kAtOnce; ++k) {
+    const int i = first + k * kWarp;
+    if (i >= count) break;
+    body(k, i);
+  }
+}
+
+// Calls body(values in a word, first element, first word of the lane, number of words) until all elements were
+// handled: 16 bytes at a time as far as they go, and single values where memory is not aligned.
+template <class Stored, int kAtOnce, class Body>
+__device__ __forceinline__ void for_tile(bool aligned, int size, const Body& body) {
+  constexpr int kFull = kPackBytes / sizeof(Stored);
   const int lane = threadIdx.x % kWarp;
-  const int whole = aligned ? size / Pack<Stored>::kSize : 0;
+  const int full = aligned ? size / kFull : 0;
 #pragma unroll 1
-  for (int first = lane; first < whole; first += kAtOnce * kWarp) packs(first, whole);
+  for (int first = lane; first < full; first += kAtOnce * kWarp) {
+    body(std::integral_constant<int, kFull>{}, 0, first, full);
+  }
+  const int rest = size - full * kFull;
 #pragma unroll 1
-  for (int i = whole * Pack<Stored>::kSize + lane; i < size; i += kWarp) one(i);
+  for (int first = lane; first < rest; first += kAtOnce * kWarp) {
+    body(std::integral_constant<int, 1>{}, full * kFull, first, rest);
+  }
 }
 
 template <class T>
@@ -91,43 +89,46 @@ __device__ __forceinline__ double lr_of(const Hyper& hyper) {
                              : *static_cast<const float*>(hyper.lr_on_device);
 }
 
-// This lane's share of a tile's sum. Gradients are kept in `slot`, if there is one: each lane comes back
-// for its own, so nobody has to wait for anybody. Functions of a tile are not inlined: one copy serves all
-// kernels, and a call is nothing against a tile's memory traffic.
+// This lane's share of a tile's sum. Not inlined, as below: what the dtypes of a mixture keep in registers would
+// add up. Gradients are kept in `slot`, if there is one: each lane comes back
+// for its own, so nobody has to wait for anybody. Loads and stores say how the caches should treat them:
+// everything is used once and given back (`cs`), so that it drives nothing out; only a gradient that
+// will be read again stays in L2 (`cg`).
 template <Norm kNorm, class Stored>
 __device__ __noinline__ Measure measure_tile(const Header& header, const Hyper& hyper, const Entry& entry,
                                              int64_t begin, int size, uint4* slot) {
   using T = ComputeType<Stored>;
+  using Sum = std::conditional_t<kNorm == Norm::inf, T, double>;  // a largest value needs no double
   constexpr bool kFloat64 = sizeof(Stored) == sizeof(double);
-  const Clip<T> clip = clip_of<T>(header, hyper, 1.0);
   constexpr int kAtOnce = kInFlight<1>;
+  const Clip<T> clip = clip_of<T>(header, hyper, 1.0);
   const bool see_nonfinite = header.skip_nonfinite;
   const auto* const grads = static_cast<const Stored*>(entry.grad) + begin;
-  Measure sum{};
-  const auto add = [&](const Stored& grad) {
-    const T x = clip.measured(load(grad), see_nonfinite);
-    measure<kNorm, kFloat64>(sum.small, sum.medium, sum.big, static_cast<double>(x));
-  };
-  for_tile<Stored, kAtOnce>(
-      entry.aligned, size,
-      [&](int first, int whole) {
-        Pack<Stored> g[kAtOnce];
+  double small = 0, big = 0;
+  Sum medium = 0;
+
+  for_tile<Stored, kAtOnce>(entry.aligned, size, [&](auto values, int offset, int first, int count) {
+    constexpr int kSize = decltype(values)::value;
+    using Values = Pack<Stored, kSize>;
+    using Word = typename Values::Word;
+    const auto* const words = reinterpret_cast<const Word*>(grads + offset);
+    Word g[kAtOnce];
+    if (slot && kSize > 1) {
+      for_words<kAtOnce>(first, count, [&](int k, int i) { g[k] = __ldcs(words + i); });
+      for_words<kAtOnce>(first, count, [&](int k, int i) { reinterpret_cast<Word*>(slot)[i] = g[k]; });
+    } else {
+      for_words<kAtOnce>(first, count, [&](int k, int i) { g[k] = __ldcg(words + i); });
+    }
+    for_words<kAtOnce>(first, count, [&](int k, int) {
+      const Values grad(g[k]);
 #pragma unroll
-        for (int k = 0; k < kAtOnce; ++k) {
-          const int i = first + k * kWarp;
-          if (i < whole) g[k] = load_pack(reinterpret_cast<const Pack<Stored>*>(grads) + i, /*again=*/!slot);
-        }
-#pragma unroll
-        for (int k = 0; k < kAtOnce; ++k) {
-          const int i = first + k * kWarp;
-          if (i >= whole) break;
-          if (slot) reinterpret_cast<Pack<Stored>*>(slot)[i] = g[k];
-#pragma unroll
-          for (int j = 0; j < Pack<Stored>::kSize; ++j) add(g[k].values[j]);
-        }
-      },
-      [&](int i) { add(load_one(grads + i, /*again=*/true)); });
-  return sum;
+      for (int j = 0; j < kSize; ++j) {
+        const T x = clip.measured(load(grad.values[j]), see_nonfinite);
+        measure<kNorm, kFloat64>(small, medium, big, static_cast<Sum>(x));
+      }
+    });
+  });
+  return {small, static_cast<double>(medium), big};
 }
 
 enum class Kernel { sgd, sgd_momentum, clip_grad };
@@ -142,65 +143,54 @@ __device__ __noinline__ void update_tile(const Header& header, const Hyper& hype
   const Clip<T> clip = clip_of<T>(header, hyper, coefficient);
   const SGD<T> sgd{T(-lr_of(hyper)), T(hyper.momentum), T(1 - hyper.dampening), T(hyper.weight_decay)};
   const Terms terms{kBuffer ? entry.momentum : Momentum::none, hyper.nesterov, hyper.weight_decay != 0};
+  const bool read_buffer = terms.momentum == Momentum::running;
+  const bool write_buffer = terms.momentum != Momentum::none;  // not in every group
 
   auto* const params = static_cast<Stored*>(kRule ? entry.param : entry.grad) + begin;
   const auto* const grads = static_cast<const Stored*>(entry.grad) + begin;
   auto* const buffers = kBuffer ? static_cast<Stored*>(entry.momentum_buffer) + begin : nullptr;
-  const bool read_buffer = terms.momentum == Momentum::running;
-  const bool write_buffer = terms.momentum != Momentum::none;  // not in every group
 
-  const auto update = [&](Stored& param, const Stored& grad, Stored& stored_buffer) {
-    const T g = clip(load(grad));
-    if constexpr (kRule) {
-      T p = load(param);
-      T buffer = kBuffer && read_buffer ? load(stored_buffer) : T{};
-      sgd(terms, p, g, buffer);
-      store(param, p);
-      if constexpr (kBuffer) store(stored_buffer, buffer);
-    } else {
-      store(param, g);
+  for_tile<Stored, kAtOnce>(entry.aligned, size, [&](auto values, int offset, int first, int count) {
+    constexpr int kSize = decltype(values)::value;
+    using Values = Pack<Stored, kSize>;
+    using Word = typename Values::Word;
+    const auto* const grad_words = reinterpret_cast<const Word*>(grads + offset);
+    auto* const param_words = reinterpret_cast<Word*>(params + offset);
+    [[maybe_unused]] auto* const buffer_words = reinterpret_cast<Word*>(buffers + offset);
+    Word p[kAtOnce], g[kAtOnce], b[kAtOnce];
+    if constexpr (kRule) for_words<kAtOnce>(first, count, [&](int k, int i) { p[k] = __ldcs(param_words + i); });
+    if constexpr (kBuffer) {
+      if (read_buffer) for_words<kAtOnce>(first, count, [&](int k, int i) { b[k] = __ldcs(buffer_words + i); });
     }
-  };
-
-  for_tile<Stored, kAtOnce>(
-      entry.aligned, size,
-      [&](int first, int whole) {
-        Pack<Stored> p[kAtOnce], g[kAtOnce], b[kAtOnce];
+    if (slot && kSize > 1) {
+      for_words<kAtOnce>(first, count, [&](int k, int i) { g[k] = reinterpret_cast<const Word*>(slot)[i]; });
+    } else {
+      for_words<kAtOnce>(first, count, [&](int k, int i) { g[k] = __ldcs(grad_words + i); });
+    }
+    for_words<kAtOnce>(first, count, [&](int k, int i) {
+      const Values grad(g[k]);
+      Values param, buffer;
+      if constexpr (kRule) param = Values(p[k]);
+      if constexpr (kBuffer) buffer = Values(b[k]);
 #pragma unroll
-        for (int k = 0; k < kAtOnce; ++k) {
-          const int i = first + k * kWarp;
-          if (i >= whole) break;
-          g[k] = slot ? reinterpret_cast<const Pack<Stored>*>(slot)[i]
-                      : load_pack(reinterpret_cast<const Pack<Stored>*>(grads) + i);
-          if constexpr (kRule) p[k] = load_pack(reinterpret_cast<const Pack<Stored>*>(params) + i);
-          if constexpr (kBuffer) {
-            if (read_buffer) b[k] = load_pack(reinterpret_cast<const Pack<Stored>*>(buffers) + i);
-          }
+      for (int j = 0; j < kSize; ++j) {
+        const T d = clip(load(grad.values[j]));
+        if constexpr (kRule) {
+          T x = load(param.values[j]);
+          T m = kBuffer && read_buffer ? load(buffer.values[j]) : T{};
+          sgd(terms, x, d, m);
+          store(param.values[j], x);
+          if constexpr (kBuffer) store(buffer.values[j], m);
+        } else {
+          store(param.values[j], d);
         }
-#pragma unroll
-        for (int k = 0; k < kAtOnce; ++k) {
-          const int i = first + k * kWarp;
-          if (i >= whole) break;
-#pragma unroll
-          for (int j = 0; j < Pack<Stored>::kSize; ++j) update(p[k].values[j], g[k].values[j], b[k].values[j]);
-          store_pack(reinterpret_cast<Pack<Stored>*>(params) + i, p[k]);
-          if constexpr (kBuffer) {
-            if (write_buffer) store_pack(reinterpret_cast<Pack<Stored>*>(buffers) + i, b[k]);
-          }
-        }
-      },
-      [&](int i) {
-        Stored p{}, b{};
-        if constexpr (kRule) p = load_one(params + i);
-        if constexpr (kBuffer) {
-          if (read_buffer) b = load_one(buffers + i);
-        }
-        update(p, load_one(grads + i), b);
-        store_one(params + i, p);
-        if constexpr (kBuffer) {
-          if (write_buffer) store_one(buffers + i, b);
-        }
-      });
+      }
+      __stcs(param_words + i, param.word());
+      if constexpr (kBuffer) {
+        if (write_buffer) __stcs(buffer_words + i, buffer.word());
+      }
+    });
+  });
 }
 
 // Kernels for tensors of the dtypes that models are trained in, and one for all others and mixtures, which

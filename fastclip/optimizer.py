@@ -51,7 +51,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
                 )
 
     def _start(self):
-        """What is not state: made anew for a new, copied or loaded optimizer."""
+        """What is not state: made anew for a new or copied optimizer."""
         self._plan = _C.Plan()
         self._reference_norm = None
         self._reference_skips = 0
@@ -60,7 +60,8 @@ class ClippedOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state):
         own_groups = self.__dict__.get("param_groups", [])
         super().__setstate__(state)
-        self._start()
+        if "_plan" not in self.__dict__:  # else a checkpoint is loaded: a CUDA graph may hold memory of the plan's
+            self._start()
         # A checkpoint of plain torch knows of no clip: this optimizer's own settings stay.
         for index, group in enumerate(self.param_groups):
             own = own_groups[index] if index < len(own_groups) else self.defaults

@@ -85,6 +85,34 @@ def test_a_graph_stays_right_when_the_optimizer_steps_larger_models_meanwhile():
         pair.check()
 
 
+def test_a_graph_stays_right_when_a_checkpoint_is_loaded():
+    pair = Captured(SHAPES, max_norm=1.0)
+    pair.capture()
+    pair.optimizer.load_state_dict(pair.optimizer.state_dict())
+    pair.optimizer.param_groups[0]["lr"] = pair.lr  # which loading has copied
+    junk = [torch.full((64,), 1e9, dtype=torch.float64, device="cuda") for _ in range(100)]
+    for _ in range(3):
+        pair.step()
+        pair.check()
+    assert all((j == 1e9).all() for j in junk)
+
+
+def test_clip_grad_norm_can_be_captured():
+    params = make_params(SHAPES, device="cuda")
+    theirs = copy_params(params)
+    give_grads(params, theirs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        fastclip.clip_grad_norm_(params, 1.0)
+    for _ in range(2):
+        for p, q in zip(params, theirs, strict=True):
+            q.grad = torch.randn_like(q)
+            p.grad.copy_(q.grad)
+        graph.replay()
+        fastclip.clip_grad_norm_(theirs, 1.0)
+        assert_same_bits([q.grad for q in theirs], [p.grad for p in params])
+
+
 def test_skipped_steps_are_counted_over_replays():
     pair = Captured(SHAPES, momentum=0.9, clip_value=0.5, skip_nonfinite=True)
     pair.capture()

@@ -89,11 +89,12 @@ def check_arithmetic(loop, tile):
     else:
         # x * unscale; unscaled - unscaled
         wanted = {"FMA": 0, "MUL": 1, "ADD": 1}
-        assert not found["DFMA"], f"{tile} contracts its sum of squares"
         if letter == "D":  # see Measure: besides, the three sums and their scales
+            assert not found["DFMA"], f"{tile} contracts its sum of squares"
             return
-        if tile.variant == "two":  # x * x is added
-            assert found["DMUL"] == found["DADD"] == tile.elements, f"sum of {tile}: {found}"
+        squares = tile.elements if tile.variant == "two" else 0  # fma(x, x, sum)
+        of_sum = found["DFMA"], found["DMUL"], found["DADD"]
+        assert of_sum == (squares, 0, 0), f"sum of {tile}: {found}"
     per_element = {what: found[letter + what] / tile.elements for what in wanted}
     assert per_element == wanted, f"arithmetic of {tile} per element: {per_element}"
 
@@ -123,16 +124,16 @@ def instructions_that_bandwidth_allows(tile):
 
 # Instructions per element: the most of sm_80 and sm_90 under nvcc 13.0, and 10 %. Both sides of each branch count.
 MEASURED = {
-    ("sgd", 4): 13.6,
-    ("sgd", 2): 16.1,
-    ("sgd_momentum", 4): 31.8,
-    ("sgd_momentum", 2): 34.3,
-    ("clip_grad", 4): 12.0,
-    ("clip_grad", 2): 12.5,
-    ("two", 4): 15.2,
-    ("two", 2): 14.7,
-    ("inf", 4): 18.2,
-    ("inf", 2): 18.1,
+    ("sgd", 4): 14.2,
+    ("sgd", 2): 14.8,
+    ("sgd_momentum", 4): 32.4,
+    ("sgd_momentum", 2): 33.1,
+    ("clip_grad", 4): 10.6,
+    ("clip_grad", 2): 10.8,
+    ("two", 4): 14.4,
+    ("two", 2): 13.3,
+    ("inf", 4): 15.4,
+    ("inf", 2): 14.2,
 }
 
 
@@ -177,16 +178,14 @@ def test_hot_loops_move_128_bits_at_a_time(loops, tile):
         check_memory(loop, tile)
 
 
-# Found when this test was written, and not mended yet: after the load of a pack come the moves that take it apart
-# (PRMT, MOV), and with them a wait, before the next pack's load. Strict: who mends one takes it out of here.
-WAITS = {t for t in TILES if (t.work == "update" and t.dtype != "float32") or t.variant == "clip_grad"}
-WAITS |= {t for t in TILES if t.work == "measure" and t.dtype == "float64"}
+# The shared kernel of the rare dtypes has no registers left for them. Strict: who mends one takes it out of here.
+WAITS = {t for t in TILES if t.work == "update" and t.dtype == "float64" and t.variant != "clip_grad"}
 
 
 @for_tiles
 def test_all_loads_are_issued_before_the_first_is_needed(loops, tile, request):
     if tile in WAITS:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="waits for each pack of gradients in turn"))
+        request.applymarker(pytest.mark.xfail(strict=True, reason="float64 waits between its loads"))
     assert loops
     for loop in loops:
         check_in_flight(loop, tile)
@@ -214,9 +213,8 @@ def test_instructions_per_element(loops, tile):
 
 
 @for_tiles
-def test_instructions_leave_bandwidth_the_bottleneck(architecture, loops, tile, request):
-    if architecture == "9.0" and tile == sass.Tile("measure", "inf", "bfloat16"):
-        request.applymarker(pytest.mark.xfail(strict=True, reason="18.0 per element, where 17.1 fit"))
+def test_instructions_leave_bandwidth_the_bottleneck(loops, tile):
+    assert loops
     for loop in loops:
         assert len(loop) / tile.elements <= instructions_that_bandwidth_allows(tile)
 
@@ -227,7 +225,7 @@ ONE_KERNEL = """
 #include "kernels_cuda.cuh"
 namespace fastclip::cuda {
 namespace {
-template __global__ void step_kernel<Kernel::sgd, DTypes::float32, kSmallTable>(
+template __global__ void step_kernel<Kernel::sgd, DTypes::DTYPES, kSmallTable>(
     const __grid_constant__ Arguments<kSmallTable>);
 }
 }
@@ -236,14 +234,14 @@ UPDATE = sass.Tile("update", "sgd", "float32")
 MEASURE = sass.Tile("measure", "two", "float32")
 
 
-def compile_one(folder, *flags, file=None, old=None, new=None):
+def compile_one(folder, *flags, file=None, old=None, new=None, dtypes="float32"):
     """A kernel that is quickly compiled, of the sources with one change."""
     shutil.copytree(sass.CSRC, folder / "csrc")
     if file:
         text = (folder / "csrc" / file).read_text()
         assert text.count(old) == 1
         (folder / "csrc" / file).write_text(text.replace(old, new))
-    (folder / "one.cu").write_text(ONE_KERNEL)
+    (folder / "one.cu").write_text(ONE_KERNEL.replace("DTYPES", dtypes))
     cubin = sass.compile_cubin("8.0", folder / "one.cu", f"-I{folder / 'csrc'}", *flags)
     return cubin, sass.disassemble(cubin)
 
@@ -270,20 +268,20 @@ TILES_FILE, CLIP_FILE = "tiles_cuda.cuh", "clip_rules.h"
 PLANTED = {
     "four bytes at a time": (
         TILES_FILE,
-        "return load_as<uint4>(from, again);",
-        "Pack<Stored> p; for (int i = 0; i < p.kSize; ++i) p.values[i] = load_one(from->values + i, again); return p;",
+        "constexpr int kFull = kPackBytes / sizeof(Stored);",
+        "constexpr int kFull = 1;",
         "memory accesses",
     ),
     "stores without a hint": (
         TILES_FILE,
-        "__stcs(reinterpret_cast<Word*>(to), word);",
-        "*reinterpret_cast<Word*>(to) = word;",
+        "__stcs(param_words + i, param.word());",
+        "param_words[i] = param.word();",
         "memory accesses",
     ),
     "a use between loads": (
         TILES_FILE,
-        "          if constexpr (kRule) p[k] = load_pack(",
-        "          if (g[k].values[0] == Stored(42)) continue;\n          if constexpr (kRule) p[k] = load_pack(",
+        "{ g[k] = __ldcs(grad_words + i); }",
+        "{ g[k] = __ldcs(grad_words + i); if (Values(g[k]).values[0] == Stored(42)) g[k] = Word{}; }",
         "loads in flight",
     ),
     "a comparison in double": (
@@ -319,9 +317,12 @@ def test_few_registers_spill_and_it_is_found(tmp_path):
 
 
 def test_contraction_is_found(tmp_path):
-    """The last flag counts."""
+    """Of squares in float64: in the update of float32 there is nothing to contract. The last flag counts."""
+    tile = sass.Tile("measure", "two", "float64")
+    _, functions = compile_one(tmp_path, "-fmad=true", dtypes="any")
+    (loop,) = [f.hot_loop() for f in functions if f.tile == tile]
     with pytest.raises(AssertionError, match="contracts"):
-        check_everything(*compile_one(tmp_path, "-fmad=true"))
+        check_arithmetic(loop, tile)
 
 
 def test_registers_of_a_multiprocessor():

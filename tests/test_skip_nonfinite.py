@@ -132,3 +132,13 @@ def test_holds_for_all_groups_together():
     params = [torch.zeros(2, requires_grad=True), torch.zeros(2, requires_grad=True)]
     with pytest.raises(ValueError, match="skip_nonfinite"):
         fastclip.SGD([{"params": params[:1], "skip_nonfinite": True}, {"params": params[1:]}])
+
+
+def test_loading_a_checkpoint_keeps_the_count():
+    """And the memory that a CUDA graph may hold."""
+    p = torch.zeros(3, requires_grad=True)
+    optimizer = skipping([p])
+    p.grad = torch.full((3,), math.nan)
+    optimizer.step()
+    optimizer.load_state_dict(skipping([torch.zeros(3, requires_grad=True)]).state_dict())
+    assert optimizer.skipped_steps.item() == 1
