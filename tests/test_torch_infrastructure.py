@@ -662,7 +662,7 @@ def test_groups_with_and_without_names_do_not_mix(first):
 
 
 @as_torch_tests("test_step_all_hooks")
-@pytest.mark.parametrize("call", ["plain", "positional"])
+@pytest.mark.parametrize("call", ["plain", "none", "positional", "named"])
 def test_step_hooks_see_what_torchs_see(call):
     """Order, arguments and the parameter at that time, for global hooks and the optimizer's own."""
     traces = []
@@ -709,6 +709,20 @@ def test_step_hooks_see_what_torchs_see(call):
         "post",
         "global post",
     ]
+
+
+@both_classes
+@pytest.mark.parametrize("name", [False, True], ids=["positional", "named"])
+def test_a_pre_hook_may_replace_the_closure(cls, name):
+    """In the place where it was given."""
+    p = torch.ones(2, requires_grad=True)
+    optimizer = cls([p], lr=0.5)
+    if name:
+        optimizer.register_step_pre_hook(lambda o, args, kwargs: (args, {"closure": lambda: 2}))
+    else:
+        optimizer.register_step_pre_hook(lambda o, args, kwargs: ((o, lambda: 2), kwargs))
+    assert (optimizer.step(closure=lambda: 1) if name else optimizer.step(lambda: 1)) == 2
+    assert optimizer.step() == 2
 
 
 @both_classes
