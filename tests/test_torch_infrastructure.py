@@ -275,6 +275,28 @@ def test_a_complex_parameter_is_two_real_ones(kwargs):
         assert_close([complex_param.real, complex_param.imag], real_params, 1e-5)
 
 
+@falls_back
+@pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float32", "bfloat16"), ("float16", "bfloat16")], ids=str)
+@every_input
+def test_gradients_of_another_dtype(kwargs, dtypes):
+    """`p.grad_dtype` allows them; the momentum buffer has the dtype that it has in torch."""
+    dtype, grad_dtype = (getattr(torch, name) for name in dtypes)
+    twins = Twins(kwargs, dtype=dtype, shapes=[(10, 5), (7,)])
+    for p in twins.theirs + twins.ours:
+        p.grad_dtype = grad_dtype
+    for _ in range(3):
+        for a, b in zip(twins.theirs, twins.ours, strict=True):
+            a.grad = torch.randn(a.shape).to(grad_dtype)
+            b.grad = a.grad.clone()
+        for optimizer in twins.optimizers:
+            optimizer.step()
+    tolerance = 8 * max(torch.finfo(d).eps for d in (dtype, grad_dtype))
+    assert_close(twins.theirs, twins.ours, tolerance)
+    for a, b in zip(twins.theirs, twins.ours, strict=True):
+        states = twins.torch.state.get(a, {}), twins.fastclip.state.get(b, {})
+        assert {k: v.dtype for k, v in states[0].items()} == {k: v.dtype for k, v in states[1].items()}
+
+
 # ---- training ----------------------------------------------------------------------------------
 
 
