@@ -98,11 +98,12 @@ class ClippedOptimizer(torch.optim.Optimizer):
         """
         return self._plan.skipped_steps() + self._reference_skips
 
-    def step(self, closure=None):
+    def step(self, *positional, closure=None):
         """Clips and updates all parameters that have a gradient; the gradients are left as they are.
 
         Args:
-            closure (Callable, optional): reevaluates the model and returns the loss, as in torch.
+            closure (Callable, optional): reevaluates the model and returns the loss, as in torch; by position or by
+                name, and hooks see it as it was given.
 
         Raises:
             ValueError, TypeError: bad hyperparameters, or a gradient that does not fit its parameter. Nothing was
@@ -110,15 +111,17 @@ class ClippedOptimizer(torch.optim.Optimizer):
         """
         # torch wraps every step to run hooks and to show in profiles, which costs as much as all of a small model's
         # update: here only where somebody listens. A subclass with a step of its own was wrapped by torch already.
-        if (
+        listened = (
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
             or torch_optimizer._global_optimizer_pre_hooks
             or torch_optimizer._global_optimizer_post_hooks
             or _C.is_recording()
-        ) and type(self).step is ClippedOptimizer.step:
-            return _hooked_step(self) if closure is None else _hooked_step(self, closure)
-        return self._step(closure)
+        ) and type(self).step is ClippedOptimizer.step
+        if not listened and not positional:
+            return self._step(closure)
+        named = {} if closure is None else {"closure": closure}
+        return _hooked_step(self, *positional, **named) if listened else self._step(*positional, **named)
 
     step.hooked = True  # tells torch not to wrap it
 

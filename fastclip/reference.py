@@ -155,7 +155,8 @@ def update_sgd(group, grads, state):
             p.copy_(w)
         if group["momentum"] == 0:
             continue
-        if b is None:
-            state[p]["momentum_buffer"] = wb.to(p.dtype)
+        if b is None:  # of the type that torch's has where `p.grad_dtype` allows another one than the parameter's
+            dtype = torch.promote_types(p.grad.dtype, p.dtype) if group["weight_decay"] != 0 else p.grad.dtype
+            state[p]["momentum_buffer"] = wb.to(dtype)
         elif wb is not b:
             b.copy_(wb)

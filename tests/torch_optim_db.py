@@ -1,0 +1,66 @@
+"""What torch's own optimizer tests are fed with, of `torch.optim.SGD`: its entry in torch's private `optim_db`."""
+
+import copy
+
+import pytest
+import torch
+
+import fastclip
+
+from .cases import assert_same_bits, copy_params, give_grads, make_params
+
+try:
+    from torch.testing._internal import common_optimizers
+except ModuleNotFoundError as error:
+    pytest.skip(f"torch's optimizer tests need the module {error.name}, which is missing", allow_module_level=True)
+torch.backends.__allow_nonbracketed_mutation_flag = True  # torch.testing._internal freezes them for the whole process
+
+INFO = next(info for info in common_optimizers.optim_db if info.optim_cls is torch.optim.SGD)
+
+# Hyperparameters, without params: pytest shows torch's own descriptions.
+INPUTS = [pytest.param(given.kwargs, id=given.desc) for given in INFO.optim_inputs_func("cpu")]
+
+# What selects one of torch's implementations. torch calls these "global cliquey": one at a time.
+IMPLS = [{}, *({impl: True} for impl in INFO.supported_impls)]
+
+# Clips that bind at no gradient here.
+LOOSE = {"no clip": {}, "value 1e30": {"clip_value": 1e30}, "norm 1e30": {"max_norm": 1e30}}
+LOOSE["both 1e30"] = {**LOOSE["value 1e30"], **LOOSE["norm 1e30"]}
+
+SHAPES = [(10, 5), (10,), (), (0, 3), (3, 4099)]
+
+
+def as_torch_tests(name):
+    """Applies the skips and decorators that torch's OptimizerInfo has for torch's own test of this name."""
+
+    def apply(test):
+        for decorator in INFO.get_decorators("TestOptimRenewed", name, "cpu", torch.float32, {}):
+            test = decorator(test)
+        return test
+
+    return apply
+
+
+class Twins:
+    """A torch.optim.SGD and a fastclip.SGD over equal parameters, that are given the same gradients."""
+
+    def __init__(self, kwargs, clip=None, dtype=torch.float32, shapes=SHAPES, params=None, impl=None):
+        self.ours = make_params(shapes, dtype) if params is None else params
+        self.theirs = copy_params(self.ours)
+        # torch's loop is what the bits are compared with, whichever implementation fastclip is asked for
+        self.torch = torch.optim.SGD(self.theirs, **{**copy.deepcopy(kwargs), "foreach": False})
+        self.fastclip = fastclip.SGD(self.ours, **copy.deepcopy(kwargs), **(impl or {}), **(clip or {}))
+
+    @property
+    def optimizers(self):
+        return self.torch, self.fastclip
+
+    def step(self, times=1):
+        for _ in range(times):
+            give_grads(self.theirs, self.ours)
+            for optimizer in self.optimizers:
+                optimizer.step()
+
+    def check(self):
+        """Same bits of parameters and state."""
+        assert_same_bits(self.theirs, self.ours, *self.optimizers)
