@@ -1,5 +1,6 @@
 """The base of the optimizers: what a clip adds to a torch.optim optimizer, and the way to the kernels."""
 
+import inspect
 import warnings
 
 import torch
@@ -124,6 +125,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
         return _hooked_step(self, *positional, **named) if listened else self._step(*positional, **named)
 
     step.hooked = True  # tells torch not to wrap it
+    step.__signature__ = inspect.signature(torch.optim.Optimizer.step)  # (self, closure=None)
 
     def _step(self, closure=None):
         loss = None
