@@ -65,8 +65,8 @@ struct Step {
   const float* found_inf = nullptr;   // AMP: not 0 means leave everything as it is
   Outcome* outcome = nullptr;
   Measure* measures = nullptr;  // scratch, where there is a norm: one per chunk on the CPU, cuda::measures()
-  const Measure* sums = nullptr;  // Passes::update: the `sum` of each device's outcome, in device memory
-  int devices = 1;
+  const Measure* sums = nullptr;  // Passes::update: the `sum` of each device's outcome, in device memory,
+  int devices = 1;                // and how many they are
   bool counts = true;  // of several devices, one counts the skipped steps
 };
 

@@ -101,9 +101,10 @@ void measure_all(const Step& step, const ThreadPool& pool, const LoopTable& loop
 }
 
 Decision decide_for(const Step& step) {
-  const Measure* sums = step.passes == Passes::all ? &step.outcome->sum : step.sums;
+  const bool alone = step.passes == Passes::all;
+  const Measure* sums = alone ? &step.outcome->sum : step.sums;
   Measure sum{};
-  for (int device = 0; device < step.devices; ++device) combine(step.norm, sum, sums[device]);
+  for (int device = 0; device < (alone ? 1 : step.devices); ++device) combine(step.norm, sum, sums[device]);
   return decide(step.norm, sum, step.max_norm, step.skip_nonfinite);
 }
 
