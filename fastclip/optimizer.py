@@ -7,14 +7,15 @@ from torch.optim import optimizer as torch_optimizer
 
 from ._extension import _C
 
-CLIP_SETTINGS = ("clip_value", "max_norm", "norm_type", "skip_nonfinite")
+SHARED_SETTINGS = ("max_norm", "norm_type", "skip_nonfinite")  # the same in all groups
+CLIP_SETTINGS = ("clip_value", *SHARED_SETTINGS)
 
 
 class ClippedOptimizer(torch.optim.Optimizer):
     """Mixed in before an optimizer of `torch.optim`: takes over its `step`, and keeps everything else.
 
-    A subclass sets `self._clip_defaults` before it calls torch's `__init__`, and says in `_reference_step` what a step
-    is in plain torch.
+    A subclass sets `self._clip_defaults` before it calls torch's `__init__`, deletes it afterwards, and says in
+    `_reference_step` what a step is in plain torch.
     """
 
     # GradScaler then leaves unscaling and skipping to the step, in `self.grad_scale` and `self.found_inf`.
@@ -33,6 +34,9 @@ class ClippedOptimizer(torch.optim.Optimizer):
         if isinstance(param_group, dict):
             if not isinstance(param_group["params"], (torch.Tensor, set)):
                 param_group["params"] = list(param_group["params"])  # a generator can be read once
+            if "_clip_defaults" not in self.__dict__:  # the groups' settings may have been loaded, or changed
+                for name in SHARED_SETTINGS:
+                    param_group.setdefault(name, self.param_groups[0][name])
             self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
@@ -43,7 +47,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
         tensors = [p[1] if isinstance(p, tuple) else p for p in params]
         if len({id(p) for p in tensors}) != len(tensors):
             raise ValueError(f"param_groups[{index}] holds the same parameter twice")
-        for name in ("max_norm", "norm_type", "skip_nonfinite"):
+        for name in SHARED_SETTINGS:
             if self.param_groups and group[name] != self.param_groups[0][name]:
                 raise ValueError(
                     f"{name} holds for all groups together: param_groups[{index}] has {group[name]}, "
