@@ -67,6 +67,8 @@ def check_buffer(group, param, state, where):
 
 def overlaps(tensor):
     """Whether it is an expanded one, which torch refuses to write to."""
-    return tensor.layout == torch.strided and any(
+    if tensor.layout != torch.strided or tensor.numel() == 0:
+        return False
+    return any(
         size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )
