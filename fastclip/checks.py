@@ -69,6 +69,4 @@ def overlaps(tensor):
     """Whether it is an expanded one, which torch refuses to write to."""
     if tensor.layout != torch.strided or tensor.numel() == 0:
         return False
-    return any(
-        size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    )
+    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
