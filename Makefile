@@ -20,7 +20,7 @@ PY := $(VENV)/bin/python
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 endif
 
-.PHONY: help demo test bench gpu build format clean
+.PHONY: help demo test fuzz soak bench gpu build format clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):[^#]*## */  make \1	/p' Makefile
@@ -30,6 +30,12 @@ demo: build  ## train a small recogniser on real speech: no clipping, the Python
 
 test: build  ## all tests
 	$(PY) -m pytest $(ARGS)
+
+fuzz: build  ## 10,000 random optimizers and steps against the plain loop, about 5 minutes; ARGS="--seed N" repeats a run
+	$(PY) -m tests.fuzz $(ARGS)
+
+soak: build  ## a million steps: flat memory, torch's bits at the end; about 8 minutes; ARGS="--steps N" takes less
+	$(PY) -m tests.soak $(ARGS)
 
 bench: build  ## time fastclip against the Python loop and the best of torch, about 8 minutes; leave the machine alone
 	$(PY) -m benchmarks.cpu $(ARGS)

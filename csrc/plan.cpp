@@ -14,7 +14,6 @@
 #include <unordered_set>
 #include <utility>
 
-#include "tensors.h"
 
 namespace fastclip {
 namespace {
@@ -37,6 +36,10 @@ at::Tensor optional_scalar(PyObject* object, const char* name) {
     raise(PyExc_TypeError, std::string(name) + " must be None or a 1-element tensor");
   }
   return THPVariable_Unpack(object).detach();
+}
+
+void check_memory(const at::Tensor& covered, const char* what, const Place& place) {
+  if (!is_in_memory(covered)) raise(PyExc_RuntimeError, what + place.text() + " has no memory: its storage was resized");
 }
 
 // A mode (fake tensors, tracing, ...) or a functorch transform has to see operations; the kernels are none.
@@ -81,7 +84,6 @@ void Plan::clear() {
   reason_.clear();
   first_device_.reset();
   part_ = nullptr;
-  total_norm_.reset();
 }
 
 void Plan::not_covered(const std::string& reason) {
@@ -122,10 +124,10 @@ PyObject* Plan::state_entry(PyObject* param, PyObject* state) {
 }
 
 // state[param]["momentum_buffer"], or nullptr where there is none yet; old checkpoints hold None.
-const at::Tensor* Plan::momentum_buffer(PyObject* param, PyObject* state) {
-  PyObject* entry = state_entry(param, state);
+const at::Tensor* Plan::momentum_buffer(const Place& place, PyObject* state) {
+  PyObject* entry = state_entry(place.param, state);
   if (!entry) return nullptr;
-  if (!PyDict_Check(entry)) raise(PyExc_TypeError, "an optimizer's state of a parameter must be a dict");
+  if (!PyDict_Check(entry)) raise(PyExc_TypeError, "the state of " + place.text() + " must be a dict");
   PyObject *key, *buffer;
   Py_ssize_t first = 0;
   if (!PyDict_Next(entry, &first, &key, &buffer) || key != momentum_buffer_key()) {  // mostly the only one
@@ -134,7 +136,8 @@ const at::Tensor* Plan::momentum_buffer(PyObject* param, PyObject* state) {
   }
   if (!buffer || buffer == Py_None) return nullptr;
   if (!THPVariable_Check(buffer)) {
-    raise(PyExc_TypeError, std::string("momentum_buffer must be a tensor, got ") + Py_TYPE(buffer)->tp_name);
+    raise(PyExc_TypeError,
+          "the momentum_buffer of " + place.text() + " must be a tensor, got " + Py_TYPE(buffer)->tp_name);
   }
   return &THPVariable_Unpack(buffer);
 }
@@ -186,10 +189,12 @@ void Plan::add_param(const Group& group, Py_ssize_t group_index, Py_ssize_t inde
       return not_covered(place.text() + " " + why_not);
     }
   }
+  check_memory(param, "", place);
+  check_memory(grad, "the gradient of ", place);
   const at::Tensor* buffer = nullptr;
   Momentum momentum = Momentum::none;
   if (group.hyper.momentum != 0) {
-    buffer = momentum_buffer(object, state);
+    buffer = momentum_buffer(place, state);
     momentum = buffer ? Momentum::running : Momentum::first;
     if (!buffer) {
       new_buffers_.push_back({object, at::empty_like(grad.detach()), nullptr, nullptr});
@@ -202,6 +207,7 @@ void Plan::add_param(const Group& group, Py_ssize_t group_index, Py_ssize_t inde
     } else if (!is_plainly_covered(param, *buffer) && !same_memory_layout(*buffer, param)) {
       return not_covered(place.text() + " has a momentum_buffer of another memory layout, dtype or device");
     }
+    check_memory(*buffer, "the momentum_buffer of ", place);
   }
   if (group.lr_tensor && THPVariable_Unpack(group.lr_tensor).device() != param.device()) {
     return not_covered(place.text() + " is on another device than lr");
@@ -292,7 +298,7 @@ std::string Plan::step(PyObject* groups, PyObject* state, PyObject* grad_scale, 
   // A skipped step must leave "no buffer yet" as it is. Where there are none to make, a GPU decides by itself
   // and nobody waits.
   if (inf.defined() && (inf.is_cpu() || !new_buffers_.empty()) && inf.item<float>() != 0) {
-    if (norm_clip.norm != Norm::none) total_norm_ = at::full({}, HUGE_VAL, at::kDouble);
+    total_norm_ = norm_clip.norm != Norm::none ? at::full({}, HUGE_VAL, at::kDouble) : at::Tensor();
     ++skipped_by_host_;
     return {};
   }
@@ -321,6 +327,7 @@ std::string Plan::clip_grads(PyObject* params, double low, double high, NormClip
     if (const char* why_not = why_not_covered(grad, place)) {
       not_covered("the gradient of " + place.text() + " " + why_not);
     } else if (grad.numel() > 0) {
+      check_memory(grad, "the gradient of ", place);
       add_tensor(nullptr, grad, nullptr, Momentum::none, hyper, 0);
     }
   }
@@ -343,6 +350,7 @@ void Plan::run(Rule rule, NormClip norm_clip, const Amp& amp) {
     }
   }
   run_parts(parts_, rule, norm_clip, amp);
+  total_norm_.reset();
   if (normed) {
     const auto used = std::find_if(parts_.begin(), parts_.end(), [](const auto& p) { return !p.step.tensors.empty(); });
     if (used != parts_.end()) {

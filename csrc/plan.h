@@ -12,6 +12,7 @@
 #include "device_part.h"
 #include "groups.h"
 #include "step.h"
+#include "tensors.h"
 
 namespace fastclip {
 
@@ -55,7 +56,7 @@ class Plan {
   void add_group(Group& group, Py_ssize_t group_index, PyObject* state);
   // Inlined into the walk: calls are a fifth of what a tensor costs.
   [[gnu::always_inline]] inline void add_param(const Group& group, Py_ssize_t group_index, Py_ssize_t index, PyObject* state);
-  const at::Tensor* momentum_buffer(PyObject* param, PyObject* state);
+  const at::Tensor* momentum_buffer(const Place& place, PyObject* state);
   PyObject* state_entry(PyObject* param, PyObject* state);
   [[gnu::always_inline]] inline void add_tensor(const at::Tensor* param, const at::Tensor& grad, const at::Tensor* buffer,
                   Momentum momentum, const Hyper& hyper, Py_ssize_t group_index);

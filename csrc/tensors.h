@@ -35,6 +35,14 @@ inline void* data_of(const at::Tensor& covered, DType dtype) {
   return static_cast<char*>(storage->mutable_data()) + impl->storage_offset() * item_size(dtype);
 }
 
+// Whether all its elements are in memory; `covered` is dense. FSDP, for one, frees the storage of a parameter that it has
+// no use for, and leaves the sizes as they were.
+inline bool is_in_memory(const at::Tensor& covered) {
+  c10::TensorImpl* impl = covered.unsafeGetTensorImpl();
+  const auto end = (impl->storage_offset() + impl->numel()) * static_cast<int64_t>(impl->itemsize());
+  return impl->numel() == 0 || end <= static_cast<int64_t>(impl->unsafe_storage().unsafeGetStorageImpl()->nbytes());
+}
+
 // Keys of an ordinary dense tensor. Any other key (sparse, quantized, conjugated, negated, a Python
 // subclass, functorch, ...) means that the memory alone does not tell the values.
 extern const uint64_t kOtherKeys;  // all but the ordinary ones

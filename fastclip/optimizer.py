@@ -8,14 +8,15 @@ from torch.optim import optimizer as torch_optimizer
 
 from ._extension import _C
 
-CLIP_SETTINGS = ("clip_value", "max_norm", "norm_type", "skip_nonfinite")
+SHARED_SETTINGS = ("max_norm", "norm_type", "skip_nonfinite")  # the same in all groups
+CLIP_SETTINGS = ("clip_value", *SHARED_SETTINGS)
 
 
 class ClippedOptimizer(torch.optim.Optimizer):
     """Mixed in before an optimizer of `torch.optim`: takes over its `step`, and keeps everything else.
 
-    A subclass sets `self._clip_defaults` before it calls torch's `__init__`, and says in `_reference_step` what a step
-    is in plain torch.
+    A subclass sets `self._clip_defaults` before it calls torch's `__init__`, deletes it afterwards, and says in
+    `_reference_step` what a step is in plain torch.
     """
 
     # GradScaler then leaves unscaling and skipping to the step, in `self.grad_scale` and `self.found_inf`.
@@ -34,6 +35,9 @@ class ClippedOptimizer(torch.optim.Optimizer):
         if isinstance(param_group, dict):
             if not isinstance(param_group["params"], (torch.Tensor, set)):
                 param_group["params"] = list(param_group["params"])  # a generator can be read once
+            if "_clip_defaults" not in self.__dict__:  # the groups' settings may have been loaded, or changed
+                for name in SHARED_SETTINGS:
+                    param_group.setdefault(name, self.param_groups[0][name])
             self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
@@ -44,7 +48,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
         tensors = [p[1] if isinstance(p, tuple) else p for p in params]
         if len({id(p) for p in tensors}) != len(tensors):
             raise ValueError(f"param_groups[{index}] holds the same parameter twice")
-        for name in ("max_norm", "norm_type", "skip_nonfinite"):
+        for name in SHARED_SETTINGS:
             if self.param_groups and group[name] != self.param_groups[0][name]:
                 raise ValueError(
                     f"{name} holds for all groups together: param_groups[{index}] has {group[name]}, "
@@ -54,6 +58,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
     def _start(self):
         """What is not state: made anew for a new or copied optimizer."""
         self._plan = _C.Plan()
+        self._fell_back = False  # the last step was in plain torch
         self._reference_norm = None
         self._reference_skips = 0
         self._warned = set()
@@ -83,7 +88,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
             >>> model(x).sum().backward(); opt.step()
             >>> log({"grad_norm": opt.total_norm})
         """
-        return self._plan.total_norm() if self._reference_norm is None else self._reference_norm
+        return self._reference_norm if self._fell_back else self._plan.total_norm()
 
     @property
     def skipped_steps(self):
@@ -135,9 +140,9 @@ class ClippedOptimizer(torch.optim.Optimizer):
         attributes = self.__dict__
         grad_scale, found_inf = attributes.get("grad_scale"), attributes.get("found_inf")
         why_not = self._plan.step(self.param_groups, self.state, grad_scale, found_inf)
-        self._reference_norm = None
         if why_not is not None:
             self._step_in_plain_torch(why_not, grad_scale, found_inf)
+        self._fell_back = why_not is not None
         return loss
 
     def _step_in_plain_torch(self, why_not, grad_scale, found_inf):

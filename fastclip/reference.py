@@ -6,6 +6,8 @@ import math
 import torch
 from torch.optim.sgd import sgd
 
+from .checks import check
+
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
 
@@ -35,7 +37,7 @@ def clip_coefficient(norm, max_norm):
     """What `clip_grad_norm_` multiplies by; `max_norm=inf` asks for the norm only."""
     if max_norm == math.inf:
         return torch.ones_like(norm)
-    return torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    return torch.clamp(torch.full_like(norm, max_norm) / (norm + 1e-6), max=1.0)  # number / tensor rounds twice
 
 
 @torch.no_grad()
@@ -75,28 +77,6 @@ def compute_dtype(param):
     return torch.float32 if param.dtype in SIXTEEN_BIT else param.dtype
 
 
-def check(groups):
-    """Raises for what has no meaning for a gradient, before anything is changed."""
-    for index, group in enumerate(groups):
-        clips = [name for name in ("clip_value", "max_norm") if group[name] is not None]
-        for i, param in enumerate(group["params"]):
-            if param.grad is None:
-                continue
-            where = f"parameter {i} of group {index}"
-            sparse = param.grad.layout != torch.strided
-            if sparse and isinstance(group["weight_decay"], (int, float)) and group["weight_decay"] != 0:
-                raise TypeError(f"weight_decay can't be applied to the sparse gradient of {where}")
-            if sparse and clips:
-                raise TypeError(f"{clips[0]} can't be applied to the sparse gradient of {where}")
-            if param.grad.is_complex() and "clip_value" in clips:
-                raise TypeError(f"clip_value can't be applied to the complex gradient of {where}")
-            if "max_norm" in clips and hasattr(param.grad, "full_tensor"):
-                raise TypeError(
-                    f"max_norm can't be applied to the gradient of {where}: it is a DTensor, and the norm of the local "
-                    "shard is not the norm of the model"
-                )
-
-
 @torch.no_grad()
 def step_sgd(groups, state, grad_scale=None, found_inf=None):
     """One step of `fastclip.SGD` over `groups` (a list of dicts) with `state` (a dict of dicts by parameter).
@@ -104,7 +84,7 @@ def step_sgd(groups, state, grad_scale=None, found_inf=None):
     Returns the norm before the norm clip, or None if no `max_norm` is set, and whether the step was skipped. Order:
     unscale, value clip, norm clip, then `torch.optim.SGD`, whose own code does the update.
     """
-    check(groups)
+    check(groups, state)
     wants_norm = groups[0]["max_norm"] is not None
     if found_inf is not None and found_inf.item() != 0:
         return (torch.tensor(math.inf, dtype=torch.float64) if wants_norm else None), True
@@ -140,7 +120,8 @@ def update_sgd(group, grads, state):
     if isinstance(group["weight_decay"], torch.Tensor) and group["weight_decay"].requires_grad:
         grads = [g.clone() for g in grads]  # torch then adds the decay in place
     wide = [p.to(compute_dtype(p)) for p in params]  # the parameter itself, but for 16-bit ones
-    wide_buffers = [None if b is None else b.to(compute_dtype(p)) for p, b in zip(params, buffers, strict=True)]
+    # One that is wider than the parameter keeps its precision, as in torch.
+    wide_buffers = [b.float() if b is not None and b.dtype in SIXTEEN_BIT else b for b in buffers]
     sgd(
         wide,
         grads,

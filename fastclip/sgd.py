@@ -82,5 +82,6 @@ class SGD(ClippedOptimizer, torch.optim.SGD):
             differentiable=differentiable,
             fused=fused,
         )
+        del self._clip_defaults  # from now on a new group takes max_norm from those there are
 
     _reference_step = staticmethod(reference.step_sgd)

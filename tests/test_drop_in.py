@@ -237,6 +237,23 @@ def test_add_param_group():
     assert_same_bits(theirs + new_theirs, ours + new, loop.optimizer, optimizer)
 
 
+@pytest.mark.parametrize("shared", [{"max_norm": 3.0}, {"max_norm": 0.5, "norm_type": "inf"}, {"skip_nonfinite": True}])
+def test_a_new_group_takes_the_norm_clip_that_was_loaded_or_set(shared):
+    """Not the one that the optimizer was made with: all groups have the same."""
+    _, _, saved, ours = pair([(5,)], shared)
+    opt = fastclip.SGD(ours, lr=0.1)
+    opt.load_state_dict(saved.state_dict())
+    opt.add_param_group({"params": make_params([(3,)])})
+    for name, value in shared.items():
+        assert opt.param_groups[1][name] == value
+        opt.param_groups[0][name] = opt.param_groups[1][name] = opt.defaults[name]
+    opt.add_param_group({"params": make_params([(2,)])})
+    assert all(opt.param_groups[2][name] == opt.defaults[name] for name in shared)
+    with pytest.raises(ValueError, match="max_norm holds for all groups together"):
+        opt.add_param_group({"params": make_params([(2,)]), "max_norm": 7.0})
+    assert len(opt.param_groups) == 3
+
+
 def test_named_parameters():
     model = torch.nn.Linear(3, 2)
     opt = fastclip.SGD(model.named_parameters(), lr=0.1, clip_value=0.1)

@@ -1,0 +1,72 @@
+"""What plain torch would find out in the middle of a step: refused before anything is changed.
+
+The kernels' own checks are in csrc; these are for the tensors that they do not cover.
+"""
+
+import torch
+
+
+def check(groups, state):
+    """Raises for what a step over `groups` with `state` can't be taken with, and names the parameter."""
+    for index, group in enumerate(groups):
+        names = group.get("param_names") or []
+        for i, param in enumerate(group["params"]):
+            if param.grad is None:
+                continue
+            where = f"parameter {i} of group {index}" + (f" ('{names[i]}')" if i < len(names) else "")
+            check_gradient(group, param, where)
+            if group["momentum"] != 0:
+                check_buffer(group, param, state, where)
+            if overlaps(param):
+                raise ValueError(f"{where} holds several elements at one address")
+
+
+def check_gradient(group, param, where):
+    """Clips and weight decay, which not every kind of gradient has."""
+    grad = param.grad
+    clips = [name for name in ("clip_value", "max_norm") if group[name] is not None]
+    sparse = grad.layout != torch.strided
+    if sparse and isinstance(group["weight_decay"], (int, float)) and group["weight_decay"] != 0:
+        raise TypeError(f"weight_decay can't be applied to the sparse gradient of {where}")
+    if sparse and clips:
+        raise TypeError(f"{clips[0]} can't be applied to the sparse gradient of {where}")
+    if grad.is_complex() and "clip_value" in clips:
+        raise TypeError(f"clip_value can't be applied to the complex gradient of {where}")
+    if "max_norm" in clips and hasattr(grad, "full_tensor"):
+        raise TypeError(
+            f"max_norm can't be applied to the gradient of {where}: it is a DTensor, and the norm of the local "
+            "shard is not the norm of the model"
+        )
+
+
+def check_buffer(group, param, state, where):
+    """A momentum buffer that the step would write to, if there is one yet."""
+    entry = state.get(param, {})
+    if not isinstance(entry, dict):
+        raise TypeError(f"the state of {where} must be a dict, got {type(entry).__name__}")
+    buffer = entry.get("momentum_buffer")
+    if buffer is None:
+        return
+    what = f"the momentum_buffer of {where}"
+    if not isinstance(buffer, torch.Tensor):
+        raise TypeError(f"{what} must be a tensor, got {type(buffer).__name__}")
+    if buffer.shape != param.shape:
+        raise ValueError(f"{what} has another shape than the parameter: {[*buffer.shape]}, {[*param.shape]}")
+    if buffer.device != param.device:
+        raise ValueError(f"{what} is on another device than the parameter: {buffer.device}, {param.device}")
+    if not (torch.can_cast(param.dtype, buffer.dtype) and torch.can_cast(buffer.dtype, param.dtype)):
+        raise ValueError(f"{what} has another dtype than the parameter: {buffer.dtype}, {param.dtype}")
+    sparse_buffer, sparse_grad = (t.layout != torch.strided for t in (buffer, param.grad))
+    if sparse_buffer and not sparse_grad:
+        raise TypeError(f"{what} is sparse, and its gradient is not")
+    if group["nesterov"] and sparse_grad and not sparse_buffer:
+        raise TypeError(f"nesterov can't be applied to the sparse gradient of {where}: its momentum_buffer is dense")
+    if overlaps(buffer):
+        raise ValueError(f"{what} holds several elements at one address")
+
+
+def overlaps(tensor):
+    """Whether it is an expanded one, which torch refuses to write to."""
+    if tensor.layout != torch.strided or tensor.numel() == 0:
+        return False
+    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
