@@ -88,8 +88,8 @@ class Playback:
             ]
         if how in ("fresh", "file"):
             self.optimizer = fastclip.SGD([{"params": g["params"]} for g in self.optimizer.param_groups], lr=7.0)
+            self.skipped = 0  # a new optimizer counts anew
         self.optimizer.load_state_dict(saved)
-        self.skipped = 0  # counted anew
 
     # ---- a step ----
 
