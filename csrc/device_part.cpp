@@ -166,7 +166,7 @@ void run_parts(std::vector<DevicePart>& all_parts, Rule rule, const NormClip& no
   std::vector<DevicePart*> parts;  // GPUs first: they work while the CPU does its share
   for (const bool cpu : {false, true}) {
     for (auto& part : all_parts) {
-      if (part.device.is_cpu() == cpu && !part.step.tensors.empty()) parts.push_back(&part);
+      if (part.device.is_cpu() == cpu && part.in_use()) parts.push_back(&part);
     }
   }
   for (DevicePart* part : parts) part->prepare(rule, norm_clip, amp, /*counts=*/part == parts.front());

@@ -22,6 +22,7 @@ class DevicePart {
   explicit DevicePart(c10::Device on) : device(on) {}
 
   void clear();
+  bool in_use() const { return !step.tensors.empty(); }  // by this step
 
   // Allocates what the step needs. Raises where it can't be taken, with nothing enqueued yet.
   void prepare(Rule rule, const NormClip& norm_clip, const Amp& amp, bool counts);

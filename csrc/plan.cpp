@@ -292,7 +292,7 @@ std::string Plan::step(PyObject* groups, PyObject* state, PyObject* grad_scale, 
 
   if (!new_buffers_.empty()) {  // a replay would make them anew each time
     for (const DevicePart& part : parts_) {
-      if (!part.step.tensors.empty() && part.is_capturing()) part.raise_capturing();
+      if (part.in_use() && part.is_capturing()) part.raise_capturing();
     }
   }
   // A skipped step must leave "no buffer yet" as it is. Where there are none to make, a GPU decides by itself
@@ -352,7 +352,7 @@ void Plan::run(Rule rule, NormClip norm_clip, const Amp& amp) {
   run_parts(parts_, rule, norm_clip, amp);
   total_norm_.reset();
   if (normed) {
-    const auto used = std::find_if(parts_.begin(), parts_.end(), [](const auto& p) { return !p.step.tensors.empty(); });
+    const auto used = std::find_if(parts_.begin(), parts_.end(), [](const auto& p) { return p.in_use(); });
     if (used != parts_.end()) {
       total_norm_ = used->total_norm();
     } else if (first_device_) {  // the norm of no gradients is 0
@@ -370,7 +370,7 @@ void Plan::run(Rule rule, NormClip norm_clip, const Amp& amp) {
 bool Plan::was_skipped(const NormClip& norm_clip) const {
   if (!norm_clip.skip_nonfinite) return false;
   return std::any_of(parts_.begin(), parts_.end(), [](const DevicePart& part) {
-    return !part.step.tensors.empty() && !part.sum().isfinite().all().item<bool>();
+    return part.in_use() && !part.sum().isfinite().all().item<bool>();
   });
 }
 
