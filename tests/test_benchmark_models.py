@@ -81,6 +81,7 @@ def test_a_missing_library_is_named_and_nothing_written(missing, model, monkeypa
     without(monkeypatch, missing)
     with pytest.raises(ImportError, match=f"needs {missing}: pip install"):
         models.build(model)
+    monkeypatch.setattr(models, "MODELS", {model: models.MODELS[model]})
     path = tmp_path / "shapes.json"
     path.write_text('{"models": {}}')
     monkeypatch.setattr(models, "PATH", path)
