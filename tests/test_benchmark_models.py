@@ -171,6 +171,11 @@ def test_memory_needed_by_hand():
     assert memory.shortage(two, memory.needed(two) - 2**26) == told
 
 
+def test_what_is_measured_by_default_is_known_and_fits_8_gib():
+    assert {*cpu.DEFAULT, *cpu.QUICK, *gpu.QUICK, *dict(gpu.DEFAULT)} <= MODELS.keys()
+    assert memory.needed(cpu.DEFAULT) < 8 * 2**30
+
+
 def test_a_container_s_limit_counts(monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "LIMIT", tmp_path / "memory.max")
     free = memory.available()
