@@ -62,8 +62,9 @@ else
 .PHONY: .requirements
 # torch is pinned: a range would bring gigabytes of CUDA libraries that this needs nothing of.
 $(VENV)/installed-$(subst =,-,$(TORCH)): requirements.txt
-	@echo "Making $(VENV): torch and the rest, about a minute (200 MB)"
+	@echo "Making $(VENV): torch and the rest, about two minutes (250 MB)"
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet "$(TORCH)" -r requirements.txt
+	-$(VENV)/bin/python -m tests.torchaudio_on_cpu  # where that fails, the tests that need torchaudio say so
 	touch $@
 endif
