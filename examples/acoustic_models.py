@@ -1,8 +1,10 @@
 """Small acoustic models: the article's DNN, and a convolutional and two recurrent ones that learn by CTC.
 
-All take log-mel features [batch, frames, mels], normalised. The DNN gives a frame's class, the others one output per four
-frames (`speech_model.output_length`).
+All take log-mel features [batch, frames, mels], normalised. The DNN gives each frame's class, the others one output per
+four frames (`speech_model.output_length`).
 """
+
+from functools import partial
 
 from torch import nn
 
@@ -23,7 +25,7 @@ class DNN(nn.Module):
 class CNN(nn.Module):
     """Features [batch, frames, mels] to log probabilities [outputs, batch, symbols + 1]; 0 is CTC's blank.
 
-    A strided convolution, then residual ones over time: outputs hear 0.6 s to each side.
+    A strided convolution, then residual ones over time: outputs hear 0.5 s to each side.
     """
 
     def __init__(self, symbols, mels=MELS, channels=HIDDEN, blocks=4):
@@ -39,12 +41,5 @@ class CNN(nn.Module):
         return self.head(hidden.permute(2, 0, 1)).log_softmax(-1)
 
 
-class RNN(SpeechModel):
-    """The demo's recogniser, a convolution and two bidirectional GRUs; with `cell=nn.LSTM`, two LSTMs."""
-
-
-CTC_MODELS = {
-    "cnn": CNN,
-    "gru": RNN,
-    "lstm": lambda symbols, mels=MELS: RNN(symbols, mels, nn.LSTM),
-}
+# The recurrent one is the demo's.
+CTC_MODELS = {"cnn": CNN, "gru": SpeechModel, "lstm": partial(SpeechModel, cell=nn.LSTM)}
