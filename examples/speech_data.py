@@ -73,17 +73,25 @@ def read_wav(path, rate):
     return resample(samples.view(-1, channels).mean(1), file_rate, rate)
 
 
+def digit_clips(cache):
+    """Returns "recorded" or "synthetic", and per voice the samples of 0 to 9, without the silence around them."""
+    kind, voices = find_clips(cache)
+    return kind, {
+        voice: [_without_silence(read_wav(path, DIGIT_RATE)) for path in paths] for voice, paths in voices.items()
+    }
+
+
 def digit_strings(cache, seed, train_strings=TRAIN_STRINGS, test_strings=TEST_STRINGS):
     """Strings of 1 to 3 digits, each of one voice; train and test share the clips and nothing else."""
-    kind, voices = find_clips(cache)
-    clips = [[_without_silence(read_wav(path, DIGIT_RATE)) for path in paths] for paths in voices.values()]
+    kind, voices = digit_clips(cache)
+    clips = list(voices.values())
     source = {
         "recorded": "recorded digits (Debian's Asterisk prompts)",
         "synthetic": "SYNTHETIC digits (espeak-ng): no measure of speech recognition",
     }[kind]
     caption = f"{source}, {len(voices)} voices; train and test share the {10 * len(voices)} clips"
     make = random.Random(seed)
-    strings = [_digit_string(clips, make) for _ in range(train_strings + test_strings)]
+    strings = [digit_string(clips, make) for _ in range(train_strings + test_strings)]
     return Speech(kind, caption, DIGIT_RATE, list("0123456789"), strings[test_strings:], strings[:test_strings])
 
 
@@ -94,9 +102,10 @@ def _without_silence(samples):
     return samples[max(0, int(loud[0]) - margin) : int(loud[-1]) + margin]
 
 
-def _digit_string(clips, make):
+def digit_string(clips, make, max_digits=MAX_DIGITS):
+    """A string of 1 to `max_digits` digits of one of the voices, with the speed, noise and gain that `make` draws."""
     voice = make.choice(clips)
-    digits = [make.randrange(10) for _ in range(make.randint(1, MAX_DIGITS))]
+    digits = [make.randrange(10) for _ in range(make.randint(1, max_digits))]
     pieces = []
     for digit in digits:
         length = int(len(voice[digit]) / make.uniform(0.9, 1.15))

@@ -57,11 +57,11 @@ def outputs_needed(text):
 class SpeechModel(nn.Module):
     """Features [batch, frames, mels] to log probabilities [outputs, batch, symbols + 1]; 0 is CTC's blank."""
 
-    def __init__(self, symbols, mels=MELS, cell=nn.GRU):
+    def __init__(self, symbols, mels=MELS, cell=nn.GRU, hidden=HIDDEN, layers=2):
         super().__init__()
-        self.conv = nn.Conv1d(mels, HIDDEN, 9, stride=STRIDE, padding=4)
-        self.rnn = cell(HIDDEN, HIDDEN, num_layers=2, bidirectional=True)
-        self.head = nn.Linear(2 * HIDDEN, symbols + 1)
+        self.conv = nn.Conv1d(mels, hidden, 9, stride=STRIDE, padding=4)
+        self.rnn = cell(hidden, hidden, num_layers=layers, bidirectional=True)
+        self.head = nn.Linear(2 * hidden, symbols + 1)
 
     def forward(self, features):
         hidden = self.conv(features.transpose(1, 2)).relu().permute(2, 0, 1)

@@ -1,0 +1,167 @@
+"""What clipping does to training: threshold x learning rate x kind of clip x model, on spoken digits.
+
+    python -m examples.clipping_study
+
+Trains a small recogniser once per cell of the grid with fastclip.SGD (momentum 0.9). Each finished cell is a row of
+clipping.csv in --out; the same command goes on where a run was stopped. At the end come pictures and a table.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import itertools
+import json
+import math
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks import machine
+
+from . import clipping_study_plots, clipping_study_report
+from .clipping_study_cell import BATCH, MODELS, MOMENTUM, Cell, load_data, train_cell
+from .clipping_study_results import cell_of, read_rows, replace_file, write_rows
+from .speech_console import SpeechDataError, progress
+
+LEARNING_RATES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+THRESHOLDS = {"none": (None,), "value": (1e-4, 1e-3, 1e-2, 1e-1), "norm": (0.1, 1, 10, 100)}
+QUICK_LEARNING_RATES = (1e-2, 1e-1)
+QUICK_THRESHOLDS = {"none": (None,), "value": (1e-2,), "norm": (1,)}
+
+
+def grid(models, seeds, quick):
+    """Seed by seed: a run that is stopped has whole grids of fewer seeds."""
+    rates, thresholds = (QUICK_LEARNING_RATES, QUICK_THRESHOLDS) if quick else (LEARNING_RATES, THRESHOLDS)
+    return [
+        Cell(model, kind, threshold, lr, seed)
+        for seed, model, kind in itertools.product(range(seeds), models, thresholds)
+        for threshold, lr in itertools.product(thresholds[kind], rates)
+    ]
+
+
+def run(options):
+    """Trains what is missing; returns the exit code."""
+    torch.set_num_threads(1)
+    table = options.out / "clipping.csv"
+    with alone_in(options.out):
+        rows = read_rows(table)
+        cells = grid(options.models, options.seeds, options.quick)
+        done = {cell_of(row) for row in rows}
+        missing = [cell for cell in cells if cell not in done]
+        print(f"{len(cells)} cells, {len(cells) - len(missing)} of them in {table} already.", flush=True)
+        if missing:
+            fill(missing, rows, options, table)
+        wanted = set(cells)
+        rows = [row for row in rows if cell_of(row) in wanted]
+        pictures = clipping_study_plots.draw(rows, options.out)
+    print("\n" + clipping_study_report.summary(rows) + "\n")
+    print(", ".join(map(str, [table, *pictures])))
+    return 0
+
+
+def fill(missing, rows, options, table):
+    """Trains the cells, and saves each as a row when it is done."""
+    found = machine.describe(options.arguments, "python -m examples.clipping_study")
+    commit = (found["commit"] or "unknown") + ("+changes" if found["dirty"] else "")
+    origin = {"torch": torch.__version__, "fastclip": found["versions"]["fastclip"],
+              "machine": found["machine"]["cpu"], "commit": commit}  # fmt: skip
+    data, of_seed, failed = None, None, 0
+    with progress(total=len(missing), desc="study", unit="cell") as bar:
+        for cell in missing:
+            if cell.seed != of_seed:
+                data, of_seed = load_data(options.data, options.cache, cell.seed, options.strings), cell.seed
+                keep_settings(options, data, found)
+            threshold = "" if cell.threshold is None else f" {cell.threshold:g}"
+            bar.set_postfix_str(f"{cell.model} {cell.kind}{threshold} lr {cell.lr:g}, {failed} diverged", refresh=False)
+            rows.append({**vars(cell), **train_cell(cell, data, options.epochs), **origin})
+            failed += rows[-1]["diverged"]
+            write_rows(table, rows)
+            bar.update()
+
+
+def keep_settings(options, data, found):
+    """Writes what all rows have in common, beside the CSV; SpeechDataError where its rows were made otherwise."""
+    path = options.out / "clipping.json"
+    settings = {"data": data.caption, "train": len(data.train), "test": len(data.test),
+                "test_new_voice": len(data.new_voice), "epochs": options.epochs, "batch": BATCH,
+                "momentum": MOMENTUM}  # fmt: skip
+    try:
+        kept = json.loads(path.read_text())["settings"] if path.exists() else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SpeechDataError(f"{path}: not the settings of a clipping study ({error})") from None
+    if kept is None:
+        replace_file(path, json.dumps({"settings": settings, **found}, indent=1) + "\n")
+    elif kept != settings:
+        changed = ", ".join(f"{key} {kept.get(key)!r}, now {settings[key]!r}" for key in settings
+                            if kept.get(key) != settings[key])  # fmt: skip
+        raise SpeechDataError(f"{path}: its rows were made with {changed}; give another --out")
+
+
+@contextlib.contextmanager
+def alone_in(folder):
+    """Makes the folder; two studies that write one file would lose each other's rows."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")  # noqa: SIM115  held open as long as it is locked
+    except OSError as error:
+        raise SpeechDataError(f"--out {folder}: {error.strerror}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise SpeechDataError(f"--out {folder}: another study is writing there") from None
+        yield
+
+
+def count(text):
+    with contextlib.suppress(ValueError):
+        if 0 < int(text) < math.inf:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+
+
+def parse_arguments(arguments=None):
+    about, _, more = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        "python -m examples.clipping_study",
+        description=about,
+        epilog=more,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--quick", action="store_true", help="a few cells: two learning rates, one threshold of each kind")
+    add("--models", nargs="+", choices=MODELS, default=["gru", "cnn"], metavar="M",
+        help=f"of {', '.join(MODELS)} (default: gru cnn)")  # fmt: skip
+    add("--seeds", type=count, metavar="N", default=3, help="0 to N-1: data, held-out voice, model (default: 3)")
+    add("--out", type=Path, metavar="DIR", default=Path("study_output"), help="for the results (default: %(default)s)")
+    add("--data", type=Path, metavar="DIR", help="your own wav files and transcripts.txt, as in the demo")
+    add("--cache", type=Path, metavar="DIR", default=Path(__file__).parents[1] / ".cache" / "speech",
+        help="where the fetched clips are kept (default: .cache/speech in the repository)")  # fmt: skip
+    add("--strings", type=count, metavar="N", default=320, help="of digits to train on (default: %(default)s)")
+    add("--epochs", type=count, metavar="N", default=20, help="default: %(default)s")
+    add("--report", type=Path, metavar="PAGE", help="no training: write the tables of --out into this page")
+    options = parser.parse_args(arguments)
+    options.arguments = [shlex.quote(word) for word in (sys.argv[1:] if arguments is None else arguments)]
+    return options
+
+
+def main(arguments=None):
+    """Returns the exit code."""
+    options = parse_arguments(arguments)
+    try:
+        if options.report:
+            return clipping_study_report.update(options.report, options.out)
+        return run(options)
+    except SpeechDataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        with contextlib.suppress(OSError):
+            print(f"\nStopped. What is done is in {options.out}; the same command goes on there.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

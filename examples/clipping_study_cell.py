@@ -1,0 +1,156 @@
+"""One cell of the clipping study: the data of its seed, and one training."""
+
+import dataclasses
+import math
+import random
+import re
+import time
+from collections import Counter
+from functools import partial
+from statistics import mean, median, quantiles
+
+import torch
+
+import fastclip
+
+from .acoustic_models import CNN
+from .speech_data import DIGIT_RATE, Speech, digit_clips, digit_string, own_recordings
+from .speech_demo import BATCH, MOMENTUM, batches_of_like_length, collate, extract
+from .speech_model import SpeechModel, greedy_decode, word_error_rate
+
+# Small, so that a cell takes seconds: the effect of a clip is in the comparison, not in the best of error rates.
+MODELS = {
+    "gru": partial(SpeechModel, hidden=64, layers=1),
+    "cnn": partial(CNN, channels=64),
+    "lstm": partial(SpeechModel, hidden=64, layers=1, cell=torch.nn.LSTM),
+}
+MAX_DIGITS, TEST_STRINGS = 2, 100
+WINDOW, PATIENCE = 20, 100  # steps whose mean loss is looked at; steps in which a bad start may still come right
+CURVE_POINTS = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    model: str
+    kind: str  # "none", "value" or "norm"
+    threshold: float | None
+    lr: float
+    seed: int
+
+
+@dataclasses.dataclass
+class Data:
+    """Examples as `speech_demo.extract` makes them."""
+
+    caption: str
+    speech: Speech
+    train: list
+    test: list
+    new_voice: list  # strings of a voice that is not in `train`; may be empty
+
+
+def load_data(folder, cache, seed, strings):
+    """The recordings in `folder`, or else `strings` strings of digits of all voices but one, which is for a test.
+
+    The other test has new strings of the trained voices: made of clips that are in the training strings, too.
+    """
+    if folder:
+        speech = own_recordings(folder)
+        train, test = extract(speech)
+        return Data(speech.caption, speech, train, test, [])
+    kind, voices = digit_clips(cache)
+    held_out = held_out_voice(voices, seed)
+    known = [clips for voice, clips in voices.items() if voice != held_out]
+    make = random.Random(seed)
+    made = [digit_string(known, make, MAX_DIGITS) for _ in range(strings + TEST_STRINGS)]
+    unknown = [digit_string([voices[held_out]], make, MAX_DIGITS) for _ in range(TEST_STRINGS)] if held_out else []
+    caption = f"{kind} digits, strings of 1 to {MAX_DIGITS}, {len(known)} voices"
+    speech = Speech(kind, caption, DIGIT_RATE, list("0123456789"), made[TEST_STRINGS:], made[:TEST_STRINGS] + unknown)
+    train, test = extract(speech)
+    return Data(caption, speech, train, test[:TEST_STRINGS], test[TEST_STRINGS:])
+
+
+def held_out_voice(voices, seed):
+    """A voice whose language another one speaks, too: of other languages nothing could be recognised. Or None."""
+    languages = {voice: re.match("[a-z]+", voice)[0] for voice in voices}
+    speakers = Counter(languages.values())
+    candidates = [voice for voice in voices if speakers[languages[voice]] > 1]
+    return candidates[seed % len(candidates)] if candidates else None
+
+
+def make_optimizer(cell, params):
+    clip = {"none": {}, "value": {"clip_value": cell.threshold}, "norm": {"max_norm": cell.threshold}}[cell.kind]
+    return fastclip.SGD(params, cell.lr, MOMENTUM, **clip)
+
+
+def diverges(losses, norm):
+    """A loss or norm is not finite; or, after PATIENCE steps, the losses are on average above the untrained model's."""
+    return not math.isfinite(losses[-1] + norm) or (len(losses) > PATIENCE and mean(losses[-WINDOW:]) > losses[0])
+
+
+def train_cell(cell, data, epochs):
+    """What the cell's row says beside the cell: a dict.
+
+    A training that diverges is stopped; its error rates are recorded as 100.
+    """
+    began = time.process_time()
+    torch.manual_seed(cell.seed)
+    model = MODELS[cell.model](len(data.speech.symbols))
+    params = list(model.parameters())
+    optimizer = make_optimizer(cell, params)
+    loss_of = torch.nn.CTCLoss(reduction="sum")
+    order = torch.Generator().manual_seed(cell.seed)
+    losses, norms, clipped, diverged = [], [], [], False
+    batches = (batch for _ in range(epochs) for batch in batches_of_like_length(data.train, order))
+    for features, lengths, targets, target_lengths in batches:
+        optimizer.zero_grad()
+        loss = loss_of(model(features), targets, lengths, target_lengths) / len(lengths)
+        loss.backward()
+        norms.append(torch.nn.utils.get_total_norm([p.grad for p in params]).item())
+        losses.append(loss.item())
+        if diverged := diverges(losses, norms[-1]):
+            break
+        optimizer.step()
+        clipped.append(clipped_share(optimizer.clip_stats()))
+    return {
+        "diverged": int(diverged),
+        "wer": 100.0 if diverged else error_rate(model, data.test, data.speech),
+        "wer_new_voice": 100.0 if diverged else error_rate(model, data.new_voice, data.speech),
+        "final_loss": mean(losses[-WINDOW:]),
+        "steps": len(clipped),
+        "clipped": mean(clipped) if clipped else math.nan,
+        "norm_median": median(norms),
+        "norm_p90": quantiles(norms, n=10)[-1] if len(norms) > 1 else norms[0],
+        "parameters": sum(p.numel() for p in params),
+        "cpu_seconds": time.process_time() - began,
+        "losses": curve(losses),
+    }
+
+
+def clipped_share(stats):
+    """Of a value clip, the fraction of elements clamped in a step; of a norm clip, 1 where it acted, 0 where not."""
+    if stats.clamped_fraction is not None:
+        return stats.clamped_fraction.item()
+    return float(stats.clip_coefficient is not None and stats.clip_coefficient.item() < 1)
+
+
+def curve(losses):
+    """Mean losses of up to CURVE_POINTS equal stretches of the training."""
+    points = min(CURVE_POINTS, len(losses))
+    edges = [round(i * len(losses) / points) for i in range(points + 1)]
+    return [mean(losses[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+
+
+@torch.no_grad()
+def error_rate(model, examples, speech):
+    """Word error rate in percent; NaN without examples."""
+    if not examples:
+        return math.nan
+    examples = sorted(examples, key=lambda example: len(example[0]))
+    wanted, got = [], []
+    for start in range(0, len(examples), BATCH):
+        batch = examples[start : start + BATCH]
+        features, lengths, *_ = collate(batch)
+        wanted += [speech.words(text) for _, _, text in batch]
+        got += [speech.words(text) for text in greedy_decode(model(features), lengths, speech.symbols)]
+    return word_error_rate(wanted, got)
