@@ -25,7 +25,7 @@ from .clipping_study_cell import BATCH, MODELS, MOMENTUM, Cell, load_data, train
 from .clipping_study_results import cell_of, read_rows, replace_file, write_rows
 from .speech_console import SpeechDataError, progress
 
-LEARNING_RATES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+LEARNING_RATES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 THRESHOLDS = {"none": (None,), "value": (1e-4, 1e-3, 1e-2, 1e-1), "norm": (0.1, 1, 10, 100)}
 QUICK_LEARNING_RATES = (1e-2, 1e-1)
 QUICK_THRESHOLDS = {"none": (None,), "value": (1e-2,), "norm": (1,)}

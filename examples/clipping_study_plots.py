@@ -5,6 +5,7 @@ import math
 import matplotlib
 
 from .clipping_study_report import KINDS, best_of, clip_name, groups_of, values_of
+from .speech_console import SpeechDataError
 
 # Okabe and Ito's colours can be told apart with any colour vision; markers and dashes say the same again.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -12,7 +13,7 @@ MARKERS = "osD^vPX"
 
 
 def draw(rows, folder):
-    """Two PNG files per model; returns their paths."""
+    """Two PNG files per model; returns their paths. SpeechDataError where they can't be written."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -22,8 +23,12 @@ def draw(rows, folder):
         for name, picture in (("heatmap", heat_maps), ("curves", curves)):
             figure = picture(plt, of_model, model)
             paths.append(folder / f"{name}_{model}.png")
-            figure.savefig(paths[-1], dpi=90)
-            plt.close(figure)
+            try:
+                figure.savefig(paths[-1], dpi=90)
+            except OSError as error:
+                raise SpeechDataError(f"{paths[-1]}: {error.strerror}; the rows are safe") from None
+            finally:
+                plt.close(figure)
     return paths
 
 

@@ -80,11 +80,15 @@ def best_table(rows):
         for kind in KINDS:
             if best := best_of(rows, model, kind):
                 (*_, threshold, lr), group = best
-                clipped = "–" if kind == "none" else f"{100 * group.median('clipped'):.2g}"
+                clipped = "–" if kind == "none" else percent(group.median("clipped"))
                 lines.append([model, clip_name(kind, threshold), f"{lr:g}", spread(group.values("wer")),
                               spread(group.values("wer_new_voice")), spread(group.values("final_loss"), 2),
                               clipped, f"{group.diverged} of {len(group.rows)}"])  # fmt: skip
     return heads, lines
+
+
+def percent(share):
+    return f"{100 * share:.0f}" if not share < 0.1 else f"{100 * share:.2g}"
 
 
 def summary(rows):
@@ -138,7 +142,7 @@ def clipped_table(rows, model):
         if kind != "none":
             found = [groups.get((model, kind, threshold, lr)) for lr in rates]
             lines.append([clip_name(kind, threshold),
-                          *("–" if g is None else f"{100 * g.median('clipped'):.2g}" for g in found)])  # fmt: skip
+                          *("–" if g is None else percent(g.median("clipped")) for g in found)])  # fmt: skip
     return markdown(["", *(f"lr {lr:g}" for lr in rates)], lines)
 
 
