@@ -28,7 +28,7 @@ help:  ## this list
 demo: build  ## train a small recogniser on real speech: no clipping, the Python loop, fastclip
 	$(PY) -m examples.speech_demo $(ARGS)
 
-study: build  ## what clipping does to training: 324 small trainings, 30 to 60 minutes; goes on where it was stopped
+study: build  ## what clipping does to training: 378 small trainings, 30 to 60 minutes; goes on where it was stopped
 	$(PY) -m examples.clipping_study $(ARGS)
 
 test: build  ## all tests

@@ -25,7 +25,7 @@ from .clipping_study_cell import BATCH, MODELS, MOMENTUM, Cell, load_data, train
 from .clipping_study_results import cell_of, read_rows, replace_file, write_rows
 from .speech_console import SpeechDataError, progress
 
-LEARNING_RATES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 THRESHOLDS = {"none": (None,), "value": (1e-4, 1e-3, 1e-2, 1e-1), "norm": (0.1, 1, 10, 100)}
 QUICK_LEARNING_RATES = (1e-2, 1e-1)
 QUICK_THRESHOLDS = {"none": (None,), "value": (1e-2,), "norm": (1,)}
@@ -71,8 +71,9 @@ def fill(missing, rows, options, table):
     with progress(total=len(missing), desc="study", unit="cell") as bar:
         for cell in missing:
             if cell.seed != of_seed:
-                data, of_seed = load_data(options.data, options.cache, cell.seed, options.strings), cell.seed
-                keep_settings(options, data, found)
+                data = load_data(options.data, options.cache, cell.seed, options.strings)
+                keep_settings(options, data, found if of_seed is None else None)
+                of_seed = cell.seed
             threshold = "" if cell.threshold is None else f" {cell.threshold:g}"
             bar.set_postfix_str(f"{cell.model} {cell.kind}{threshold} lr {cell.lr:g}, {failed} diverged", refresh=False)
             rows.append({**vars(cell), **train_cell(cell, data, options.epochs), **origin})
@@ -81,22 +82,26 @@ def fill(missing, rows, options, table):
             bar.update()
 
 
-def keep_settings(options, data, found):
-    """Writes what all rows have in common, beside the CSV; SpeechDataError where its rows were made otherwise."""
+def keep_settings(options, data, started):
+    """Writes what all rows have in common, and each start, beside the CSV; SpeechDataError for rows made otherwise."""
     path = options.out / "clipping.json"
     settings = {"data": data.caption, "train": len(data.train), "test": len(data.test),
                 "test_new_voice": len(data.new_voice), "epochs": options.epochs, "batch": BATCH,
                 "momentum": MOMENTUM}  # fmt: skip
+    kept = {"settings": settings, "starts": []}
     try:
-        kept = json.loads(path.read_text())["settings"] if path.exists() else None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SpeechDataError(f"{path}: not the settings of a clipping study ({error})") from None
-    if kept is None:
-        replace_file(path, json.dumps({"settings": settings, **found}, indent=1) + "\n")
-    elif kept != settings:
-        changed = ", ".join(f"{key} {kept.get(key)!r}, now {settings[key]!r}" for key in settings
-                            if kept.get(key) != settings[key])  # fmt: skip
-        raise SpeechDataError(f"{path}: its rows were made with {changed}; give another --out")
+        if path.exists():
+            kept = json.loads(path.read_text())
+        changed = [f"{key} {kept['settings'].get(key)!r}, now {value!r}" for key, value in settings.items()
+                   if kept["settings"].get(key) != value]  # fmt: skip
+        if started:
+            kept["starts"].append(started)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise SpeechDataError(f"{path}: not the settings of a clipping study ({error!r})") from None
+    if changed:
+        raise SpeechDataError(f"{path}: its rows were made with {', '.join(changed)}; give another --out")
+    if started:
+        replace_file(path, json.dumps(kept, indent=1) + "\n")
 
 
 @contextlib.contextmanager

@@ -87,6 +87,7 @@ def test_a_run_goes_on_where_it_was_interrupted(tmp_path, capsys, monkeypatch):
     assert study(capsys, tmp_path / "b")[0] == 0
     assert results(tmp_path / "a") == results(tmp_path / "b")
     assert results(tmp_path / "a")[:2] == before
+    assert len(json.loads((tmp_path / "a" / "clipping.json").read_text())["starts"]) == 2
 
 
 def test_rows_table_and_pictures(tmp_path, capsys, monkeypatch):
@@ -109,7 +110,9 @@ def test_rows_table_and_pictures(tmp_path, capsys, monkeypatch):
     for name in ("heatmap_cnn.png", "curves_cnn.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     about = json.loads((tmp_path / "clipping.json").read_text())
-    assert about["settings"]["epochs"] == 1 and about["versions"]["torch"] == torch.__version__
+    assert about["settings"]["epochs"] == 1 and [start["versions"]["torch"] for start in about["starts"]] == [
+        torch.__version__
+    ]
     assert "2 voices" in about["settings"]["data"] and about["settings"]["test_new_voice"] > 0
 
 
@@ -151,6 +154,9 @@ def test_other_settings_need_another_folder(tmp_path, capsys):
     (tmp_path / "clipping.csv").unlink()
     code, _, said = study(capsys, tmp_path, "--epochs", "2")
     assert code == 2 and "epochs 1, now 2" in said and "--out" in said
+    (tmp_path / "clipping.json").write_text("[]")
+    code, _, said = study(capsys, tmp_path)
+    assert code == 2 and "clipping.json: not the settings" in said
 
 
 def header():
@@ -248,8 +254,8 @@ def test_the_reports_error_rates_are_those_of_the_file():
 def test_the_results_say_where_they_come_from():
     rows = clipping_study_results.read_rows(RESULTS / "clipping.csv")
     about = json.loads((RESULTS / "clipping.json").read_text())
-    assert {row["commit"] for row in rows} == {about["commit"]} and about["dirty"] is False
-    assert {row["torch"] for row in rows} == {about["versions"]["torch"]}
+    assert {row["commit"] for row in rows} == {start["commit"] for start in about["starts"] if not start["dirty"]}
+    assert {row["torch"] for row in rows} == {start["versions"]["torch"] for start in about["starts"]}
     for model in {row["model"] for row in rows}:
         for name in ("heatmap", "curves"):
             assert 0 < (RESULTS / f"{name}_{model}.png").stat().st_size < 150_000
