@@ -61,6 +61,13 @@ def run(options):
     return 0
 
 
+def report(options):
+    """Pictures and the page's tables from the rows there are; returns the exit code."""
+    rows = clipping_study_report.update(options.report, options.out)
+    print(", ".join(map(str, [options.report, *clipping_study_plots.draw(rows, options.out)])))
+    return 0
+
+
 def fill(missing, rows, options, table):
     """Trains the cells, and saves each as a row when it is done."""
     found = machine.describe(options.arguments, "python -m examples.clipping_study")
@@ -146,7 +153,8 @@ def parse_arguments(arguments=None):
         help="where the fetched clips are kept (default: .cache/speech in the repository)")  # fmt: skip
     add("--strings", type=count, metavar="N", default=320, help="of digits to train on (default: %(default)s)")
     add("--epochs", type=count, metavar="N", default=20, help="default: %(default)s")
-    add("--report", type=Path, metavar="PAGE", help="no training: write the tables of --out into this page")
+    add("--report", type=Path, metavar="PAGE",
+        help="no training: draw the results in --out again, and write their tables into this page")  # fmt: skip
     options = parser.parse_args(arguments)
     options.arguments = [shlex.quote(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     return options
@@ -156,9 +164,7 @@ def main(arguments=None):
     """Returns the exit code."""
     options = parse_arguments(arguments)
     try:
-        if options.report:
-            return clipping_study_report.update(options.report, options.out)
-        return run(options)
+        return report(options) if options.report else run(options)
     except SpeechDataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

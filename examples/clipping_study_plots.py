@@ -63,16 +63,19 @@ def curves(plt, rows, model):
     groups, rates = groups_of(rows), values_of(rows, "lr")
     figure, (*panels, losses) = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
     for axes, kind in zip(panels, ("value", "norm"), strict=True):
+        thresholds = values_of(rows, "threshold", kind=kind)
         for lr, colour, marker in zip(rates, COLOURS, MARKERS, strict=False):
-            points = [(t, groups[model, kind, t, lr].median("wer")) for t in values_of(rows, "threshold", kind=kind)
-                      if (model, kind, t, lr) in groups]  # fmt: skip
-            axes.plot(*zip(*points, strict=True), color=colour, marker=marker, label=f"lr {lr:g}")
+            found = [t for t in thresholds if (model, kind, t, lr) in groups]
+            errors = [groups[model, kind, t, lr].median("wer") for t in found]
+            axes.plot(found, errors, color=colour, marker=marker, label=f"lr {lr:g}")
             if unclipped := groups.get((model, "none", None, lr)):
                 axes.axhline(unclipped.median("wer"), color=colour, lw=1, ls=":")
-        axes.set(xscale="log", xlabel=f"{KINDS[kind]} threshold", ylabel="word error rate, %", ylim=(0, 104),
+        axes.set(xlabel=f"{KINDS[kind]} threshold", ylabel="word error rate, %", ylim=(0, 104),
                  title=f"{KINDS[kind]} clip (dotted: none, same lr)")  # fmt: skip
+        if thresholds:
+            axes.set_xscale("log")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, ncols=2)
     for (label, row), colour, marker in zip(chosen(rows, model), COLOURS, MARKERS, strict=False):
         steps = [(i + 0.5) * row["steps"] / len(row["losses"]) for i in range(len(row["losses"]))]
         losses.plot(steps, row["losses"], color=colour, marker=marker, ms=4, label=label)

@@ -128,8 +128,8 @@ def wer_text(group):
 def norm_table(rows):
     """The norms of the trainings without a clip that did not diverge: what a user measures first."""
     lines = []
-    for (model, kind, _, lr), group in groups_of(rows).items():
-        if kind == "none" and not group.diverged:
+    for (model, _, _, lr), group in sorted(groups_of([row for row in rows if row["kind"] == "none"]).items()):
+        if not group.diverged:
             lines.append([model, f"{lr:g}", f"{group.median('norm_median'):.2g}", f"{group.median('norm_p90'):.2g}"])
     return markdown(["model, no clip", "lr", "median norm", "90 % quantile"], lines)
 
@@ -166,8 +166,12 @@ def extent(rows):
     each = ", ".join(f"{number} with seed {seed}" for seed, number in seeds.items())
     failed = sum(row["diverged"] for row in rows)
     seconds = sum(row["cpu_seconds"] for row in rows)
-    origin = "; ".join(sorted({f"{r['machine']}, torch {r['torch']}, commit {r['commit'][:10]}" for r in rows}))
-    return f"{len(rows)} cells ({each}), {failed} of them diverged; {seconds / 60:.0f} minutes of one core. {origin}."
+    machines = ", ".join(sorted({f"{row['machine']}, torch {row['torch']}" for row in rows}))
+    commits = ", ".join(dict.fromkeys(row["commit"][:10] for row in rows))
+    return (
+        f"{len(rows)} cells ({each}), {failed} of them diverged; {seconds / 60:.0f} minutes of training on one core. "
+        f"{machines}, commit {commits}."
+    )
 
 
 def blocks(rows):
@@ -192,7 +196,7 @@ def updated(page, rows, name="the page"):
 
 
 def update(page, folder):
-    """Writes the page; returns the exit code."""
+    """Writes the tables of the results in `folder` into the page; returns the rows."""
     rows = read_rows(folder / "clipping.csv")
     if not rows:
         raise SpeechDataError(f"{folder / 'clipping.csv'}: no rows")
@@ -201,4 +205,4 @@ def update(page, folder):
     except OSError as error:
         raise SpeechDataError(f"{page}: {error.strerror}") from None
     replace_file(page, updated(text, rows, page))
-    return 0
+    return rows
