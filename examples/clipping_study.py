@@ -20,7 +20,7 @@ import torch
 
 from benchmarks import machine
 
-from . import clipping_study_plots, clipping_study_report
+from . import clipping_study_page, clipping_study_plots, clipping_study_summary
 from .clipping_study_cell import BATCH, MODELS, MOMENTUM, Cell, load_data, train_cell
 from .clipping_study_results import cell_of, read_rows, replace_file, write_rows
 from .speech_console import SpeechDataError, progress
@@ -56,14 +56,14 @@ def run(options):
         wanted = set(cells)
         rows = [row for row in rows if cell_of(row) in wanted]
         pictures = clipping_study_plots.draw(rows, options.out)
-    print("\n" + clipping_study_report.summary(rows) + "\n")
+    print("\n" + clipping_study_summary.summary(rows) + "\n")
     print(", ".join(map(str, [table, *pictures])))
     return 0
 
 
 def report(options):
     """Pictures and the page's tables from the rows there are; returns the exit code."""
-    rows = clipping_study_report.update(options.report, options.out)
+    rows = clipping_study_page.update(options.report, options.out)
     print(", ".join(map(str, [options.report, *clipping_study_plots.draw(rows, options.out)])))
     return 0
 

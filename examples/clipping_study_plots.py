@@ -4,7 +4,7 @@ import math
 
 import matplotlib
 
-from .clipping_study_report import KINDS, best_of, clip_name, groups_of, values_of
+from .clipping_study_summary import KINDS, best_of, clip_name, groups_of, values_of
 from .speech_console import SpeechDataError
 
 # Okabe and Ito's colours can be told apart with any colour vision; markers and dashes say the same again.
@@ -24,7 +24,7 @@ def draw(rows, folder):
             figure = picture(plt, of_model, model)
             paths.append(folder / f"{name}_{model}.png")
             try:
-                figure.savefig(paths[-1], dpi=90)
+                figure.savefig(paths[-1], dpi=80)
             except OSError as error:
                 raise SpeechDataError(f"{paths[-1]}: {error.strerror}; the rows are safe") from None
             finally:
@@ -79,7 +79,7 @@ def curves(plt, rows, model):
     for (label, row), colour, marker in zip(chosen(rows, model), COLOURS, MARKERS, strict=False):
         steps = [(i + 0.5) * row["steps"] / len(row["losses"]) for i in range(len(row["losses"]))]
         losses.plot(steps, row["losses"], color=colour, marker=marker, ms=4, label=label)
-    losses.set(yscale="log", xlabel="step", ylabel="CTC loss per string", title="training loss, seed 0")
+    losses.set(yscale="log", xlabel="step", ylabel="CTC loss per string", title="training loss, first seed")
     losses.grid(alpha=0.3)
     losses.legend(fontsize=8)
     figure.suptitle(f"{model}: thresholds, learning rates and losses")

@@ -17,7 +17,7 @@ for module in ("matplotlib", "tqdm"):
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # examples/ is not installed
 
-from examples import clipping_study, clipping_study_cell, clipping_study_report, clipping_study_results  # noqa: E402
+from examples import clipping_study, clipping_study_cell, clipping_study_page, clipping_study_results  # noqa: E402
 from examples.clipping_study_cell import Cell, held_out_voice, load_data, train_cell  # noqa: E402
 
 TINY = ["--quick", "--models", "cnn", "--seeds", "1", "--epochs", "1", "--strings", "32"]
@@ -230,8 +230,8 @@ PAGE, RESULTS = ROOT / "docs" / "clipping.md", ROOT / "docs" / "study"
 
 def test_the_page_says_what_the_results_say():
     page, rows = PAGE.read_text(), clipping_study_results.read_rows(RESULTS / "clipping.csv")
-    assert set(re.findall(r"<!-- study:(\S+) -->", page)) == set(clipping_study_report.blocks(rows))
-    assert clipping_study_report.updated(page, rows) == page
+    assert set(re.findall(r"<!-- study:(\S+) -->", page)) == set(clipping_study_page.blocks(rows))
+    assert clipping_study_page.updated(page, rows) == page
 
 
 def test_the_reports_error_rates_are_those_of_the_file():
@@ -268,4 +268,4 @@ def test_the_results_say_where_they_come_from():
 
 def test_a_block_without_results_is_an_error():
     with pytest.raises(clipping_study.SpeechDataError, match="study:wer-other"):
-        clipping_study_report.updated("<!-- study:wer-other -->\n<!-- /study:wer-other -->", [])
+        clipping_study_page.updated("<!-- study:wer-other -->\n<!-- /study:wer-other -->", [])
