@@ -26,9 +26,9 @@ class FrameTask:
     """The class of each frame by cross-entropy, from that frame alone; scored in percent of frames."""
 
     score_name = "accuracy %"
-    recipe = Recipe(lr=0.01, momentum=0, batch=32, epochs=3)  # lr and momentum are the article's
 
-    def __init__(self, speech, train, tests, seed):
+    def __init__(self, recipe, speech, train, tests, seed):
+        self.recipe = recipe
         labels = FrameLabels([features for features, *_ in train], CLASSES, seed)
 
         def frames(examples):
@@ -38,7 +38,7 @@ class FrameTask:
         self.features, self.labels = frames(train)
         self.tests = {name: frames(examples) for name, examples in tests.items()}
         self.train_set = (self.features, self.labels)
-        self.steps_per_epoch = math.ceil(len(self.labels) / self.recipe.batch)
+        self.steps_per_epoch = math.ceil(len(self.labels) / recipe.batch)
 
     def model(self):
         return DNN(MELS, classes=CLASSES)
@@ -66,11 +66,11 @@ class TextTask:
 
     score_name = "WER %"
 
-    def __init__(self, architecture, epochs, speech, train, tests, seed):
-        self.architecture, self.speech, self.train, self.tests = architecture, speech, train, tests
-        self.recipe = Recipe(lr=0.03, momentum=0.9, batch=speech_batches.BATCH, epochs=epochs)
+    def __init__(self, architecture, recipe, speech, train, tests, seed):
+        self.architecture, self.recipe, self.speech = architecture, recipe, speech
+        self.train, self.tests = train, tests
         self.train_set = [tensor for features, target, _ in train for tensor in (features, target)]
-        self.steps_per_epoch = math.ceil(len(train) / self.recipe.batch)
+        self.steps_per_epoch = math.ceil(len(train) / recipe.batch)
 
     def model(self):
         return CTC_MODELS[self.architecture](len(self.speech.symbols), MELS)
@@ -85,15 +85,20 @@ class TextTask:
         return speech_batches.error_rate(model, self.tests[name], self.speech)
 
 
-TASKS = {"dnn": FrameTask, "cnn": partial(TextTask, "cnn", 6), "rnn": partial(TextTask, "gru", 7)}
+TASKS = {"dnn": FrameTask, "cnn": partial(TextTask, "cnn"), "rnn": partial(TextTask, "gru")}
+RECIPES = {
+    "dnn": Recipe(lr=0.01, momentum=0, batch=32, epochs=3),  # lr and momentum are the article's
+    "cnn": Recipe(lr=0.03, momentum=0.9, batch=speech_batches.BATCH, epochs=6),
+    "rnn": Recipe(lr=0.03, momentum=0.9, batch=speech_batches.BATCH, epochs=6),
+}
 
 
-def make_tasks(names, speech, seed):
+def make_tasks(recipes, speech, seed):
     """A dict of tasks by name, on the same features of the same utterances."""
     train, test, unheard = speech_batches.extract(speech, MELS, per_utterance=True)
     tests = {"held out": test} if speech.kind == "own" else {"heard clips": test, "unheard voice": unheard}
     tests = {name: examples for name, examples in tests.items() if examples}
-    return {name: TASKS[name](speech, train, tests, seed) for name in names}
+    return {name: TASKS[name](recipe, speech, train, tests, seed) for name, recipe in recipes.items()}
 
 
 def fingerprint(task):

@@ -40,7 +40,7 @@ class Arm:
         before_update = time.perf_counter()
         self.update()
         end = time.perf_counter()
-        if measure_norm and isinstance(self.optimizer, fastclip.SGD):
+        if measure_norm and hasattr(self.optimizer, "clip_stats"):
             self.clamped.append(self.optimizer.clip_stats().clamped_fraction.item())
         if not measure_norm:
             self.update_seconds.append(end - before_update)

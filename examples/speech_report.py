@@ -50,8 +50,9 @@ def table(rows, caption, baseline):
 def smooth(values):
     """Running mean, which starts anew at whatever is not finite."""
     smoothed, mean = [], None
+    keep = max(SMOOTHING, 1 - 100 / max(1, len(values)))  # smoother where there are thousands
     for value in values:
-        mean = value if mean is None or not math.isfinite(mean) else SMOOTHING * mean + (1 - SMOOTHING) * value
+        mean = value if mean is None or not math.isfinite(mean) else keep * mean + (1 - keep) * value
         smoothed.append(mean)
     return smoothed
 
