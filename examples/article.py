@@ -4,7 +4,7 @@
 
 Every model is trained three times in lockstep, from the same weights and on the same batches:
 
-    no clipping     torch.optim.SGD; at a smaller learning rate it does better, as `python -m examples.speech_demo` shows
+    no clipping     torch.optim.SGD; a smaller learning rate can do instead of a clip, as speech_demo shows for the rnn
     Python loop     for p in model.parameters(): p.grad.data.clamp_(-0.01, 0.01), then torch.optim.SGD
     fastclip        fastclip.SGD(clip_value=0.01), which has to end at the very bits of the Python loop
 
