@@ -20,7 +20,8 @@ Data: strings of spoken digits, out of recordings in Debian packages (or a synth
 clips that were trained on, and on a voice that was not. With --data, your own wav files (16 bit PCM) and
 transcripts.txt, whose lines read file.wav<TAB>text; with one folder per speaker, whole speakers are held out.
 
-Ctrl-C writes a checkpoint, as does the end of each epoch; --resume goes on from it, to the same bits.
+Ctrl-C writes a checkpoint, as does the end of each epoch; --resume goes on from it, to the same bits. The state_dict of
+the trained model is torch.load(checkpoint)["arms"]["fastclip"]["model"].
 """
 
 import argparse

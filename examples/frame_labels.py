@@ -9,7 +9,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .speech_console import SpeechDataError
+from .speech_console import SpeechDataError, progress
 
 CEPSTRA, FIT_FRAMES, ITERATIONS = 13, 20_000, 20
 
@@ -41,7 +41,7 @@ class FrameLabels:
         generator = torch.Generator().manual_seed(seed)
         frames = (frames[torch.randperm(len(frames), generator=generator)[:FIT_FRAMES]] - self.mean) / self.std
         self.centres = frames[:classes].clone()
-        for _ in range(ITERATIONS):
+        for _ in progress(range(ITERATIONS), desc="classes", delay=1):
             nearest = torch.cdist(frames, self.centres).argmin(1)
             count = torch.bincount(nearest, minlength=classes)[:, None]
             total = torch.zeros_like(self.centres).index_add_(0, nearest, frames)
