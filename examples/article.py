@@ -75,9 +75,10 @@ def train(name, task, options):
             if taken % 10 == 0 or taken == steps:
                 bar.set_postfix_str("losses " + "/".join(f"{arm.losses[-1]:.3g}" for arm in arms), refresh=False)
             bar.update()
-            if taken % task.steps_per_epoch == 0 or interrupted():
+            stop = interrupted()
+            if stop or taken % task.steps_per_epoch == 0:
                 save()
-            if interrupted():
+            if stop:
                 raise Stopped(f"after step {taken} of {steps} of the {name}; {path} is its checkpoint")
     return arms
 
@@ -90,9 +91,7 @@ def resume(path, settings, arms, steps):
     try:
         for name, value in settings.items():
             if saved["settings"][name] != value:
-                raise SpeechDataError(
-                    f"{path}: made with another {name} than this run's; without --resume it is replaced"
-                )
+                raise SpeechDataError(f"{path}: its {name} is not this run's; without --resume it is replaced")
         if saved["taken"] > steps:
             raise SpeechDataError(f"{path}: has {saved['taken']} steps behind it, more than the {steps} of this run")
         for arm in arms:

@@ -178,11 +178,11 @@ def test_what_can_not_be_resumed(folder, capsys, no_picture):
     assert code == 1 and "has no checkpoint article_cnn.pt" in said
     assert run_article(capsys, folder, *options)[0] == 0
     code, _, said = run_article(capsys, folder, *options, "--resume", "--seed", "1")
-    assert code == 1 and "article_cnn.pt: made with another seed" in said
+    assert code == 1 and "article_cnn.pt: its seed is not this run's" in said
     for i in range(12):
         write_wav(folder / f"u{i}.wav", tone(hertz=500))
     code, _, said = run_article(capsys, folder, *options, "--resume")
-    assert code == 1 and "article_cnn.pt: made with another data" in said
+    assert code == 1 and "article_cnn.pt: its data is not this run's" in said
     (folder.parent / "out" / "article_cnn.pt").write_bytes(b"half a checkpoint")
     code, _, said = run_article(capsys, folder, *options, "--resume")
     assert code == 1 and "article_cnn.pt: not a checkpoint, or damaged" in said
