@@ -11,7 +11,6 @@ import contextlib
 import fcntl
 import itertools
 import json
-import math
 import shlex
 import sys
 from pathlib import Path
@@ -20,9 +19,11 @@ import torch
 
 from benchmarks import machine
 
-from . import clipping_study_page, clipping_study_plots, clipping_study_summary
-from .clipping_study_cell import BATCH, MODELS, MOMENTUM, Cell, load_data, train_cell
-from .clipping_study_results import cell_of, read_rows, replace_file, write_rows
+from . import clipping_study_page, clipping_study_plots, clipping_study_summary, safe_files
+from .clipping_study_cell import MODELS, MOMENTUM, Cell, load_data, train_cell
+from .clipping_study_results import cell_of, read_rows, write_rows
+from .options import count
+from .speech_batches import BATCH
 from .speech_console import SpeechDataError, progress
 
 LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
@@ -92,8 +93,8 @@ def fill(missing, rows, options, table):
 def keep_settings(options, data, started):
     """Writes what all rows have in common, and each start, beside the CSV; SpeechDataError for rows made otherwise."""
     path = options.out / "clipping.json"
-    settings = {"data": data.caption, "train": len(data.train), "test": len(data.test),
-                "test_new_voice": len(data.new_voice), "epochs": options.epochs, "batch": BATCH,
+    settings = {"data": data.speech.caption, "train": len(data.train), "test": len(data.test),
+                "test_new_voice": len(data.unheard), "epochs": options.epochs, "batch": BATCH,
                 "momentum": MOMENTUM}  # fmt: skip
     kept = {"settings": settings, "starts": []}
     try:
@@ -108,7 +109,7 @@ def keep_settings(options, data, started):
     if changed:
         raise SpeechDataError(f"{path}: its rows were made with {', '.join(changed)}; give another --out")
     if started:
-        replace_file(path, json.dumps(kept, indent=1) + "\n")
+        safe_files.write(path, (json.dumps(kept, indent=1) + "\n").encode())
 
 
 @contextlib.contextmanager
@@ -125,13 +126,6 @@ def alone_in(folder):
         except OSError:
             raise SpeechDataError(f"--out {folder}: another study is writing there") from None
         yield
-
-
-def count(text):
-    with contextlib.suppress(ValueError):
-        if 0 < int(text) < math.inf:
-            return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
 
 
 def parse_arguments(arguments=None):

@@ -14,9 +14,9 @@ import torch
 import fastclip
 
 from .acoustic_models import CNN
+from .speech_batches import batches_of_like_length, ctc_loss, error_rate, extract
 from .speech_data import DIGIT_RATE, Speech, digit_clips, digit_string, own_recordings
-from .speech_demo import BATCH, MOMENTUM, batches_of_like_length, collate, extract
-from .speech_model import SpeechModel, greedy_decode, word_error_rate
+from .speech_model import SpeechModel
 
 # Small, so that a cell takes seconds: the effect of a clip is in the comparison, not in the best of error rates.
 MODELS = {
@@ -24,7 +24,7 @@ MODELS = {
     "cnn": partial(CNN, channels=64),
     "lstm": partial(SpeechModel, hidden=64, layers=1, cell=torch.nn.LSTM),
 }
-MAX_DIGITS, TEST_STRINGS = 2, 200
+MAX_DIGITS, TEST_STRINGS, MOMENTUM = 2, 200, 0.9
 WINDOW, PATIENCE = 20, 100  # steps whose mean loss is looked at; steps in which a bad start may still come right
 CURVE_POINTS = 20
 
@@ -40,13 +40,12 @@ class Cell:
 
 @dataclasses.dataclass
 class Data:
-    """Examples as `speech_demo.extract` makes them."""
+    """Examples as `speech_batches.extract` makes them."""
 
-    caption: str
     speech: Speech
     train: list
     test: list
-    new_voice: list  # strings of a voice that is not in `train`; may be empty
+    unheard: list  # strings of a voice that is not in `train`; may be empty
 
 
 def load_data(folder, cache, seed, strings):
@@ -56,18 +55,17 @@ def load_data(folder, cache, seed, strings):
     """
     if folder:
         speech = own_recordings(folder)
-        train, test = extract(speech)
-        return Data(speech.caption, speech, train, test, [])
+        return Data(speech, *extract(speech))
     kind, voices = digit_clips(cache)
     held_out = held_out_voice(voices, seed)
     known = [clips for voice, clips in voices.items() if voice != held_out]
     make = random.Random(seed)
     made = [digit_string(known, make, MAX_DIGITS) for _ in range(strings + TEST_STRINGS)]
-    unknown = [digit_string([voices[held_out]], make, MAX_DIGITS) for _ in range(TEST_STRINGS)] if held_out else []
+    unheard = [digit_string([voices[held_out]], make, MAX_DIGITS) for _ in range(TEST_STRINGS)] if held_out else []
     caption = f"{kind} digits, strings of 1 to {MAX_DIGITS}, {len(known)} voices"
-    speech = Speech(kind, caption, DIGIT_RATE, list("0123456789"), made[TEST_STRINGS:], made[:TEST_STRINGS] + unknown)
-    train, test = extract(speech)
-    return Data(caption, speech, train, test[:TEST_STRINGS], test[TEST_STRINGS:])
+    train, test = made[TEST_STRINGS:], made[:TEST_STRINGS]
+    speech = Speech(kind, caption, DIGIT_RATE, list("0123456789"), train, test, unheard)
+    return Data(speech, *extract(speech))
 
 
 def held_out_voice(voices, seed):
@@ -98,13 +96,12 @@ def train_cell(cell, data, epochs):
     model = MODELS[cell.model](len(data.speech.symbols))
     params = list(model.parameters())
     optimizer = make_optimizer(cell, params)
-    loss_of = torch.nn.CTCLoss(reduction="sum")
     order = torch.Generator().manual_seed(cell.seed)
     losses, norms, clipped, diverged = [], [], [], False
     batches = (batch for _ in range(epochs) for batch in batches_of_like_length(data.train, order))
-    for features, lengths, targets, target_lengths in batches:
+    for batch in batches:
         optimizer.zero_grad()
-        loss = loss_of(model(features), targets, lengths, target_lengths) / len(lengths)
+        loss = ctc_loss([data.train[i] for i in batch])(model)
         loss.backward()
         norms.append(torch.nn.utils.get_total_norm([p.grad for p in params]).item())
         losses.append(loss.item())
@@ -116,7 +113,7 @@ def train_cell(cell, data, epochs):
     return {
         "diverged": int(diverged),
         "wer": 100.0 if diverged else error_rate(model, data.test, data.speech),
-        "wer_new_voice": 100.0 if diverged else error_rate(model, data.new_voice, data.speech),
+        "wer_new_voice": unheard_error_rate(model, data, diverged),
         "final_loss": mean(losses[-WINDOW:]),
         "steps": len(clipped),
         "clipped": mean(clipped) if clipped else math.nan,
@@ -126,6 +123,13 @@ def train_cell(cell, data, epochs):
         "cpu_seconds": seconds,
         "losses": curve(losses),
     }
+
+
+def unheard_error_rate(model, data, diverged):
+    """NaN without an unheard voice."""
+    if not data.unheard:
+        return math.nan
+    return 100.0 if diverged else error_rate(model, data.unheard, data.speech)
 
 
 def clipped_share(stats):
@@ -140,18 +144,3 @@ def curve(losses):
     points = min(CURVE_POINTS, len(losses))
     edges = [round(i * len(losses) / points) for i in range(points + 1)]
     return [mean(losses[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
-
-
-@torch.no_grad()
-def error_rate(model, examples, speech):
-    """Word error rate in percent; NaN without examples."""
-    if not examples:
-        return math.nan
-    examples = sorted(examples, key=lambda example: len(example[0]))
-    wanted, got = [], []
-    for start in range(0, len(examples), BATCH):
-        batch = examples[start : start + BATCH]
-        features, lengths, *_ = collate(batch)
-        wanted += [speech.words(text) for _, _, text in batch]
-        got += [speech.words(text) for text in greedy_decode(model(features), lengths, speech.symbols)]
-    return word_error_rate(wanted, got)

@@ -3,7 +3,8 @@
 import re
 from statistics import mean
 
-from .clipping_study_results import read_rows, replace_file
+from . import safe_files
+from .clipping_study_results import read_rows
 from .clipping_study_summary import KINDS, best_table, clip_name, clips_of, groups_of, percent, spread, values_of
 from .speech_console import SpeechDataError
 
@@ -122,5 +123,5 @@ def update(page, folder):
         text = page.read_text(encoding="utf-8")
     except OSError as error:
         raise SpeechDataError(f"{page}: {error.strerror}") from None
-    replace_file(page, updated(text, rows, page))
+    safe_files.write(page, updated(text, rows, page).encode())
     return rows

@@ -3,9 +3,8 @@
 import csv
 import dataclasses
 import io
-import os
-from pathlib import Path
 
+from . import safe_files
 from .clipping_study_cell import Cell
 from .speech_console import SpeechDataError
 
@@ -57,24 +56,10 @@ def write_rows(path, rows):
     writer.writerow(COLUMNS)
     for row in rows:
         writer.writerow([_text(row[name]) for name in COLUMNS])
-    replace_file(path, text.getvalue())
+    safe_files.write(path, text.getvalue().encode())
 
 
 def _text(value):
     if isinstance(value, list):
         return " ".join(f"{number:.4g}" for number in value)
     return "" if value is None else f"{value:.6g}" if isinstance(value, float) else value
-
-
-def replace_file(path, text):
-    """Raises SpeechDataError, and leaves the file as it was, where the new one can't be written."""
-    part = Path(f"{path}.part")
-    try:
-        with open(part, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise SpeechDataError(f"{path}: {error.strerror}; what it held is safe") from None

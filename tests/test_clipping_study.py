@@ -17,7 +17,7 @@ for module in ("matplotlib", "tqdm"):
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # examples/ is not installed
 
-from examples import clipping_study, clipping_study_cell, clipping_study_page, clipping_study_results  # noqa: E402
+from examples import clipping_study, clipping_study_cell, clipping_study_page, clipping_study_results, safe_files  # noqa: E402
 from examples.clipping_study_cell import Cell, held_out_voice, load_data, train_cell  # noqa: E402
 
 TINY = ["--quick", "--models", "cnn", "--seeds", "1", "--epochs", "1", "--strings", "32"]
@@ -195,7 +195,7 @@ def test_no_space_left_keeps_what_was_done(tmp_path, capsys, monkeypatch):
         if len(written) > 1:  # the settings still found room
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(clipping_study_results.os, "fsync", full)
+    monkeypatch.setattr(safe_files.os, "fsync", full)
     interrupted_after(monkeypatch, CELLS)
     code, _, said = study(capsys, tmp_path)
     assert code == 2 and "No space left on device" in said and "clipping.csv" in said and "Traceback" not in said
