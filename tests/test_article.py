@@ -264,7 +264,7 @@ def test_unheard_voices_are_not_trained_on(monkeypatch):
     monkeypatch.setattr(speech_data, "read_wav", lambda path, rate: path)
     monkeypatch.setattr(speech_data, "_without_silence", lambda samples: samples)
     monkeypatch.setattr(
-        speech_data, "_digit_string", lambda clips, make: speech_data.Utterance(random.choice(clips)[0], "1")
+        speech_data, "digit_string", lambda clips, make: speech_data.Utterance(random.choice(clips)[0], "1")
     )
     speech = speech_data.digit_strings("cache", 0, 30, 10, unheard_strings=5)
     assert {utterance.samples for utterance in speech.unheard} == {"it-menardi/0.wav"}
