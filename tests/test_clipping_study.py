@@ -17,7 +17,10 @@ for module in ("matplotlib", "tqdm"):
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # examples/ is not installed
 
-from examples import clipping_study, clipping_study_cell, clipping_study_page, clipping_study_results, safe_files  # noqa: E402
+from examples import clipping_study, clipping_study_cell, safe_files  # noqa: E402
+from examples import clipping_study_page as page_of  # noqa: E402
+from examples import clipping_study_results as results_of  # noqa: E402
+from examples import clipping_study_summary as summary_of  # noqa: E402
 from examples.clipping_study_cell import Cell, held_out_voice, load_data, train_cell  # noqa: E402
 
 TINY = ["--quick", "--models", "cnn", "--seeds", "1", "--epochs", "1", "--strings", "32"]
@@ -160,7 +163,7 @@ def test_other_settings_need_another_folder(tmp_path, capsys):
 
 
 def header():
-    return ",".join(clipping_study_results.COLUMNS) + "\n"
+    return ",".join(results_of.COLUMNS) + "\n"
 
 
 BROKEN = {
@@ -229,9 +232,9 @@ PAGE, RESULTS = ROOT / "docs" / "clipping.md", ROOT / "docs" / "study"
 
 
 def test_the_page_says_what_the_results_say():
-    page, rows = PAGE.read_text(), clipping_study_results.read_rows(RESULTS / "clipping.csv")
-    assert set(re.findall(r"<!-- study:(\S+) -->", page)) == set(clipping_study_page.blocks(rows))
-    assert clipping_study_page.updated(page, rows) == page
+    page, rows = PAGE.read_text(), results_of.read_rows(RESULTS / "clipping.csv")
+    assert set(re.findall(r"<!-- study:(\S+) -->", page)) == set(page_of.blocks(rows))
+    assert page_of.updated(page, rows) == page
 
 
 def test_the_reports_error_rates_are_those_of_the_file():
@@ -255,8 +258,21 @@ def test_the_reports_error_rates_are_those_of_the_file():
     assert checked == len(rows)
 
 
+def test_error_rates_in_the_pages_text_are_those_of_the_file():
+    """Such as 14 % (gru, norm 1, lr 0.1)."""
+    groups = summary_of.groups_of(results_of.read_rows(RESULTS / "clipping.csv"))
+    said = re.findall(
+        r"(\d+) % \((\w+), (no clip|(?:value|norm) [\d.]+), lr ([\d.]+)\)", " ".join(PAGE.read_text().split())
+    )
+    assert len(said) > 20
+    for rate, model, clip, lr in said:
+        kind, _, threshold = clip.replace("no clip", "none").partition(" ")
+        group = groups[model, kind, float(threshold) if threshold else None, float(lr)]
+        assert rate == f"{group.median('wer'):.0f}", (model, clip, lr)
+
+
 def test_the_results_say_where_they_come_from():
-    rows = clipping_study_results.read_rows(RESULTS / "clipping.csv")
+    rows = results_of.read_rows(RESULTS / "clipping.csv")
     about = json.loads((RESULTS / "clipping.json").read_text())
     assert {row["commit"] for row in rows} == {start["commit"] for start in about["starts"] if not start["dirty"]}
     assert {row["torch"] for row in rows} == {start["versions"]["torch"] for start in about["starts"]}
@@ -268,4 +284,4 @@ def test_the_results_say_where_they_come_from():
 
 def test_a_block_without_results_is_an_error():
     with pytest.raises(clipping_study.SpeechDataError, match="study:wer-other"):
-        clipping_study_page.updated("<!-- study:wer-other -->\n<!-- /study:wer-other -->", [])
+        page_of.updated("<!-- study:wer-other -->\n<!-- /study:wer-other -->", [])
