@@ -14,7 +14,7 @@ import torch
 import fastclip
 
 from .acoustic_models import CNN
-from .speech_batches import batches_of_like_length, ctc_loss, error_rate, extract
+from .speech_batches import BATCH, batches_of_like_length, ctc_loss, error_rate, extract
 from .speech_data import DIGIT_RATE, Speech, digit_clips, digit_string, own_recordings
 from .speech_model import SpeechModel
 
@@ -26,6 +26,7 @@ MODELS = {
 }
 MAX_DIGITS, TEST_STRINGS, MOMENTUM = 2, 200, 0.9
 WINDOW, PATIENCE = 20, 100  # steps whose mean loss is looked at; steps in which a bad start may still come right
+LOST = 1.5  # times the untrained model's loss: a training that crawls stays below it
 CURVE_POINTS = 20
 
 
@@ -81,9 +82,18 @@ def make_optimizer(cell, params):
     return fastclip.SGD(params, cell.lr, MOMENTUM, **clip)
 
 
-def diverges(losses, norm):
-    """A loss or norm is not finite; or, after PATIENCE steps, the losses are on average above the untrained model's."""
-    return not math.isfinite(losses[-1] + norm) or (len(losses) > PATIENCE and mean(losses[-WINDOW:]) > losses[0])
+def diverges(losses, norm, untrained):
+    """A loss or norm is not finite; or, after PATIENCE steps, the losses are on average far above the untrained one."""
+    return not math.isfinite(losses[-1] + norm) or (
+        len(losses) > PATIENCE and mean(losses[-WINDOW:]) > LOST * untrained
+    )
+
+
+@torch.no_grad()
+def mean_loss(model, examples):
+    """Over all of them, and not the first batch: in a batch are strings of like length, and so of like loss."""
+    every = range(0, len(examples), BATCH)
+    return mean(ctc_loss(examples[start : start + BATCH])(model).item() for start in every)
 
 
 def train_cell(cell, data, epochs):
@@ -97,6 +107,7 @@ def train_cell(cell, data, epochs):
     params = list(model.parameters())
     optimizer = make_optimizer(cell, params)
     order = torch.Generator().manual_seed(cell.seed)
+    untrained = mean_loss(model, data.train)
     losses, norms, clipped, diverged = [], [], [], False
     batches = (batch for _ in range(epochs) for batch in batches_of_like_length(data.train, order))
     for batch in batches:
@@ -105,7 +116,7 @@ def train_cell(cell, data, epochs):
         loss.backward()
         norms.append(torch.nn.utils.get_total_norm([p.grad for p in params]).item())
         losses.append(loss.item())
-        if diverged := diverges(losses, norms[-1]):
+        if diverged := diverges(losses, norms[-1], untrained):
             break
         optimizer.step()
         clipped.append(clipped_share(optimizer.clip_stats()))

@@ -61,7 +61,7 @@ def heat_maps(plt, rows, model):
 def curves(plt, rows, model):
     """Error rate over the threshold, a line per learning rate; and the losses of the best cells."""
     groups, rates = groups_of(rows), values_of(rows, "lr")
-    figure, (*panels, losses) = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
+    figure, (*panels, losses) = plt.subplots(1, 3, figsize=(15, 5), layout="constrained")
     for axes, kind in zip(panels, ("value", "norm"), strict=True):
         thresholds = values_of(rows, "threshold", kind=kind)
         for lr, colour, marker in zip(rates, COLOURS, MARKERS, strict=False):
@@ -75,7 +75,7 @@ def curves(plt, rows, model):
         if thresholds:
             axes.set_xscale("log")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8, ncols=2)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=len(rates), fontsize=9)
     for (label, row), colour, marker in zip(chosen(rows, model), COLOURS, MARKERS, strict=False):
         steps = [(i + 0.5) * row["steps"] / len(row["losses"]) for i in range(len(row["losses"]))]
         losses.plot(steps, row["losses"], color=colour, marker=marker, ms=4, label=label)

@@ -138,11 +138,12 @@ def test_all_cells_of_a_seed_start_alike():
 
 
 def test_divergence():
-    assert clipping_study_cell.diverges([50.0, math.nan], 1.0)
-    assert clipping_study_cell.diverges([50.0, 40.0], math.inf)
-    assert not clipping_study_cell.diverges([50.0] + 50 * [99.0], 1.0)  # it may still come right
-    assert clipping_study_cell.diverges([50.0] + 100 * [51.0], 1.0)
-    assert not clipping_study_cell.diverges([50.0] + 100 * [49.0], 1.0)
+    diverges = clipping_study_cell.diverges
+    assert diverges([50.0, math.nan], 1.0, 50)
+    assert diverges([50.0, 40.0], math.inf, 50)
+    assert not diverges(50 * [99.0], 1.0, 50)  # it may still come right
+    assert diverges(101 * [76.0], 1.0, 50)
+    assert not diverges([10.0] + 100 * [74.0], 1.0, 50)  # whatever the first batch was
 
 
 def test_held_out_voice_has_a_companion_in_its_language():
