@@ -43,7 +43,7 @@ def loader(options):
 
 
 class TinyCTC(nn.Module):
-    """Convolution, GRU, CTC: 45 thousand parameters, and gradients that need clipping."""
+    """Convolution, GRU, CTC: 38 thousand parameters, and gradients that need clipping."""
 
     def __init__(self, hidden=64):
         super().__init__()
@@ -89,7 +89,8 @@ def _number(kind, at_least):
         with contextlib.suppress(ValueError):
             if kind(text) >= at_least:
                 return kind(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {kind.__name__} of at least {at_least}")
+        wanted = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted} of at least {at_least}")
 
     return parse
 
@@ -116,9 +117,9 @@ def parse(about, arguments=None):
     return options
 
 
-def run(about, train):
+def run(about, train, arguments=None):
     """The command line of a recipe, whose `train(options)` returns the model and a Log."""
-    options = parse(about)
+    options = parse(about, arguments)
     torch.manual_seed(options.seed)
     try:
         _, log = train(options)

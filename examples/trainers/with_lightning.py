@@ -52,8 +52,9 @@ class Recogniser(pytorch_lightning.LightningModule):
             self.log_of_steps.add(outputs["loss"] * self.options.accumulate, stats)
 
 
-def make_trainer(options, **settings):
-    return pytorch_lightning.Trainer(
+def train(options):
+    recogniser = Recogniser(options)
+    trainer = pytorch_lightning.Trainer(
         # <copy>
         gradient_clip_val=0,  # fastclip clips
         accumulate_grad_batches=options.accumulate,
@@ -65,13 +66,8 @@ def make_trainer(options, **settings):
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
-        **settings,
     )
-
-
-def train(options):
-    recogniser = Recogniser(options)
-    make_trainer(options).fit(recogniser, loader(options))
+    trainer.fit(recogniser, loader(options))
     return recogniser.model, recogniser.log_of_steps
 
 
