@@ -106,7 +106,12 @@ def parse(about, arguments=None):
     add("--lr", type=size, metavar="X", default=0.02, help="learning rate (default: %(default)s)")
     add("--max-norm", type=size, metavar="X", default=5.0, help="norm clip; inf only measures (default: %(default)s)")
     add("--clip-value", type=size, metavar="X", help="value clip: gradients in [-X, X] (default: none)")
-    add("--amp", choices=["no", "bf16", "fp16"], default="no", help="mixed precision (default: %(default)s)")
+    add(
+        "--amp",
+        choices=["no", "bf16", "fp16"],
+        default="no",
+        help="mixed precision; few trainers have fp16 on the CPU (default: %(default)s)",
+    )
     add("--cpu", action="store_true", help="stay on the CPU where there is a GPU")
     add("--seed", type=_number(int, 0), metavar="N", default=0, help="of data and model (default: %(default)s)")
     options = parser.parse_args(arguments)
