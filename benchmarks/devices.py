@@ -5,7 +5,7 @@ Both devices below have the same methods. `Cpu` is for rehearsals: everything ru
 
 import torch
 
-from . import machine, timing
+from . import machine, memory, timing
 
 
 class Cuda:
@@ -16,6 +16,10 @@ class Cuda:
 
     def describe(self):
         return machine.gpu()
+
+    def available_memory(self):
+        """Bytes, less those of the copy that the memory's speed is measured with."""
+        return torch.cuda.mem_get_info()[0] - 8 * self.copy_elements
 
     def block(self, step, steps):
         """Seconds between two events around the steps: of the device or of the host, whichever takes longer."""
@@ -74,6 +78,9 @@ class Cpu:
 
     def describe(self):
         return None
+
+    def available_memory(self):
+        return memory.available()
 
     def block(self, step, steps):
         return timing.block(step, steps)

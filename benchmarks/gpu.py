@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 
-from . import agreement, case, gpu_case, machine, report_gpu, result_file
+from . import agreement, case, gpu_case, machine, memory, report_gpu, result_file
 from .contenders import CLIPS, MOMENTA, Contender
 from .devices import DEVICES
 from .problem import Problem
 from .shapes import MODELS
 
 # What is aimed at first: a run whose time is up leaves out the last.
-PROBLEMS = [
+DEFAULT = [
     ("dense-100m", torch.float32),
     ("conformer-l", torch.float32),
     ("dense-100m", torch.bfloat16),
@@ -25,6 +25,9 @@ PROBLEMS = [
     ("tiny-600", torch.float32),
 ]
 QUICK = ["dnn", "conformer-s"]
+OTHERS = [model for model in MODELS if model not in dict(DEFAULT)]
+MODEL_HELP = f"default: {', '.join(dict(DEFAULT))}; others: {', '.join(OTHERS)}"
+PROBLEMS = DEFAULT + [(model, torch.float32) for model in OTHERS]
 
 
 def main(arguments=None):
@@ -53,7 +56,7 @@ def main(arguments=None):
 def parse(arguments):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split(": ", 1)[1])
     parser.add_argument("--quick", action="store_true", help="two of the smaller models, few rounds")
-    parser.add_argument("--model", nargs="+", choices=sorted({m for m, _ in PROBLEMS}), help="default: all")
+    parser.add_argument("--model", nargs="+", choices=MODELS, metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--rounds", type=int, help="default: 12, or 4 with --quick")
     parser.add_argument("--seconds", type=float, default=600, help="no case begins later (default: %(default)g)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="a folder; default: %(default)s")
@@ -61,7 +64,7 @@ def parse(arguments):
         "--device", choices=DEVICES, default="cuda", help="cpu is a rehearsal: all runs, and no time means anything"
     )
     options = parser.parse_args(arguments)
-    options.model = options.model or (QUICK if options.quick else list(MODELS))
+    options.model = options.model or (QUICK if options.quick else list(dict(DEFAULT)))
     if options.rounds is None:
         options.rounds = 4 if options.quick else 12
     if options.rounds < 1:
@@ -70,8 +73,13 @@ def parse(arguments):
 
 
 def agree(found, model, dtype, device):
-    """Whether all contenders do the same; adds rows of deviations, or the disagreement."""
+    """Whether all contenders fit the device and do the same; adds rows of deviations, or why not."""
     name = str(dtype).removeprefix("torch.")
+    shortage = memory.shortage([model], device.available_memory(), dtype.itemsize)
+    if shortage:
+        found["failed"].append({"case": f"{model} {name}", "error": shortage})
+        print(f"FAILED: {name}: this model is not timed. {shortage}", file=sys.stderr, flush=True)
+        return False
     problem = Problem(model, MODELS[model], device=device.type, dtype=dtype)
     try:
         for clip, momentum in itertools.product(CLIPS, MOMENTA):

@@ -4,6 +4,9 @@ import math
 
 import torch
 
+from . import models
+from .deepspeech2 import DeepSpeech2
+
 
 def dnn():
     """The acoustic model of the article the project started from: 80-256-64."""
@@ -19,19 +22,10 @@ def gru_ctc(mels=40, hidden=96, symbols=11):
     )
 
 
-def conformer(dim, layers=16, kernel=31):
-    """The encoder torchaudio.models.Conformer(dim, 4, 4 * dim, 16, 31): 30 tensors per layer.
-
-    Written down, as torchaudio is not needed for anything else here. Source: https://arxiv.org/abs/2005.08100.
-    """
-    norm = [(dim,), (dim,)]
-    feed_forward = [*norm, (4 * dim, dim), (4 * dim,), (dim, 4 * dim), (dim,)]
-    attention = [*norm, (3 * dim, dim), (3 * dim,), (dim, dim), (dim,)]
-    pointwise_in = [(2 * dim, dim, 1), (2 * dim,)]
-    depthwise = [(dim, 1, kernel), (dim,)]
-    pointwise_out = [(dim, dim, 1), (dim,)]
-    convolution = [*norm, *pointwise_in, *depthwise, *norm, *pointwise_out]
-    return layers * [*feed_forward, *attention, *convolution, *feed_forward, *norm]
+def deepspeech2():
+    """5 bidirectional LSTMs of 1,024 units."""
+    with torch.device("meta"):
+        return module_shapes(DeepSpeech2())
 
 
 def module_shapes(*modules):
@@ -43,10 +37,9 @@ MODELS = {
     "dnn": dnn(),
     "gru-ctc": gru_ctc(),
     "tiny-600": 600 * [(144,)],
-    "conformer-s": conformer(144),
-    "conformer-m": conformer(256),
-    "conformer-l": conformer(512, layers=17),
     "dense-100m": 6 * [(4096, 4096)],
+    "deepspeech2": deepspeech2(),
+    **models.read(),
 }
 
 

@@ -57,6 +57,12 @@ PYBIND11_MODULE(_C, module) {
       .def("clip_grad_value_", clip_grad_value)
       .def("clip_grad_norm_", clip_grad_norm)
       .def("total_norm", [](const Plan& plan) { return wrap(plan.total_norm()); })
+      .def("clip_stats",
+           [](const Plan& plan) {
+             const Plan::ClipStats stats = plan.clip_stats();
+             return py::make_tuple(wrap(stats.total_norm), wrap(stats.coefficient), wrap(stats.clamped_fraction),
+                                   wrap(stats.skipped));
+           })
       .def("skipped_steps", [](const Plan& plan) { return wrap(plan.skipped_steps()); });
 
   module.def("check_group", [](const py::object& group, Py_ssize_t index) { read_group(group.ptr(), index); });

@@ -27,6 +27,16 @@ struct Clip {
     return x > high ? high : x;
   }
 
+  // Whether the value clip moves it. A NaN stays where it is.
+  FASTCLIP_HD bool clamps(T x) const {
+    const T unscaled = x * unscale;
+#if defined(__CUDA_ARCH__)
+    return unscaled < low || unscaled > high;
+#else
+    return std::islessgreater(value(x), unscaled);  // one comparison less, of a value that is there anyway
+#endif
+  }
+
   // To skip a step whose gradients hold an inf or NaN, the measure has to see what a value clip would hide.
   FASTCLIP_HD T measured(T x, bool see_nonfinite) const {
     const T unscaled = x * unscale;
@@ -112,7 +122,7 @@ struct Decision {
   bool skip;
 };
 // Of a step that AMP found to be skipped.
-FASTCLIP_HD Decision skipped() { return {HUGE_VAL, 1.0, true}; }
+FASTCLIP_HD Decision skipped(double max_norm) { return {HUGE_VAL, clip_coefficient(HUGE_VAL, max_norm), true}; }
 
 FASTCLIP_HD Decision decide(Norm norm, const Measure& sum, double max_norm, bool skip_nonfinite) {
   // No sum of finite gradients overflows, so this is true exactly where one is not finite.
@@ -126,7 +136,8 @@ struct Outcome {
   Measure sum;        // over the gradients of this device
   double total_norm;  // over those of all devices
   double coefficient;
-  uint64_t skipped;   // steps, since the plan was made
+  uint64_t skipped;        // this step: 0 or 1
+  uint64_t skipped_steps;  // since the plan was made
   uint32_t arrived;   // blocks at the barrier; 0 between steps
   uint32_t opened;    // how often the barrier has opened
 };
@@ -134,7 +145,8 @@ struct Outcome {
 FASTCLIP_HD void record(Outcome& outcome, const Decision& decision, bool counts) {
   outcome.total_norm = decision.total_norm;
   outcome.coefficient = decision.coefficient;
-  outcome.skipped += decision.skip && counts;
+  outcome.skipped = decision.skip;
+  outcome.skipped_steps += decision.skip && counts;
 }
 
 }  // namespace fastclip

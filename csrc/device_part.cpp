@@ -58,17 +58,25 @@ void* current_stream(c10::Device device) {
 void DevicePart::clear() {
   step.tensors.clear();
   step.hypers.clear();
-  step.chunks = step.elements = 0;
+  step.chunks = step.elements = step.clampable = 0;
 }
 
 at::Tensor DevicePart::sum() const { return outcome_.narrow(0, place_of(offsetof(Outcome, sum)), kDoubles); }
 
 at::Tensor DevicePart::total_norm() const { return outcome_.select(0, place_of(offsetof(Outcome, total_norm))); }
 
+at::Tensor DevicePart::coefficient() const { return outcome_.select(0, place_of(offsetof(Outcome, coefficient))); }
+
 at::Tensor DevicePart::skipped() const {
-  if (!outcome_.defined()) return {};
   return outcome_.view(at::kLong).select(0, place_of(offsetof(Outcome, skipped)));
 }
+
+at::Tensor DevicePart::skipped_steps() const {
+  if (!outcome_.defined()) return {};
+  return outcome_.view(at::kLong).select(0, place_of(offsetof(Outcome, skipped_steps)));
+}
+
+at::Tensor DevicePart::clamped() const { return clamped_; }
 
 void DevicePart::prepare(Rule rule, const NormClip& norm_clip, const Amp& amp, bool counts) {
   amp_ = {moved_to(device, amp.grad_scale), moved_to(device, amp.found_inf)};
@@ -81,8 +89,13 @@ void DevicePart::prepare(Rule rule, const NormClip& norm_clip, const Amp& amp, b
   step.found_inf = pointer(amp_.found_inf);
   step.outcome = nullptr;
   step.measures = nullptr;
+  step.clamped = nullptr;
   int64_t measures_needed = step.chunks;
   if (device.is_cuda()) measures_needed = prepare_gpu();
+  if (step.clampable > 0 && rule != Rule::clip_grad) {
+    if (!clamped_.defined()) clamped_ = at::empty({device.is_cuda() ? cuda::kMaxBlocks : 1}, doubles_on(device));
+    step.clamped = static_cast<double*>(clamped_.mutable_data_ptr());
+  }
   if (step.norm == Norm::none && !step.found_inf) return;
   if (!outcome_.defined()) {
     // A replay would set it, and the count of skipped steps, back to 0. Clipping counts nothing.

@@ -38,12 +38,18 @@ class DevicePart {
   [[noreturn]] void raise_capturing() const;
 
   // Views into what the step leaves behind, for as long as no other step is taken.
-  at::Tensor sum() const;         // Measure, as 3 float64
-  at::Tensor total_norm() const;  // float64
-  at::Tensor skipped() const;     // int64
+  at::Tensor sum() const;            // Measure, as 3 float64
+  at::Tensor total_norm() const;     // float64
+  at::Tensor coefficient() const;    // float64
+  at::Tensor skipped() const;        // int64, 0 or 1
+  at::Tensor skipped_steps() const;  // int64
+  at::Tensor clamped() const;        // float64, to be added up
 
   const c10::Device device;
   Step step;
+  // Of the last step that did not raise: whether it came here, and how many elements its value clip looked at.
+  bool stepped = false;
+  int64_t stepped_clampable = 0;
   Py_ssize_t group = 0;  // whose hyperparameters, for which dtype, are the last row of the step's
   DType dtype = DType::float32;
 
@@ -55,6 +61,7 @@ class DevicePart {
   Amp amp_;
   at::Tensor sums_;
   at::Tensor outcome_;   // Outcome, as float64
+  at::Tensor clamped_;   // Step::clamped
   at::Tensor measures_;  // as float64
   at::Tensor table_memory_;
   cuda::DeviceTable table_;

@@ -136,6 +136,14 @@ __device__ __forceinline__ const Decision& decide_for_block(const Header& header
   return shared().decision;
 }
 
+// Every block says what its lanes counted, and all together that further blocks were none: whoever asks adds up.
+__device__ __forceinline__ void publish_clamped(double* of_block, uint32_t clamped) {
+  const double sum = sum_over_block<false>(Norm::two, {0, static_cast<double>(clamped), 0}).medium;
+  for (uint32_t i = threadIdx.x * gridDim.x + blockIdx.x; i < kMaxBlocks; i += kThreads * gridDim.x) {
+    of_block[i] = i == blockIdx.x ? sum : 0;
+  }
+}
+
 // Blocks on a multiprocessor at the least: a cap on registers that leaves enough loads in flight.
 constexpr int min_blocks(DTypes dtypes) { return dtypes == DTypes::any ? 1 : 2; }
 
@@ -145,7 +153,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks(kDTypes))
     step_kernel(const __grid_constant__ Arguments<kTableBytes> arguments) {
   const Header& header = arguments.header;
   if (header.found_inf && *header.found_inf != 0) {
-    if (header.update && blockIdx.x == 0 && threadIdx.x == 0) record(*header.outcome, skipped(), header.counts);
+    if (header.update && blockIdx.x == 0 && threadIdx.x == 0) record(*header.outcome, skipped(header.max_norm), header.counts);
     return;
   }
   const bool keep = header.measure && header.update;
@@ -178,12 +186,14 @@ __global__ void __launch_bounds__(kThreads, min_blocks(kDTypes))
     coefficient = decision.coefficient;
     if (kKernel == Kernel::clip_grad && coefficient == 1.0) return;
   }
+  uint32_t clamped = 0;
   for_each_tile(arguments, keep, keep, [&](uint32_t, const Hyper& hyper, const Entry& entry, int64_t begin, int size,
                                            const uint4* slot) {
     with_dtype<kDTypes>(entry.dtype, [&](auto stored) {
-      update_tile<kKernel, decltype(stored)>(header, hyper, entry, begin, size, coefficient, slot);
+      clamped += update_tile<kKernel, decltype(stored)>(header, hyper, entry, begin, size, coefficient, slot);
     });
   });
+  if (kKernel != Kernel::clip_grad && header.clamped) publish_clamped(header.clamped, clamped);
 }
 
 }  // namespace

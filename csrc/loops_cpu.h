@@ -46,8 +46,9 @@ FASTCLIP_HD void prefetch(const Stored* from, int64_t count, int64_t bytes_ahead
   for (int64_t byte = 0; byte < count * int64_t{sizeof(Stored)}; byte += kCacheLine) __builtin_prefetch(ahead + byte);
 }
 
+// Returns how many elements the value clip moved.
 template <class Stored, class WhichTerms>
-FASTCLIP_HD void update_loop(const Span& span, const Constants& constants) {
+FASTCLIP_HD int64_t update_loop(const Span& span, const Constants& constants) {
   using T = ComputeType<Stored>;
   const auto clip = convert<T>(constants.clip);
   const auto rule = convert<T>(constants.sgd);
@@ -55,23 +56,31 @@ FASTCLIP_HD void update_loop(const Span& span, const Constants& constants) {
   auto* const params = static_cast<Stored*>(span.param);
   const auto* const grads = static_cast<const Stored*>(span.grad);
   auto* const buffers = static_cast<Stored*>(span.momentum_buffer);
-  const auto update = [&](int64_t i) __attribute__((always_inline)) {
+  // Counted in a register of its own per block, as wide as what is compared: one over all blocks would be kept in memory.
+  using Count = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+  const auto update = [&](int64_t i, Count& clamped) __attribute__((always_inline)) {
     T param = load(params[i]);
+    const T grad = load(grads[i]);
     T buffer{};
     if constexpr (WhichTerms::momentum == Momentum::running) buffer = load(buffers[i]);
-    rule(terms, param, clip(load(grads[i])), buffer);
+    clamped += clip.clamps(grad);
+    rule(terms, param, clip(grad), buffer);
     store(params[i], param);
     if constexpr (WhichTerms::momentum != Momentum::none) store(buffers[i], buffer);
   };
-  constexpr int64_t kBlock = 64;
-  int64_t i = 0;
+  constexpr int64_t kBlock = 128;
+  int64_t i = 0, all_clamped = 0;
   for (; i + kBlock <= span.size; i += kBlock) {
     prefetch(params + i, kBlock);
     prefetch(grads + i, kBlock);
     if constexpr (WhichTerms::momentum != Momentum::none) prefetch(buffers + i, kBlock);
-    for (int64_t j = 0; j < kBlock; ++j) update(i + j);
+    Count clamped = 0;
+    for (int64_t j = 0; j < kBlock; ++j) update(i + j, clamped);
+    all_clamped += clamped;
   }
-  for (; i < span.size; ++i) update(i);
+  Count clamped = 0;
+  for (; i < span.size; ++i) update(i, clamped);
+  return all_clamped + clamped;
 }
 
 template <class Stored>
@@ -138,12 +147,13 @@ FASTCLIP_HD void measure_loop(const Span& span, const Constants& constants, Meas
 
 // ---- the three instruction sets ----------------------------------------------------------------
 
-using Loop = void (*)(const Span&, const Constants&);
+using UpdateLoop = int64_t (*)(const Span&, const Constants&);
+using ClipLoop = void (*)(const Span&, const Constants&);
 using MeasureLoop = void (*)(const Span&, const Constants&, Measure&);
 
 struct LoopTable {
-  Loop update[kNumDTypes][3][2][2];  // dtype, momentum, nesterov, weight decay
-  Loop clip[kNumDTypes];
+  UpdateLoop update[kNumDTypes][3][2][2];  // dtype, momentum, nesterov, weight decay
+  ClipLoop clip[kNumDTypes];
   MeasureLoop measure[kNumDTypes][2][3];  // dtype, inf norm, seen
 };
 
@@ -151,8 +161,8 @@ struct LoopTable {
 #define FASTCLIP_INSTRUCTION_SET(NAME, TARGET)                                                     \
   struct NAME {                                                                                    \
     template <class Stored, class WhichTerms>                                                      \
-    TARGET static void update(const Span& s, const Constants& c) {                                 \
-      update_loop<Stored, WhichTerms>(s, c);                                                       \
+    TARGET static int64_t update(const Span& s, const Constants& c) {                              \
+      return update_loop<Stored, WhichTerms>(s, c);                                                \
     }                                                                                              \
     template <class Stored>                                                                        \
     TARGET static void clip(const Span& s, const Constants& c) {                                   \
@@ -171,7 +181,7 @@ FASTCLIP_INSTRUCTION_SET(Avx512, __attribute__((target("avx512f,avx512bw,avx512d
 #endif
 
 template <class Set, class Stored, Momentum kMomentum>
-constexpr void fill_terms(Loop (&loops)[2][2]) {
+constexpr void fill_terms(UpdateLoop (&loops)[2][2]) {
   loops[0][0] = Set::template update<Stored, StaticTerms<kMomentum, false, false>>;
   loops[0][1] = Set::template update<Stored, StaticTerms<kMomentum, false, true>>;
   // Without momentum nesterov means nothing.

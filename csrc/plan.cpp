@@ -167,6 +167,7 @@ void Plan::add_tensor(const at::Tensor* param, const at::Tensor& grad, const at:
   entry.momentum = momentum;
   step.chunks += (numel + kChunk - 1) / kChunk;
   step.elements += numel;
+  if (clips_value(hyper)) step.clampable += numel;
   for (const void* written : {param ? entry.param : entry.grad, entry.momentum_buffer}) {
     written_addresses_ = (written_addresses_ ^ reinterpret_cast<uintptr_t>(written) ^ numel) * 0x9e3779b97f4a7c15u;
   }
@@ -298,7 +299,7 @@ std::string Plan::step(PyObject* groups, PyObject* state, PyObject* grad_scale, 
   // A skipped step must leave "no buffer yet" as it is. Where there are none to make, a GPU decides by itself
   // and nobody waits.
   if (inf.defined() && (inf.is_cpu() || !new_buffers_.empty()) && inf.item<float>() != 0) {
-    total_norm_ = norm_clip.norm != Norm::none ? at::full({}, HUGE_VAL, at::kDouble) : at::Tensor();
+    remember(norm_clip, /*skipped_by_host=*/true);
     ++skipped_by_host_;
     return {};
   }
@@ -337,10 +338,20 @@ std::string Plan::clip_grads(PyObject* params, double low, double high, NormClip
   return reason_;
 }
 
-void Plan::run(Rule rule, NormClip norm_clip, const Amp& amp) {
-  const bool normed = norm_clip.norm != Norm::none;
+void Plan::remember(const NormClip& norm_clip, bool skipped_by_host) {
+  last_ = {norm_clip, false, false, skipped_by_host, first_device_};
+  for (const Group& group : groups_) last_.clamps |= clips_value(group.hyper);
+  for (DevicePart& part : parts_) {
+    part.stepped = part.in_use() && !skipped_by_host;
+    part.stepped_clampable = part.stepped ? part.step.clampable : 0;
+    last_.asks_device |= part.stepped && (part.step.found_inf || norm_clip.skip_nonfinite);
+  }
+}
+
+void Plan::run(Rule rule, const NormClip& asked, const Amp& amp) {
+  NormClip norm_clip = asked;
   // Looking for inf and NaN is taking the inf norm, and clipping nothing.
-  if (norm_clip.skip_nonfinite && !normed) norm_clip = {Norm::inf, HUGE_VAL, true};
+  if (asked.skip_nonfinite && asked.norm == Norm::none) norm_clip = {Norm::inf, HUGE_VAL, true};
   std::vector<c10::intrusive_ptr<c10::TensorImpl>> alive;  // another thread may drop them meanwhile
   if (std::any_of(parts_.begin(), parts_.end(), [](const DevicePart& part) { return part.releases_gil(); })) {
     for (const Touched& touched : touched_) {
@@ -350,15 +361,7 @@ void Plan::run(Rule rule, NormClip norm_clip, const Amp& amp) {
     }
   }
   run_parts(parts_, rule, norm_clip, amp);
-  total_norm_.reset();
-  if (normed) {
-    const auto used = std::find_if(parts_.begin(), parts_.end(), [](const auto& p) { return p.in_use(); });
-    if (used != parts_.end()) {
-      total_norm_ = used->total_norm();
-    } else if (first_device_) {  // the norm of no gradients is 0
-      total_norm_ = at::zeros({}, at::TensorOptions().dtype(at::kDouble).device(*first_device_));
-    }
-  }
+  remember(asked, /*skipped_by_host=*/false);
   for (const Touched& tensor : touched_) {
     (tensor.param ? tensor.param : tensor.grad)->bump_version();
     if (tensor.buffer) tensor.buffer->bump_version();
@@ -374,15 +377,52 @@ bool Plan::was_skipped(const NormClip& norm_clip) const {
   });
 }
 
+const DevicePart* Plan::first_stepped() const {
+  const auto found = std::find_if(parts_.begin(), parts_.end(), [](const auto& part) { return part.stepped; });
+  return found == parts_.end() ? nullptr : &*found;
+}
+
+// Copies, here and below: the next step writes over what it was, and whoever logs may look later.
 at::Tensor Plan::total_norm() const {
-  // A copy: the next step writes over it, and whoever logs may look later.
-  return total_norm_.defined() ? total_norm_.clone() : at::Tensor();
+  if (last_.norm_clip.norm == Norm::none) return {};
+  if (last_.skipped_by_host) return at::full({}, HUGE_VAL, at::kDouble);
+  if (const DevicePart* part = first_stepped()) return part->total_norm().clone();
+  if (!last_.device) return {};
+  return at::zeros({}, at::TensorOptions().dtype(at::kDouble).device(*last_.device));  // of no gradients
+}
+
+Plan::ClipStats Plan::clip_stats() const {
+  const DevicePart* const first = first_stepped();
+  const auto options = at::TensorOptions().device(first ? first->device : last_.device.value_or(at::kCPU));
+  ClipStats stats;
+  stats.total_norm = total_norm();
+  if (last_.asks_device) {
+    stats.skipped = first->skipped().ne(0);
+  } else {
+    stats.skipped = at::full({}, last_.skipped_by_host, options.dtype(at::kBool));
+  }
+  if (stats.total_norm.defined()) {
+    const double of_none = clip_coefficient(last_.skipped_by_host ? HUGE_VAL : 0, last_.norm_clip.max_norm);
+    stats.coefficient = first ? first->coefficient().clone() : at::full({}, of_none, options.dtype(at::kDouble));
+  }
+  if (last_.clamps) {
+    stats.clamped_fraction = at::zeros({}, options.dtype(at::kDouble));
+    int64_t clampable = 0;
+    for (const DevicePart& part : parts_) {
+      if (part.stepped_clampable == 0) continue;
+      clampable += part.stepped_clampable;
+      stats.clamped_fraction += part.clamped().sum().to(options.device(), /*non_blocking=*/part.device.is_cuda());
+    }
+    if (clampable > 0) stats.clamped_fraction /= static_cast<double>(clampable);
+    stats.clamped_fraction.masked_fill_(stats.skipped, 0);  // nothing was written then, and not this either
+  }
+  return stats;
 }
 
 at::Tensor Plan::skipped_steps() const {
   at::Tensor count = at::full({}, skipped_by_host_, at::kLong);
   for (const auto& part : parts_) {
-    const at::Tensor counted = part.skipped();
+    const at::Tensor counted = part.skipped_steps();
     if (counted.defined()) count = counted.add(count.to(counted.device(), /*non_blocking=*/counted.is_cuda()));
   }
   return count;

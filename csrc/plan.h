@@ -33,6 +33,15 @@ class Plan {
   // undefined if there was none to take.
   at::Tensor total_norm() const;
 
+  // What the last step did to the gradients. Scalars on the parameters' device; undefined where there was no such clip.
+  struct ClipStats {
+    at::Tensor total_norm;        // float64
+    at::Tensor coefficient;       // float64, of the norm clip
+    at::Tensor clamped_fraction;  // float64: elements that the value clip moved, of those it looked at
+    at::Tensor skipped;           // bool
+  };
+  ClipStats clip_stats() const;
+
   // Steps that were skipped since the plan was made, an int64 scalar on the parameters' device.
   at::Tensor skipped_steps() const;
 
@@ -49,6 +58,14 @@ class Plan {
     c10::TensorImpl* buffer;
     c10::TensorImpl* grad;
   };
+  // Of the last step that did not raise: what is asked about it later.
+  struct LastStep {
+    NormClip norm_clip;
+    bool clamps = false;  // some group has a value clip
+    bool asks_device = false;  // whether it was skipped
+    bool skipped_by_host = false;
+    std::optional<c10::Device> device;  // of the first parameter
+  };
   class Busy;
 
   void clear();
@@ -64,8 +81,10 @@ class Plan {
   void prepare_new_buffers(PyObject* state);
   void store_new_buffers();
   bool shares_memory();
-  void run(Rule rule, NormClip norm_clip, const Amp& amp);
+  void run(Rule rule, const NormClip& asked, const Amp& amp);
+  void remember(const NormClip& norm_clip, bool skipped_by_host);
   bool was_skipped(const NormClip& norm_clip) const;
+  const DevicePart* first_stepped() const;
 
   std::vector<DevicePart> parts_;
   DevicePart* part_ = nullptr;             // the walk's last
@@ -78,7 +97,7 @@ class Plan {
   uint64_t disjoint_addresses_ = 0;        // and of the last ones found not to overlap
   std::string reason_;                     // why the kernels do not cover this step
   std::optional<c10::Device> first_device_;
-  at::Tensor total_norm_;                  // of the last step, if it had a norm clip: a view, or a value
+  LastStep last_;
   int64_t skipped_by_host_ = 0;
   bool busy_ = false;
 };

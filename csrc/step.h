@@ -29,6 +29,8 @@ struct Hyper {
   double clip_high;
 };
 
+inline bool clips_value(const Hyper& hyper) { return hyper.clip_low > -HUGE_VAL || hyper.clip_high < HUGE_VAL; }
+
 // One tensor with a gradient. All three arrays have the same element order in memory.
 struct TensorEntry {
   void* param;
@@ -60,10 +62,14 @@ struct Step {
   std::vector<Hyper> hypers;
   int64_t chunks = 0;
   int64_t elements = 0;
+  int64_t clampable = 0;  // elements under a value clip
   // Device memory, borrowed for the call.
   const float* grad_scale = nullptr;  // AMP: gradients are divided by it
   const float* found_inf = nullptr;   // AMP: not 0 means leave everything as it is
   Outcome* outcome = nullptr;
+  // How many elements the value clip moved, in parts, each set by every step that is not skipped: on the CPU one,
+  // on a GPU one of each block and 0 for the blocks there were not. nullptr where there is no value clip.
+  double* clamped = nullptr;
   Measure* measures = nullptr;  // scratch, where there is a norm: one per chunk on the CPU, cuda::measures()
   const Measure* sums = nullptr;  // Passes::update: the `sum` of each device's outcome, in device memory,
   int devices = 1;                // and how many they are
@@ -90,6 +96,9 @@ struct DeviceTable {
   void* memory = nullptr;
   std::vector<unsigned char> uploaded;  // what is there
 };
+
+// As many blocks has a launch at the most, and as many parts Step::clamped.
+constexpr int kMaxBlocks = 4096;
 
 // What the plan has to allocate for a step.
 struct Needs {

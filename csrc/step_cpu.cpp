@@ -110,9 +110,11 @@ Decision decide_for(const Step& step) {
 
 void update_all(const Step& step, const ThreadPool& pool, const LoopTable& loops, double coefficient) {
   const bool normed = step.norm != Norm::none;
+  std::atomic<int64_t> all_clamped{0};
   for_each_chunk(step, pool, normed, [&](int64_t first_chunk, int64_t last_chunk) {
     int32_t current = -1;
     Constants constants;
+    int64_t clamped = 0;
     for_each_run(step, first_chunk, last_chunk, [&](const TensorEntry& tensor, int64_t begin,
                                                     int64_t size) {
       const Hyper& hyper = step.hypers[tensor.hyper];
@@ -121,20 +123,21 @@ void update_all(const Step& step, const ThreadPool& pool, const LoopTable& loops
         current = tensor.hyper;
       }
       const int dtype = static_cast<int>(tensor.dtype);
-      const Loop loop = step.rule == Rule::clip_grad
-                            ? loops.clip[dtype]
-                            : loops.update[dtype][static_cast<int>(tensor.momentum)][hyper.nesterov]
-                                          [hyper.weight_decay != 0];
-      loop(span_of(tensor, begin, size), constants);
+      const Span span = span_of(tensor, begin, size);
+      if (step.rule == Rule::clip_grad) return loops.clip[dtype](span, constants);
+      clamped += loops.update[dtype][static_cast<int>(tensor.momentum)][hyper.nesterov][hyper.weight_decay != 0](
+          span, constants);
     });
+    all_clamped.fetch_add(clamped, std::memory_order_relaxed);
   });
+  if (step.clamped) *step.clamped = static_cast<double>(all_clamped);
 }
 
 }  // namespace
 
 void run(const Step& step, const ThreadPool& pool) {
   if (step.found_inf && *step.found_inf != 0) {
-    if (step.passes != Passes::measure) record(*step.outcome, skipped(), step.counts);
+    if (step.passes != Passes::measure) record(*step.outcome, skipped(step.max_norm), step.counts);
     return;
   }
   const LoopTable& loops = instruction_set().loops;

@@ -142,7 +142,7 @@ cudaError_t launch(const Layout& layout, Args& arguments, int device, cudaStream
   Room room;
   if (const cudaError_t error = room_of<kKernel>(device, room)) return error;
   Header& header = arguments.header;
-  const dim3 blocks(static_cast<unsigned>(std::min<int64_t>(room.blocks, layout.tiles)));
+  const dim3 blocks(static_cast<unsigned>(std::min<int64_t>({room.blocks, layout.tiles, kMaxBlocks})));
   void* pointers[] = {&arguments};
   if (header.measure && header.update && room.cooperative) {
     header.slot_bytes = layout.tile() * layout.item_bytes;
@@ -200,6 +200,7 @@ Header header_of(const Step& step, const Layout& layout) {
   header.grad_scale = step.grad_scale;
   header.found_inf = step.found_inf;
   header.outcome = step.outcome;
+  header.clamped = step.clamped;
   header.measures = reinterpret_cast<double*>(step.measures);
   if (step.norm != Norm::none) {
     header.measure = step.passes != Passes::update;

@@ -40,6 +40,7 @@ struct Header {
   const float* grad_scale;
   const float* found_inf;
   Outcome* outcome;
+  double* clamped;      // of every block
   double* measures;     // of every tile: all `medium`, then all `small`, then all `big`
   const Measure* sums;  // of every device; nullptr where nothing is measured
   int32_t devices;

@@ -133,9 +133,10 @@ __device__ __noinline__ Measure measure_tile(const Header& header, const Hyper& 
 
 enum class Kernel { sgd, sgd_momentum, clip_grad };
 
+// Returns how many elements of this lane the value clip moved.
 template <Kernel kKernel, class Stored>
-__device__ __noinline__ void update_tile(const Header& header, const Hyper& hyper, const Entry& entry, int64_t begin,
-                                         int size, double coefficient, const uint4* slot) {
+__device__ __noinline__ uint32_t update_tile(const Header& header, const Hyper& hyper, const Entry& entry, int64_t begin,
+                                             int size, double coefficient, const uint4* slot) {
   using T = ComputeType<Stored>;
   constexpr bool kRule = kKernel != Kernel::clip_grad;
   constexpr bool kBuffer = kKernel == Kernel::sgd_momentum;
@@ -149,6 +150,7 @@ __device__ __noinline__ void update_tile(const Header& header, const Hyper& hype
   auto* const params = static_cast<Stored*>(kRule ? entry.param : entry.grad) + begin;
   const auto* const grads = static_cast<const Stored*>(entry.grad) + begin;
   auto* const buffers = kBuffer ? static_cast<Stored*>(entry.momentum_buffer) + begin : nullptr;
+  uint32_t clamped = 0;
 
   for_tile<Stored, kAtOnce>(entry.aligned, size, [&](auto values, int offset, int first, int count) {
     constexpr int kSize = decltype(values)::value;
@@ -174,8 +176,10 @@ __device__ __noinline__ void update_tile(const Header& header, const Hyper& hype
       if constexpr (kBuffer) buffer = Values(b[k]);
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
-        const T d = clip(load(grad.values[j]));
+        const T raw = load(grad.values[j]);
+        const T d = clip(raw);
         if constexpr (kRule) {
+          clamped += clip.clamps(raw);
           T x = load(param.values[j]);
           T m = kBuffer && read_buffer ? load(buffer.values[j]) : T{};
           sgd(terms, x, d, m);
@@ -191,6 +195,7 @@ __device__ __noinline__ void update_tile(const Header& header, const Hyper& hype
       }
     });
   });
+  return clamped;
 }
 
 // Kernels for tensors of the dtypes that models are trained in, and one for all others and mixtures, which

@@ -9,16 +9,21 @@ import torch
 def check(groups, state):
     """Raises for what a step over `groups` with `state` can't be taken with, and names the parameter."""
     for index, group in enumerate(groups):
-        names = group.get("param_names") or []
         for i, param in enumerate(group["params"]):
             if param.grad is None:
                 continue
-            where = f"parameter {i} of group {index}" + (f" ('{names[i]}')" if i < len(names) else "")
+            where = name_of(group, index, i)
             check_gradient(group, param, where)
             if group["momentum"] != 0:
                 check_buffer(group, param, state, where)
             if overlaps(param):
                 raise ValueError(f"{where} holds several elements at one address")
+
+
+def name_of(group, group_index, index):
+    """A parameter as errors name it: 'parameter 3 of group 0', and its name where it has one."""
+    names = group.get("param_names") or []
+    return f"parameter {index} of group {group_index}" + (f" ('{names[index]}')" if index < len(names) else "")
 
 
 def check_gradient(group, param, where):

@@ -6,6 +6,7 @@ import warnings
 import torch
 from torch.optim import optimizer as torch_optimizer
 
+from . import clip_stats
 from ._extension import _C
 
 SHARED_SETTINGS = ("max_norm", "norm_type", "skip_nonfinite")  # the same in all groups
@@ -58,8 +59,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
     def _start(self):
         """What is not state: made anew for a new or copied optimizer."""
         self._plan = _C.Plan()
-        self._fell_back = False  # the last step was in plain torch
-        self._reference_norm = None
+        self._reference_stats = None  # of the last step, if it was in plain torch
         self._reference_skips = 0
         self._warned = set()
 
@@ -88,7 +88,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
             >>> model(x).sum().backward(); opt.step()
             >>> log({"grad_norm": opt.total_norm})
         """
-        return self._reference_norm if self._fell_back else self._plan.total_norm()
+        return self._reference_stats.total_norm if self._reference_stats else self._plan.total_norm()
 
     @property
     def skipped_steps(self):
@@ -103,6 +103,36 @@ class ClippedOptimizer(torch.optim.Optimizer):
             >>> log({"skipped": opt.skipped_steps})
         """
         return self._plan.skipped_steps() + self._reference_skips
+
+    def clip_stats(self):
+        """What clipping did in the last step, to log: norm, coefficient, fraction of elements clamped, steps skipped.
+
+        Costs no pass over memory, and waits for no device: it was counted while the step went over the gradients.
+
+        Returns:
+            ClipStats: scalar tensors on the parameters' device, see there; None for a clip that is not set.
+
+        Example:
+            >>> opt = fastclip.SGD(model.parameters(), lr=0.1, clip_value=0.01)
+            >>> model(x).sum().backward(); opt.step()
+            >>> log({"clamped": opt.clip_stats().clamped_fraction})
+        """
+        stats = self._reference_stats or clip_stats.ClipStats(*self._plan.clip_stats(), None)
+        return stats._replace(skipped_steps=self.skipped_steps)
+
+    def first_nonfinite(self):
+        """Says which parameter is the first whose gradient holds an inf or NaN, as 'parameter 3 of group 0', with its
+        name where the optimizer was built from named parameters; None if there is none.
+
+        Reads the gradients as they are now, and waits for the device: for whoever wants to know why a step was skipped,
+        before `zero_grad`.
+
+        Example:
+            >>> opt = fastclip.SGD(model.named_parameters(), lr=0.1, skip_nonfinite=True)
+            >>> if opt.clip_stats().skipped:
+            ...     print(f"not finite: the gradient of {opt.first_nonfinite()}")
+        """
+        return clip_stats.first_nonfinite(self.param_groups)
 
     def step(self, *positional, closure=None):
         """Clips and updates all parameters that have a gradient; the gradients are left as they are.
@@ -140,17 +170,17 @@ class ClippedOptimizer(torch.optim.Optimizer):
         attributes = self.__dict__
         grad_scale, found_inf = attributes.get("grad_scale"), attributes.get("found_inf")
         why_not = self._plan.step(self.param_groups, self.state, grad_scale, found_inf)
-        if why_not is not None:
-            self._step_in_plain_torch(why_not, grad_scale, found_inf)
-        self._fell_back = why_not is not None
+        plain = why_not is not None
+        self._reference_stats = self._step_in_plain_torch(why_not, grad_scale, found_inf) if plain else None
         return loss
 
     def _step_in_plain_torch(self, why_not, grad_scale, found_inf):
         if why_not not in self._warned and not self.defaults["differentiable"]:
             self._warned.add(why_not)
             warnings.warn(f"fastclip steps in plain torch, which is slower: {why_not}", stacklevel=4)
-        self._reference_norm, skipped = self._reference_step(self.param_groups, self.state, grad_scale, found_inf)
-        self._reference_skips += skipped
+        stats = self._reference_step(self.param_groups, self.state, grad_scale, found_inf)
+        self._reference_skips = stats.skipped_steps + self._reference_skips
+        return stats
 
 
 _hooked_step = torch.optim.Optimizer.profile_hook_step(ClippedOptimizer._step)

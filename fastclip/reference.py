@@ -7,6 +7,7 @@ import torch
 from torch.optim.sgd import sgd
 
 from .checks import check
+from .clip_stats import ClipStats, values_of
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
@@ -52,24 +53,16 @@ def bounds(clip_value):
     return tuple(clip_value) if isinstance(clip_value, (tuple, list)) else (-clip_value, clip_value)
 
 
-def clipped(grad, clip_value=None, inverse_scale=None, dtype=None):
-    """`grad` unscaled and value-clipped, in the type it is computed in; `grad` itself is left alone."""
-    limits = None
-    if clip_value is not None:  # clamp_ rounds its bounds to the gradient's dtype
-        exact = torch.tensor(bounds(clip_value), dtype=torch.float64, device="cpu")
-        limits = exact.to(grad.dtype).double().tolist()
-    if dtype is not None:
-        grad = grad.to(dtype)
-    if inverse_scale is not None:
-        grad = grad * inverse_scale.to(grad.device)
-    if limits is not None:
-        grad = grad.clamp(*limits)
-    return grad
+def unscaled(grad, inverse_scale, dtype):
+    """`grad` in the type it is computed in, divided by the scale of AMP; `grad` itself is left alone."""
+    grad = grad.to(dtype) if grad.dtype in SIXTEEN_BIT else grad
+    return grad if inverse_scale is None else grad * inverse_scale.to(grad.device)
 
 
-def values_of(grad):
-    """The values that a gradient holds: of a sparse one, those it stores."""
-    return grad.coalesce().values() if grad.layout == torch.sparse_coo else grad
+def clamped(grad, clip_value, dtype):
+    """`grad` clamped to bounds that are rounded to `dtype`, as clamp_ does, and how many elements that moved."""
+    low, high = torch.tensor(bounds(clip_value), dtype=torch.float64, device="cpu").to(dtype).double().tolist()
+    return grad.clamp(low, high), ((grad < low) | (grad > high)).detach().sum()
 
 
 def compute_dtype(param):
@@ -81,36 +74,58 @@ def compute_dtype(param):
 def step_sgd(groups, state, grad_scale=None, found_inf=None):
     """One step of `fastclip.SGD` over `groups` (a list of dicts) with `state` (a dict of dicts by parameter).
 
-    Returns the norm before the norm clip, or None if no `max_norm` is set, and whether the step was skipped. Order:
-    unscale, value clip, norm clip, then `torch.optim.SGD`, whose own code does the update.
+    Returns ClipStats, whose `skipped_steps` counts this step only. Order: unscale, value clip, norm clip, then
+    `torch.optim.SGD`, whose own code does the update.
     """
     check(groups, state)
-    wants_norm = groups[0]["max_norm"] is not None
-    if found_inf is not None and found_inf.item() != 0:
-        return (torch.tensor(math.inf, dtype=torch.float64) if wants_norm else None), True
     raw = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+    if found_inf is not None and found_inf.item() != 0:
+        return stats_of(groups, torch.tensor(math.inf, dtype=torch.float64), skipped=True)
     if groups[0]["skip_nonfinite"] and not all(values_of(g).isfinite().all() for g in raw):
-        return (total_norm(raw, float(groups[0]["norm_type"])) if wants_norm else None), True
+        return stats_of(groups, norm_of(groups, raw), skipped=True)
     inverse_scale = None if grad_scale is None else grad_scale.double().reciprocal().float()
+    moved, looked_at = 0, 0
     with torch.set_grad_enabled(any(group["differentiable"] for group in groups)):
-        grads = [
-            [
-                clipped(p.grad, group["clip_value"], inverse_scale, compute_dtype(p))
-                for p in group["params"]
-                if p.grad is not None
+        grads = []
+        for group in groups:
+            of_group = [
+                unscaled(p.grad, inverse_scale, compute_dtype(p)) for p in group["params"] if p.grad is not None
             ]
-            for group in groups
-        ]
-        norm = None
-        if wants_norm:
-            norm = total_norm([g for of_group in grads for g in of_group], float(groups[0]["norm_type"]))
+            if group["clip_value"] is not None:
+                dtypes = [p.grad.dtype for p in group["params"] if p.grad is not None]
+                pairs = [clamped(g, group["clip_value"], dtype) for g, dtype in zip(of_group, dtypes, strict=True)]
+                of_group = [grad for grad, _ in pairs]
+                moved = sum((count.to(pairs[0][1].device) for _, count in pairs), start=moved)
+                looked_at += sum(g.numel() for g in of_group)
+            grads.append(of_group)
+        norm = norm_of(groups, [g for of_group in grads for g in of_group])
+        if norm is not None:
             coefficient = clip_coefficient(norm, groups[0]["max_norm"])
             grads = [[g * coefficient.to(g.device, g.real.dtype) for g in of_group] for of_group in grads]
         for group, of_group in zip(groups, grads, strict=True):
             update_sgd(group, of_group, state)
-    if norm is None and wants_norm:
-        norm = torch.zeros((), dtype=torch.float64)
-    return norm, False
+    return stats_of(groups, norm, moved, looked_at)
+
+
+def norm_of(groups, grads):
+    """What the norm clip of `groups` measures, or None if there is none."""
+    return None if groups[0]["max_norm"] is None else total_norm(grads, float(groups[0]["norm_type"]))
+
+
+def stats_of(groups, norm, moved=0, looked_at=0, skipped=False):
+    """ClipStats of a step in which the value clip moved so many of the elements that it looked at."""
+    max_norm = groups[0]["max_norm"]
+    device = next((p.device for group in groups for p in group["params"]), None)
+    fraction = None
+    if any(group["clip_value"] is not None for group in groups):
+        fraction = torch.as_tensor(moved, dtype=torch.float64, device=device) / max(looked_at, 1)
+    return ClipStats(
+        total_norm=None if max_norm is None else norm.detach(),
+        clip_coefficient=None if max_norm is None else clip_coefficient(norm.detach(), max_norm),
+        clamped_fraction=fraction,
+        skipped=torch.tensor(skipped, device=device),
+        skipped_steps=torch.tensor(int(skipped), device=device),
+    )
 
 
 def update_sgd(group, grads, state):

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("tqdm", reason="the benchmark shows its progress with tqdm: pip install fastclip[demo]")
 
-from benchmarks import agreement, case, contenders, cpu, report, shapes, timing  # noqa: E402
+from benchmarks import agreement, case, contenders, cpu, report, timing  # noqa: E402
 from benchmarks.problem import Problem, is_normal  # noqa: E402
 
 SHAPES = [(5, 3), (7,), (), (1, 33)]
@@ -20,32 +20,6 @@ def _threads():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize(
-    ("model", "tensors", "params"),
-    [
-        ("dnn", 4, 37_184),
-        ("gru-ctc", 20, 300_203),
-        ("tiny-600", 600, 86_400),
-        ("conformer-s", 480, 7.8e6),
-        ("conformer-m", 480, 24.4e6),
-        ("conformer-l", 510, 103.0e6),
-        ("dense-100m", 6, 100.7e6),
-    ],
-)
-def test_models_have_the_published_sizes(model, tensors, params):
-    assert len(shapes.MODELS[model]) == tensors
-    assert shapes.count(shapes.MODELS[model]) == pytest.approx(params, abs=0.05e6 if params > 1e6 else 0)
-
-
-@pytest.mark.parametrize(("model", "histogram"), [("conformer-s", (336, 80, 64)), ("conformer-m", (336, 48, 96))])
-def test_conformers_have_torchaudio_s_histogram_of_sizes(model, histogram):
-    sizes = [math.prod(shape) for shape in shapes.MODELS[model]]
-    small, medium = sum(n <= 1024 for n in sizes), sum(4096 < n <= 64 * 1024 for n in sizes)
-    large = sum(64 * 1024 < n <= 256 * 1024 for n in sizes)
-    assert (small, medium, large) == histogram
-    assert small + medium + large == len(sizes)
 
 
 @pytest.mark.parametrize("momentum", contenders.MOMENTA)

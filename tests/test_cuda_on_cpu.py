@@ -122,6 +122,12 @@ BUGS = {
         STEPS,
     ),
     "counter not reset": ("kernels_cuda.cuh", "atomicExch(&header.outcome->arrived, 0u);", "", STEPS),
+    "counts of an earlier step": (
+        "kernels_cuda.cuh",
+        "i < kMaxBlocks; i += kThreads * gridDim.x",
+        "i < gridDim.x; i += kThreads * gridDim.x",
+        STEPS,
+    ),
     "slot of another tile": ("kernels_cuda.cuh", "round * kWarps + warp;", "round * kWarps;", STEPS),
     "more slots than there are": (
         "kernels_cuda.cuh",
@@ -191,6 +197,7 @@ ALL_TESTS = [
     *STEP_TESTS,
     "test_clip_grad",
     "test_skip_nonfinite",
+    "test_clip_stats",
     "test_drop_in",
     "test_errors",
     "test_traps",

@@ -124,10 +124,10 @@ def instructions_that_bandwidth_allows(tile):
 
 # Instructions per element: the most of sm_80 and sm_90 under nvcc 13.0, and 10 %. Both sides of each branch count.
 MEASURED = {
-    ("sgd", 4): 14.2,
-    ("sgd", 2): 14.8,
-    ("sgd_momentum", 4): 32.4,
-    ("sgd_momentum", 2): 33.1,
+    ("sgd", 4): 17.2,
+    ("sgd", 2): 17.9,
+    ("sgd_momentum", 4): 35.4,
+    ("sgd_momentum", 2): 36.2,
     ("clip_grad", 4): 10.6,
     ("clip_grad", 2): 10.8,
     ("two", 4): 14.4,

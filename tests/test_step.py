@@ -161,9 +161,9 @@ def test_reference_agrees_with_the_loop():
         for _ in range(3):
             give_grads(theirs, ours)
             norm = loop.step()
-            ours_norm, skipped = reference.step_sgd(optimizer.param_groups, optimizer.state)
-            assert not skipped
-            assert (norm is None) == (ours_norm is None)
+            stats = reference.step_sgd(optimizer.param_groups, optimizer.state)
+            assert not stats.skipped
+            assert (norm is None) == (stats.total_norm is None)
         assert_close(theirs, ours, 1e-14 if "max_norm" in clip else 0)
 
 

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <numeric>
 #include <random>
 #include <string_view>
 #include <vector>
@@ -136,6 +137,7 @@ struct Device {
   Step step;
   Outcome outcome{};
   std::vector<Measure> measures;
+  std::vector<double> counts = std::vector<double>(cuda::kMaxBlocks, std::nan(""));
   std::vector<unsigned char> table_memory;
   cuda::DeviceTable table;
   bool on_cpu = false;
@@ -154,7 +156,10 @@ struct Device {
     table.memory = table_memory.data();
     step.outcome = &outcome;
     step.measures = measures.data();
+    if (step.clamped) step.clamped = counts.data();
   }
+
+  double clamped() const { return on_cpu ? counts[0] : std::accumulate(counts.begin(), counts.end(), 0.0); }
 
   bool run(Passes passes) {
     step.passes = passes;
@@ -198,14 +203,17 @@ bool check(uint64_t seed) {
   Case c(seed);
   Outcome expected{};
   std::vector<Measure> measures(c.step.chunks);
+  double expected_clamped = 0;
   c.step.outcome = &expected;
   c.step.measures = measures.data();
+  if (c.step.rule != Rule::clip_grad && seed % 4 != 0) c.step.clamped = &expected_clamped;
   cpu::run(c.step, cpu::ThreadPool{1, one_thread});
 
   c.place(c.gpu);
   const size_t tensors = c.step.tensors.size();
   bool good = true;
   Outcome outcome;
+  double clamped = 0;
   if (c.step.norm != Norm::none && tensors > 1 && seed % 3 == 0) {  // as two devices, with one norm
     Device first(c.step, 0, tensors / 2), second(c.step, tensors / 2, tensors);
     second.on_cpu = seed % 2;
@@ -219,13 +227,18 @@ bool check(uint64_t seed) {
     }
     good &= same(first.outcome.total_norm, second.outcome.total_norm, true);
     outcome = first.outcome;
-    outcome.skipped += second.outcome.skipped;
+    outcome.skipped_steps += second.outcome.skipped_steps;
+    good &= first.outcome.skipped == second.outcome.skipped;
+    clamped = first.clamped() + second.clamped();
   } else {
     Device whole(c.step, 0, tensors);
     good &= whole.run(Passes::all);
     outcome = whole.outcome;
+    clamped = whole.clamped();
   }
   good &= outcome.arrived == 0 && outcome.skipped == expected.skipped;
+  good &= outcome.skipped_steps == expected.skipped_steps;
+  if (c.step.clamped && !expected.skipped) good &= clamped == expected_clamped;
   good &= same(outcome.total_norm, expected.total_norm, c.exact) && same(outcome.coefficient, expected.coefficient, c.exact);
   good &= same_memory(c, c.gpu.params, c.cpu.params) && same_memory(c, c.gpu.buffers, c.cpu.buffers);
   good &= same_memory(c, c.gpu.grads, c.cpu.grads, /*grads=*/true);

@@ -1,6 +1,8 @@
 // The CPU's step, taken by the CUDA kernels: an extension that is linked with this instead of csrc/step_cpu.cpp runs all
 // tests of the CPU on them.
+#include <cmath>
 #include <mutex>
+#include <numeric>
 #include <stdexcept>
 
 #include "step.h"
@@ -16,6 +18,8 @@ void run(const Step& step, const ThreadPool&) {
   const cuda::Needs needs = cuda::needs(step);
   std::vector<Measure> measures(step.norm == Norm::none ? 0 : needs.measures);
   on_device.measures = measures.data();
+  std::vector<double> clamped(cuda::kMaxBlocks, std::nan(""));
+  if (step.clamped) on_device.clamped = clamped.data();
   static std::vector<unsigned char> memory;
   static cuda::DeviceTable table;
   if (static_cast<size_t>(needs.table_bytes) > memory.size()) {
@@ -35,6 +39,7 @@ void run(const Step& step, const ThreadPool&) {
     }
   }
   if (const char* error = cuda::run(on_device, table, 0, nullptr)) throw std::runtime_error(error);
+  if (step.clamped) *step.clamped = std::accumulate(clamped.begin(), clamped.end(), 0.0);
 }
 
 const char* capability() { return "CUDA on the CPU"; }

@@ -1,0 +1,53 @@
+"""The memory that a benchmark needs, and that there is. Too little is noticed before anything is allocated."""
+
+from pathlib import Path
+
+from .contenders import CONTENDERS
+from .shapes import MODELS, count
+
+# Where a container's own limit stands (cgroup 2); it is "max" where there is none.
+LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+def kept(model, itemsize=4):
+    """Bytes of a problem: parameters and gradients, as they were at the start and for every contender."""
+    return 2 * (1 + len(CONTENDERS)) * itemsize * count(MODELS[model])
+
+
+def at_work(model, itemsize=4):
+    """Bytes that come to them while contenders are compared, or timed."""
+    # Parameters, gradients and momentum of the loop in float64: more than it leaves, and two contenders' momentum.
+    compared = 3 * 8
+    # The momentum of all; on a GPU one more contender, which is more than the CPU's probe of its memory.
+    timed = len(CONTENDERS) * itemsize + 3 * itemsize
+    return max(compared, timed) * count(MODELS[model])
+
+
+def needed(models, itemsize=4):
+    """Bytes for problems that are there together, and are worked on one after the other."""
+    return sum(kept(model, itemsize) for model in models) + max(at_work(model, itemsize) for model in models)
+
+
+def shortage(models, available, itemsize=4):
+    """What is to be said where there is too little memory; None where there is enough, or nobody knows."""
+    need = needed(models, itemsize)
+    if available is None or need <= available:
+        return None
+    return f"{', '.join(models)}: {gib(need)} of memory needed, {gib(available)} available"
+
+
+def available():
+    """Bytes of the host's memory that can be had; None where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
+    try:
+        return min(free, int(LIMIT.read_text()))
+    except (OSError, ValueError):
+        return free
+
+
+def gib(size):
+    return f"{size / 2**30:.1f} GiB"

@@ -1,0 +1,60 @@
+"""What clipping did in a step: numbers to log, and which gradient was not finite."""
+
+from typing import NamedTuple
+
+import torch
+
+from .checks import name_of
+
+
+class ClipStats(NamedTuple):
+    """What the last step did to the gradients, from `optimizer.clip_stats()`.
+
+    All are scalar tensors on the parameters' device, computed without waiting for it, and None where there was no such
+    clip.
+
+    Attributes:
+        total_norm (float64): of all gradients, after a value clip and before the norm clip; None without `max_norm`.
+        clip_coefficient (float64): what the norm clip multiplied by, min(1, max_norm / (total_norm + 1e-6)) as in
+            `torch.nn.utils.clip_grad_norm_`; 1 where it left the gradients alone. None without `max_norm`.
+        clamped_fraction (float64): of the elements under a `clip_value`, those that were outside of its bounds, from 0
+            to 1. A NaN, which `clamp_` leaves alone, is not among them. 0 in a step that was skipped; None where no
+            group has a `clip_value`.
+        skipped (bool): whether the step was skipped, by `skip_nonfinite` or by AMP.
+        skipped_steps (int64): how many were, see `optimizer.skipped_steps`.
+
+    Example:
+        >>> opt = fastclip.SGD(model.parameters(), lr=0.1, max_norm=5.0)
+        >>> model(x).sum().backward(); opt.step()
+        >>> stats = opt.clip_stats()  # nothing waits
+        >>> log({"grad_norm": stats.total_norm, "clipped": stats.clip_coefficient < 1})
+    """
+
+    total_norm: torch.Tensor | None
+    clip_coefficient: torch.Tensor | None
+    clamped_fraction: torch.Tensor | None
+    skipped: torch.Tensor
+    skipped_steps: torch.Tensor
+
+
+def values_of(grad):
+    """The values that a gradient holds: of a sparse one, those it stores."""
+    return grad.coalesce().values() if grad.layout == torch.sparse_coo else grad
+
+
+@torch.no_grad()
+def first_nonfinite(groups):
+    """Names the first parameter of `groups` whose gradient holds an inf or NaN, or None. Waits for each device once."""
+    places, flags = [], []
+    for group_index, group in enumerate(groups):
+        for index, param in enumerate(group["params"]):
+            if param.grad is not None:
+                places.append((group_index, index))
+                flags.append(values_of(param.grad.detach()).isfinite().all())
+    finite = [None] * len(flags)
+    for device in {flag.device for flag in flags}:
+        there = [i for i, flag in enumerate(flags) if flag.device == device]
+        for i, flag in zip(there, torch.stack([flags[i] for i in there]).tolist(), strict=True):
+            finite[i] = flag
+    bad = next((place for place, flag in zip(places, finite, strict=True) if not flag), None)
+    return None if bad is None else name_of(groups[bad[0]], *bad)
