@@ -61,10 +61,10 @@ else
 .requirements: $(VENV)/installed-$(subst =,-,$(TORCH))
 .PHONY: .requirements
 # torch is pinned: a range would bring gigabytes of CUDA libraries that this needs nothing of.
-$(VENV)/installed-$(subst =,-,$(TORCH)): requirements.txt
-	@echo "Making $(VENV): torch and the rest, about two minutes (250 MB)"
+$(VENV)/installed-$(subst =,-,$(TORCH)): requirements.txt requirements-trainers.txt
+	@echo "Making $(VENV): torch and the rest, about three minutes (300 MB)"
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet "$(TORCH)" -r requirements.txt
+	$(VENV)/bin/python -m pip install --quiet "$(TORCH)" -r requirements.txt -r requirements-trainers.txt
 	-$(VENV)/bin/python -m tests.torchaudio_on_cpu  # where that fails, the tests that need torchaudio say so
 	touch $@
 endif
