@@ -7,7 +7,7 @@ import torch
 
 import fastclip
 
-from .cases import LARGE, SHAPES, TINY, copy_params, give_grads, make_params
+from .cases import LARGE, SHAPES, TINY, copy_params, give_grads, make_params, param
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -168,3 +168,25 @@ def test_layouts(device):
     torch.nn.utils.clip_grad_value_(theirs, 0.01)
     assert_same_grads(ours, theirs, 2e-6)
     assert all(p.grad is g for p, g in zip(ours, grads, strict=True))
+
+
+def test_clip_functions_change_nothing_when_they_raise():
+    a, c = param(2), torch.zeros(2, dtype=torch.complex64, requires_grad=True)
+    c.grad = torch.ones_like(c)
+    a.grad *= 5
+    with pytest.raises(TypeError, match="complex64"):
+        fastclip.clip_grad_value_([a, c], 0.1)
+    with torch.inference_mode():
+        inference = torch.full((2,), 5.0)
+    b = torch.zeros(2, requires_grad=True)
+    b.grad = inference
+    for clip in (fastclip.clip_grad_value_, fastclip.clip_grad_norm_):
+        with pytest.raises(RuntimeError, match="inference tensor"):
+            clip([a, b], 0.1)
+    assert a.grad.tolist() == [5, 5] and inference.tolist() == [5, 5]
+
+
+def test_the_norm_of_clip_grad_norm_holds_no_graph():
+    z, w = torch.randn(4, 8, requires_grad=True), torch.zeros(4, 4, requires_grad=True)
+    w.grad = (z * 2)[:, ::2]
+    assert not fastclip.clip_grad_norm_([w], 1.0).requires_grad
