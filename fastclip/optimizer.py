@@ -124,10 +124,16 @@ class ClippedOptimizer(torch.optim.Optimizer):
             or torch_optimizer._global_optimizer_post_hooks
             or _C.is_recording()
         ) and type(self).step is ClippedOptimizer.step
-        if not listened and not positional:
-            return self._step(closure)
-        named = {} if closure is None else {"closure": closure}
-        return _hooked_step(self, *positional, **named) if listened else self._step(*positional, **named)
+        try:
+            if not listened and not positional:
+                return self._step(closure)
+            named = {} if closure is None else {"closure": closure}
+            return _hooked_step(self, *positional, **named) if listened else self._step(*positional, **named)
+        except BaseException:
+            # GradScaler leaves them where a step raises, and would multiply its scale by them at the next try.
+            self.__dict__.pop("grad_scale", None)
+            self.__dict__.pop("found_inf", None)
+            raise
 
     step.hooked = True  # tells torch not to wrap it
     step.__signature__ = inspect.signature(torch.optim.Optimizer.step)  # (self, closure=None)
@@ -139,6 +145,8 @@ class ClippedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         attributes = self.__dict__
         grad_scale, found_inf = attributes.get("grad_scale"), attributes.get("found_inf")
+        if type(found_inf) is int:  # GradScaler's sum over no gradients at all
+            found_inf = None
         why_not = self._plan.step(self.param_groups, self.state, grad_scale, found_inf)
         if why_not is not None:
             self._step_in_plain_torch(why_not, grad_scale, found_inf)

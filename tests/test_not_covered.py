@@ -144,6 +144,8 @@ def test_a_local_norm_is_not_taken_for_the_norm_of_a_sharded_model():
         p.grad = distribute_tensor(torch.full((4,), 3.0), mesh, [Shard(0)])
         with pytest.raises(TypeError, match="max_norm.*parameter 0 of group 0.*DTensor"):
             fastclip.SGD([p], lr=1.0, max_norm=1.0).step()
+        with pytest.raises(TypeError, match="skip_nonfinite.*parameter 0 of group 0.*DTensor"):
+            fastclip.SGD([p], lr=1.0, skip_nonfinite=True).step()
         assert torch.equal(p.detach().full_tensor(), torch.zeros(4))
         fastclip.SGD([p], lr=1.0, clip_value=0.5).step()
         assert torch.equal(p.detach().full_tensor(), torch.full((4,), -0.5))
