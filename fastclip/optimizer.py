@@ -48,6 +48,12 @@ class ClippedOptimizer(torch.optim.Optimizer):
         tensors = [p[1] if isinstance(p, tuple) else p for p in params]
         if len({id(p) for p in tensors}) != len(tensors):
             raise ValueError(f"param_groups[{index}] holds the same parameter twice")
+        of_all_ranks = [name for name in ("max_norm", "skip_nonfinite") if group[name] not in (None, False)]
+        if of_all_ranks and any(hasattr(p, "_fsdp_flattened") for p in tensors):
+            raise TypeError(
+                f"{of_all_ranks[0]} can't be applied to param_groups[{index}]: each rank of FullyShardedDataParallel "
+                "sees its own shard only; its clip_grad_norm_ takes the norm of all"
+            )
         for name in SHARED_SETTINGS:
             if self.param_groups and group[name] != self.param_groups[0][name]:
                 raise ValueError(

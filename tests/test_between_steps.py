@@ -65,6 +65,7 @@ def test_module_moved_with_swapped_tensors():
     model = torch.nn.Linear(4, 3)
     opt = fastclip.SGD(model.parameters(), lr=0.1, momentum=0.9, max_norm=1.0)
     model(torch.ones(2, 4)).sum().backward()
+    fastclip.clip_grad_norm_(model.parameters(), 0.5)
     opt.step()
     opt.zero_grad()
     torch.__future__.set_swap_module_params_on_conversion(True)
@@ -73,6 +74,10 @@ def test_module_moved_with_swapped_tensors():
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
     assert model.weight.dtype == torch.float64
+    before = model.weight.detach().clone()
+    model(torch.ones(2, 4, dtype=torch.float64)).sum().backward()
+    fastclip.SGD(model.parameters(), lr=0.1).step()
+    assert torch.equal(model.weight, before - 0.1 * model.weight.grad)
 
 
 def test_the_plan_keeps_no_gradient_alive():
@@ -85,6 +90,49 @@ def test_the_plan_keeps_no_gradient_alive():
     opt.state.clear()
     gc.collect()
     assert grad() is None and buffer() is None
+
+
+def test_gradients_freed_and_replaced_between_steps(device):
+    """Their memory is full of something else by the next step."""
+    loop, theirs, optimizer, ours = pair([(300, 257), (7,)], CLIPS["value"], device=device, momentum=0.9)
+    for _ in range(5):
+        give_grads(theirs, ours)
+        step_both(loop, theirs, optimizer, ours)
+        optimizer.zero_grad(set_to_none=True)
+        junk = [torch.full_like(p, float("nan")) for p in ours]  # takes the memory of the gradients
+        del junk
+    assert_same_bits(theirs, ours, loop.optimizer, optimizer)
+
+
+def test_a_module_cast_between_steps():
+    """`module.to(dtype)` puts other memory behind the same parameters; the buffers stay what they were, as in torch."""
+    models = []
+    for cls in (torch.optim.SGD, fastclip.SGD):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 3)
+        optimizer = cls(model.parameters(), lr=0.1)
+        for dtype in (torch.float32, torch.float64, torch.float32):
+            model.to(dtype)
+            optimizer.zero_grad()
+            model(torch.ones(2, 4, dtype=dtype)).square().sum().backward()
+            optimizer.step()
+        models.append(list(model.parameters()))
+    assert_same_bits(*models)
+
+
+def test_version_counters_of_all_that_is_written():
+    """Parameters, buffers, gradients that a clip function changes; not of gradients that a step reads."""
+    p = param(3)
+    optimizer = fastclip.SGD([p], lr=0.1, momentum=0.9, max_norm=1.0)
+    optimizer.step()
+    buffer = optimizer.state[p]["momentum_buffer"]
+    before = p._version, buffer._version, p.grad._version
+    optimizer.step()
+    assert p._version > before[0] and buffer._version > before[1] and p.grad._version == before[2]
+    for clip in (fastclip.clip_grad_value_, fastclip.clip_grad_norm_):
+        version = p.grad._version
+        clip([p], 0.1)
+        assert p.grad._version > version
 
 
 def test_version_counters_move():

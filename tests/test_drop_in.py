@@ -155,11 +155,35 @@ def test_hooks_of_a_subclass_with_its_own_step_run_once():
             return super().step(closure)
 
     p = torch.ones(1, requires_grad=True)
+    torch.optim.SGD([p], lr=0.1)  # makes torch wrap the step of its class
     opt = Counting([p], lr=0.1)
     seen = []
     opt.register_step_pre_hook(lambda *args: seen.append("pre"))
+    opt.register_step_post_hook(lambda *args: seen.append("post"))
     opt.step()
-    assert seen == ["pre"]
+    assert seen == ["pre", "post"]
+
+
+def test_a_training_step_under_torch_compile():
+    """The graph breaks at the step, as at torch's own."""
+    trained = []
+    for module, settings in ((torch.optim, {"foreach": False}), (fastclip, {"clip_value": 0.05})):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 2)
+        optimizer = module.SGD(model.parameters(), lr=0.1, momentum=0.9, **settings)
+
+        @torch.compile(backend="eager")
+        def step(x, model=model, optimizer=optimizer, clip=module is torch.optim):
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            if clip:
+                torch.nn.utils.clip_grad_value_(model.parameters(), 0.05)
+            optimizer.step()
+
+        for _ in range(3):
+            step(torch.ones(3, 4))
+        trained.append(list(model.parameters()))
+    assert_same_bits(*trained)
 
 
 def test_steps_show_in_profiles():

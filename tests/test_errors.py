@@ -50,6 +50,7 @@ def test_bad_arguments_are_refused_at_construction(settings, error, words):
     ("params", "error", "words"),
     [
         ([], ValueError, "empty parameter list"),
+        (iter([]), ValueError, "empty parameter list"),  # a generator that was read before
         (torch.zeros(2), TypeError, "iterable"),
         ([1], TypeError, "Tensors"),
         ([{"params": [torch.zeros(2)], "clip_value": -1}], ValueError, r"clip_value in param_groups\[0\]"),

@@ -5,7 +5,7 @@ import torch
 
 import fastclip
 
-from .cases import CLIPS, RULES, Loop, assert_same_bits, param, step_both
+from .cases import CLIPS, RULES, Loop, assert_same_bits, give_grads, pair, param, step_both
 
 falls_back = pytest.mark.falls_back
 
@@ -89,12 +89,44 @@ def test_other_layouts_give_the_same_answer(param, grad, rule):
 
 
 @falls_back
-def test_a_strided_parameter_leaves_the_gaps_alone():
+@pytest.mark.parametrize("settings", [{}, {"momentum": 0.9}, {"clip_value": 2.0}, {"max_norm": 9.0}], ids=str)
+def test_a_strided_parameter_leaves_the_gaps_alone(settings):
     memory = torch.zeros(4, 4)
     p = memory[:, ::2].requires_grad_()
     p.grad = torch.ones(4, 2)
-    fastclip.SGD([p], lr=1.0).step()
+    fastclip.SGD([p], lr=1.0, **settings).step()
     assert torch.equal(memory, torch.tensor([-1.0, 0, -1, 0]).expand(4, 4))
+
+
+@falls_back
+@pytest.mark.parametrize("clip", ["none", "value", "loose norm"])
+@pytest.mark.parametrize("decay", [0, 0.1])
+@pytest.mark.parametrize("grad_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("param_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_momentum_buffers_have_the_strides_of_torchs(param_format, grad_format, decay, clip):
+    """Those of the first gradient."""
+    strides = []
+    for cls, settings in ((torch.optim.SGD, {"foreach": False}), (fastclip.SGD, CLIPS[clip])):
+        p = torch.randn(2, 3, 4, 5).to(memory_format=param_format).requires_grad_()
+        p.grad = torch.randn(2, 3, 4, 5).to(memory_format=grad_format)
+        optimizer = cls([p], lr=0.1, momentum=0.9, weight_decay=decay, **settings)
+        optimizer.step()
+        strides.append(optimizer.state[p]["momentum_buffer"].stride())
+    assert strides[0] == strides[1]
+
+
+@pytest.mark.parametrize("momentum", [0, 0.9])
+def test_strides_of_dimensions_of_size_1_mean_nothing(momentum):
+    """Of parameters and gradients: both are taken by the kernels, whatever such a stride says."""
+    loop, theirs, optimizer, ours = pair([(4, 1, 3), (1, 6), (5, 1)], CLIPS["value"], momentum=momentum)
+    ours[1].data = ours[1].data.as_strided((1, 6), (77, 1))
+    for _ in range(3):
+        give_grads(theirs, ours)
+        ours[0].grad = ours[0].grad.as_strided((4, 1, 3), (3, 17, 1))
+        ours[2].grad = ours[2].grad.as_strided((5, 1), (1, 99))
+        assert ours[0].grad.stride() == (3, 17, 1) and ours[1].stride() == (77, 1)
+        step_both(loop, theirs, optimizer, ours)
+    assert_same_bits(theirs, ours, loop.optimizer, optimizer)
 
 
 @falls_back
@@ -106,6 +138,11 @@ def test_lazily_negated_and_conjugated_gradients():
     assert p.grad.is_neg()
     fastclip.SGD([p], lr=1.0).step()
     assert torch.equal(p.detach(), z.imag)
+    q = torch.zeros(5, dtype=torch.complex64, requires_grad=True)
+    q.grad = z.conj()
+    assert q.grad.is_conj()
+    fastclip.SGD([q], lr=1.0, max_norm=1e9).step()
+    assert torch.equal(q.detach(), -z.conj().resolve_conj())
 
 
 @falls_back

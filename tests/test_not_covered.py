@@ -5,7 +5,7 @@ import torch
 
 import fastclip
 
-from .cases import assert_close, param
+from .cases import CLIPS, assert_close, give_grads, pair, param, step_both
 
 falls_back = pytest.mark.falls_back
 
@@ -66,6 +66,33 @@ def test_complex_parameters():
     with pytest.raises(TypeError, match="complex gradient of parameter 0"):
         fastclip.SGD([p, q], lr=0.1, clip_value=0.1).step()
     assert torch.equal(q, before)
+
+
+class Labelled(torch.Tensor):
+    """A subclass that changes nothing of what operations do."""
+
+
+@pytest.mark.parametrize("clip", ["value", "norm"])
+def test_a_subclass_without_a_dispatch_of_its_own_runs_in_the_kernels(clip):
+    loop, theirs, _, _ = pair([(3, 4)], CLIPS[clip], momentum=0.9)
+    ours = [torch.nn.Parameter(p.detach().clone().as_subclass(Labelled)) for p in theirs]
+    optimizer = fastclip.SGD(ours, lr=0.1, momentum=0.9, **CLIPS[clip])
+    for _ in range(3):
+        give_grads(theirs, ours)
+        step_both(loop, theirs, optimizer, ours)
+    assert type(ours[0]) is Labelled
+    assert_close(theirs, [p.detach().as_subclass(torch.Tensor) for p in ours], 2e-6)
+
+
+def test_a_norm_of_the_shards_of_one_rank_is_refused():
+    """FullyShardedDataParallel's parameters are plain tensors with a mark."""
+    p = param(3)
+    p._fsdp_flattened = True
+    for settings in ({"max_norm": 1.0}, {"skip_nonfinite": True}):
+        with pytest.raises(TypeError, match=f"{next(iter(settings))} can't be applied to param_groups.0.: each rank"):
+            fastclip.SGD([p], lr=0.1, **settings)
+    fastclip.SGD([p], lr=1.0, clip_value=0.5).step()
+    assert p.tolist() == [-0.5] * 3
 
 
 @falls_back
