@@ -84,17 +84,6 @@ def test_a_subclass_without_a_dispatch_of_its_own_runs_in_the_kernels(clip):
     assert_close(theirs, [p.detach().as_subclass(torch.Tensor) for p in ours], 2e-6)
 
 
-def test_a_norm_of_the_shards_of_one_rank_is_refused():
-    """FullyShardedDataParallel's parameters are plain tensors with a mark."""
-    p = param(3)
-    p._fsdp_flattened = True
-    for settings in ({"max_norm": 1.0}, {"skip_nonfinite": True}):
-        with pytest.raises(TypeError, match=f"{next(iter(settings))} can't be applied to param_groups.0.: each rank"):
-            fastclip.SGD([p], lr=0.1, **settings)
-    fastclip.SGD([p], lr=1.0, clip_value=0.5).step()
-    assert p.tolist() == [-0.5] * 3
-
-
 @falls_back
 def test_differentiable_steps():
     w = torch.randn(3, dtype=torch.float64, requires_grad=True)
@@ -154,27 +143,3 @@ def test_meta_parameters(settings):
     optimizer = fastclip.SGD([p], lr=0.1, **settings)
     optimizer.step()
     assert p.is_meta
-
-
-@falls_back
-def test_a_local_norm_is_not_taken_for_the_norm_of_a_sharded_model():
-    distributed = pytest.importorskip("torch.distributed")
-    if not distributed.is_available():
-        pytest.skip("this torch has no torch.distributed")
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        p = torch.nn.Parameter(distribute_tensor(torch.zeros(4), mesh, [Shard(0)]))
-        p.grad = distribute_tensor(torch.full((4,), 3.0), mesh, [Shard(0)])
-        with pytest.raises(TypeError, match="max_norm.*parameter 0 of group 0.*DTensor"):
-            fastclip.SGD([p], lr=1.0, max_norm=1.0).step()
-        with pytest.raises(TypeError, match="skip_nonfinite.*parameter 0 of group 0.*DTensor"):
-            fastclip.SGD([p], lr=1.0, skip_nonfinite=True).step()
-        assert torch.equal(p.detach().full_tensor(), torch.zeros(4))
-        fastclip.SGD([p], lr=1.0, clip_value=0.5).step()
-        assert torch.equal(p.detach().full_tensor(), torch.full((4,), -0.5))
-    finally:
-        distributed.destroy_process_group()
