@@ -85,6 +85,18 @@ def test_a_plain_checkpoint_keeps_this_optimizers_clip():
     group = opt.param_groups[0]
     assert (group["clip_value"], group["max_norm"], group["norm_type"]) == (0.5, 2.0, "inf")
     assert (group["lr"], group["momentum"]) == (0.1, 0.9)
+    p.grad = torch.full((3,), 7.0)
+    opt.step()
+    assert p.tolist() == pytest.approx([-0.1 * 0.5] * 3)
+
+
+def test_each_group_keeps_its_own_clip_with_a_plain_checkpoint():
+    p, q = make_params([(2,), (3,)])
+    plain = torch.optim.SGD([{"params": [p]}, {"params": [q]}], lr=0.1).state_dict()
+    opt = fastclip.SGD([{"params": [p], "clip_value": 0.1}, {"params": [q], "clip_value": (0, 2)}], skip_nonfinite=True)
+    opt.load_state_dict(plain)
+    assert [g["clip_value"] for g in opt.param_groups] == [0.1, (0, 2)]
+    assert [g["skip_nonfinite"] for g in opt.param_groups] == [True, True]
 
 
 def test_own_checkpoints_restore_the_clip():
