@@ -118,13 +118,16 @@ def test_momentum_buffers_have_the_strides_of_torchs(param_format, grad_format, 
 @pytest.mark.parametrize("momentum", [0, 0.9])
 def test_strides_of_dimensions_of_size_1_mean_nothing(momentum):
     """Of parameters and gradients: both are taken by the kernels, whatever such a stride says."""
-    loop, theirs, optimizer, ours = pair([(4, 1, 3), (1, 6), (5, 1)], CLIPS["value"], momentum=momentum)
+    loop, theirs, optimizer, ours = pair([(4, 1, 3), (1, 6), (5, 1), (6, 1, 9)], CLIPS["value"], momentum=momentum)
     ours[1].data = ours[1].data.as_strided((1, 6), (77, 1))
+    ours[3].data = ours[3].data.transpose(0, 2).contiguous().transpose(0, 2)  # not contiguous in any case
     for _ in range(3):
         give_grads(theirs, ours)
         ours[0].grad = ours[0].grad.as_strided((4, 1, 3), (3, 17, 1))
         ours[2].grad = ours[2].grad.as_strided((5, 1), (1, 99))
+        ours[3].grad = ours[3].grad.transpose(0, 2).contiguous().transpose(0, 2).as_strided((6, 1, 9), (1, 17, 6))
         assert ours[0].grad.stride() == (3, 17, 1) and ours[1].stride() == (77, 1)
+        assert ours[3].stride() == (1, 6, 6) and ours[3].grad.stride() == (1, 17, 6)
         step_both(loop, theirs, optimizer, ours)
     assert_same_bits(theirs, ours, loop.optimizer, optimizer)
 
