@@ -214,11 +214,12 @@ def test_lazily_negated_and_conjugated_gradients():
         (lambda p: fastclip.clip_grad_value_(p, 0.3), (-z.imag).clamp(-0.3, 0.3)),
         (lambda p: fastclip.clip_grad_norm_(p, 0.5), -z.imag * 0.5 / z.imag.norm()),
     ):
-        p = torch.zeros(5, requires_grad=True)
-        p.grad = z.clone().conj().imag
-        assert p.grad.is_neg()
-        clip(p)
-        torch.testing.assert_close(p.grad.resolve_neg(), expected, rtol=1e-5, atol=1e-7)
+        for grad in (z.clone().conj().imag, torch._neg_view(z.imag.clone())):  # with gaps, and dense
+            p = torch.zeros(5, requires_grad=True)
+            p.grad = grad
+            assert p.grad.is_neg()
+            clip(p)
+            torch.testing.assert_close(p.grad.resolve_neg(), expected, rtol=1e-5, atol=1e-7)
     q = torch.zeros(5, dtype=torch.complex64, requires_grad=True)
     q.grad = z.clone().conj()
     assert q.grad.is_conj()
