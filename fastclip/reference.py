@@ -21,7 +21,7 @@ def total_norm(grads, norm_type=2.0):
     if not grads:
         return torch.zeros((), dtype=torch.float64)
     device = grads[0].device
-    flat = [torch.view_as_real(g) if g.is_complex() else g for g in grads if g.numel() > 0]
+    flat = [torch.view_as_real(g.resolve_conj()) if g.is_complex() else g for g in grads if g.numel() > 0]
     if not flat:
         return torch.zeros((), dtype=torch.float64, device=device)
     if norm_type == math.inf:

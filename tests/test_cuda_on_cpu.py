@@ -200,8 +200,12 @@ ALL_TESTS = [
     "test_clip_stats",
     "test_drop_in",
     "test_errors",
-    "test_traps",
-    "test_attacks",
+    "test_layouts",
+    "test_numbers",
+    "test_between_steps",
+    "test_not_covered",
+    "test_threads",
+    "test_amp",
 ]
 
 
