@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+import unicodedata
 import wave
 from pathlib import Path
 
@@ -14,7 +15,10 @@ from .speech_model import LogMel, output_length, outputs_needed
 
 DIGIT_RATE, OWN_RATE = 8000, 16000
 TRAIN_STRINGS, TEST_STRINGS, MAX_DIGITS = 1200, 300, 3
+# To test on, and not trained on. Of the recordings one of the two Italian speakers: each other language has one alone.
+UNHEARD_VOICES = {"recorded": ["it-menardi"], "synthetic": ["en-us+f4", "en+m5"]}
 TRANSCRIPTS = "transcripts.txt"
+UNKNOWN_SYMBOLS = {"Cc", "Cn", "Co", "Cs"}  # Unicode's control characters, and those that no script has
 
 
 @dataclasses.dataclass
@@ -31,6 +35,7 @@ class Speech:
     symbols: list
     train: list
     test: list
+    unheard: list = dataclasses.field(default_factory=list)  # of voices that are in neither of the others
 
     def words(self, text):
         """What the error rate counts: digits, or the words of a text."""
@@ -73,18 +78,26 @@ def read_wav(path, rate):
     return resample(samples.view(-1, channels).mean(1), file_rate, rate)
 
 
-def digit_strings(cache, seed, train_strings=TRAIN_STRINGS, test_strings=TEST_STRINGS):
-    """Strings of 1 to 3 digits, each of one voice; train and test share the clips and nothing else."""
+def digit_strings(cache, seed, train_strings=TRAIN_STRINGS, test_strings=TEST_STRINGS, unheard_strings=0):
+    """Strings of 1 to 3 digits, each of one voice; train and test share the clips and nothing else.
+
+    With `unheard_strings`, UNHEARD_VOICES leave both and speak so many strings of their own.
+    """
     kind, voices = find_clips(cache)
-    clips = [[_without_silence(read_wav(path, DIGIT_RATE)) for path in paths] for paths in voices.values()]
+    clips = {voice: [_without_silence(read_wav(path, DIGIT_RATE)) for path in paths] for voice, paths in voices.items()}
+    unheard = [voice for voice in UNHEARD_VOICES[kind] if voice in clips] if unheard_strings else []
+    heard = [voice for voice in clips if voice not in unheard]
     source = {
         "recorded": "recorded digits (Debian's Asterisk prompts)",
         "synthetic": "SYNTHETIC digits (espeak-ng): no measure of speech recognition",
     }[kind]
-    caption = f"{source}, {len(voices)} voices; train and test share the {10 * len(voices)} clips"
+    caption = f"{source}, {len(heard)} voices; train and test share the {10 * len(heard)} clips"
+    if unheard:
+        caption += f"; unheard: {', '.join(unheard)}"
     make = random.Random(seed)
-    strings = [_digit_string(clips, make) for _ in range(train_strings + test_strings)]
-    return Speech(kind, caption, DIGIT_RATE, list("0123456789"), strings[test_strings:], strings[:test_strings])
+    strings = [_digit_string([clips[voice] for voice in heard], make) for _ in range(train_strings + test_strings)]
+    new = [_digit_string([clips[voice] for voice in unheard], make) for _ in range(unheard_strings if unheard else 0)]
+    return Speech(kind, caption, DIGIT_RATE, list("0123456789"), strings[test_strings:], strings[:test_strings], new)
 
 
 def _without_silence(samples):
@@ -109,15 +122,19 @@ def _digit_string(clips, make):
 
 
 def own_recordings(folder):
-    """Reads `folder`/*.wav and `folder`/transcripts.txt; a tenth of them, always the same, is for the test."""
+    """Reads `folder`/transcripts.txt and the wav files that it names; a tenth, always the same, is for the test.
+
+    Where the wav files are in several folders (`anna/01.wav<TAB>text`), these are speakers, and some of them the test.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise SpeechDataError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
     if not any(folder.iterdir()):
         raise SpeechDataError(f"{folder}: the folder is empty")
-    utterances, mel = [], LogMel(OWN_RATE)
+    utterances, speakers, mel = [], [], LogMel(OWN_RATE)
     for path, text in _transcripts(folder):
         utterances.append(Utterance(read_wav(path, OWN_RATE), text))
+        speakers.append(path.parent)
         outputs, needed = output_length(mel.frames(len(utterances[-1].samples))), outputs_needed(text)
         if outputs < needed:
             raise SpeechDataError(
@@ -125,11 +142,26 @@ def own_recordings(folder):
             )
     if len(utterances) < 2:
         raise SpeechDataError(f"{folder / TRANSCRIPTS}: {len(utterances)} utterance, where training needs 2 or more")
-    random.Random(0).shuffle(utterances)
-    held_out = max(1, len(utterances) // 10)
+    train, test, what = _split(utterances, speakers)
     symbols = sorted({symbol for utterance in utterances for symbol in utterance.text})
-    caption = f"{len(utterances)} utterances of {folder}, {held_out} held out for the test"
-    return Speech("own", caption, OWN_RATE, symbols, utterances[held_out:], utterances[:held_out])
+    caption = f"{len(utterances)} utterances of {folder}, {what} held out for the test"
+    return Speech("own", caption, OWN_RATE, symbols, train, test)
+
+
+def _split(utterances, speakers):
+    """A tenth of the speakers, where their recordings are in folders of their own, or else of the utterances."""
+    draw = random.Random(0)
+    everyone = sorted(set(speakers))
+    if len(everyone) > 1:
+        draw.shuffle(everyone)
+        held_out = everyone[: max(1, len(everyone) // 10)]
+        train = [utterance for utterance, who in zip(utterances, speakers, strict=True) if who not in held_out]
+        test = [utterance for utterance, who in zip(utterances, speakers, strict=True) if who in held_out]
+        return train, test, f"{len(held_out)} of {len(everyone)} speakers"
+    utterances = list(utterances)
+    draw.shuffle(utterances)
+    held_out = max(1, len(utterances) // 10)
+    return utterances[held_out:], utterances[:held_out], str(held_out)
 
 
 def _transcripts(folder):
@@ -156,6 +188,11 @@ def _transcripts(folder):
         text = " ".join(text.split())
         if not text:
             raise SpeechDataError(f"{where}: the transcript of {name} is empty")
+        for symbol in text:
+            if symbol == "\ufffd" or unicodedata.category(symbol) in UNKNOWN_SYMBOLS:
+                raise SpeechDataError(
+                    f"{where}: the transcript of {name} has a symbol that is no text, U+{ord(symbol):04X}"
+                )
         path = folder / name
         if not path.is_file() and not name.endswith(".wav"):
             path = folder / f"{name}.wav"

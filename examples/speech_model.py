@@ -1,4 +1,4 @@
-"""A small speech recogniser: log-mel features, a GRU that learns by CTC, and the word error rate."""
+"""A small speech recogniser: log-mel features, a GRU (or LSTM) that learns by CTC, and the word error rate."""
 
 import torch
 from torch import nn
@@ -7,10 +7,10 @@ MELS, HIDDEN, STRIDE = 40, 96, 4
 FRAME_SECONDS, HOP_SECONDS = 0.025, 0.010
 
 
-def _mel_filters(rate, fft_size):
-    """Triangles of equal width on the mel scale, [MELS, fft_size // 2 + 1]."""
+def _mel_filters(rate, fft_size, mels):
+    """Triangles of equal width on the mel scale, [mels, fft_size // 2 + 1]."""
     top = 2595 * torch.log10(torch.tensor(1 + rate / 2 / 700))
-    edges = 700 * (10 ** (torch.linspace(0, 1, MELS + 2) * top / 2595) - 1)
+    edges = 700 * (10 ** (torch.linspace(0, 1, mels + 2) * top / 2595) - 1)
     bins = torch.linspace(0, rate / 2, fft_size // 2 + 1)
     rising = (bins - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
     falling = (edges[2:, None] - bins) / (edges[2:] - edges[1:-1])[:, None]
@@ -18,14 +18,14 @@ def _mel_filters(rate, fft_size):
 
 
 class LogMel:
-    """Turns samples [n] into features [frames, MELS], one frame per 10 ms."""
+    """Turns samples [n] into features [frames, mels], one frame per 10 ms."""
 
-    def __init__(self, rate):
+    def __init__(self, rate, mels=MELS):
         self.hop = round(rate * HOP_SECONDS)
         self.window = torch.hann_window(round(rate * FRAME_SECONDS))
         # 512 at 8 kHz: with fewer bins the lowest triangles would fall between two of them.
         self.fft_size = 2 ** (rate // 16 - 1).bit_length()
-        self.filters = _mel_filters(rate, self.fft_size)
+        self.filters = _mel_filters(rate, self.fft_size, mels)
 
     def __call__(self, samples):
         spectrum = torch.stft(
@@ -55,18 +55,18 @@ def outputs_needed(text):
 
 
 class SpeechModel(nn.Module):
-    """Features [batch, frames, MELS] to log probabilities [outputs, batch, symbols + 1]; 0 is CTC's blank."""
+    """Features [batch, frames, mels] to log probabilities [outputs, batch, symbols + 1]; 0 is CTC's blank."""
 
-    def __init__(self, symbols):
+    def __init__(self, symbols, mels=MELS, cell=nn.GRU):
         super().__init__()
-        self.conv = nn.Conv1d(MELS, HIDDEN, 9, stride=STRIDE, padding=4)
-        self.gru = nn.GRU(HIDDEN, HIDDEN, num_layers=2, bidirectional=True)
+        self.conv = nn.Conv1d(mels, HIDDEN, 9, stride=STRIDE, padding=4)
+        self.rnn = cell(HIDDEN, HIDDEN, num_layers=2, bidirectional=True)
         self.head = nn.Linear(2 * HIDDEN, symbols + 1)
 
     def forward(self, features):
         hidden = self.conv(features.transpose(1, 2)).relu().permute(2, 0, 1)
         # Not packed: batches of nearly equal length are faster as they are.
-        hidden, _ = self.gru(hidden)
+        hidden, _ = self.rnn(hidden)
         return self.head(hidden).log_softmax(-1)
 
 

@@ -47,12 +47,30 @@ def table(rows, caption, baseline):
     return "\n".join(lines)
 
 
-def _smooth(values):
+def smooth(values):
+    """Running mean, which starts anew at whatever is not finite."""
     smoothed, mean = [], None
+    keep = max(SMOOTHING, 1 - 100 / max(1, len(values)))  # smoother where there are thousands
     for value in values:
-        mean = value if mean is None or not math.isfinite(mean) else SMOOTHING * mean + (1 - SMOOTHING) * value
+        mean = value if mean is None or not math.isfinite(mean) else keep * mean + (1 - keep) * value
         smoothed.append(mean)
     return smoothed
+
+
+def draw_curves(axes, arms, labels, loss, title):
+    """Loss in the first axes, with labels, and gradient norm in the second."""
+    # The loop is a broad light line, so that fastclip's, which coincides with it, shows inside.
+    styles = {"Python loop": {"lw": 6, "alpha": 0.35, "color": "tab:blue"}, "fastclip": {"lw": 1.3, "color": "navy"}}
+    others = iter(("tab:red", "tab:orange"))
+    for arm, label in zip(arms, labels, strict=True):
+        style = styles.get(arm.name) or {"lw": 1.3, "color": next(others)}
+        axes[0].plot(range(1, len(arm.losses) + 1), smooth(arm.losses), label=label, **style)
+        axes[1].plot(arm.norm_steps, smooth(arm.norms), label=arm.name, **style)
+    axes[0].set(xlabel="step", ylabel=f"{loss} (smoothed)", yscale="log", title=title)
+    axes[1].set(xlabel="step", ylabel="norm before the clip (smoothed)", yscale="log", title="Gradient norm")
+    for each in axes:
+        each.grid(alpha=0.3)
+        each.legend()
 
 
 def draw(arms, caption, path):
@@ -60,20 +78,9 @@ def draw(arms, caption, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    # The loop is a broad light line, so that fastclip's, which coincides with it, shows inside.
-    styles = {"Python loop": {"lw": 6, "alpha": 0.35, "color": "tab:blue"}, "fastclip": {"lw": 1.3, "color": "navy"}}
-    others = iter(("tab:red", "tab:orange"))
-    figure, (loss_axes, norm_axes) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    for arm in arms:
-        style = styles.get(arm.name) or {"lw": 1.3, "color": next(others)}
-        label = f"{arm.name}: WER {arm.wer:.1f} %"
-        loss_axes.plot(range(1, len(arm.losses) + 1), _smooth(arm.losses), label=label, **style)
-        norm_axes.plot(arm.norm_steps, _smooth(arm.norms), label=arm.name, **style)
-    loss_axes.set(xlabel="step", ylabel="CTC loss per string (smoothed)", yscale="log", title="Loss")
-    norm_axes.set(xlabel="step", ylabel="norm before the clip (smoothed)", yscale="log", title="Gradient norm")
-    for axes in (loss_axes, norm_axes):
-        axes.grid(alpha=0.3)
-        axes.legend()
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    labels = [f"{arm.name}: WER {arm.wer:.1f} %" for arm in arms]
+    draw_curves(axes, arms, labels, "CTC loss per string", "Loss")
     figure.suptitle(f"SGD with and without clipping; {caption}", fontsize=9)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -89,12 +96,12 @@ def _cpu_name():
     return platform.processor() or platform.machine()
 
 
-def _finite(value):
+def finite(value):
     """JSON knows no NaN and no infinity: null stands for them."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -114,4 +121,4 @@ def save(path, rows, arms, speech, settings):
         "curves": {arm.name: {"loss": arm.losses, "norm_steps": arm.norm_steps, "norm": arm.norms} for arm in arms},
         "seconds": {arm.name: {"step": arm.step_seconds, "update": arm.update_seconds} for arm in arms},
     }
-    path.write_text(json.dumps(_finite(report)) + "\n")
+    path.write_text(json.dumps(finite(report)) + "\n")

@@ -1,10 +1,8 @@
 """The demo: what it says about bad data, and a tiny run over generated tones."""
 
 import json
-import math
 import struct
 import sys
-import wave
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,8 @@ import torch
 
 for module in ("matplotlib", "tqdm"):
     pytest.importorskip(module, reason=f"the demo needs {module}")
+from .recordings import tone, write_recordings, write_wav  # noqa: E402
+
 sys.path.insert(0, str(Path(__file__).parents[1]))  # examples/ is not installed
 
 from examples import speech_clips, speech_demo  # noqa: E402  after the path is set
@@ -19,29 +19,9 @@ from examples.speech_data import read_wav, resample  # noqa: E402
 from examples.speech_model import edit_distance, greedy_decode, outputs_needed, word_error_rate  # noqa: E402
 
 
-def tone(seconds=0.8, hertz=400, rate=16000):
-    return 0.5 * torch.sin(2 * math.pi * hertz * torch.arange(int(seconds * rate)) / rate)
-
-
-def write_wav(path, samples, rate=16000):
-    """`samples`: [n], or [n, channels]."""
-    with wave.open(str(path), "wb") as file:
-        file.setparams((1 if samples.dim() == 1 else samples.shape[1], 2, rate, 0, "NONE", ""))
-        file.writeframes((samples * 32767).to(torch.int16).contiguous().numpy().tobytes())
-
-
 @pytest.fixture
 def folder(tmp_path):
-    """Good data: 12 recordings of one or two "words", each a tone of its own pitch, with transcripts."""
-    data = tmp_path / "data"
-    data.mkdir()
-    lines = []
-    for i in range(12):
-        words = ["ab", "ba"][: 1 + i % 2]
-        write_wav(data / f"u{i}.wav", torch.cat([tone(hertz=300 if word == "ab" else 900) for word in words]))
-        lines.append(f"u{i}.wav\t{' '.join(words)}" if i % 2 else f"u{i} {' '.join(words)}")
-    (data / "transcripts.txt").write_text("\n".join(lines) + "\n")
-    return data
+    return write_recordings(tmp_path / "data")
 
 
 @pytest.fixture(autouse=True)
@@ -175,7 +155,7 @@ def test_tiny_run(folder, capsys, lr):
 
 
 def test_a_difference_is_an_error(folder, capsys, monkeypatch):
-    monkeypatch.setattr(speech_demo.fastclip, "SGD", lambda params, lr, momentum, clip_value: (
+    monkeypatch.setattr("fastclip.SGD", lambda params, lr, momentum, clip_value: (
         torch.optim.SGD(params, lr, momentum)))  # fmt: skip
     code, _, said = run_demo(capsys, folder, "--epochs", "2")
     assert code == 1

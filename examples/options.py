@@ -1,0 +1,34 @@
+"""What the examples take on the command line."""
+
+import argparse
+import contextlib
+import math
+from pathlib import Path
+
+
+def number(kind, low, above=False):
+    """A parser of finite numbers of at least `low`, or above it."""
+
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            if low < value < math.inf or (value == low and not above):
+                return value
+        wanted = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted} {'above' if above else 'of at least'} {low}")
+
+    return parse
+
+
+count, positive = number(int, 1), number(float, 0, above=True)
+
+
+def add_common(parser, out):
+    """Data, results, seed and threads; `out` is the folder that results go to by default."""
+    add = parser.add_argument
+    add("--data", type=Path, metavar="DIR", help="your own wav files and transcripts.txt")
+    add("--cache", type=Path, metavar="DIR", default=Path(__file__).parents[1] / ".cache" / "speech",
+        help="where the fetched clips are kept (default: .cache/speech in the repository)")  # fmt: skip
+    add("--out", type=Path, metavar="DIR", default=Path(out), help="for the results (default: %(default)s)")
+    add("--seed", type=number(int, 0), metavar="N", default=0, help="of data, model and order (default: %(default)s)")
+    add("--threads", type=count, metavar="N", default=1, help="of torch (default: %(default)s)")
