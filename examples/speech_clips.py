@@ -123,7 +123,7 @@ def _run(command, seconds, folder, check=True):
 
 
 def synthesise(folder, voices):
-    """Speaks the digits with espeak-ng, out of the wheel espeakng-loader (fetched beside the clips if it is missing)."""
+    """Speaks the digits with espeak-ng, of the wheel espeakng-loader (fetched beside the clips if it is missing)."""
     packages = str(folder.resolve().parent / "packages")  # not into the environment, which is not ours
     sys.path.append(packages)
     try:
