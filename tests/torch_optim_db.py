@@ -14,7 +14,9 @@ try:
     from torch.testing._internal import common_optimizers
 except ModuleNotFoundError as error:
     pytest.skip(f"torch's optimizer tests need the module {error.name}, which is missing", allow_module_level=True)
-torch.backends.__allow_nonbracketed_mutation_flag = True  # torch.testing._internal freezes them for the whole process
+# torch.testing._internal freezes torch.backends' flags for the whole process, where other tests' libraries set them.
+torch.backends.disable_global_flags.__globals__["__allow_nonbracketed_mutation_flag"] = True
+assert not torch.backends.flags_frozen()
 
 INFO = next(info for info in common_optimizers.optim_db if info.optim_cls is torch.optim.SGD)
 
