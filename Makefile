@@ -20,7 +20,7 @@ PY := $(VENV)/bin/python
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 endif
 
-.PHONY: help demo article test fuzz soak bench gpu build format clean
+.PHONY: help demo article test fuzz soak sanitize bench gpu build format clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):[^#]*## */  make \1	/p' Makefile
@@ -39,6 +39,9 @@ fuzz: build  ## 10,000 random optimizers and steps against the plain loop, about
 
 soak: build  ## a million steps: flat memory, torch's bits at the end; about 8 minutes; ARGS="--steps N" takes less
 	$(PY) -m tests.soak $(ARGS)
+
+sanitize: .requirements  ## the C++ under address, undefined and thread sanitizers, TIME; ARGS="--only thread"
+	$(PY) -m tests.sanitize $(ARGS)
 
 bench: build  ## time fastclip against the Python loop and the best of torch, about 8 minutes; leave the machine alone
 	$(PY) -m benchmarks.cpu $(ARGS)

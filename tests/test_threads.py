@@ -103,6 +103,26 @@ def test_one_optimizer_stepped_by_two_threads(frequent_switches):
     assert taken > 0 and torch.equal(p.detach(), torch.full_like(p, -taken))
 
 
+def test_steps_in_two_threads_share_their_gradients(frequent_switches):
+    """A step never writes to a gradient, not even for a moment; a norm that is only measured doesn't, either."""
+    torch.set_num_threads(2)
+    mine, theirs = param(), param()
+    theirs.grad = mine.grad
+    optimizers = [fastclip.SGD([p], lr=1.0, clip_value=2.0, max_norm=1e9) for p in (mine, theirs)]
+
+    def work(optimizer):
+        for _ in range(20):
+            optimizer.step()
+            norm = fastclip.clip_grad_norm_(optimizer.param_groups[0]["params"], math.inf)
+            assert norm.item() == pytest.approx(math.sqrt(LARGE), rel=1e-6)
+
+    with ThreadPoolExecutor(2) as pool:
+        for worked in [pool.submit(work, optimizer) for optimizer in optimizers]:
+            worked.result()
+    for p in (mine, theirs):
+        assert torch.equal(p.detach(), torch.full_like(p, -20.0)) and torch.equal(p.grad, torch.ones(LARGE))
+
+
 # ---- a step, and a thread that does something else ---------------------------------------------
 
 
@@ -149,8 +169,9 @@ def test_a_reader_sees_every_element_as_it_was_before_or_after_a_step(frequent_s
     assert (last >= -1 - steps).all() and torch.equal(p.detach(), torch.full_like(p, -1.0 - steps))
 
 
+@pytest.mark.parametrize("momentum", [0, 0.9])
 @pytest.mark.parametrize("sizes", [[LARGE], [50] * 40], ids=["large", "small"])
-def test_gradients_replaced_meanwhile(sizes, frequent_switches):
+def test_gradients_replaced_meanwhile(sizes, momentum, frequent_switches):
     """A step takes each gradient as it found it; freed memory would be full of 1e9.
 
     No thread sets one to None: torch frees it first, lets other threads run, and empties `p.grad` last, so that even
@@ -164,7 +185,7 @@ def test_gradients_replaced_meanwhile(sizes, frequent_switches):
             p.grad = torch.ones_like(p)
             garbage[:-4] = [torch.full_like(p, 1e9, requires_grad=False)]
 
-    steps = steps_beside(replace, lambda: fastclip.SGD(params, lr=1.0, momentum=0.9).step())
+    steps = steps_beside(replace, lambda: fastclip.SGD(params, lr=1.0, momentum=momentum).step())
     for p in params:
         assert torch.equal(p.detach(), torch.full_like(p, -steps))
 
