@@ -31,8 +31,12 @@ demo: build  ## train a small recogniser on real speech: no clipping, the Python
 article: build  ## a DNN, a CNN and an RNN on real speech, loop and fastclip: accuracy, time, memory; ARGS="--resume" goes on
 	$(PY) -m examples.article $(ARGS)
 
+# With pytest-xdist, in several processes: their OpenMP threads must not spin while another one's work.
+IN_PARALLEL = $(shell $(PY) -c "import xdist" 2>/dev/null && echo " -n auto --maxprocesses 4 --dist loadfile")
+
+test: export OMP_WAIT_POLICY ?= passive
 test: build  ## all tests
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest $(IN_PARALLEL) $(ARGS)
 
 fuzz: build  ## 10,000 random optimizers and steps against the plain loop, about 5 minutes; ARGS="--seed N" repeats a run
 	$(PY) -m tests.fuzz $(ARGS)
