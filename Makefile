@@ -20,7 +20,7 @@ PY := $(VENV)/bin/python
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 endif
 
-.PHONY: help demo article study test fuzz soak bench gpu build format clean
+.PHONY: help demo article study test fuzz soak sanitize bench gpu build format clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):[^#]*## */  make \1	/p' Makefile
@@ -34,14 +34,21 @@ article: build  ## a DNN, a CNN and an RNN on real speech, loop and fastclip: ac
 study: build  ## what clipping does to training: 378 small trainings, 30 to 60 minutes; goes on where it was stopped
 	$(PY) -m examples.clipping_study $(ARGS)
 
+# With pytest-xdist, in several processes: their OpenMP threads must not spin while another one's work.
+IN_PARALLEL = $(shell $(PY) -c "import xdist" 2>/dev/null && echo " -n auto --maxprocesses 4 --dist loadfile")
+
+test: export OMP_WAIT_POLICY ?= passive
 test: build  ## all tests
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest $(IN_PARALLEL) $(ARGS)
 
 fuzz: build  ## 10,000 random optimizers and steps against the plain loop, about 5 minutes; ARGS="--seed N" repeats a run
 	$(PY) -m tests.fuzz $(ARGS)
 
 soak: build  ## a million steps: flat memory, torch's bits at the end; about 8 minutes; ARGS="--steps N" takes less
 	$(PY) -m tests.soak $(ARGS)
+
+sanitize: .requirements  ## the C++ under address, undefined and thread sanitizers, TIME; ARGS="--only thread"
+	$(PY) -m tests.sanitize $(ARGS)
 
 bench: build  ## time fastclip against the Python loop and the best of torch, about 8 minutes; leave the machine alone
 	$(PY) -m benchmarks.cpu $(ARGS)
@@ -67,10 +74,10 @@ else
 .requirements: $(VENV)/installed-$(subst =,-,$(TORCH))
 .PHONY: .requirements
 # torch is pinned: a range would bring gigabytes of CUDA libraries that this needs nothing of.
-$(VENV)/installed-$(subst =,-,$(TORCH)): requirements.txt
-	@echo "Making $(VENV): torch and the rest, about two minutes (250 MB)"
+$(VENV)/installed-$(subst =,-,$(TORCH)): requirements.txt requirements-trainers.txt
+	@echo "Making $(VENV): torch and the rest, about three minutes (300 MB)"
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet "$(TORCH)" -r requirements.txt
+	$(VENV)/bin/python -m pip install --quiet "$(TORCH)" -r requirements.txt -r requirements-trainers.txt
 	-$(VENV)/bin/python -m tests.torchaudio_on_cpu  # where that fails, the tests that need torchaudio say so
 	touch $@
 endif

@@ -1,6 +1,7 @@
 """Builds fastclip._C: the CPU half always, the CUDA half whenever nvcc is found.
 
-FASTCLIP_CUDA=0 leaves CUDA out; TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX" narrows its architectures.
+FASTCLIP_CUDA=0 leaves CUDA out; TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX" narrows its architectures. FASTCLIP_CXX_FLAGS="-g -O1"
+goes to the C++ compiler, after what is its own.
 torch.utils.cpp_extension refuses .cu files beside a CPU-only torch, so nvcc is called here: the
 CUDA half includes nothing of torch, and links the CUDA runtime statically.
 """
@@ -143,7 +144,7 @@ if __name__ == "__main__":
                     "csrc/step_cpu.cpp",
                 ],
                 depends=sorted(map(str, Path("csrc").glob("*.h"))),
-                extra_compile_args=CXX_FLAGS,
+                extra_compile_args=CXX_FLAGS + os.environ.get("FASTCLIP_CXX_FLAGS", "").split(),
             )
         ],
         cmdclass={"build_ext": Build},

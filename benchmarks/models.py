@@ -73,8 +73,8 @@ def read():
 
 def write():
     """Makes shapes.json, one model a line, with the versions of the libraries it is made from."""
-    made_with = {name: importlib.metadata.version(name) for name in ("torchaudio", "transformers")}
     lines = ",\n".join(f"  {json.dumps(model)}: {json.dumps(build(model))}" for model in MODELS)
+    made_with = {name: importlib.metadata.version(name) for name in ("torchaudio", "transformers")}
     PATH.write_text(f'{{\n "made_with": {json.dumps(made_with)},\n "models": {{\n{lines}\n }}\n}}\n')
 
 

@@ -1,6 +1,6 @@
 """The tables of a CPU's results."""
 
-from .formats import columns, commit, deviations, duration, models, percent, spread, table, times
+from .formats import columns, commit, deviations, duration, models, percent, rounded, spread, table, times
 
 HEADER = ["model", "clip", "momentum", "µs per step", "vs loop", "vs best of torch", "of the floor"]
 
@@ -14,14 +14,46 @@ def markdown(results):
     return "\n\n".join(parts)
 
 
+def summary(results):
+    """A row for each model and clip, of medians without and with momentum; columns for each number of threads."""
+    counts = sorted({row["threads"] for row in results["cases"]})
+    header = ["model", "clip"]
+    for threads in counts:
+        header += [f"{threads} thread{'s' if threads > 1 else ''}: vs loop", "vs best of torch"]
+    lines = {}
+    for row in results["cases"]:
+        line = lines.setdefault((row["model"], row["clip"], row["limit"]), {})
+        for against in ("vs_loop", "vs_best_of_torch"):
+            line.setdefault((row["threads"], against), []).append(f"{times(row[against]['median'])}×")
+    rows = [
+        [
+            f"{model}, {size(results, model)}",
+            f"{clip} {limit:g}",
+            *(" / ".join(line.get((n, against), [])) for n in counts for against in ("vs_loop", "vs_best_of_torch")),
+        ]
+        for (model, clip, limit), line in lines.items()
+    ]
+    momenta = " / ".join(f"{momentum:g}" for momentum in dict.fromkeys(row["momentum"] for row in results["cases"]))
+    return f"{machine(results)} Medians; momentum {momenta}.\n\n{table([header, *rows], words=2)}"
+
+
+def size(results, model):
+    return rounded(next(row["parameters"] for row in results["cases"] if row["model"] == model))
+
+
 def circumstances(results):
-    machine, versions = results["machine"], results["versions"]
     return (
-        f"{machine['cpu']}, {machine['cores']} cores; torch {versions['torch']}, Python {versions['python']}, "
-        f"fastclip {versions['fastclip']} ({versions['compiler']}, {versions['capability']}); "
-        f"commit {commit(results)}, "
-        f"{results['date'][:10]}; `{results['command']}`. Medians (10th–90th percentile of the rounds). "
+        f"{machine(results)} Medians (10th–90th percentile of the rounds). "
         "Floor: the bytes that a step has to move, at the speed of torch's `add_` in the same round."
+    )
+
+
+def machine(results):
+    found, versions = results["machine"], results["versions"]
+    return (
+        f"{found['cpu']}, {found['cores']} cores; torch {versions['torch']}, Python {versions['python']}, "
+        f"fastclip {versions['fastclip']} ({versions['compiler']}, {versions['capability']}); "
+        f"commit {commit(results)}, {results['date'][:10]}; `{results['command']}`."
     )
 
 

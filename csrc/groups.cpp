@@ -24,20 +24,13 @@ std::string repr(PyObject* value) {
   return result;
 }
 
-// Keeps an object alive: reading a number may run Python, which may change the list it came from.
-struct Held {
-  PyObject* object;
-  explicit Held(PyObject* object) : object(object) { Py_INCREF(object); }
-  Held(const Held&) = delete;
-  ~Held() { Py_DECREF(object); }
-};
-
 std::string type_name(PyObject* value) { return Py_TYPE(value)->tp_name; }
 
 // Numbers as torch takes them: float, int, numpy scalars, one-element tensors. Not bool strings, not
 // str, though float("0.1") would work: torch would fail later, in the middle of a step.
 double read_number(PyObject* value, const char* name, const std::string& where) {
   if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
+  const Held held(value);
   double number = PyFloat_AsDouble(value);
   if (number == -1.0 && PyErr_Occurred()) {
     PyErr_Clear();
@@ -87,6 +80,7 @@ class GroupReader {
     PyObject* value = required(key);
     if (value == Py_False) return false;
     if (value == Py_True) return true;
+    const Held held(value);
     const int truth = PyObject_IsTrue(value);
     if (truth < 0) throw PythonError{};
     return truth;
@@ -111,6 +105,7 @@ void read_clip_value(PyObject* value, const std::string& where, double* low, dou
   *low = -kInfinity;
   *high = kInfinity;
   if (value == Py_None) return;
+  const Held held(value);
   if (PyTuple_Check(value) || PyList_Check(value)) {
     PyObject* pair = PySequence_Fast(value, "");
     if (PySequence_Fast_GET_SIZE(pair) != 2) {
@@ -132,6 +127,7 @@ void read_clip_value(PyObject* value, const std::string& where, double* low, dou
 
 NormClip read_norm_clip(PyObject* max_norm, PyObject* norm_type, const std::string& where) {
   NormClip clip;
+  const Held held_norm(max_norm), held_type(norm_type);
   double order = 2;
   if (PyUnicode_Check(norm_type) && PyUnicode_CompareWithASCIIString(norm_type, "inf") == 0) {
     order = kInfinity;
@@ -166,13 +162,13 @@ Group read_group(PyObject* object, Py_ssize_t index) {
   };
 
   Group group{};
-  group.params = reader.required(kParams);
-  if (!PyList_Check(group.params) && !PyTuple_Check(group.params)) {
-    raise(PyExc_TypeError, "params" + reader.where() + " must be a list, got " +
-                               type_name(group.params));
+  PyObject* params = reader.required(kParams);
+  if (!PyList_Check(params) && !PyTuple_Check(params)) {
+    raise(PyExc_TypeError, "params" + reader.where() + " must be a list, got " + type_name(params));
   }
-  group.param_names = reader.optional(kParamNames);
-  if (group.param_names && !PyList_Check(group.param_names)) group.param_names = nullptr;
+  group.params = Held(params);
+  PyObject* names = reader.optional(kParamNames);
+  if (names && PyList_Check(names)) group.param_names = Held(names);
   group.differentiable = reader.optional(kDifferentiable) && reader.flag(kDifferentiable);
 
   PyObject* lr = reader.required(kLr);
@@ -187,7 +183,7 @@ Group read_group(PyObject* object, Py_ssize_t index) {
     if (THPVariable_Unpack(lr).numel() != 1) {
       raise(PyExc_ValueError, "lr" + reader.where() + " must be a 1-element tensor");
     }
-    group.lr_tensor = lr;  // on a GPU: reading it here would wait for the device
+    group.lr_tensor = Held(lr);  // on a GPU: reading it here would wait for the device
   } else if (!group.differentiable) {
     hyper.lr = number(kLr);
   }
@@ -198,12 +194,12 @@ Group read_group(PyObject* object, Py_ssize_t index) {
   hyper.maximize = reader.flag(kMaximize);
 
   PyObject* clip_value = reader.required(kClipValue);
-  PyObject* max_norm = reader.required(kMaxNorm);
   hyper.clip_low = -kInfinity;
   hyper.clip_high = kInfinity;
   if (clip_value != Py_None) {
     read_clip_value(clip_value, reader.where(), &hyper.clip_low, &hyper.clip_high);
   }
+  PyObject* max_norm = reader.required(kMaxNorm);
   PyObject* norm_type = reader.required(kNormType);
   const bool two = PyFloat_CheckExact(norm_type) && PyFloat_AS_DOUBLE(norm_type) == 2;
   if (max_norm != Py_None || !two) group.norm_clip = read_norm_clip(max_norm, norm_type, reader.where());

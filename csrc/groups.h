@@ -4,6 +4,7 @@
 #include <Python.h>
 
 #include <string>
+#include <utility>
 
 #include "step.h"
 
@@ -14,6 +15,26 @@ struct PythonError {};
 
 // Raises type(message).
 [[noreturn]] void raise(PyObject* type, const std::string& message);
+
+// A reference, or none. Reading a number may run Python, and let other threads run: what was borrowed from a dict or
+// a list may be gone afterwards.
+struct Held {
+  PyObject* object = nullptr;
+  Held() = default;
+  explicit Held(PyObject* object) : object(object) { Py_XINCREF(object); }
+  Held(Held&& other) noexcept : object(std::exchange(other.object, nullptr)) {}
+  Held& operator=(Held other) noexcept {
+    std::swap(object, other.object);
+    return *this;
+  }
+  ~Held() { Py_XDECREF(object); }
+
+  static Held stolen(PyObject* new_reference) {
+    Held held;
+    held.object = new_reference;
+    return held;
+  }
+};
 
 // What is decided over all gradients of all groups.
 struct NormClip {
@@ -27,9 +48,9 @@ struct NormClip {
 };
 
 struct Group {
-  PyObject* params;       // the group's own list or tuple, borrowed
-  PyObject* param_names;  // a list, or nullptr; borrowed
-  PyObject* lr_tensor;    // lr as a tensor on another device than the CPU, or nullptr; borrowed
+  Held params;       // the group's own list or tuple
+  Held param_names;  // a list, or none
+  Held lr_tensor;    // lr as a tensor on another device than the CPU, or none
   Hyper hyper;
   NormClip norm_clip;
   bool differentiable;  // the caller wants gradients through the step

@@ -63,11 +63,9 @@ class Plan::Busy {
     plan.clear();
   }
   ~Busy() {
-    for (auto& added : plan_.new_buffers_) {
-      Py_XDECREF(added.entry);
-      Py_XDECREF(added.wrapped);
-    }
     plan_.new_buffers_.clear();
+    plan_.alive_.clear();
+    plan_.groups_.clear();
     plan_.busy_ = false;
   }
 
@@ -78,7 +76,7 @@ class Plan::Busy {
 void Plan::clear() {
   for (auto& part : parts_) part.clear();
   touched_.clear();
-  groups_.clear();
+  kept_alive_ = 0;
   written_addresses_ = 0;
   parameter_ = 0;
   reason_.clear();
@@ -97,6 +95,16 @@ DevicePart& Plan::part_of(c10::Device device) {
   return parts_.emplace_back(device);
 }
 
+// Before Python may run, or the GIL is released: another thread may drop what the walk has found so far.
+void Plan::keep_alive() {
+  for (; kept_alive_ < touched_.size(); ++kept_alive_) {
+    const Touched& touched = touched_[kept_alive_];
+    for (c10::TensorImpl* tensor : {touched.param, touched.buffer, touched.grad}) {
+      if (tensor) alive_.push_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(tensor));
+    }
+  }
+}
+
 // state[param]. A look-up by tensor runs Tensor.__hash__, in Python (100 ns), so each parameter's
 // place in the dict is remembered. It is only a hint: the key found there says whether it still holds.
 PyObject* Plan::state_entry(PyObject* param, PyObject* state) {
@@ -105,6 +113,7 @@ PyObject* Plan::state_entry(PyObject* param, PyObject* state) {
   Py_ssize_t next = places_[parameter_];
   if (PyDict_Next(state, &next, &key, &entry) && key == param) return entry;
 
+  keep_alive();
   entry = PyDict_GetItemWithError(state, param);
   if (!entry && PyErr_Occurred()) throw PythonError{};
   if (entry) {
@@ -176,13 +185,20 @@ void Plan::add_tensor(const at::Tensor* param, const at::Tensor& grad, const at:
 }
 
 void Plan::add_param(const Group& group, Py_ssize_t group_index, Py_ssize_t index, PyObject* state) {
-  PyObject* object = PySequence_Fast_GET_ITEM(group.params, index);
-  const Place place{group_index, index, group.param_names, object};
+  PyObject* object = PySequence_Fast_GET_ITEM(group.params.object, index);
+  const Place place{group_index, index, group.param_names.object, object};
   if (!THPVariable_Check(object)) {
     raise(PyExc_TypeError, place.text() + " must be a tensor, got " + Py_TYPE(object)->tp_name);
   }
   const at::Tensor& param = THPVariable_Unpack(object);
   if (!first_device_) first_device_ = param.device();
+  if (!grad_of(param).defined()) return;
+  const at::Tensor* buffer = nullptr;
+  Held held;
+  if (group.hyper.momentum != 0) {  // the look-up may run Python: the gradient is read afterwards
+    held = Held(object);
+    buffer = momentum_buffer(place, state);
+  }
   const at::Tensor& grad = grad_of(param);
   if (!grad.defined()) return;
   if (!is_plainly_covered(param, grad)) {
@@ -192,13 +208,11 @@ void Plan::add_param(const Group& group, Py_ssize_t group_index, Py_ssize_t inde
   }
   check_memory(param, "", place);
   check_memory(grad, "the gradient of ", place);
-  const at::Tensor* buffer = nullptr;
   Momentum momentum = Momentum::none;
   if (group.hyper.momentum != 0) {
-    buffer = momentum_buffer(place, state);
     momentum = buffer ? Momentum::running : Momentum::first;
     if (!buffer) {
-      new_buffers_.push_back({object, at::empty_like(grad.detach()), nullptr, nullptr});
+      new_buffers_.push_back({std::move(held), at::empty_like(grad.detach()), {}, {}});
       buffer = &new_buffers_.back().buffer;
     } else if (buffer->is_inference() && !c10::InferenceMode::is_enabled()) {
       raise(PyExc_RuntimeError, "the momentum_buffer of " + place.text() +
@@ -210,15 +224,15 @@ void Plan::add_param(const Group& group, Py_ssize_t group_index, Py_ssize_t inde
     }
     check_memory(*buffer, "the momentum_buffer of ", place);
   }
-  if (group.lr_tensor && THPVariable_Unpack(group.lr_tensor).device() != param.device()) {
+  if (group.lr_tensor.object && THPVariable_Unpack(group.lr_tensor.object).device() != param.device()) {
     return not_covered(place.text() + " is on another device than lr");
   }
   if (grad.numel() > 0) add_tensor(&param, grad, buffer, momentum, group.hyper, group_index);
 }
 
 void Plan::add_group(Group& group, Py_ssize_t group_index, PyObject* state) {
-  if (group.lr_tensor) {  // on a GPU: read there
-    const at::Tensor& lr = THPVariable_Unpack(group.lr_tensor);
+  if (group.lr_tensor.object) {  // on a GPU: read there
+    const at::Tensor& lr = THPVariable_Unpack(group.lr_tensor.object);
     if (lr.is_cuda() && (lr.scalar_type() == at::kFloat || lr.scalar_type() == at::kDouble)) {
       group.hyper.lr_on_device = lr.const_data_ptr();
       group.hyper.lr_is_float64 = lr.scalar_type() == at::kDouble;
@@ -227,7 +241,7 @@ void Plan::add_group(Group& group, Py_ssize_t group_index, PyObject* state) {
     }
   }
   if (group.differentiable) not_covered("the step is to be differentiable");
-  for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(group.params); ++i, ++parameter_) {
+  for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(group.params.object); ++i, ++parameter_) {
     add_param(group, group_index, i, state);  // to the end, for what has to be refused
   }
 }
@@ -235,17 +249,19 @@ void Plan::add_group(Group& group, Py_ssize_t group_index, PyObject* state) {
 // All that can fail, or run Python, comes before the first byte is written; what store_new_buffers then
 // does can only fail where memory ends.
 void Plan::prepare_new_buffers(PyObject* state) {
+  if (!new_buffers_.empty()) keep_alive();
   for (auto& added : new_buffers_) {
-    added.wrapped = THPVariable_Wrap(added.buffer);
-    added.entry = added.wrapped ? PyObject_GetItem(state, added.param) : nullptr;  // a defaultdict's default
-    if (!added.entry) throw PythonError{};
-    if (!PyDict_Check(added.entry)) raise(PyExc_TypeError, "an optimizer's state of a parameter must be a dict");
+    added.wrapped = Held::stolen(THPVariable_Wrap(added.buffer));
+    if (!added.wrapped.object) throw PythonError{};
+    added.entry = Held::stolen(PyObject_GetItem(state, added.param.object));  // a defaultdict's default
+    if (!added.entry.object) throw PythonError{};
+    if (!PyDict_Check(added.entry.object)) raise(PyExc_TypeError, "an optimizer's state of a parameter must be a dict");
   }
 }
 
 void Plan::store_new_buffers() {
   for (auto& added : new_buffers_) {
-    if (PyDict_SetItem(added.entry, momentum_buffer_key(), added.wrapped) != 0) throw PythonError{};
+    if (PyDict_SetItem(added.entry.object, momentum_buffer_key(), added.wrapped.object) != 0) throw PythonError{};
   }
 }
 
@@ -277,9 +293,10 @@ std::string Plan::step(PyObject* groups, PyObject* state, PyObject* grad_scale, 
   if (!PyDict_Check(state)) raise(PyExc_TypeError, "state must be a dict");
   const at::Tensor scale = optional_scalar(grad_scale, "grad_scale");
   const at::Tensor inf = optional_scalar(found_inf, "found_inf");
-  // All groups first: reading a number may run Python, the walk over tensors may not.
+  // All groups first: reading a number may run Python, the walk over tensors only where a state is looked up.
   for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(groups); ++i) {
-    groups_.push_back(read_group(PySequence_Fast_GET_ITEM(groups, i), i));
+    const Held group(PySequence_Fast_GET_ITEM(groups, i));
+    groups_.push_back(read_group(group.object, i));
     if (!(groups_.back().norm_clip == groups_.front().norm_clip)) {
       raise(PyExc_ValueError, "max_norm, norm_type and skip_nonfinite hold for all groups together: param_groups[" +
                                   std::to_string(i) + "] has others than param_groups[0]");
@@ -352,14 +369,7 @@ void Plan::run(Rule rule, const NormClip& asked, const Amp& amp) {
   NormClip norm_clip = asked;
   // Looking for inf and NaN is taking the inf norm, and clipping nothing.
   if (asked.skip_nonfinite && asked.norm == Norm::none) norm_clip = {Norm::inf, HUGE_VAL, true};
-  std::vector<c10::intrusive_ptr<c10::TensorImpl>> alive;  // another thread may drop them meanwhile
-  if (std::any_of(parts_.begin(), parts_.end(), [](const DevicePart& part) { return part.releases_gil(); })) {
-    for (const Touched& touched : touched_) {
-      for (c10::TensorImpl* tensor : {touched.param, touched.buffer, touched.grad}) {
-        if (tensor) alive.push_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(tensor));
-      }
-    }
-  }
+  if (std::any_of(parts_.begin(), parts_.end(), [](const DevicePart& part) { return part.releases_gil(); })) keep_alive();
   run_parts(parts_, rule, norm_clip, amp);
   remember(asked, /*skipped_by_host=*/false);
   for (const Touched& tensor : touched_) {

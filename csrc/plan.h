@@ -47,10 +47,10 @@ class Plan {
 
  private:
   struct NewBuffer {
-    PyObject* param;  // borrowed
+    Held param;
     at::Tensor buffer;
-    PyObject* entry = nullptr;    // state[param], owned
-    PyObject* wrapped = nullptr;  // the buffer as a Python object, owned
+    Held entry;    // state[param]
+    Held wrapped;  // the buffer as a Python object
   };
   // What a step writes and reads of one tensor, borrowed; nullptr where there is none.
   struct Touched {
@@ -70,6 +70,7 @@ class Plan {
 
   void clear();
   void not_covered(const std::string& reason);
+  void keep_alive();
   void add_group(Group& group, Py_ssize_t group_index, PyObject* state);
   // Inlined into the walk: calls are a fifth of what a tensor costs.
   [[gnu::always_inline]] inline void add_param(const Group& group, Py_ssize_t group_index, Py_ssize_t index, PyObject* state);
@@ -92,6 +93,8 @@ class Plan {
   std::vector<Py_ssize_t> places_;         // of each parameter's entry in the state: a hint
   size_t parameter_ = 0;                   // the walk's position, over all groups
   std::vector<Touched> touched_;
+  std::vector<c10::intrusive_ptr<c10::TensorImpl>> alive_;  // what is held of touched_,
+  size_t kept_alive_ = 0;                  // and how far
   std::vector<Group> groups_;
   uint64_t written_addresses_ = 0;         // a hash of all that this step writes,
   uint64_t disjoint_addresses_ = 0;        // and of the last ones found not to overlap

@@ -172,7 +172,7 @@ def main(arguments=None):
         return run(options)
     except SpeechDataError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     except Stopped as stopped:
         more = options.arguments if options.resume else [*options.arguments, "--resume"]
         print(f"\nStopped {stopped}. To go on: python -m examples.article {shlex.join(more)}", file=sys.stderr)

@@ -123,14 +123,19 @@ def _run(command, seconds, folder, check=True):
 
 
 def synthesise(folder, voices):
-    """Speaks the digits with espeak-ng, out of the wheel espeakng-loader (installed if it is missing)."""
+    """Speaks the digits with espeak-ng, of the wheel espeakng-loader (fetched beside the clips if it is missing)."""
+    packages = str(folder.resolve().parent / "packages")  # not into the environment, which is not ours
+    sys.path.append(packages)
     try:
         import espeakng_loader
     except ImportError:
-        print("Installing espeakng-loader (synthetic speech)", flush=True)
-        _run([sys.executable, "-m", "pip", "install", "-q", "--retries", "1", "espeakng-loader"], PIP_SECONDS, folder)
+        print("Fetching espeakng-loader (synthetic speech)", flush=True)
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--retries", "1", "--target", packages]
+        _run([*pip, "espeakng-loader"], PIP_SECONDS, folder)
         importlib.invalidate_caches()
         import espeakng_loader
+    finally:
+        sys.path.remove(packages)
 
     espeak = ctypes.CDLL(espeakng_loader.get_library_path())
     synchronous, dont_exit, utf8, by_character = 2, 0x8000, 1, 1

@@ -37,11 +37,13 @@ def check_gradient(group, param, where):
         raise TypeError(f"{clips[0]} can't be applied to the sparse gradient of {where}")
     if grad.is_complex() and "clip_value" in clips:
         raise TypeError(f"clip_value can't be applied to the complex gradient of {where}")
-    if "max_norm" in clips and hasattr(grad, "full_tensor"):
-        raise TypeError(
-            f"max_norm can't be applied to the gradient of {where}: it is a DTensor, and the norm of the local "
-            "shard is not the norm of the model"
-        )
+    if not hasattr(grad, "full_tensor"):
+        return
+    what = f"can't be applied to the gradient of {where}: it is a DTensor, and"
+    if "max_norm" in clips:
+        raise TypeError(f"max_norm {what} the norm of the local shard is not the norm of the model")
+    if group["skip_nonfinite"]:
+        raise TypeError(f"skip_nonfinite {what} one shard would skip a step that another takes")
 
 
 def check_buffer(group, param, state, where):
@@ -68,6 +70,20 @@ def check_buffer(group, param, state, where):
         raise TypeError(f"nesterov can't be applied to the sparse gradient of {where}: its momentum_buffer is dense")
     if overlaps(buffer):
         raise ValueError(f"{what} holds several elements at one address")
+
+
+def check_clip(name, parameters):
+    """What `fastclip.clip_grad_*` would find out when some gradients are clipped already."""
+    for i, param in enumerate(parameters):
+        grad = param.grad
+        if grad is None:
+            continue
+        if grad.layout != torch.strided or (grad.is_complex() and name == "clip_value"):
+            raise TypeError(f"{name} can't be applied to the gradient of parameter {i}: {grad.dtype}, {grad.layout}")
+        if overlaps(grad):
+            raise RuntimeError(
+                f"{name} can't be applied in place: the gradient of parameter {i} holds several elements at one address"
+            )
 
 
 def overlaps(tensor):

@@ -7,6 +7,7 @@ import torch
 
 from . import reference
 from ._extension import _C
+from .checks import check_clip
 
 
 def _as_list(parameters):
@@ -30,19 +31,17 @@ def clip_grad_value_(parameters, clip_value, foreach=None):
         foreach (bool, optional): accepted, and not needed.
 
     Raises:
-        ValueError, TypeError: a bad `clip_value`; no gradient was changed.
+        ValueError, TypeError: a bad `clip_value`, or a gradient that can't be clipped: sparse, complex, or an expanded
+            one (RuntimeError, as in torch). No gradient was changed.
 
     Example:
         >>> fastclip.clip_grad_value_(model.parameters(), 0.01)
     """
     parameters = _as_list(parameters)
     if _C.Plan().clip_grad_value_(parameters, clip_value) is not None:
-        grads = _unique_grads(parameters)
-        for grad in grads:
-            if grad.is_complex() or grad.layout != torch.strided:
-                raise TypeError(f"clip_value can't be applied to a {grad.dtype} gradient of layout {grad.layout}")
+        check_clip("clip_value", parameters)
         with torch.no_grad():
-            for grad in grads:
+            for grad in _unique_grads(parameters):
                 grad.clamp_(*reference.bounds(clip_value))
 
 
@@ -64,7 +63,8 @@ def clip_grad_norm_(parameters, max_norm, norm_type=2.0, error_if_nonfinite=Fals
         Tensor: the total norm before clipping, a scalar of the gradients' dtype, float32 at least.
 
     Raises:
-        ValueError, TypeError: a bad `max_norm`; RuntimeError: a non-finite norm, if asked for. No gradient was changed.
+        ValueError, TypeError: a bad `max_norm`, or a sparse gradient; RuntimeError: a non-finite norm, if asked for, or
+            an expanded gradient. No gradient was changed.
 
     Example:
         >>> grad_norm = fastclip.clip_grad_norm_(model.parameters(), 5.0)
@@ -82,6 +82,7 @@ def clip_grad_norm_(parameters, max_norm, norm_type=2.0, error_if_nonfinite=Fals
     if norm_type in (2.0, math.inf) and plan.clip_grad_norm_(parameters, max_norm, norm_type) is None:
         norm = plan.total_norm()
     else:
+        check_clip("max_norm", parameters)
         with torch.no_grad():
             if norm_type in (2.0, math.inf):
                 norm = reference.total_norm(grads, norm_type)

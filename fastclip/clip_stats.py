@@ -19,7 +19,7 @@ class ClipStats(NamedTuple):
             `torch.nn.utils.clip_grad_norm_`; 1 where it left the gradients alone. None without `max_norm`.
         clamped_fraction (float64): of the elements under a `clip_value`, those that were outside of its bounds, from 0
             to 1. A NaN, which `clamp_` leaves alone, is not among them. 0 in a step that was skipped; None where no
-            group has a `clip_value`.
+            group has a `clip_value`, or only infinite ones.
         skipped (bool): whether the step was skipped, by `skip_nonfinite` or by AMP.
         skipped_steps (int64): how many were, see `optimizer.skipped_steps`.
 

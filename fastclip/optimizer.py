@@ -49,6 +49,12 @@ class ClippedOptimizer(torch.optim.Optimizer):
         tensors = [p[1] if isinstance(p, tuple) else p for p in params]
         if len({id(p) for p in tensors}) != len(tensors):
             raise ValueError(f"param_groups[{index}] holds the same parameter twice")
+        of_all_ranks = [name for name in ("max_norm", "skip_nonfinite") if group[name] not in (None, False)]
+        if of_all_ranks and any(hasattr(p, "_fsdp_flattened") for p in tensors):
+            raise TypeError(
+                f"{of_all_ranks[0]} can't be applied to param_groups[{index}]: each rank of FullyShardedDataParallel "
+                "sees its own shard only; its clip_grad_norm_ takes the norm of all"
+            )
         for name in SHARED_SETTINGS:
             if self.param_groups and group[name] != self.param_groups[0][name]:
                 raise ValueError(
@@ -154,10 +160,16 @@ class ClippedOptimizer(torch.optim.Optimizer):
             or torch_optimizer._global_optimizer_post_hooks
             or _C.is_recording()
         ) and type(self).step is ClippedOptimizer.step
-        if not listened and not positional:
-            return self._step(closure)
-        named = {} if closure is None else {"closure": closure}
-        return _hooked_step(self, *positional, **named) if listened else self._step(*positional, **named)
+        try:
+            if not listened and not positional:
+                return self._step(closure)
+            named = {} if closure is None else {"closure": closure}
+            return _hooked_step(self, *positional, **named) if listened else self._step(*positional, **named)
+        except BaseException:
+            # GradScaler leaves them where a step raises, and would multiply its scale by them at the next try.
+            self.__dict__.pop("grad_scale", None)
+            self.__dict__.pop("found_inf", None)
+            raise
 
     step.hooked = True  # tells torch not to wrap it
     step.__signature__ = inspect.signature(torch.optim.Optimizer.step)  # (self, closure=None)
@@ -169,6 +181,8 @@ class ClippedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         attributes = self.__dict__
         grad_scale, found_inf = attributes.get("grad_scale"), attributes.get("found_inf")
+        if type(found_inf) is int:  # GradScaler's sum over no gradients at all
+            found_inf = None
         why_not = self._plan.step(self.param_groups, self.state, grad_scale, found_inf)
         plain = why_not is not None
         self._reference_stats = self._step_in_plain_torch(why_not, grad_scale, found_inf) if plain else None

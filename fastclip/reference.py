@@ -21,7 +21,7 @@ def total_norm(grads, norm_type=2.0):
     if not grads:
         return torch.zeros((), dtype=torch.float64)
     device = grads[0].device
-    flat = [torch.view_as_real(g) if g.is_complex() else g for g in grads if g.numel() > 0]
+    flat = [torch.view_as_real(g.resolve_conj()) if g.is_complex() else g for g in grads if g.numel() > 0]
     if not flat:
         return torch.zeros((), dtype=torch.float64, device=device)
     if norm_type == math.inf:
@@ -51,6 +51,11 @@ def scale_(grads, coefficient):
 def bounds(clip_value):
     """(low, high) of a value clip given as a number or as a pair."""
     return tuple(clip_value) if isinstance(clip_value, (tuple, list)) else (-clip_value, clip_value)
+
+
+def clips_value(group):
+    """Whether the value clip of a group bounds anything."""
+    return group["clip_value"] is not None and any(math.isfinite(bound) for bound in bounds(group["clip_value"]))
 
 
 def unscaled(grad, inverse_scale, dtype):
@@ -91,7 +96,7 @@ def step_sgd(groups, state, grad_scale=None, found_inf=None):
             of_group = [
                 unscaled(p.grad, inverse_scale, compute_dtype(p)) for p in group["params"] if p.grad is not None
             ]
-            if group["clip_value"] is not None:
+            if clips_value(group):
                 dtypes = [p.grad.dtype for p in group["params"] if p.grad is not None]
                 pairs = [clamped(g, group["clip_value"], dtype) for g, dtype in zip(of_group, dtypes, strict=True)]
                 of_group = [grad for grad, _ in pairs]
@@ -117,7 +122,7 @@ def stats_of(groups, norm, moved=0, looked_at=0, skipped=False):
     max_norm = groups[0]["max_norm"]
     device = next((p.device for group in groups for p in group["params"]), None)
     fraction = None
-    if any(group["clip_value"] is not None for group in groups):
+    if any(map(clips_value, groups)):
         fraction = torch.as_tensor(moved, dtype=torch.float64, device=device) / max(looked_at, 1)
     return ClipStats(
         total_norm=None if max_norm is None else norm.detach(),

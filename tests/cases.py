@@ -51,6 +51,13 @@ def make_params(shapes, dtype=torch.float32, device="cpu"):
     return [torch.randn(shape, dtype=torch.float64).to(device, dtype).requires_grad_() for shape in shapes]
 
 
+def param(size=4, value=0.0):
+    """One with a gradient of ones."""
+    p = torch.full((size,), value, requires_grad=True)
+    p.grad = torch.ones(size)
+    return p
+
+
 def copy_params(params):
     return [p.detach().clone().requires_grad_() for p in params]
 
@@ -102,6 +109,12 @@ def pair(shapes, clip=None, dtype=torch.float32, device="cpu", **settings):
     ours = make_params(shapes, dtype, device)
     theirs = copy_params(ours)
     return Loop(theirs, clip, **settings), theirs, fastclip.SGD(ours, **(clip or {}), **settings), ours
+
+
+def step_both(loop, theirs, optimizer, ours):
+    """A step of each of what `pair` has made."""
+    loop.step()
+    optimizer.step()
 
 
 def assert_same_bits(theirs, ours, their_optimizer=None, our_optimizer=None):

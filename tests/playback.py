@@ -130,12 +130,17 @@ class Playback:
         with_grad = [p for p, _ in self.theirs if p.grad is not None]
         skip = self.shared["skip_nonfinite"] and not all(p.grad.isfinite().all() for p in with_grad)
         self.skipped += skip
-        if not skip:
-            for group in self.groups:
-                for p in group["params"]:
-                    if p.grad is not None and group["clip_value"] is not None:
-                        p.grad = writable(p.grad).clamp_(*reference.bounds(group["clip_value"]))
+        moved, of = 0, 0
+        for group in self.groups:
+            for p in group["params"]:
+                if p.grad is None or skip or not reference.clips_value(group):
+                    continue
+                clamped = p.grad.clamp(*reference.bounds(group["clip_value"]))
+                moved += ((clamped != p.grad) & ~p.grad.isnan()).sum().item()
+                of += p.grad.numel()
+                p.grad = writable(p.grad).copy_(clamped)
         norm = self.checked_norm([p.grad for p in with_grad], where)
+        self.check_stats(norm, moved / of if of else 0.0, skip, where)
         if skip:
             return
         sixteen = {p: p.grad for p in with_grad if p.dtype in SIXTEEN_BIT}
@@ -162,6 +167,16 @@ class Playback:
         same = value == exact or (math.isnan(value) and math.isnan(exact))
         assert same or abs(value - exact) <= NORM_TOLERANCE * exact, f"{where}norm {value!r} instead of {exact!r}"
         return found
+
+    def check_stats(self, norm, fraction, skipped, where):
+        stats = self.optimizer.clip_stats()
+        assert bool(stats.skipped) == skipped and stats.skipped_steps == self.skipped, f"{where}{stats}"
+        assert (stats.clamped_fraction is None) == (not any(map(reference.clips_value, self.groups)))
+        assert stats.clamped_fraction is None or stats.clamped_fraction.item() == fraction, f"{where}{stats}"
+        assert (stats.clip_coefficient is None) == (norm is None)
+        if norm is not None:
+            expected = coefficient(norm, self.shared["max_norm"])
+            assert torch.equal(stats.clip_coefficient, expected) or expected.isnan(), f"{where}{stats}"
 
     def compare(self, where):
         assert self.optimizer.skipped_steps.item() == self.skipped, f"{where}skipped {self.optimizer.skipped_steps}"

@@ -133,7 +133,7 @@ def test_no_space_keeps_the_old_checkpoint(folder, capsys, no_picture, monkeypat
     with monkeypatch.context() as full:
         no_space(full)
         code, _, said = run_article(capsys, folder, *options, "3", "--resume")
-    assert code == 1
+    assert code == 2
     assert said.splitlines()[-1].startswith("error: ") and "article_cnn.pt: No space left on device" in said
     assert "Traceback" not in said
     assert sorted(path.name for path in (folder.parent / "out").iterdir()) == before
@@ -159,7 +159,7 @@ def test_bad_data_is_named_in_one_line(folder, capsys, case):
     spoil, expected = BAD_DATA[case]
     spoil(folder)
     code, _, said = run_article(capsys, folder)
-    assert code == 1 and said.startswith("error: ") and expected in said and said.count("\n") == 1
+    assert code == 2 and said.startswith("error: ") and expected in said and said.count("\n") == 1
 
 
 def test_too_little_speech_for_the_classes(tmp_path, capsys):
@@ -169,23 +169,23 @@ def test_too_little_speech_for_the_classes(tmp_path, capsys):
         write_wav(data / f"{name}.wav", tone(seconds=0.2))
     (data / "transcripts.txt").write_text("a x\nb x\n")
     code, _, said = run_article(capsys, data, "--model", "dnn")
-    assert code == 1 and "21 frames of 10 ms to train on, where 64 classes need 64" in said
+    assert code == 2 and "21 frames of 10 ms to train on, where 64 classes need 64" in said
 
 
 def test_what_can_not_be_resumed(folder, capsys, no_picture):
     options = ["--model", "cnn", "--epochs", "1"]
     code, _, said = run_article(capsys, folder, *options, "--resume")
-    assert code == 1 and "has no checkpoint article_cnn.pt" in said
+    assert code == 2 and "has no checkpoint article_cnn.pt" in said
     assert run_article(capsys, folder, *options)[0] == 0
     code, _, said = run_article(capsys, folder, *options, "--resume", "--seed", "1")
-    assert code == 1 and "article_cnn.pt: its seed is not this run's" in said
+    assert code == 2 and "article_cnn.pt: its seed is not this run's" in said
     for i in range(12):
         write_wav(folder / f"u{i}.wav", tone(hertz=500))
     code, _, said = run_article(capsys, folder, *options, "--resume")
-    assert code == 1 and "article_cnn.pt: its data is not this run's" in said
+    assert code == 2 and "article_cnn.pt: its data is not this run's" in said
     (folder.parent / "out" / "article_cnn.pt").write_bytes(b"half a checkpoint")
     code, _, said = run_article(capsys, folder, *options, "--resume")
-    assert code == 1 and "article_cnn.pt: not a checkpoint, or damaged" in said
+    assert code == 2 and "article_cnn.pt: not a checkpoint, or damaged" in said
 
 
 def test_a_difference_is_an_error(folder, capsys, no_picture, monkeypatch):

@@ -7,7 +7,7 @@ import torch
 
 import fastclip
 
-from .test_traps import run_script
+from .scripts import run_script
 
 NAMES = ["first", "a", "b", "last"]
 B = r"parameter 1 of group 1 \('b'\)"

@@ -3,6 +3,8 @@
 import copy
 import json
 import math
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ pytest.importorskip("tqdm", reason="the benchmark shows its progress with tqdm: 
 
 from benchmarks import agreement, case, contenders, cpu, report, timing  # noqa: E402
 from benchmarks.problem import Problem, is_normal  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
 
 SHAPES = [(5, 3), (7,), (), (1, 33)]
 
@@ -208,13 +212,38 @@ def test_report_by_hand():
     assert "commit unknown with changes" in report.markdown(changed)
 
 
+SUMMARY = """\
+Some CPU, 2 cores; torch 2.13.0, Python 3.11.7, fastclip 0.1.0 (gcc, AVX2); commit 0123456789, 2025-01-31; \
+`python -m benchmarks.cpu`. Medians; momentum 0.9 / 0.
+
+| model | clip | 1 thread: vs loop | vs best of torch | 2 threads: vs loop | vs best of torch |
+| --- | --- | ---: | ---: | ---: | ---: |
+| conformer-m, 24.4M | value 0.01 | 2.0× | 1.5× |  |  |
+| dnn, 37K | norm 1 |  |  | 123× | 20.0× |"""
+
+
 def test_report_updates_what_is_between_the_markers(tmp_path):
-    results, readme = tmp_path / "cpu.json", tmp_path / "README.md"
+    results, readme, both = tmp_path / "cpu.json", tmp_path / "README.md", tmp_path / "both.md"
     results.write_text(json.dumps(RESULTS))
     readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    short, end_of_short = report.markers("cpu-summary")
+    both.write_text(f"{short}\n{end_of_short}\n{BEGIN}\n{END}\n")
     for _ in range(2):
-        assert report.main([str(results), "--update", str(readme)]) == 0
+        assert report.main([str(results), "--update", str(readme), str(both)]) == 0
         assert readme.read_text() == f"before\n{BEGIN}\n{TABLES}\n{END}\nafter\n"
+        assert both.read_text() == f"{short}\n{SUMMARY}\n{end_of_short}\n{BEGIN}\n{TABLES}\n{END}\n"
+
+
+def test_documents_quote_the_committed_results():
+    quoted = Counter()
+    for path in sorted((ROOT / "benchmarks/results").glob("cpu*.json")):
+        texts = report.sections(json.loads(path.read_text()), path.stem)
+        for document in (ROOT / "README.md", ROOT / "docs/performance.md"):
+            text = document.read_text()
+            for name in (name for name in texts if report.markers(name)[0] in text):
+                assert report.replaced(text, {name: texts[name]}) == text, f"{document.name} has another {name}"
+                quoted[name] += 1
+    assert quoted["cpu"] == quoted["cpu-summary"] == 1
 
 
 @pytest.mark.parametrize("text", ["", BEGIN, f"{END} {BEGIN}", None])

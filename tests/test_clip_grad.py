@@ -7,7 +7,7 @@ import torch
 
 import fastclip
 
-from .cases import LARGE, SHAPES, TINY, copy_params, give_grads, make_params
+from .cases import LARGE, SHAPES, TINY, copy_params, give_grads, make_params, param
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -168,3 +168,89 @@ def test_layouts(device):
     torch.nn.utils.clip_grad_value_(theirs, 0.01)
     assert_same_grads(ours, theirs, 2e-6)
     assert all(p.grad is g for p, g in zip(ours, grads, strict=True))
+
+
+def test_clip_functions_change_nothing_when_they_raise():
+    a, c = param(2), torch.zeros(2, dtype=torch.complex64, requires_grad=True)
+    c.grad = torch.ones_like(c)
+    a.grad *= 5
+    with pytest.raises(TypeError, match="complex64"):
+        fastclip.clip_grad_value_([a, c], 0.1)
+    with torch.inference_mode():
+        inference = torch.full((2,), 5.0)
+    b = torch.zeros(2, requires_grad=True)
+    b.grad = inference
+    for clip in (fastclip.clip_grad_value_, fastclip.clip_grad_norm_):
+        with pytest.raises(RuntimeError, match="inference tensor"):
+            clip([a, b], 0.1)
+    assert a.grad.tolist() == [5, 5] and inference.tolist() == [5, 5]
+
+
+def test_the_norm_of_clip_grad_norm_holds_no_graph():
+    z, w = torch.randn(4, 8, requires_grad=True), torch.zeros(4, 4, requires_grad=True)
+    w.grad = (z * 2)[:, ::2]
+    assert not fastclip.clip_grad_norm_([w], 1.0).requires_grad
+
+
+@pytest.mark.parametrize("clip", [fastclip.clip_grad_value_, fastclip.clip_grad_norm_])
+def test_gradients_that_can_not_be_clipped_are_named_and_no_other_is_changed(clip):
+    """torch finds out when it has clipped those before them."""
+    name = "max_norm" if clip is fastclip.clip_grad_norm_ else "clip_value"
+    first, sparse, expanded = param(2), param(4), param(4)
+    first.grad *= 5
+    sparse.grad = torch.ones(4).to_sparse()
+    expanded.grad = torch.ones(1).expand(4)
+    with pytest.raises(TypeError, match=f"{name} .*gradient of parameter 1: torch.float32, torch.sparse_coo"):
+        clip([first, sparse], 0.1)
+    with pytest.raises(RuntimeError, match=f"{name} .*gradient of parameter 1 holds several elements at one address"):
+        clip([first, expanded], 0.1)
+    assert first.grad.tolist() == [5, 5] and expanded.grad.tolist() == [1] * 4
+
+
+def test_lazily_negated_and_conjugated_gradients():
+    """Where the same memory means the opposite sign."""
+    z = torch.randn(5, dtype=torch.complex64)
+    for clip, expected in (
+        (lambda p: fastclip.clip_grad_value_(p, 0.3), (-z.imag).clamp(-0.3, 0.3)),
+        (lambda p: fastclip.clip_grad_norm_(p, 0.5), -z.imag * 0.5 / z.imag.norm()),
+    ):
+        for grad in (z.clone().conj().imag, torch._neg_view(z.imag.clone())):  # with gaps, and dense
+            p = torch.zeros(5, requires_grad=True)
+            p.grad = grad
+            assert p.grad.is_neg()
+            clip(p)
+            torch.testing.assert_close(p.grad.resolve_neg(), expected, rtol=1e-5, atol=1e-7)
+    q = torch.zeros(5, dtype=torch.complex64, requires_grad=True)
+    q.grad = z.clone().conj()
+    assert q.grad.is_conj()
+    norm = fastclip.clip_grad_norm_(q, 0.5)
+    torch.testing.assert_close(norm, torch.view_as_real(z).norm())
+    torch.testing.assert_close(q.grad.resolve_conj(), z.conj() * 0.5 / norm)
+
+
+def test_complex_gradients_are_scaled_by_the_norm_of_all():
+    for norm_type in (2.0, math.inf, 1.0):
+        results = []
+        for module in (torch.nn.utils, fastclip):
+            c, p = torch.zeros(3, dtype=torch.complex64, requires_grad=True), param(4)
+            c.grad = torch.tensor([3 + 4j, 1j, -2])
+            norm = module.clip_grad_norm_([p, c], 1.0, norm_type)
+            results.append([norm, p.grad, c.grad])
+        torch.testing.assert_close(*results, rtol=2e-6, atol=0)
+
+
+def test_an_infinite_threshold_measures_and_does_not_clip():
+    """torch makes NaN of all gradients where the norm is infinite."""
+    p = param(3)
+    p.grad = torch.tensor([1.0, math.inf, 2.0])
+    assert fastclip.clip_grad_norm_(p, math.inf).item() == math.inf
+    assert p.grad.tolist() == [1.0, math.inf, 2.0]
+
+
+@pytest.mark.parametrize("scale", [3e19, 1e20, 1e37])
+def test_very_large_gradients_are_scaled_and_do_not_vanish(scale, device):
+    """torch's float32 sum of squares is infinite, and all gradients become 0."""
+    p = torch.zeros(2, device=device, requires_grad=True)
+    p.grad = torch.tensor([3.0, 4.0], device=device) * scale
+    assert math.isclose(fastclip.clip_grad_norm_(p, 1.0).item(), 5 * scale, rel_tol=1e-6)
+    torch.testing.assert_close(p.grad, torch.tensor([0.6, 0.8], device=device))

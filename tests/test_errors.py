@@ -7,7 +7,7 @@ import torch
 
 import fastclip
 
-from .cases import make_params
+from .cases import assert_same_bits, give_grads, make_params, pair, param
 
 NAN = math.nan
 
@@ -50,6 +50,7 @@ def test_bad_arguments_are_refused_at_construction(settings, error, words):
     ("params", "error", "words"),
     [
         ([], ValueError, "empty parameter list"),
+        (iter([]), ValueError, "empty parameter list"),  # a generator that was read before
         (torch.zeros(2), TypeError, "iterable"),
         ([1], TypeError, "Tensors"),
         ([{"params": [torch.zeros(2)], "clip_value": -1}], ValueError, r"clip_value in param_groups\[0\]"),
@@ -156,3 +157,62 @@ def test_inference_state_and_parameters_are_refused_outside():
     with pytest.raises(RuntimeError, match="InferenceMode"):
         opt.step()
     assert torch.equal(p.detach(), torch.ones(3))
+
+
+def test_an_interrupted_first_step_leaves_no_momentum_buffers(monkeypatch):
+    """Making state entries runs Tensor.__hash__, in Python, where Ctrl-C can arrive."""
+    loop, theirs, optimizer, ours = pair([(5,)] * 20, momentum=0.9)
+    calls = iter(range(1000))
+
+    def interrupted(self):
+        if next(calls) == 30:
+            raise KeyboardInterrupt
+        return id(self)
+
+    give_grads(theirs, ours)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "__hash__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step()
+    assert not any(optimizer.state.values())
+    for _ in range(2):
+        loop.step()
+        optimizer.step()
+    assert_same_bits(theirs, ours, loop.optimizer, optimizer)
+
+
+def test_a_state_that_makes_no_entries():
+    a, b = param(5), param(2)
+    optimizer = fastclip.SGD([a, b], lr=0.1, momentum=0.9)
+    optimizer.state = {a: {}}
+    with pytest.raises(KeyError):
+        optimizer.step()
+    assert optimizer.state == {a: {}} and torch.equal(a.detach(), torch.zeros(5))
+
+
+def test_a_momentum_buffer_of_another_shape_is_refused_before_anything_changes():
+    a, b = param(2), param(3)
+    optimizer = fastclip.SGD([a, b], lr=0.1, momentum=0.9)
+    optimizer.step()
+    b.data, b.grad = torch.zeros(5), None
+    b.grad = torch.ones(5)
+    before = a.detach().clone()
+    with pytest.raises(ValueError, match="momentum_buffer of parameter 1 of group 0 has another shape"):
+        optimizer.step()
+    assert torch.equal(a, before)
+
+
+def test_numbers_that_change_their_list_or_their_parameter():
+    class Number:
+        def __float__(self):
+            values.clear()
+            a.grad = None
+            a.data = torch.zeros(2)
+            return -1.0
+
+    a = param(4)
+    values = [Number(), float("0.12345")]
+    optimizer = fastclip.SGD([{"params": [a]}, {"params": [param(3)]}], lr=0.1)
+    optimizer.param_groups[1]["clip_value"] = values
+    optimizer.step()
+    assert torch.equal(a.detach(), torch.zeros(2))

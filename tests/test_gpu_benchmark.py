@@ -188,12 +188,6 @@ def test_the_readme_s_gpu_table_is_that_of_the_committed_results_or_says_that_th
         assert held == "**No GPU number has been measured yet.**"
 
 
-def test_the_readme_s_cpu_table_is_that_of_the_committed_results():
-    begin, end = report.markers("cpu")
-    held = (ROOT / "README.md").read_text().split(begin)[1].split(end)[0].strip()
-    assert held == report.markdown(json.loads((ROOT / "benchmarks/results/cpu.json").read_text()))
-
-
 def test_the_commit_may_be_told_where_there_is_no_git(monkeypatch):
     def no_git(*_):
         raise OSError

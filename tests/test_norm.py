@@ -111,6 +111,16 @@ def test_total_norm_is_a_value_of_its_step():
     assert optimizer.total_norm is None
 
 
+@pytest.mark.parametrize("norm_type", [2.0, math.inf])
+def test_gradients_without_elements(norm_type, device):
+    p = torch.ones(0, 3, device=device, requires_grad=True)
+    p.grad = torch.ones_like(p)
+    optimizer = fastclip.SGD([p], lr=0.1, momentum=0.9, max_norm=1.0, norm_type=norm_type)
+    optimizer.step()
+    assert optimizer.total_norm.item() == 0
+    assert fastclip.clip_grad_norm_([p], 1.0, norm_type).item() == 0
+
+
 def test_no_gradients_at_all(device):
     p = torch.ones(3, device=device, requires_grad=True)
     optimizer = fastclip.SGD([p], lr=0.1, max_norm=1.0)

@@ -1,6 +1,7 @@
 """What torch's own optimizer tests are fed with, of `torch.optim.SGD`: its entry in torch's private `optim_db`."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ try:
     from torch.testing._internal import common_optimizers
 except ModuleNotFoundError as error:
     pytest.skip(f"torch's optimizer tests need the module {error.name}, which is missing", allow_module_level=True)
-torch.backends.__allow_nonbracketed_mutation_flag = True  # torch.testing._internal freezes them for the whole process
+# torch.testing._internal freezes torch.backends' flags for the whole process, where other tests' libraries set them.
+torch.backends.disable_global_flags.__globals__["__allow_nonbracketed_mutation_flag"] = True
+assert not torch.backends.flags_frozen()
 
 INFO = next(info for info in common_optimizers.optim_db if info.optim_cls is torch.optim.SGD)
 
@@ -28,6 +31,19 @@ LOOSE = {"no clip": {}, "value 1e30": {"clip_value": 1e30}, "norm 1e30": {"max_n
 LOOSE["both 1e30"] = {**LOOSE["value 1e30"], **LOOSE["norm 1e30"]}
 
 SHAPES = [(10, 5), (10,), (), (0, 3), (3, 4099)]
+
+
+falls_back = pytest.mark.falls_back
+every_input = pytest.mark.parametrize("kwargs", INPUTS)
+every_impl = pytest.mark.parametrize("impl", IMPLS, ids=lambda impl: next(iter(impl), "default"))
+# differentiable=True takes no leaves as parameters: see test_differentiable_steps
+every_impl_for_leaves = pytest.mark.parametrize(
+    "impl", [i for i in IMPLS if "differentiable" not in i], ids=lambda impl: next(iter(impl), "default")
+)
+every_clip = pytest.mark.parametrize("clip", LOOSE.values(), ids=LOOSE)
+both_precisions = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+both_classes = pytest.mark.parametrize("cls", [torch.optim.SGD, fastclip.SGD], ids=["torch", "fastclip"])
+CLIP_SETTINGS = {"clip_value", "max_norm", "norm_type", "skip_nonfinite"}
 
 
 def as_torch_tests(name):
@@ -64,3 +80,32 @@ class Twins:
     def check(self):
         """Same bits of parameters and state."""
         assert_same_bits(self.theirs, self.ours, *self.optimizers)
+
+
+def through_a_file(state_dict):
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def without_clips(state_dict):
+    groups = [{k: v for k, v in g.items() if k not in CLIP_SETTINGS} for g in state_dict["param_groups"]]
+    return {**state_dict, "param_groups": groups}
+
+
+def assert_equal_trees(a, b):
+    """Equal dicts and lists, in the same order, of equal values; tensors to the bit."""
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert list(a) == list(b)
+        for key in a:
+            assert_equal_trees(a[key], b[key])
+    elif isinstance(a, list):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_equal_trees(x, y)
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    else:
+        assert a == b

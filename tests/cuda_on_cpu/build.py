@@ -31,11 +31,11 @@ def includes(csrc=CSRC):
     return [f"-I{HERE}", f"-I{csrc}"]
 
 
-def objects(folder, sanitizer, csrc=CSRC):
-    """Compiles the kernels of `csrc` and the emulator; returns the object files."""
+def objects(folder, sanitizer, *sources, csrc=CSRC):
+    """Compiles each source, kernels too, with the headers of `csrc`; returns the object files."""
     folder.mkdir(parents=True, exist_ok=True)
     found = []
-    for source in (csrc / "step_cuda.cu", HERE / "cuda_on_cpu.cpp"):
+    for source in sources:
         target = folder / f"{source.stem}.o"
         compile_(sanitizer, *includes(csrc), "-x", "c++", "-c", source, "-o", target)
         found.append(target)
@@ -50,9 +50,7 @@ def package(folder):
     import torch
 
     build = folder / "build"
-    linked = objects(build, "plain")
-    compile_("plain", *includes(), "-c", HERE / "step_cpu.cpp", "-o", build / "step_cpu.o")
-    linked.append(build / "step_cpu.o")
+    linked = objects(build, "plain", CSRC / "step_cuda.cu", HERE / "cuda_on_cpu.cpp", HERE / "step_cpu.cpp")
     compiled = next(iter(ROOT.glob("build/temp.*/csrc/plan.o")), None)
     assert compiled, "the extension was not built in place: run `make build`"
     linked += sorted(path for path in compiled.parent.glob("*.o") if path.stem != "step_cpu")

@@ -1,6 +1,6 @@
 """What a step costs on a GPU, counted on the emulated device: launches, copies, waits, bytes per parameter.
 
-Run by tests/test_cuda_on_cpu.py, where fastclip's steps are taken by the CUDA kernels.
+Run by tests/test_emulated.py, where fastclip's steps are taken by the CUDA kernels.
 """
 
 import pytest

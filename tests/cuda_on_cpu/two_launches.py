@@ -1,4 +1,4 @@
-"""A norm on a device that can't run all blocks of a launch at once. Run by tests/test_cuda_on_cpu.py."""
+"""A norm on a device that can't run all blocks of a launch at once. Run by tests/test_emulated.py."""
 
 import pytest
 

@@ -1,0 +1,172 @@
+"""Builds fastclip with a sanitizer of GCC's in a folder of its own, and says how to run Python on it."""
+
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+FOLDER = ROOT / "build" / "sanitize"
+COMPILER = os.environ.get("CXX", "c++")
+# Python brings -fwrapv, under which no signed integer overflows. libstdc++'s assertions find what a vector's capacity
+# hides.
+FLAGS = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all", "-fno-wrapv", "-D_GLIBCXX_ASSERTIONS"]
+
+
+@dataclass(frozen=True)
+class Sanitizer:
+    name: str
+    kinds: str  # of -fsanitize
+    runtimes: tuple  # the libraries that it needs, the one to preload first
+    variables: dict  # of the environment
+    plugins: tuple = ()  # of pytest
+    preloads_openmp: bool = False
+
+    @property
+    def folder(self):
+        return FOLDER / self.name
+
+    @property
+    def project(self):
+        """A copy of the Python code, tests included, beside the extension that was built."""
+        return self.folder / "project"
+
+    @property
+    def flag(self):
+        return f"-fsanitize={self.kinds}"
+
+    def why_not(self):
+        """Why it can't be used here, or an empty text."""
+        version = subprocess.run([COMPILER, "--version"], capture_output=True, text=True).stdout
+        absent = [name for name in self.runtimes if not os.path.isabs(library(name))]
+        if absent or "clang" in version:
+            return (
+                f"needs GCC with {' and '.join(absent or self.runtimes)}, which {COMPILER} does not bring. They come "
+                "with g++ on Debian and Ubuntu, and as libasan, libubsan and libtsan on Fedora. CXX=g++ chooses GCC."
+            )
+        if shutil.which("ninja") is None:
+            return "needs ninja: pip install -r requirements.txt"
+        variables = {**os.environ, "LD_PRELOAD": library(self.runtimes[0]), "ASAN_OPTIONS": "detect_leaks=0"}
+        started = subprocess.run([sys.executable, "-c", ""], env=variables, capture_output=True, text=True)
+        if started.returncode:
+            return (
+                f"Python does not start with {self.runtimes[0]}: {started.stderr.strip()}\n"
+                "Where this is about a memory mapping, `setarch -R make sanitize` helps (no randomised addresses)."
+            )
+        return ""
+
+    def build(self, log):
+        """Compiles what has changed. Raises CalledProcessError."""
+        variables = {
+            **os.environ,
+            "FASTCLIP_CUDA": "0",
+            "FASTCLIP_CXX_FLAGS": " ".join([*FLAGS, self.flag]),
+            "LDFLAGS": self.flag,
+        }
+        folders = ["--build-lib", self.project, "--build-temp", self.folder / "objects"]
+        # Forced: setuptools does not look at flags. ninja does, and compiles only what it has to.
+        command = [sys.executable, "setup.py", "build_ext", "--force", *folders]
+        run(command, log, show=r"^\[\d+/\d+\]", cwd=ROOT, env=variables)
+        copy_python(ROOT, self.project)
+        if self.preloads_openmp:
+            run([COMPILER, "-O1", "-fPIC", "-shared", "-o", self.openmp, HERE / "openmp.cpp"], log)
+
+    @property
+    def openmp(self):
+        return self.folder / "openmp.so"
+
+    def object_of(self, source):
+        return self.folder / "objects" / "csrc" / f"{Path(source).stem}.o"
+
+    def build_variant(self, project, source, log):
+        """As `project`: the extension with `source` in place of the file of that name in csrc. Raises as build does."""
+        replaced = self.object_of(source)
+        target = project / replaced.name
+        ninja = ["ninja", "-C", self.folder / "objects", "-t", "commands", replaced]
+        command = subprocess.run(ninja, check=True, capture_output=True, text=True).stdout
+        # Its headers are looked for beside the original.
+        command = command.replace(str(replaced), str(target)).replace(
+            f" -c {ROOT / 'csrc' / source.name} ", f" -iquote {ROOT / 'csrc'} -c {source} "
+        )
+        run(["sh", "-c", command], log)
+        objects = [o for o in sorted(replaced.parent.glob("*.o")) if o != replaced]
+        libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"]
+        copy_python(self.project, project)
+        shutil.copy(self.project / "fastclip" / "_build_info.py", project / "fastclip")
+        extension = next(self.project.glob("fastclip/_C*.so")).name
+        run([COMPILER, "-shared", self.flag, "-o", project / "fastclip" / extension, target, *objects, *libraries], log)
+
+    def environment(self, project, reports, halt):
+        """To run Python on `project` in; what the sanitizer says goes to files `reports`.<process>."""
+        preloaded = [library(self.runtimes[0]), library("libstdc++.so.6")]  # the latter for its exceptions
+        if self.preloads_openmp:
+            preloaded.append(str(self.openmp))
+        variables = {
+            name: value.format(reports=reports, halt=halt, here=HERE) for name, value in self.variables.items()
+        }
+        return {**os.environ, **variables, "LD_PRELOAD": " ".join(preloaded), "PYTHONPATH": str(project)}
+
+
+SANITIZERS = [
+    Sanitizer(
+        "address",
+        "address,undefined",
+        ("libasan.so", "libubsan.so"),
+        {
+            "ASAN_OPTIONS": "log_path={reports}:detect_stack_use_after_return=1:leak_check_at_exit=0",
+            "UBSAN_OPTIONS": "log_path={reports}:print_stacktrace=1",
+            "PYTHONMALLOC": "malloc",  # or Python's objects come from pools, of which the sanitizer knows nothing
+            "OMP_NUM_THREADS": "2",
+        },
+        ("tests.sanitize.leaks",),
+    ),
+    Sanitizer(
+        "thread",
+        "thread",
+        ("libtsan.so",),
+        {
+            # A forked child that makes threads is out of its reach, but need not die.
+            "TSAN_OPTIONS": "log_path={reports}:halt_on_error={halt}:suppressions={here}/thread.supp:die_after_fork=0",
+            "OMP_NUM_THREADS": "4",
+            "OMP_WAIT_POLICY": "passive",
+        },
+        preloads_openmp=True,
+    ),
+]
+
+
+def library(name):
+    """Its path, or the name alone where the compiler has none."""
+    return subprocess.run([COMPILER, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+
+
+def copy_python(source, target):
+    shutil.rmtree(target / "tests", ignore_errors=True)
+    for folder in ("fastclip", "tests"):
+        ignored = shutil.ignore_patterns("_C*", "_build_info.py", "__pycache__")
+        shutil.copytree(source / folder, target / folder, dirs_exist_ok=True, ignore=ignored)
+    for file in ("pyproject.toml", "setup.py"):
+        shutil.copy(source / file, target)
+
+
+def run(command, log, show=None, check=True, **options):
+    """Runs `command`; appends it and what it prints to the file `log`, and shows the lines that match `show`."""
+    command = list(map(str, command))
+    with (
+        open(log, "a") as file,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options) as process,
+    ):
+        print(*command, file=file, flush=True)
+        for line in io.TextIOWrapper(process.stdout, errors="replace"):
+            file.write(line)
+            if show and (match := re.search(show, line)):
+                print(f"  {match[0]}", flush=True)
+    if check and process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)

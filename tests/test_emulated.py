@@ -1,0 +1,51 @@
+"""The CPU's tests, on the real CUDA kernels: by an extension that is linked with the stand-in of `cuda_on_cpu/`."""
+
+import re
+
+import pytest
+
+from .cuda_on_cpu import build
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    """A fastclip whose CPU steps are taken by the CUDA kernels."""
+    folder = tmp_path_factory.mktemp("emulated")
+    return folder, build.package(folder)
+
+
+STEP_TESTS = ["test_step", "test_norm"]
+TWO_LAUNCHES = ["test_norm", "test_skip_nonfinite", "cuda_on_cpu/two_launches"]
+ALL_TESTS = [
+    *STEP_TESTS,
+    "test_clip_grad",
+    "test_skip_nonfinite",
+    "test_clip_stats",
+    "test_drop_in",
+    "test_errors",
+    "test_layouts",
+    "test_numbers",
+    "test_between_steps",
+    "test_not_covered",
+    "test_threads",
+    "test_amp",
+]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "cooperative", "files"),
+    [("in order", 1, ALL_TESTS), ("reversed", 1, STEP_TESTS), ("random", 1, STEP_TESTS), ("reversed", 0, TWO_LAUNCHES)],
+    ids=["in order", "reversed", "random", "two launches"],
+)
+def test_the_tests_of_the_cpu_pass_on_the_kernels(schedule, cooperative, files, emulated):
+    folder, variables = emulated
+    variables = {**variables, "FASTCLIP_SCHEDULE": schedule, "FASTCLIP_COOPERATIVE": str(cooperative)}
+    result = build.run_tests(folder, variables, *(f"tests/{name}.py" for name in files))
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    assert int(re.search(r"(\d+) passed", result.stdout)[1]) >= 100, result.stdout[-500:]
+
+
+def test_launches_and_bytes(emulated):
+    """What a step costs on a GPU, counted: see cuda_on_cpu/counts.py."""
+    result = build.run_tests(*emulated, "tests/cuda_on_cpu/counts.py")
+    assert result.returncode == 0 and " passed" in result.stdout, result.stdout[-6000:] + result.stderr[-2000:]

@@ -1,0 +1,89 @@
+"""A tensor of more than 2**31 elements, on the CPU, in a few megabytes: its pages are the same ones over and over."""
+
+import ctypes
+import math
+import mmap
+import os
+import sys
+
+import pytest
+import torch
+
+import fastclip
+
+NUMEL = 2**31 + 5001
+PIECE = 2 << 20  # bytes
+BYTES = -(-NUMEL * 2 // PIECE) * PIECE
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs memfd_create")
+
+
+class Repeated:
+    """A bfloat16 tensor of NUMEL elements, all zero: one piece of memory for its start, one for its end, and one that
+    is mapped again and again in between. Nobody may touch what lies before and behind."""
+
+    NOWHERE = 16 << 30
+
+    def __init__(self):
+        self.libc = ctypes.CDLL(None, use_errno=True)
+        self.libc.mmap.restype = ctypes.c_void_p
+        self.libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+        self.libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+        self.size = BYTES + 2 * self.NOWHERE
+        no_reserve, fixed = 0x4000, 0x10
+        self.reserved = self.map(None, self.size, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve, -1)
+        files = [os.memfd_create(name) for name in ("start", "middle", "end")]
+        for file in files:
+            os.ftruncate(file, PIECE)
+        start, last = self.reserved + self.NOWHERE, BYTES - PIECE
+        for at in range(0, BYTES, PIECE):
+            file = files[(at > 0) + (at == last)]
+            self.map(start + at, PIECE, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | fixed, file)
+        for file in files:
+            os.close(file)
+        memory = (ctypes.c_char * (NUMEL * 2)).from_address(start)
+        self.tensor = torch.frombuffer(memory, dtype=torch.bfloat16)
+
+    def map(self, *arguments):
+        address = self.libc.mmap(*arguments, 0)
+        assert address not in (None, ctypes.c_void_p(-1).value), os.strerror(ctypes.get_errno())
+        return address
+
+    def unmap(self):
+        self.libc.munmap(self.reserved, self.size)
+
+
+@pytest.fixture
+def repeated():
+    made = []
+
+    def make():
+        made.append(Repeated())
+        return made[-1].tensor
+
+    yield make
+    for memory in made:
+        memory.unmap()
+
+
+def ends(tensor):
+    """All that is there to be looked at: the start, what is repeated, the end."""
+    size = PIECE // 2
+    return tensor[:size], tensor[size : 2 * size], tensor[NUMEL // size * size :]
+
+
+def test_more_than_2_to_the_31_elements(repeated):
+    """Written at both ends; the update is one that gives the same however often it is repeated: p - (g + p)."""
+    p, grad = repeated(), repeated()
+    for part in ends(grad):
+        part.fill_(1)
+    p.requires_grad_().grad = grad
+    optimizer = fastclip.SGD([p], lr=1.0, weight_decay=1.0, clip_value=2.0, max_norm=math.sqrt(NUMEL) / 2)
+    optimizer.step()
+    assert optimizer.total_norm.item() == pytest.approx(math.sqrt(NUMEL), rel=1e-12)
+    for part in ends(p.detach()):
+        assert part.numel() > 0 and (part == -0.5).all()
+    fastclip.clip_grad_value_([p], 0.25)
+    for part in ends(grad):
+        assert (part == 0.25).all()
+    assert fastclip.clip_grad_norm_([p], math.inf).item() == pytest.approx(math.sqrt(NUMEL) / 4, rel=1e-6)
