@@ -1,7 +1,7 @@
 """Builds fastclip._C: the CPU half always, the CUDA half whenever nvcc is found.
 
 FASTCLIP_CUDA=0 leaves CUDA out; TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX" narrows its architectures.
-FASTCLIP_CXX_FLAGS="-g -O1" goes to the C++ compiler, after what is its own.
+FASTCLIP_CXX_FLAGS="-g -O1" is added to the flags of the C++ compiler.
 torch.utils.cpp_extension refuses .cu files beside a CPU-only torch, so nvcc is called here: the
 CUDA half includes nothing of torch, and links the CUDA runtime statically.
 """

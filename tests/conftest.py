@@ -1,5 +1,7 @@
 """Devices and seeds for all tests."""
 
+import signal
+
 import pytest
 import torch
 
@@ -19,6 +21,14 @@ def seed_and_threads():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """As in a terminal: a shell ignores it for what it starts in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)

@@ -193,29 +193,56 @@ def test_gradients_replaced_meanwhile(sizes, momentum, frequent_switches):
 # ---- Python that runs in the middle of a step --------------------------------------------------
 
 
-@pytest.mark.parametrize("call", range(9))
-def test_gradients_dropped_while_a_state_is_looked_up(call, monkeypatch):
-    """A look-up by tensor runs Tensor.__hash__, in Python: three calls in the walk, six to make the entries."""
+@pytest.fixture
+def run_in_look_up(monkeypatch):
+    """run_in_look_up(optimizer, call, meddle): a step, and `meddle` in its look-up number `call` of a tensor's state.
+
+    Such a look-up runs Tensor.__hash__, in Python: for each parameter, and again to make its entry.
+    """
+
+    def step(optimizer, call, meddle):
+        calls = 0
+
+        def meddling_hash(self):
+            nonlocal calls
+            if calls == call:
+                meddle()
+            calls += 1
+            return id(self)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "__hash__", meddling_hash)
+            optimizer.step()
+        assert calls > call
+
+    return step
+
+
+@pytest.mark.parametrize("call", range(6))
+def test_gradients_dropped_while_a_state_is_looked_up(call, run_in_look_up):
     params = [param(1000) for _ in range(3)]
-    optimizer = fastclip.SGD(params, lr=1.0, momentum=0.9)
-    calls, garbage = 0, []
+    garbage = []
 
-    def meddling_hash(self):
-        nonlocal calls
-        if calls == call:
-            for p in params:
-                p.grad = None
-                garbage.extend(torch.full((1000,), 1e9) for _ in range(2))
-        calls += 1
-        return id(self)
+    def drop():
+        for p in params:
+            p.grad = None
+            garbage.extend(torch.full((1000,), 1e9) for _ in range(2))
 
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.Tensor, "__hash__", meddling_hash)
-        optimizer.step()
-    assert calls > call, "nothing was dropped: this shows nothing"
+    run_in_look_up(fastclip.SGD(params, lr=1.0, momentum=0.9), call, drop)
     for index, p in enumerate(params):
-        stepped = -1.0 if index < call else 0.0  # the walk finds no gradient from here on
-        assert torch.equal(p.detach(), torch.full_like(p, stepped))
+        found = index < call  # before it was dropped
+        assert torch.equal(p.detach(), torch.full_like(p, -1.0 if found else 0.0))
+
+
+@pytest.mark.parametrize("call", range(6))
+def test_parameters_dropped_while_a_state_is_looked_up(call, run_in_look_up):
+    optimizer = fastclip.SGD([param(1000) for _ in range(3)], lr=1.0, momentum=0.9)
+    params = optimizer.param_groups[0]["params"]
+    memory = [p.detach() for p in params]
+    run_in_look_up(optimizer, call, params.clear)
+    for index, values in enumerate(memory):
+        found = index <= call
+        assert torch.equal(values, torch.full_like(values, -1.0 if found else 0.0))
 
 
 # What happens to the groups, and what is left of a step of two groups.
