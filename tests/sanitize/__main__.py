@@ -129,10 +129,11 @@ def run_tests(sanitizer):
         print(f"\n{file.relative_to(ROOT)}:", *text.splitlines()[:LINES_OF_A_REPORT], sep="\n")
     if reports:
         return f"{len(reports)} REPORTS", False
-    lines = log.read_text().splitlines()
-    passed = re.search(r"\b(\d+) passed", lines[-1])
-    if not passed or re.search("failed|error", lines[-1]):
-        print(*lines[-LINES_OF_A_REPORT:], sep="\n")
+    text = log.read_text()
+    summaries = re.findall(r"^(?:\d+ \w+, )*\d+ \w+ in .*$", text, re.M)  # "7 passed, 2 skipped in 1 s"
+    passed = re.search(r"(\d+) passed", summaries[-1]) if summaries else None
+    if not passed or re.search("failed|error", summaries[-1]):
+        print(*text.splitlines()[-LINES_OF_A_REPORT:], sep="\n")
         return f"FAILED, see {log.relative_to(ROOT)}", False
     return f"no report in {passed[1]} tests", True
 
