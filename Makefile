@@ -47,7 +47,7 @@ fuzz: build  ## 10,000 random optimizers and steps against the plain loop, about
 soak: build  ## a million steps: flat memory, torch's bits at the end; about 8 minutes; ARGS="--steps N" takes less
 	$(PY) -m tests.soak $(ARGS)
 
-sanitize: .requirements  ## the C++ under address, undefined and thread sanitizers, under 15 minutes; ARGS="--only thread"
+sanitize: .requirements  ## the C++ under address, undefined and thread sanitizers, 8 to 15 minutes; ARGS="--only thread"
 	$(PY) -m tests.sanitize $(ARGS)
 
 bench: build  ## time fastclip against the Python loop and the best of torch, about 8 minutes; leave the machine alone

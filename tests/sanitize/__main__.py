@@ -134,10 +134,13 @@ def run_tests(sanitizer):
         print(f"\n{file.relative_to(ROOT)}:", *text.splitlines()[:LINES_OF_A_REPORT], sep="\n")
     if reports:
         return f"{len(reports)} REPORTS", False
-    summary = re.search(r"^.*\b(\d+) passed.*$", log.read_text(), re.M)
-    if summary is None or "failed" in summary[0] or "error" in summary[0]:
+    text = log.read_text()
+    summaries = re.findall(r"^(?:\d+ \w+, )*\d+ \w+ in .*$", text, re.M)  # "7 passed, 2 skipped in 1 s"
+    passed = re.search(r"(\d+) passed", summaries[-1]) if summaries else None
+    if not passed or re.search("failed|error", summaries[-1]):
+        print(*text.splitlines()[-LINES_OF_A_REPORT:], sep="\n")
         return f"FAILED, see {log.relative_to(ROOT)}", False
-    return f"no report in {summary[1]} tests", True
+    return f"no report in {passed[1]} tests", True
 
 
 def run_pytest(sanitizer, project, tests, folder, show=None, halt=0):
