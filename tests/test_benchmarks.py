@@ -243,7 +243,7 @@ def test_documents_quote_the_committed_results():
             for name in (name for name in texts if report.markers(name)[0] in text):
                 assert report.replaced(text, {name: texts[name]}) == text, f"{document.name} has another {name}"
                 quoted[name] += 1
-    assert quoted["cpu"] == quoted["cpu-summary"] == 1
+    assert set(quoted) == {"cpu", "cpu-summary", "cpu-large", "cpu-large-summary"} and set(quoted.values()) == {1}
 
 
 @pytest.mark.parametrize("text", ["", BEGIN, f"{END} {BEGIN}", None])
