@@ -24,7 +24,6 @@ Ctrl-C writes a checkpoint, as does the end of each epoch; --resume goes on from
 the trained model is torch.load(checkpoint)["arms"]["fastclip"]["model"].
 """
 
-import argparse
 import contextlib
 import itertools
 import shlex
@@ -35,7 +34,7 @@ import torch
 
 from . import article_report, lockstep
 from .article_tasks import CLIP_VALUE, RECIPES, fingerprint, make_tasks
-from .options import add_common, count
+from .options import add_seed_and_threads, count, make_folder, make_parser
 from .safe_files import interrupts_between_steps, load_checkpoint, save_checkpoint
 from .speech_console import SpeechDataError, progress
 from .speech_data import digit_strings, own_recordings
@@ -111,10 +110,7 @@ def run(options):
         speech = digit_strings(options.cache, options.seed, unheard_strings=UNHEARD_STRINGS)
     print(f"Data: {speech.caption}.")
     print(f"Strings or utterances: {len(speech.train)} to train on, {len(speech.test) + len(speech.unheard)} to test.")
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SpeechDataError(f"--out {options.out}: {error.strerror}") from None
+    make_folder(options.out)
     names = list(RECIPES) if options.model == "all" else [options.model]
     if options.resume and not any((options.out / f"article_{name}.pt").exists() for name in names):
         raise SpeechDataError(f"--resume: {options.out} has no checkpoint article_{names[0]}.pt")
@@ -149,14 +145,8 @@ def run(options):
 
 
 def parse_arguments(arguments=None):
-    about, _, more = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        "python -m examples.article",
-        description=about,
-        epilog=more,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_common(parser, out="article_output")
+    parser = make_parser("article", __doc__, out="article_output")
+    add_seed_and_threads(parser)
     epochs = ", ".join(f"{recipe.epochs} {name}" for name, recipe in RECIPES.items())
     parser.add_argument("--model", choices=[*RECIPES, "all"], default="all", help="default: %(default)s")
     parser.add_argument("--epochs", type=count, metavar="N", help=f"of each model (default: {epochs})")

@@ -6,7 +6,6 @@ Trains a small recogniser once per cell of the grid with fastclip.SGD (momentum 
 clipping.csv in --out; the same command goes on where a run was stopped. At the end come pictures and a table.
 """
 
-import argparse
 import contextlib
 import fcntl
 import itertools
@@ -22,7 +21,7 @@ from benchmarks import machine
 from . import clipping_study_page, clipping_study_plots, clipping_study_summary, safe_files
 from .clipping_study_cell import MODELS, MOMENTUM, Cell, load_data, train_cell
 from .clipping_study_results import cell_of, read_rows, write_rows
-from .options import count
+from .options import count, make_folder, make_parser
 from .speech_batches import BATCH
 from .speech_console import SpeechDataError, progress
 
@@ -115,8 +114,8 @@ def keep_settings(options, data, started):
 @contextlib.contextmanager
 def alone_in(folder):
     """Makes the folder; two studies that write one file would lose each other's rows."""
+    make_folder(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")  # noqa: SIM115  held open as long as it is locked
     except OSError as error:
         raise SpeechDataError(f"--out {folder}: {error.strerror}") from None
@@ -129,22 +128,12 @@ def alone_in(folder):
 
 
 def parse_arguments(arguments=None):
-    about, _, more = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        "python -m examples.clipping_study",
-        description=about,
-        epilog=more,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("clipping_study", __doc__, out="study_output")
     add = parser.add_argument
     add("--quick", action="store_true", help="a few cells: two learning rates, one threshold of each kind")
     add("--models", nargs="+", choices=MODELS, default=["gru", "cnn"], metavar="M",
         help=f"of {', '.join(MODELS)} (default: gru cnn)")  # fmt: skip
     add("--seeds", type=count, metavar="N", default=3, help="0 to N-1: data, held-out voice, model (default: 3)")
-    add("--out", type=Path, metavar="DIR", default=Path("study_output"), help="for the results (default: %(default)s)")
-    add("--data", type=Path, metavar="DIR", help="your own wav files and transcripts.txt, as in the demo")
-    add("--cache", type=Path, metavar="DIR", default=Path(__file__).parents[1] / ".cache" / "speech",
-        help="where the fetched clips are kept (default: .cache/speech in the repository)")  # fmt: skip
     add("--strings", type=count, metavar="N", default=320, help="of digits to train on (default: %(default)s)")
     add("--epochs", type=count, metavar="N", default=20, help="default: %(default)s")
     add("--report", type=Path, metavar="PAGE",

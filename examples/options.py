@@ -5,6 +5,8 @@ import contextlib
 import math
 from pathlib import Path
 
+from .speech_console import SpeechDataError
+
 
 def number(kind, low, above=False):
     """A parser of finite numbers of at least `low`, or above it."""
@@ -23,12 +25,32 @@ def number(kind, low, above=False):
 count, positive = number(int, 1), number(float, 0, above=True)
 
 
-def add_common(parser, out):
-    """Data, results, seed and threads; `out` is the folder that results go to by default."""
+def make_parser(name, doc, out):
+    """The parser of an example by its docstring `doc`, with its data and results, which go to the folder `out`."""
+    about, _, more = doc.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        f"python -m examples.{name}",
+        description=about,
+        epilog=more,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("--data", type=Path, metavar="DIR", help="your own wav files and transcripts.txt")
     add("--cache", type=Path, metavar="DIR", default=Path(__file__).parents[1] / ".cache" / "speech",
         help="where the fetched clips are kept (default: .cache/speech in the repository)")  # fmt: skip
     add("--out", type=Path, metavar="DIR", default=Path(out), help="for the results (default: %(default)s)")
+    return parser
+
+
+def add_seed_and_threads(parser):
+    add = parser.add_argument
     add("--seed", type=number(int, 0), metavar="N", default=0, help="of data, model and order (default: %(default)s)")
     add("--threads", type=count, metavar="N", default=1, help="of torch (default: %(default)s)")
+
+
+def make_folder(out):
+    """The folder of --out; raises SpeechDataError."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SpeechDataError(f"--out {out}: {error.strerror}") from None

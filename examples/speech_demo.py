@@ -13,7 +13,6 @@ The data are strings of spoken digits (recordings in Debian packages; where thes
 own: --data takes a folder with wav files (16 bit PCM) and transcripts.txt, whose lines read file.wav<TAB>text.
 """
 
-import argparse
 import contextlib
 import math
 import shlex
@@ -23,7 +22,7 @@ import time
 import torch
 
 from . import lockstep, speech_report
-from .options import add_common, count, positive
+from .options import add_seed_and_threads, count, make_folder, make_parser, positive
 from .speech_batches import BATCH, batches_of_like_length, ctc_loss, error_rate, extract
 from .speech_console import SpeechDataError, progress
 from .speech_data import digit_strings, own_recordings
@@ -63,10 +62,7 @@ def run(options):
     if speech.kind != "own":
         print("So the error rate shows how well each arm optimises, not how well it generalises.")
     print(f"{len(speech.train)} to train on, {len(speech.test)} to test; {options.threads} thread(s).", flush=True)
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SpeechDataError(f"--out {options.out}: {error.strerror}") from None
+    make_folder(options.out)
 
     train_examples, test_examples, _ = extract(speech)
     torch.manual_seed(options.seed)
@@ -101,14 +97,8 @@ def run(options):
 
 
 def parse_arguments(arguments=None):
-    about, _, more = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        "python -m examples.speech_demo",
-        description=about,
-        epilog=more,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_common(parser, out="demo_output")
+    parser = make_parser("speech_demo", __doc__, out="demo_output")
+    add_seed_and_threads(parser)
     add = parser.add_argument
     add("--epochs", type=count, metavar="N", default=10, help="default: %(default)s")
     add("--clip-value", type=positive, default=0.01, metavar="D", help="gradients in [-D, D] (default: %(default)s)")
