@@ -82,9 +82,9 @@ void measure_all(const Step& step, const ThreadPool& pool, const LoopTable& loop
   for_each_chunk(step, pool, false, [&](int64_t first_chunk, int64_t last_chunk) {
     for_each_run(step, first_chunk, last_chunk, [&](const TensorEntry& tensor, int64_t begin,
                                                     int64_t size) {
-      const Constants constants = constants_of(step, step.hypers[tensor.hyper], 1.0);
-      const bool clip = constants.clip.unscale != 1 || constants.clip.low > -HUGE_VAL ||
-                        constants.clip.high < HUGE_VAL;
+      const Hyper& hyper = step.hypers[tensor.hyper];
+      const Constants constants = constants_of(step, hyper, 1.0);
+      const bool clip = constants.clip.unscale != 1 || clips_value(hyper);
       const Seen seen = !clip ? Seen::raw : step.skip_nonfinite ? Seen::clipped_or_nonfinite : Seen::clipped;
       const MeasureLoop loop = loops.measure[static_cast<int>(tensor.dtype)][inf][static_cast<int>(seen)];
       Measure* measure = step.measures + tensor.first_chunk + begin / kChunk;
