@@ -3,8 +3,17 @@
 from ._extension import build_info
 from .clip_grad import clip_grad_norm_, clip_grad_value_
 from .clip_stats import ClipStats
+from .in_backward import StepInBackward, step_in_backward
 from .sgd import SGD
 
 __version__ = "0.1.0"
 
-__all__ = ["SGD", "ClipStats", "build_info", "clip_grad_norm_", "clip_grad_value_"]
+__all__ = [
+    "SGD",
+    "ClipStats",
+    "StepInBackward",
+    "build_info",
+    "clip_grad_norm_",
+    "clip_grad_value_",
+    "step_in_backward",
+]
