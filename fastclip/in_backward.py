@@ -60,8 +60,7 @@ def step_in_backward(model, optimizer, *, bucket_cap_mb=4.0):
     """
     check_arguments(model, optimizer, bucket_cap_mb)
     for index, group in enumerate(optimizer.param_groups):
-        for i, param in enumerate(group["params"]):
-            _check_free(param, group, index, i)
+        _check_group(group, index)
     return StepInBackward(optimizer, bucket_cap_mb)
 
 
@@ -86,9 +85,8 @@ class StepInBackward:
         self._clamped = []  # of the steps of this pass but the last: (fraction, of how many elements)
         self._clampable = 0  # elements under a value clip in the last one
         optimizer._in_backward = self
-        for group_index, group in enumerate(optimizer.param_groups):
-            for index, param in enumerate(group["params"]):
-                self._hook(group_index, index, param)
+        for group_index in range(len(optimizer.param_groups)):
+            self._hook_group(group_index)
 
     @contextmanager
     def accumulate(self):
@@ -145,11 +143,25 @@ class StepInBackward:
         clamped = sum((fraction * count).round().to(device) for fraction, count in steps)
         return last._replace(clamped_fraction=clamped / sum(count for _, count in steps))
 
+    def add_group(self, group_index):
+        """A group that was added to the optimizer; raises before anything is hooked."""
+        _check_group(self._optimizer.param_groups[group_index], group_index)
+        self._hook_group(group_index)
+
+    def _hook_group(self, group_index):
+        for index, param in enumerate(self._optimizer.param_groups[group_index]["params"]):
+            self._hook(group_index, index, param)
+
     def _hook(self, group_index, index, param):
-        if param.requires_grad:  # else autograd takes no hook: where it is thawed, its first pass ends with one
-            reference = weakref.ref(self)
-            ready = partial(_gradient_is_ready, reference, group_index, index)
-            _hooks[param] = reference, group_index, index, param.register_post_accumulate_grad_hook(ready)
+        if not (param.is_floating_point() or param.is_complex()):
+            return  # never has a gradient
+        reference, frozen = weakref.ref(self), not param.requires_grad
+        if frozen:  # it may be thawed later, and autograd takes no hook for one that is frozen
+            param.requires_grad_(True)
+        hook = param.register_post_accumulate_grad_hook(partial(_gradient_is_ready, reference, group_index, index))
+        if frozen:
+            param.requires_grad_(False)
+        _hooks[param] = reference, group_index, index, hook
 
     def _gradient_is_ready(self, group_index, index, param):
         grad = param.grad
@@ -226,11 +238,9 @@ class StepInBackward:
             param.grad = None
 
     def _keep_hooked(self, group_index, index, param):
-        """Parameters that were thawed, added, or moved between groups."""
+        """One whose place in the groups has changed gets a hook that knows the new one."""
         if param not in _hooks or _hooks[param][:3] != (weakref.ref(self), group_index, index):
-            group = self._optimizer.param_groups[group_index]
-            check_parameter(param, group, group_index, index)
-            _check_free(param, group, group_index, index, self)
+            _check_free(param, self._optimizer.param_groups[group_index], group_index, index, self)
             self._hook(group_index, index, param)
 
 
@@ -249,6 +259,12 @@ def _gradient_is_ready(reference, group_index, index, param):
             "the optimizer of step_in_backward is gone, so that nothing updates this model: keep a reference to it"
         )
     in_backward._gradient_is_ready(group_index, index, param)
+
+
+def _check_group(group, group_index):
+    for index, param in enumerate(group["params"]):
+        check_parameter(param, group, group_index, index)
+        _check_free(param, group, group_index, index)
 
 
 def _check_free(param, group, group_index, index, own=None):

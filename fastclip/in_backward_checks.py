@@ -37,7 +37,6 @@ def check_arguments(model, optimizer, bucket_cap_mb):
     of_model = set(map(id, model.parameters()))
     for index, group in enumerate(optimizer.param_groups):
         for i, param in enumerate(group["params"]):
-            check_parameter(param, group, index, i)
             if id(param) not in of_model:
                 raise ValueError(
                     f"{name_of(group, index, i)} is not a parameter of the model: were the model's replaced after the "

@@ -41,6 +41,12 @@ class ClippedOptimizer(torch.optim.Optimizer):
                     param_group.setdefault(name, self.param_groups[0][name])
             self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        if self._in_backward is not None:
+            try:
+                self._in_backward.add_group(len(self.param_groups) - 1)
+            except BaseException:
+                self.param_groups.pop()
+                raise
 
     def _check_group(self, group):
         index = len(self.param_groups)
