@@ -172,7 +172,7 @@ class StepInBackward:
             groups = self._optimizer.param_groups  # anew: load_state_dict replaces them
             params = groups[group_index]["params"] if group_index < len(groups) else []
             if index >= len(params) or params[index] is not param:
-                return  # the groups were rearranged: it is found at the end
+                return  # the groups were rearranged: it is stepped where the pass ends
             # A gradient may be read on the stream it was computed on; at the end of the pass, on any.
             stream = torch.cuda.current_stream(param.device) if param.is_cuda else None
             bucket = self._buckets[stream]
@@ -207,8 +207,6 @@ class StepInBackward:
         with self._lock:
             if self._pass != this_pass or self._optimizer._in_backward is not self:
                 return
-            self._pass = None
-            in_buckets = {id(param) for bucket in self._buckets.values() for _, _, param in bucket.parameters}
             self._buckets.clear()
             groups = self._optimizer.param_groups
             left = [
@@ -217,10 +215,8 @@ class StepInBackward:
                 for index, param in enumerate(group["params"])
                 if param.grad is not None
             ]
-            for group_index, index, param in left:
-                if id(param) not in in_buckets:
-                    self._keep_hooked(group_index, index, param)
-                if param.is_cuda:
+            for _, _, param in left:
+                if param.is_cuda:  # freed on this stream, and maybe computed on another
                     param.grad.record_stream(torch.cuda.current_stream(param.device))
             if left:
                 self._step(groups, left)
@@ -236,12 +232,6 @@ class StepInBackward:
         self._clampable = sum(param.numel() for group_index, _, param in parameters if clips[group_index])
         for _, _, param in parameters:
             param.grad = None
-
-    def _keep_hooked(self, group_index, index, param):
-        """One whose place in the groups has changed gets a hook that knows the new one."""
-        if param not in _hooks or _hooks[param][:3] != (weakref.ref(self), group_index, index):
-            _check_free(param, self._optimizer.param_groups[group_index], group_index, index, self)
-            self._hook(group_index, index, param)
 
 
 class _Bucket:
@@ -267,12 +257,12 @@ def _check_group(group, group_index):
         _check_free(param, group, group_index, index)
 
 
-def _check_free(param, group, group_index, index, own=None):
+def _check_free(param, group, group_index, index):
     """Refuses a parameter that another optimizer steps in the backward pass; takes off the hook of one that is gone."""
     reference, _, _, hook = _hooks.get(param, (None,) * 4)
     if reference is None:
         return
-    if reference() not in (None, own):
+    if reference() is not None:
         raise ValueError(f"{name_of(group, group_index, index)} is stepped in the backward pass by another optimizer")
     hook.remove()
     del _hooks[param]
