@@ -7,15 +7,12 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from .checks import name_of
 from .in_backward_checks import check_arguments, check_not_replicated, check_parameter, check_pass
 from .reference import clips_value
 
-# parameter: (weak reference to its StepInBackward, group, index, handle of the hook). The garbage collector does not
-# see what autograd's hooks hold: a strong reference would keep the optimizer and the model forever.
-_hooks = WeakTensorKeyDictionary()
+_in_use = weakref.WeakSet()  # every StepInBackward
 
 
 def step_in_backward(model, optimizer, *, bucket_cap_mb=4.0):
@@ -30,7 +27,8 @@ def step_in_backward(model, optimizer, *, bucket_cap_mb=4.0):
     between `backward()` and `step()` (a trainer's clip, an all-reduce, hooks of `step`) comes too late; hooks of a
     tensor come in time. A second pass through a graph of updated parameters raises: add the losses up instead. A pass
     that raises may have updated some parameters. Passes in several threads at once must be of different optimizers.
-    `torch.compile` hands over all gradients of a graph at once: the same bits, and no memory saved.
+    `torch.compile` hands over all gradients of a graph at once: the same bits, and no memory saved; its compiled
+    autograd, an option of it, raises.
 
     Args:
         model (torch.nn.Module): holds all parameters of the optimizer. Those that the optimizer does not hold keep
@@ -84,7 +82,9 @@ class StepInBackward:
         self._buckets = defaultdict(_Bucket)  # of each stream
         self._clamped = []  # of the steps of this pass but the last: (fraction, of how many elements)
         self._clampable = 0  # elements under a value clip in the last one
+        self._hooks = {}  # parameter: (handle, weak reference)
         optimizer._in_backward = self
+        _in_use.add(self)
         for group_index in range(len(optimizer.param_groups)):
             self._hook_group(group_index)
 
@@ -112,10 +112,9 @@ class StepInBackward:
         Example:
             >>> fastclip.step_in_backward(model, opt).remove()
         """
-        for param, (reference, _, _, hook) in list(_hooks.items()):
-            if reference() is self:
-                hook.remove()
-                del _hooks[param]
+        for hook, _ in self._hooks.values():
+            hook.remove()
+        self._hooks.clear()
         if self._optimizer._in_backward is self:
             self._optimizer._reference_stats = self.clip_stats() or self._optimizer._reference_stats
             self._optimizer._in_backward = None
@@ -155,13 +154,16 @@ class StepInBackward:
     def _hook(self, group_index, index, param):
         if not (param.is_floating_point() or param.is_complex()):
             return  # never has a gradient
-        reference, frozen = weakref.ref(self), not param.requires_grad
+        frozen = not param.requires_grad
         if frozen:  # it may be thawed later, and autograd takes no hook for one that is frozen
             param.requires_grad_(True)
-        hook = param.register_post_accumulate_grad_hook(partial(_gradient_is_ready, reference, group_index, index))
+        # The garbage collector does not see what autograd's hooks hold: a strong reference would keep the optimizer and
+        # the model forever.
+        ready = partial(_gradient_is_ready, weakref.ref(self), group_index, index)
+        # torch.utils.swap_tensors would take the hook away, and refuses a tensor that is referred to weakly.
+        self._hooks[param] = param.register_post_accumulate_grad_hook(ready), weakref.ref(param)
         if frozen:
             param.requires_grad_(False)
-        _hooks[param] = reference, group_index, index, hook
 
     def _gradient_is_ready(self, group_index, index, param):
         grad = param.grad
@@ -244,25 +246,21 @@ class _Bucket:
 
 def _gradient_is_ready(reference, group_index, index, param):
     in_backward = reference()
-    if in_backward is None:
+    if in_backward is not None:
+        in_backward._gradient_is_ready(group_index, index, param)
+    elif not _is_stepped(param):
         raise RuntimeError(
             "the optimizer of step_in_backward is gone, so that nothing updates this model: keep a reference to it"
         )
-    in_backward._gradient_is_ready(group_index, index, param)
+
+
+def _is_stepped(param):
+    return any(param in in_backward._hooks for in_backward in _in_use)
 
 
 def _check_group(group, group_index):
     for index, param in enumerate(group["params"]):
         check_parameter(param, group, group_index, index)
-        _check_free(param, group, group_index, index)
-
-
-def _check_free(param, group, group_index, index):
-    """Refuses a parameter that another optimizer steps in the backward pass; takes off the hook of one that is gone."""
-    reference, _, _, hook = _hooks.get(param, (None,) * 4)
-    if reference is None:
-        return
-    if reference() is not None:
-        raise ValueError(f"{name_of(group, group_index, index)} is stepped in the backward pass by another optimizer")
-    hook.remove()
-    del _hooks[param]
+        if _is_stepped(param):
+            where = name_of(group, group_index, index)
+            raise ValueError(f"{where} is stepped in the backward pass by another optimizer")

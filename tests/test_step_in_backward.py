@@ -351,6 +351,32 @@ def test_losses_that_share_a_graph():
         value.backward()
 
 
+def test_a_model_cast_between_passes():
+    (ordinary, stepped), _ = pair()
+    for dtype in (torch.float32, torch.float64):
+        for model, optimizer in (ordinary, stepped):
+            model.to(dtype)
+            optimizer.load_state_dict(optimizer.state_dict())  # casts the state
+        for loss in losses(2):
+            loss(ordinary[0]).backward()
+            step_as_ever(*ordinary)
+            loss(stepped[0]).backward()
+            assert_same(ordinary, stepped)
+
+
+def test_swapped_tensors_would_lose_their_hooks():
+    (_, (model, _)), in_backward = pair()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        with pytest.raises(RuntimeError, match="swap"):
+            model.float()
+        in_backward.remove()
+        model.float()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert model.out.weight.dtype == torch.float32
+
+
 def test_remove_and_leaving_a_with():
     (ordinary, (model, optimizer)), in_backward = pair()
     in_backward.remove()
