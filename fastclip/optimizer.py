@@ -51,6 +51,12 @@ class ClippedOptimizer(torch.optim.Optimizer):
                     param_group.setdefault(name, self.param_groups[0][name])
             self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        if self._in_backward is not None:
+            try:
+                self._in_backward.add_group(len(self.param_groups) - 1)
+            except BaseException:
+                self.param_groups.pop()
+                raise
 
     def _check_group(self, group):
         index = len(self.param_groups)
@@ -76,6 +82,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
         """What is not state: made anew for a new or copied optimizer."""
         self._plan = _C.Plan(self._rule)
         self._reference_stats = None  # of the last step, if it was in plain torch
+        self._in_backward = None  # see step_in_backward
         self._reference_skips = 0
         self._warned = set()
 
@@ -133,8 +140,11 @@ class ClippedOptimizer(torch.optim.Optimizer):
             >>> model(x).sum().backward(); opt.step()
             >>> log({"clamped": opt.clip_stats().clamped_fraction})
         """
-        stats = self._reference_stats or clip_stats.ClipStats(*self._plan.clip_stats(), None)
+        stats = (self._in_backward and self._in_backward.clip_stats()) or self._stats_of_call()
         return stats._replace(skipped_steps=self.skipped_steps)
+
+    def _stats_of_call(self):
+        return self._reference_stats or clip_stats.ClipStats(*self._plan.clip_stats(), None)
 
     def first_nonfinite(self):
         """Says which parameter is the first whose gradient holds an inf or NaN, as 'parameter 3 of group 0', with its
@@ -191,18 +201,30 @@ class ClippedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         attributes = self.__dict__
         grad_scale, found_inf = attributes.get("grad_scale"), attributes.get("found_inf")
+        if self._in_backward is not None:
+            if found_inf is not None:
+                raise RuntimeError(
+                    "step_in_backward has stepped on gradients that GradScaler had scaled, and the parameters are "
+                    "wrong: load them anew, and train without one of the two (bfloat16 needs no GradScaler)"
+                )
+            if not self._in_backward.leaves_a_step():
+                return loss
         if type(found_inf) is int:  # GradScaler's sum over no gradients at all
             found_inf = None
-        why_not = self._plan.step(self.param_groups, self.state, grad_scale, found_inf)
-        plain = why_not is not None
-        self._reference_stats = self._step_in_plain_torch(why_not, grad_scale, found_inf) if plain else None
+        self._update(self.param_groups, grad_scale, found_inf)
         return loss
 
-    def _step_in_plain_torch(self, why_not, grad_scale, found_inf):
+    def _update(self, groups, grad_scale=None, found_inf=None):
+        """A step over `groups`, in form of `param_groups`, without hooks."""
+        why_not = self._plan.step(groups, self.state, grad_scale, found_inf)
+        plain = why_not is not None
+        self._reference_stats = self._step_in_plain_torch(groups, why_not, grad_scale, found_inf) if plain else None
+
+    def _step_in_plain_torch(self, groups, why_not, grad_scale, found_inf):
         if why_not not in self._warned and not self.defaults["differentiable"]:
             self._warned.add(why_not)
-            warnings.warn(f"fastclip steps in plain torch, which is slower: {why_not}", stacklevel=4)
-        stats = self._reference_step(self.param_groups, self.state, grad_scale, found_inf)
+            warnings.warn(f"fastclip steps in plain torch, which is slower: {why_not}", stacklevel=5)
+        stats = self._reference_step(groups, self.state, grad_scale, found_inf)
         self._reference_skips = stats.skipped_steps + self._reference_skips
         return stats
 
