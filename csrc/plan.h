@@ -70,8 +70,8 @@ class Plan {
   [[gnu::always_inline]] inline void add_tensor(const at::Tensor* param, const at::Tensor& grad,
                                                 const ParamStates& states, Momentum momentum, const Hyper& hyper,
                                                 Py_ssize_t group_index);
-  bool cover_states(const Held& held, const at::Tensor& param, const Place& place, const StateNames& names,
-                    ParamStates& states);
+  bool cover_states(const Group& group, const Held& held, const at::Tensor& grad, const Place& place,
+                    const StateNames& names, ParamStates& states);
   DevicePart& part_of(c10::Device device);
   bool shares_memory();
   void run(Rule rule, const NormClip& asked, const Amp& amp);
