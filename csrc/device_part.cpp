@@ -59,6 +59,7 @@ void DevicePart::clear() {
   step.tensors.clear();
   step.hypers.clear();
   step.chunks = step.elements = step.clampable = 0;
+  step.counts_steps = false;
 }
 
 at::Tensor DevicePart::sum() const { return outcome_.narrow(0, place_of(offsetof(Outcome, sum)), kDoubles); }
@@ -96,7 +97,7 @@ void DevicePart::prepare(Rule rule, const NormClip& norm_clip, const Amp& amp, b
     if (!clamped_.defined()) clamped_ = at::empty({device.is_cuda() ? cuda::kMaxBlocks : 1}, doubles_on(device));
     step.clamped = static_cast<double*>(clamped_.mutable_data_ptr());
   }
-  if (step.norm == Norm::none && !step.found_inf && rule != Rule::adam) return;
+  if (step.norm == Norm::none && !step.found_inf && !step.counts_steps) return;
   if (!outcome_.defined()) {
     // A replay would set it, and the count of skipped steps, back to 0. Clipping counts nothing.
     if (capturing_ && rule != Rule::clip_grad) raise_capturing();

@@ -1,6 +1,7 @@
 // The CUDA kernel: measures (where there is a norm), waits for the whole grid, updates.
 #pragma once
 
+#include "mixed_cuda.cuh"
 #include "tiles_cuda.cuh"
 
 // All of a block's shared memory: a Shared, then the slots.
@@ -20,11 +21,11 @@ __device__ __forceinline__ Shared& shared() { return *reinterpret_cast<Shared*>(
 // Deals tiles out to the warps of all blocks, one round after the other, or back from the last to the
 // first: what a pass read last is what the next one still finds in L2. The tiles of the first rounds
 // have slots, in both directions the same. Calls body(tile, hyper, entry, first element, size, slot).
-template <Kernel kKernel, int kTableBytes, class Body>
+template <Kernel kKernel, DTypes kDTypes, int kTableBytes, class Body>
 __device__ __forceinline__ void for_each_tile(const Arguments<kTableBytes>& arguments, bool backwards, bool slots,
                                               const Body& body) {
   const Header& header = arguments.header;
-  const auto table = table_of<kKernel>(arguments);
+  const auto table = table_of<kKernel, kDTypes>(arguments);
   const uint32_t warp = threadIdx.x / kWarp;
   const uint32_t first = warp * gridDim.x + blockIdx.x;  // every block gets a tile before any gets a second
   const uint32_t workers = gridDim.x * kWarps;
@@ -145,10 +146,11 @@ __device__ __forceinline__ void publish_clamped(double* of_block, uint32_t clamp
 }
 
 // The last block to finish counts the step of every tensor: until then, others may have to know which it is.
-template <Kernel kKernel, int kTableBytes>
+template <Kernel kKernel, DTypes kDTypes, int kTableBytes>
 __device__ __forceinline__ void count_steps(const Arguments<kTableBytes>& arguments) {
-  if constexpr (kCountsSteps<kKernel>) {
+  if constexpr (kCountsSteps<kKernel, kDTypes>) {
     const Header& header = arguments.header;
+    if (!header.counts_steps) return;
     __syncthreads();  // the block's tiles are updated
     if (threadIdx.x == 0) {
       __threadfence();
@@ -156,7 +158,7 @@ __device__ __forceinline__ void count_steps(const Arguments<kTableBytes>& argume
     }
     __syncthreads();
     if (!shared().last) return;
-    const auto* const entries = table_of<kKernel>(arguments).entries;
+    const auto* const entries = table_of<kKernel, kDTypes>(arguments).entries;
     for (uint32_t i = threadIdx.x; i < header.tensors; i += kThreads) {
       if (entries[i].counts) count_step(entries[i].step, entries[i].step_is_float64);
     }
@@ -178,9 +180,9 @@ __global__ void __launch_bounds__(kThreads, min_blocks(kDTypes))
   }
   const bool keep = header.measure && header.update;
   if (header.measure) {
-    for_each_tile<kKernel>(arguments, false, keep, [&](uint32_t tile, const Hyper& hyper, const EntryHead& entry,
-                                                       int64_t begin, int size, uint4* slot) {
-      with_dtype<kDTypes>(entry.dtype, [&](auto stored) {
+    for_each_tile<kKernel, kDTypes>(arguments, false, keep, [&](uint32_t tile, const Hyper& hyper, const auto& entry,
+                                                                int64_t begin, int size, uint4* slot) {
+      with_dtype<kDTypes>(grad_dtype_of(entry), [&](auto stored) {
         using Stored = decltype(stored);
         constexpr bool kFloat64 = sizeof(Stored) == sizeof(double);
         Measure sum = header.norm == Norm::inf
@@ -207,14 +209,22 @@ __global__ void __launch_bounds__(kThreads, min_blocks(kDTypes))
     if (kKernel == Kernel::clip_grad && coefficient == 1.0) return;
   }
   uint32_t clamped = 0;
-  for_each_tile<kKernel>(arguments, keep, keep, [&](uint32_t, const Hyper& hyper, const EntryOf<kKernel>& entry,
+  for_each_tile<kKernel, kDTypes>(arguments, keep, keep, [&](uint32_t, const Hyper& hyper, const EntryOf<kKernel, kDTypes>& entry,
                                                     int64_t begin, int size, const uint4* slot) {
-    with_dtype<kDTypes>(entry.dtype, [&](auto stored) {
-      clamped += update_tile<kKernel, decltype(stored)>(header, hyper, entry, begin, size, coefficient, slot);
-    });
+    if constexpr (kMixed<kKernel, kDTypes>) {
+      if (kDTypes == DTypes::mixed || !entry.uniform) {
+        clamped += update_mixed_tile<kKernel>(header, hyper, entry, begin, size, coefficient, slot);
+        return;
+      }
+    }
+    if constexpr (kDTypes != DTypes::mixed) {
+      with_dtype<kDTypes>(entry.dtype, [&](auto stored) {
+        clamped += update_tile<kKernel, decltype(stored)>(header, hyper, entry, begin, size, coefficient, slot);
+      });
+    }
   });
   if (kKernel != Kernel::clip_grad && header.clamped) publish_clamped(header.clamped, clamped);
-  count_steps<kKernel>(arguments);
+  count_steps<kKernel, kDTypes>(arguments);
 }
 
 }  // namespace

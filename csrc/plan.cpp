@@ -160,6 +160,7 @@ void Plan::add_tensor(const at::Tensor* param, const at::Tensor& grad, const Par
   entry.uniform = uniform && !(narrow && hyper.stochastic_rounding);
   if (states.step) {
     entry.step_is_float64 = states.step->scalar_type() == at::kDouble;
+    step.counts_steps = true;
     entry.step = written(*states.step, entry.step_is_float64 ? DType::float64 : DType::float32);
   }
 }

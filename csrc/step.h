@@ -60,7 +60,8 @@ struct Step {
   std::vector<Hyper> hypers;
   int64_t chunks = 0;
   int64_t elements = 0;
-  int64_t clampable = 0;  // elements under a value clip
+  int64_t clampable = 0;      // elements under a value clip
+  bool counts_steps = false;  // some tensor has a `step`: then there is an outcome
   // Device memory, borrowed for the call.
   const float* grad_scale = nullptr;  // AMP: gradients are divided by it
   const float* found_inf = nullptr;   // AMP: not 0 means leave everything as it is

@@ -13,10 +13,17 @@ namespace {
 
 // ---- the table -----------------------------------------------------------------------------------
 
+bool has_several_dtypes(const TensorEntry& tensor) {
+  bool one = tensor.grad_dtype == tensor.dtype && !tensor.rounded;
+  for (int s = 0; s < kMaxStates && tensor.states[s]; ++s) one &= tensor.state_dtypes[s] == tensor.dtype;
+  return !one;
+}
+
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kPackBytes == 0; }
 
 // Elements before all arrays of a tensor are aligned; 0 where they are, or can't be together.
 int64_t unaligned_head(const TensorEntry& tensor) {
+  if (has_several_dtypes(tensor)) return 0;
   const auto behind = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kPackBytes; };
   const uintptr_t grad = behind(tensor.grad);
   if (grad == 0 || grad % item_size(tensor.dtype) != 0) return 0;
@@ -40,13 +47,14 @@ void for_each_entry(const Step& step, const Body& body) {
 }
 
 // Field by field in place: a whole entry, copied right after its bytes were written, waits for them.
-template <int kStates, bool kCounts>
+template <int kStates, bool kCounts, bool kMixed>
 void write_entry(const TensorEntry& tensor, int64_t begin, int64_t numel, uint32_t first_tile,
-                 Entry<kStates, kCounts>& entry) {
-  const int64_t offset = begin * item_size(tensor.dtype);
-  const auto at = [offset](void* base) -> void* { return base ? static_cast<char*>(base) + offset : nullptr; };
-  entry.param = at(tensor.param);
-  entry.grad = at(tensor.grad);
+                 Entry<kStates, kCounts, kMixed>& entry) {
+  const auto at = [begin](void* base, DType dtype) -> void* {
+    return base ? static_cast<char*>(base) + begin * item_size(dtype) : nullptr;
+  };
+  entry.param = at(tensor.param, tensor.dtype);
+  entry.grad = at(tensor.grad, tensor.grad_dtype);
   entry.numel = numel;
   entry.first_tile = first_tile;
   entry.hyper = static_cast<uint16_t>(tensor.hyper);
@@ -56,11 +64,21 @@ void write_entry(const TensorEntry& tensor, int64_t begin, int64_t numel, uint32
   entry.counts = begin == 0;
   entry.step_is_float64 = tensor.step_is_float64;
   entry.unused = 0;
-  for (int s = 0; s < std::max(kStates, kCounts ? 0 : 1); ++s) {
-    entry.states[s] = at(tensor.states[s]);
+  for (int s = 0; s < kStates; ++s) {
+    entry.states[s] = at(tensor.states[s], tensor.state_dtypes[s]);
     entry.aligned = entry.aligned && is_aligned(entry.states[s]);
   }
   if constexpr (kCounts) entry.step = tensor.step;
+  if constexpr (kMixed) {
+    entry.rounded = at(tensor.rounded, tensor.rounded_dtype);
+    entry.aligned = entry.aligned && is_aligned(entry.rounded);
+    entry.index = tensor.index;
+    entry.head = static_cast<uint8_t>(begin);
+    entry.grad_dtype = tensor.grad_dtype;
+    for (int s = 0; s < kStates; ++s) entry.state_dtypes[s] = tensor.state_dtypes[s];
+    entry.rounded_dtype = tensor.rounded_dtype;
+    entry.uniform = tensor.uniform;
+  }
 }
 
 Kernel kernel_of(const Step& step) {
@@ -76,25 +94,54 @@ Kernel kernel_of(const Step& step) {
   return any_has(2) ? Kernel::adam_amsgrad : Kernel::adam;
 }
 
-// Calls body(constant) with the kernel as a constant.
-template <class Body>
+DTypes dtypes_of(const Step& step) {
+  const DType first = step.tensors.front().dtype;
+  bool one = true, uniform = true, float64 = false;
+  for (const TensorEntry& tensor : step.tensors) {
+    one &= tensor.dtype == first;
+    uniform &= tensor.uniform || step.rule == Rule::clip_grad;
+    float64 |= tensor.dtype == DType::float64;
+  }
+  if (!uniform && !float64) return DTypes::mixed;
+  if (uniform && one && first == DType::float32) return DTypes::float32;
+  if (uniform && one && first == DType::bfloat16) return DTypes::bfloat16;
+  return DTypes::any;
+}
+
+// Calls body(kernel, dtypes) with both as constants.
+template <DTypes kDTypes, class Body>
 auto with_kernel(Kernel kernel, const Body& body) {
+  constexpr std::integral_constant<DTypes, kDTypes> dtypes;
   switch (kernel) {
-    case Kernel::sgd: return body(std::integral_constant<Kernel, Kernel::sgd>{});
-    case Kernel::sgd_momentum: return body(std::integral_constant<Kernel, Kernel::sgd_momentum>{});
-    case Kernel::adam: return body(std::integral_constant<Kernel, Kernel::adam>{});
-    case Kernel::adam_amsgrad: return body(std::integral_constant<Kernel, Kernel::adam_amsgrad>{});
+    case Kernel::sgd: return body(std::integral_constant<Kernel, Kernel::sgd>{}, dtypes);
+    case Kernel::sgd_momentum: return body(std::integral_constant<Kernel, Kernel::sgd_momentum>{}, dtypes);
+    case Kernel::adam: return body(std::integral_constant<Kernel, Kernel::adam>{}, dtypes);
+    case Kernel::adam_amsgrad: return body(std::integral_constant<Kernel, Kernel::adam_amsgrad>{}, dtypes);
     case Kernel::clip_grad: break;
   }
-  return body(std::integral_constant<Kernel, Kernel::clip_grad>{});
+  // Gradients alone are no mixture.
+  constexpr DTypes kOfGrads = kDTypes == DTypes::mixed ? DTypes::any : kDTypes;
+  return body(std::integral_constant<Kernel, Kernel::clip_grad>{}, std::integral_constant<DTypes, kOfGrads>{});
+}
+
+template <class Body>
+auto with_kernel(Kernel kernel, DTypes dtypes, const Body& body) {
+  switch (dtypes) {
+    case DTypes::float32: return with_kernel<DTypes::float32>(kernel, body);
+    case DTypes::bfloat16: return with_kernel<DTypes::bfloat16>(kernel, body);
+    case DTypes::mixed: return with_kernel<DTypes::mixed>(kernel, body);
+    case DTypes::any: break;
+  }
+  return with_kernel<DTypes::any>(kernel, body);
 }
 
 struct Layout {
   Kernel kernel = Kernel::sgd;
+  DTypes dtypes = DTypes::any;
   int64_t entries = 0;
   int64_t tiles = 0;
   int tile_bits = 10;      // a tile has 2^tile_bits elements: divisions would be half of the host's work here
-  int32_t item_bytes = 0;  // of the widest dtype
+  int32_t item_bytes = 0;  // of the widest gradient
   int64_t table_bytes = 0;
 
   int32_t tile() const { return 1 << tile_bits; }
@@ -108,16 +155,18 @@ Layout layout_of(const Step& step) {
   constexpr int kLargestTileBits = 14;
   Layout layout;
   layout.kernel = kernel_of(step);
+  layout.dtypes = dtypes_of(step);
   const bool narrow = std::all_of(step.tensors.begin(), step.tensors.end(),
-                                  [](const TensorEntry& tensor) { return item_size(tensor.dtype) == 2; });
+                                  [](const TensorEntry& tensor) { return item_size(tensor.grad_dtype) == 2; });
   if (narrow) ++layout.tile_bits;  // as many bytes
   while (layout.tile_bits < kLargestTileBits && step.elements >> layout.tile_bits > kManyTiles) ++layout.tile_bits;
   for_each_entry(step, [&](const TensorEntry& tensor, int64_t, int64_t numel) {
     ++layout.entries;
     layout.tiles += layout.tiles_of(numel);
-    layout.item_bytes = std::max(layout.item_bytes, item_size(tensor.dtype));
+    layout.item_bytes = std::max(layout.item_bytes, item_size(tensor.grad_dtype));
   });
-  const size_t entry_bytes = with_kernel(layout.kernel, [](auto kernel) { return sizeof(EntryOf<kernel.value>); });
+  const size_t entry_bytes = 
+      with_kernel(layout.kernel, layout.dtypes, [](auto kernel, auto dtypes) { return sizeof(EntryOf<kernel.value, dtypes.value>); });
   layout.table_bytes = static_cast<int64_t>(step.hypers.size() * sizeof(Hyper) + layout.entries * entry_bytes);
   return layout;
 }
@@ -125,8 +174,8 @@ Layout layout_of(const Step& step) {
 void write_table(const Step& step, const Layout& layout, unsigned char* bytes) {
   auto* hypers = reinterpret_cast<Hyper*>(bytes);
   std::copy(step.hypers.begin(), step.hypers.end(), hypers);
-  with_kernel(layout.kernel, [&](auto kernel) {
-    auto* entry = reinterpret_cast<EntryOf<kernel.value>*>(hypers + step.hypers.size());
+  with_kernel(layout.kernel, layout.dtypes, [&](auto kernel, auto dtypes) {
+    auto* entry = reinterpret_cast<EntryOf<kernel.value, dtypes.value>*>(hypers + step.hypers.size());
     uint32_t tiles = 0;
     for_each_entry(step, [&](const TensorEntry& tensor, int64_t begin, int64_t numel) {
       write_entry(tensor, begin, numel, tiles, *entry++);
@@ -210,22 +259,18 @@ cudaError_t launch(const Layout& layout, Args& arguments, int device, cudaStream
   return cudaLaunchKernel(kKernel, blocks, dim3(kThreads), pointers, sizeof(Shared), stream);
 }
 
-template <DTypes kDTypes, int kTableBytes>
-cudaError_t launch_for(const Layout& layout, Arguments<kTableBytes>& arguments, int device, cudaStream_t stream) {
-  return with_kernel(layout.kernel, [&](auto kernel) {
-    return launch<step_kernel<kernel.value, kDTypes, kTableBytes>>(layout, arguments, device, stream);
-  });
-}
+// Kernels of the rarer dtypes come with the large table only: they take the longest to compile.
+constexpr bool has_small_table(DTypes dtypes) { return dtypes == DTypes::float32 || dtypes == DTypes::bfloat16; }
 
 template <int kTableBytes>
-cudaError_t launch_with(const Step& step, const Layout& layout, Arguments<kTableBytes>& arguments, int device,
-                        cudaStream_t stream) {
-  const DType dtype = step.tensors.front().dtype;
-  const bool mixed = std::any_of(step.tensors.begin(), step.tensors.end(),
-                                 [dtype](const TensorEntry& t) { return t.dtype != dtype; });
-  if (!mixed && dtype == DType::float32) return launch_for<DTypes::float32>(layout, arguments, device, stream);
-  if (!mixed && dtype == DType::bfloat16) return launch_for<DTypes::bfloat16>(layout, arguments, device, stream);
-  return launch_for<DTypes::any>(layout, arguments, device, stream);
+cudaError_t launch_with(const Layout& layout, Arguments<kTableBytes>& arguments, int device, cudaStream_t stream) {
+  return with_kernel(layout.kernel, layout.dtypes, [&](auto kernel, auto dtypes) {
+    if constexpr (kTableBytes == kSmallTable && !has_small_table(dtypes.value)) {
+      return cudaErrorInvalidValue;
+    } else {
+      return launch<step_kernel<kernel.value, dtypes.value, kTableBytes>>(layout, arguments, device, stream);
+    }
+  });
 }
 
 Header header_of(const Step& step, const Layout& layout) {
@@ -248,6 +293,7 @@ Header header_of(const Step& step, const Layout& layout) {
   header.norm = step.norm;
   header.skip_nonfinite = step.skip_nonfinite;
   header.counts = step.counts;
+  header.counts_steps = step.counts_steps;
   header.max_norm = step.max_norm;
   return header;
 }
@@ -269,17 +315,11 @@ cudaError_t upload(std::vector<unsigned char> bytes, DeviceTable& table, cudaStr
   return cudaSuccess;
 }
 
-cudaError_t run_on_current_device(const Step& step, DeviceTable& table, int device, cudaStream_t stream) {
-  const Layout layout = layout_of(step);
-  if (layout.table_bytes > kSmallTable && layout.table_bytes <= kLargeTable) {
-    Arguments<kLargeTable> arguments;
-    arguments.header = header_of(step, layout);
-    write_table(step, layout, arguments.table);
-    return launch_with(step, layout, arguments, device, stream);
-  }
-  Arguments<kSmallTable> arguments;
+template <int kTableBytes>
+cudaError_t run_with(const Step& step, const Layout& layout, DeviceTable& table, int device, cudaStream_t stream) {
+  Arguments<kTableBytes> arguments;
   arguments.header = header_of(step, layout);
-  if (layout.table_bytes <= kSmallTable) {
+  if (layout.table_bytes <= kTableBytes) {
     write_table(step, layout, arguments.table);
   } else {
     std::vector<unsigned char> bytes(layout.table_bytes);
@@ -287,7 +327,14 @@ cudaError_t run_on_current_device(const Step& step, DeviceTable& table, int devi
     if (const cudaError_t error = upload(std::move(bytes), table, stream)) return error;
     arguments.header.table = static_cast<const unsigned char*>(table.memory);
   }
-  return launch_with(step, layout, arguments, device, stream);
+  return launch_with(layout, arguments, device, stream);
+}
+
+cudaError_t run_on_current_device(const Step& step, DeviceTable& table, int device, cudaStream_t stream) {
+  const Layout layout = layout_of(step);
+  const bool fits_large = layout.table_bytes > kSmallTable && layout.table_bytes <= kLargeTable;
+  return fits_large || !has_small_table(layout.dtypes) ? run_with<kLargeTable>(step, layout, table, device, stream)
+                                  : run_with<kSmallTable>(step, layout, table, device, stream);
 }
 
 }  // namespace

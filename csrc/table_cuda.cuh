@@ -30,26 +30,51 @@ struct EntryHead {
 };
 static_assert(sizeof(EntryHead) == 32, "more tensors fit into the kernel arguments while it is small");
 
-// With as many state arrays as a kernel knows.
-template <int kStates, bool kCounts>
+// What a launch does to its tensors; those that need no state array, or no third one, do without its registers.
+enum class Kernel { sgd, sgd_momentum, adam, adam_amsgrad, clip_grad };
+template <Kernel kKernel>
+constexpr int kStatesOf = kKernel == Kernel::sgd_momentum ? 1 : kKernel == Kernel::adam ? 2 : kKernel == Kernel::adam_amsgrad ? 3 : 0;
+
+// Kernels for tensors of the dtypes that models are trained in, one for mixtures of 16 bits and float32 within a tensor,
+// and one for all others, which needs more registers: there all lanes of a warp take the same branch.
+enum class DTypes { float32, bfloat16, mixed, any };
+template <Kernel kKernel, DTypes kDTypes>
+constexpr bool kMixed = kKernel != Kernel::clip_grad && (kDTypes == DTypes::mixed || kDTypes == DTypes::any);
+
+// What the tensors of a launch have, as far as it is the same for all: how many state arrays, whether steps are counted,
+// and whether the arrays of one tensor may have several dtypes.
+template <int kStates, bool kCounts, bool kMixed>
 struct Entry : EntryHead {
   void* states[kStates > 0 ? kStates : 1];
 };
 template <int kStates>
-struct Entry<kStates, true> : EntryHead {
-  void* states[kStates];
+struct Entry<kStates, true, false> : EntryHead {
+  void* states[kStates > 0 ? kStates : 1];
   void* step;
 };
+template <int kStates>
+struct Entry<kStates, true, true> : EntryHead {
+  void* states[kStates > 0 ? kStates : 1];
+  void* step;
+  void* rounded;
+  uint32_t index;
+  uint8_t head;  // elements of the tensor before this entry
+  DType grad_dtype;
+  DType state_dtypes[kStates > 0 ? kStates : 1];
+  DType rounded_dtype;
+  bool uniform;
+};
 
-// What a launch does to its tensors; those that need no state array, or no third one, do without its registers.
-enum class Kernel { sgd, sgd_momentum, adam, adam_amsgrad, clip_grad };
+template <Kernel kKernel, DTypes kDTypes>
+constexpr bool kCountsSteps = kKernel == Kernel::adam || kKernel == Kernel::adam_amsgrad || kMixed<kKernel, kDTypes>;
+template <Kernel kKernel, DTypes kDTypes>
+using EntryOf = Entry<kStatesOf<kKernel>, kCountsSteps<kKernel, kDTypes>, kMixed<kKernel, kDTypes>>;
 
-template <Kernel kKernel>
-constexpr int kStatesOf = kKernel == Kernel::sgd_momentum ? 1 : kKernel == Kernel::adam ? 2 : kKernel == Kernel::adam_amsgrad ? 3 : 0;
-template <Kernel kKernel>
-constexpr bool kCountsSteps = kKernel == Kernel::adam || kKernel == Kernel::adam_amsgrad;
-template <Kernel kKernel>
-using EntryOf = Entry<kStatesOf<kKernel>, kCountsSteps<kKernel>>;
+__device__ __forceinline__ DType grad_dtype_of(const EntryHead& entry) { return entry.dtype; }
+template <int kStates>
+__device__ __forceinline__ DType grad_dtype_of(const Entry<kStates, true, true>& entry) {
+  return entry.grad_dtype;
+}
 
 struct Header {
   const unsigned char* table;  // in device memory, or nullptr: it follows the header
@@ -70,7 +95,8 @@ struct Header {
   bool measure;  // what this launch is for
   bool update;
   bool skip_nonfinite;
-  bool counts;
+  bool counts;        // skipped steps
+  bool counts_steps;  // of each tensor
   double max_norm;
 };
 
@@ -89,17 +115,17 @@ struct Arguments {
   alignas(16) unsigned char table[kTableBytes];
 };
 
-template <Kernel kKernel>
+template <Kernel kKernel, DTypes kDTypes>
 struct Table {
   const Hyper* hypers;
-  const EntryOf<kKernel>* entries;
+  const EntryOf<kKernel, kDTypes>* entries;
 };
 
-template <Kernel kKernel, int kTableBytes>
-__device__ __forceinline__ Table<kKernel> table_of(const Arguments<kTableBytes>& arguments) {
+template <Kernel kKernel, DTypes kDTypes, int kTableBytes>
+__device__ __forceinline__ Table<kKernel, kDTypes> table_of(const Arguments<kTableBytes>& arguments) {
   const unsigned char* bytes = arguments.header.table ? arguments.header.table : arguments.table;
   const auto* hypers = reinterpret_cast<const Hyper*>(bytes);
-  return {hypers, reinterpret_cast<const EntryOf<kKernel>*>(hypers + arguments.header.hypers)};
+  return {hypers, reinterpret_cast<const EntryOf<kKernel, kDTypes>*>(hypers + arguments.header.hypers)};
 }
 
 // The last entry that starts at or before a tile, for a whole warp: its lanes look at 32 places at once.

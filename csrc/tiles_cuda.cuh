@@ -132,26 +132,27 @@ __device__ __noinline__ Measure measure_tile(const Header& header, const Hyper& 
 }
 
 template <Kernel kKernel, class T>
-using RuleOf = std::conditional_t<kCountsSteps<kKernel>, Adam<T>, SGD<T>>;
+using RuleOf = std::conditional_t<kKernel == Kernel::adam || kKernel == Kernel::adam_amsgrad, Adam<T>, SGD<T>>;
 
 // Those of a tensor, with what a kernel leaves out known to the compiler.
 template <Kernel kKernel>
-__device__ __forceinline__ Terms terms_of(const Hyper& hyper, const EntryOf<kKernel>& entry) {
+__device__ __forceinline__ Terms terms_of(const Hyper& hyper, const EntryHead& entry) {
   Terms terms = fastclip::terms_of(hyper, entry.momentum);
   if (kKernel != Kernel::sgd_momentum) terms.momentum = Momentum::none;
   if (kKernel != Kernel::adam_amsgrad) terms.amsgrad = false;
   return terms;
 }
 
-template <Kernel kKernel>
-__device__ __forceinline__ double this_step(const EntryOf<kKernel>& entry) {
-  if constexpr (kCountsSteps<kKernel>) return steps_seen(entry.step, entry.step_is_float64) + 1;
+// 0 where nobody counts.
+template <int kStates, bool kCounts, bool kMixed>
+__device__ __forceinline__ double this_step(const Entry<kStates, kCounts, kMixed>& entry) {
+  if constexpr (kCounts) return steps_seen(entry.step, entry.step_is_float64) + 1;
   return 0;
 }
 
 // Returns how many elements of this lane the value clip moved.
-template <Kernel kKernel, class Stored>
-__device__ __noinline__ uint32_t update_tile(const Header& header, const Hyper& hyper, const EntryOf<kKernel>& entry,
+template <Kernel kKernel, class Stored, class OneEntry>
+__device__ __noinline__ uint32_t update_tile(const Header& header, const Hyper& hyper, const OneEntry& entry,
                                              int64_t begin, int size, double coefficient, const uint4* slot) {
   using T = ComputeType<Stored>;
   using Rule = RuleOf<kKernel, T>;
@@ -159,7 +160,7 @@ __device__ __noinline__ uint32_t update_tile(const Header& header, const Hyper& 
   constexpr int kStates = kStatesOf<kKernel>;
   constexpr int kAtOnce = kInFlight<1 + kRule + kStates>;
   const Clip<T> clip = clip_of<T>(header, hyper, coefficient);
-  const Rule rule(hyper, lr_of(hyper), this_step<kKernel>(entry));
+  const Rule rule(hyper, lr_of(hyper), this_step(entry));
   const Terms terms = terms_of<kKernel>(hyper, entry);
   const int reads = Rule::reads(terms), writes = Rule::writes(terms);  // not the same in every group
 
@@ -224,21 +225,18 @@ __device__ __noinline__ uint32_t update_tile(const Header& header, const Hyper& 
   return clamped;
 }
 
-// Kernels for tensors of the dtypes that models are trained in, and one for all others and mixtures, which
-// needs more registers: there all lanes of a warp take the same branch.
-enum class DTypes { float32, bfloat16, any };
-
+// Calls body(value of the type that the arrays of a dtype hold).
 template <DTypes kDTypes, class Body>
 __device__ __forceinline__ void with_dtype(DType dtype, const Body& body) {
   if constexpr (kDTypes == DTypes::float32) return body(float{});
   if constexpr (kDTypes == DTypes::bfloat16) return body(BFloat16{});
-  if constexpr (kDTypes == DTypes::any) {
-    switch (dtype) {
-      case DType::float32: return body(float{});
-      case DType::float64: return body(double{});
-      case DType::bfloat16: return body(BFloat16{});
-      case DType::float16: return body(Float16{});
-    }
+  switch (dtype) {
+    case DType::float32: return body(float{});
+    case DType::float64:
+      if constexpr (kDTypes == DTypes::any) body(double{});
+      return;
+    case DType::bfloat16: return body(BFloat16{});
+    case DType::float16: return body(Float16{});
   }
 }
 

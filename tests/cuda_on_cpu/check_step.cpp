@@ -25,9 +25,16 @@ void one_thread(int count, void (*work)(void*), void* context) {
 }
 
 // The arrays of all tensors, each kind in one piece of memory with gaps that nobody may write to.
+enum Kind { kParams, kRounded, kGrads, kStates, kKinds = kStates + kMaxStates };
 struct Memory {
-  std::vector<double> params, grads, states[kMaxStates], steps;
+  std::vector<double> of[kKinds], steps;
 };
+
+DType dtype_of(const TensorEntry& tensor, int kind) {
+  if (kind == kRounded) return tensor.rounded_dtype;
+  if (kind == kGrads) return tensor.grad_dtype;
+  return kind == kParams ? tensor.dtype : tensor.state_dtypes[kind - kStates];
+}
 
 template <class Stored>
 void fill(std::vector<double>& memory, int64_t at, int64_t numel, std::mt19937_64& random, bool squares) {
@@ -54,6 +61,7 @@ struct Case {
   Step step;  // over `cpu`
   std::vector<int64_t> at_byte;     // where a tensor starts,
   std::vector<int64_t> grad_shift;  // and how many bytes later its gradient does
+  std::vector<bool> has_rounded;    // master weights
   bool exact = true;  // to the bit; else the coefficient may be off by a rounding, as sums have another order
 
   explicit Case(uint64_t seed) {
@@ -63,6 +71,7 @@ struct Case {
       return all[random() % sizeof...(choices)];
     };
     const bool mixed = random() % 4 == 0;
+    const bool mixtures = random() % 3 == 0;
     const DType one = static_cast<DType>(random() % kNumDTypes);
     step.rule = draw(Rule::sgd, Rule::sgd, Rule::adam, Rule::adam, Rule::clip_grad);
     step.norm = draw(Norm::none, Norm::two, Norm::inf);
@@ -83,6 +92,8 @@ struct Case {
       hyper.beta1 = draw(0.9, 0.5, 0.25);
       hyper.beta2 = 0.99;
       hyper.eps = 1e-8;
+      hyper.stochastic_rounding = step.rule != Rule::clip_grad && mixtures && random() % 2;
+      hyper.rounding_seed = 7;
       const bool clips = random() % 2;
       hyper.clip_low = clips ? -0.5 : -HUGE_VAL;
       hyper.clip_high = clips ? 0.25 : HUGE_VAL;
@@ -94,30 +105,42 @@ struct Case {
       TensorEntry tensor{};
       tensor.numel = tensors > 20 ? draw(1, 2, 5, 17, 40)
                                   : draw(1, 3, 4, 7, 8, 9, 255, 1023, 1024, 1025, 4095, 4097, 6000, 30001);
-      tensor.dtype = tensor.grad_dtype = mixed ? static_cast<DType>(random() % kNumDTypes) : one;
+      tensor.dtype = tensor.grad_dtype = tensor.rounded_dtype = mixed ? static_cast<DType>(random() % kNumDTypes) : one;
+      tensor.hyper = static_cast<int32_t>(int64_t{i} * groups / tensors);
+      tensor.index = static_cast<uint32_t>(random());
       for (DType& of_state : tensor.state_dtypes) of_state = tensor.dtype;
       tensor.uniform = true;
+      bool master = false;
+      if (step.rule != Rule::clip_grad && mixtures && tensor.dtype != DType::float64) {
+        const DType narrow = tensor.rounded_dtype = draw(DType::bfloat16, DType::float16);
+        master = random() % 2;
+        if (random() % 4) {  // else a master of its own dtype, or only rounded at random
+          tensor.dtype = master ? DType::float32 : draw(DType::float32, narrow);
+          tensor.grad_dtype = draw(DType::float32, narrow);
+          for (DType& of_state : tensor.state_dtypes) of_state = draw(DType::float32, narrow);
+        }
+        tensor.uniform = false;
+      }
+      has_rounded.push_back(master);
       tensor.step_is_float64 = random() % 2;
-      tensor.hyper = static_cast<int32_t>(int64_t{i} * groups / tensors);
       if (step.hypers[tensor.hyper].momentum != 0) tensor.momentum = draw(Momentum::first, Momentum::running);
       tensor.first_chunk = step.chunks;
       step.chunks += (tensor.numel + kChunk - 1) / kChunk;
       step.elements += tensor.numel;
       step.tensors.push_back(tensor);
       // Some are aligned, some not, by any number of elements.
-      bytes = (bytes + 15) / 16 * 16 + draw(0, 0, 1, 3) * item_size(tensor.dtype);
+      const int item = tensor.uniform ? item_size(tensor.dtype) : item_size(DType::float32);
+      bytes = (bytes + 15) / 16 * 16 + draw(0, 0, 1, 3) * item;
       at_byte.push_back(bytes);
-      grad_shift.push_back(random() % 6 == 0 ? item_size(tensor.dtype) : 0);  // as a view into a bucket
-      bytes += tensor.numel * item_size(tensor.dtype) + draw(16, 64);
+      grad_shift.push_back(random() % 6 == 0 ? item : 0);  // as a view into a bucket
+      bytes += tensor.numel * item + draw(16, 64);
     }
-    for (auto* memory : {&cpu.params, &cpu.grads, &cpu.states[0], &cpu.states[1], &cpu.states[2]}) {
-      memory->assign(bytes / 8 + 4, -12345.678);
+    for (int kind = 0; kind < kKinds; ++kind) {
+      cpu.of[kind].assign(bytes / 8 + 4, -12345.678);
       for (int i = 0; i < tensors; ++i) {
-        with_type(step.tensors[i].dtype, [&](auto stored) {
-          const int64_t at = at_byte[i] + (memory == &cpu.grads ? grad_shift[i] : 0);
-          // A square is no less than 0.
-          const bool squares = step.rule == Rule::adam && (memory == &cpu.states[1] || memory == &cpu.states[2]);
-          fill<decltype(stored)>(*memory, at / sizeof(stored), step.tensors[i].numel, random, squares);
+        with_type(dtype_of(step.tensors[i], kind), [&](auto stored) {
+          const bool squares = step.rule == Rule::adam && kind > kStates;  // no less than 0
+          fill<decltype(stored)>(cpu.of[kind], at(i, kind) / sizeof(stored), step.tensors[i].numel, random, squares);
         });
       }
     }
@@ -128,9 +151,9 @@ struct Case {
     }
     if (random() % 8 == 0) {  // somewhere a NaN
       const auto which = random() % tensors;
-      with_type(step.tensors[which].dtype, [&](auto stored) {
+      with_type(step.tensors[which].grad_dtype, [&](auto stored) {
         using Stored = decltype(stored);
-        auto* grads = reinterpret_cast<Stored*>(cpu.grads.data()) + (at_byte[which] + grad_shift[which]) / sizeof(Stored);
+        auto* grads = reinterpret_cast<Stored*>(cpu.of[kGrads].data()) + at(which, kGrads) / sizeof(Stored);
         store(grads[random() % step.tensors[which].numel], static_cast<ComputeType<Stored>>(NAN));
       });
     }
@@ -139,15 +162,21 @@ struct Case {
     place(cpu);
   }
 
+  int64_t at(size_t tensor, int kind) const { return at_byte[tensor] + (kind == kGrads ? grad_shift[tensor] : 0); }
+
   void place(Memory& memory) {
     for (size_t i = 0; i < step.tensors.size(); ++i) {
       TensorEntry& tensor = step.tensors[i];
-      const auto at = [&](std::vector<double>& array) { return reinterpret_cast<char*>(array.data()) + at_byte[i]; };
-      const int states = step.rule == Rule::adam ? 2 + step.hypers[tensor.hyper].amsgrad : tensor.momentum != Momentum::none;
-      tensor.param = step.rule == Rule::clip_grad ? nullptr : at(memory.params);
-      tensor.grad = at(memory.grads) + grad_shift[i];
-      for (int s = 0; s < kMaxStates; ++s) tensor.states[s] = s < states ? at(memory.states[s]) : nullptr;
-      tensor.step = step.rule == Rule::adam ? &memory.steps[i] : nullptr;
+      const auto array = [&](int kind) { return reinterpret_cast<char*>(memory.of[kind].data()) + at(i, kind); };
+      const bool adam = step.rule == Rule::adam;
+      const int states = adam ? 2 + step.hypers[tensor.hyper].amsgrad : tensor.momentum != Momentum::none;
+      tensor.param = step.rule == Rule::clip_grad ? nullptr : array(kParams);
+      tensor.rounded = has_rounded[i] ? array(kRounded) : nullptr;
+      tensor.grad = array(kGrads);
+      for (int s = 0; s < kMaxStates; ++s) tensor.states[s] = s < states ? array(kStates + s) : nullptr;
+      const bool counts = adam || (!tensor.uniform && step.hypers[tensor.hyper].stochastic_rounding);
+      tensor.step = counts ? &memory.steps[i] : nullptr;
+      step.counts_steps |= counts;
     }
   }
 };
@@ -197,15 +226,16 @@ bool same(double a, double b, bool exact) {
 
 // Values to the bit where the case is exact, but for which NaN a NaN is; else with a rounding of the coefficient in its
 // last place. And all the bytes around them.
-bool same_memory(const Case& c, const std::vector<double>& a, const std::vector<double>& b, bool grads = false) {
+bool same_memory(const Case& c, int kind) {
+  const auto &a = c.gpu.of[kind], &b = c.cpu.of[kind];
   if (memcmp(a.data(), b.data(), a.size() * sizeof(double)) == 0) return true;
   std::vector<double> rest_a = a, rest_b = b;  // without the tensors
   for (size_t i = 0; i < c.step.tensors.size(); ++i) {
     bool close = true;
-    with_type(c.step.tensors[i].dtype, [&](auto stored) {
+    with_type(dtype_of(c.step.tensors[i], kind), [&](auto stored) {
       using Stored = decltype(stored);
       const double tolerance = c.exact ? 0 : sizeof(Stored) == 8 ? 1e-12 : sizeof(Stored) == 4 ? 1e-5 : 0.02;
-      const auto at = (c.at_byte[i] + (grads ? c.grad_shift[i] : 0)) / static_cast<int64_t>(sizeof(Stored));
+      const auto at = c.at(i, kind) / static_cast<int64_t>(sizeof(Stored));
       auto* of_a = reinterpret_cast<Stored*>(rest_a.data()) + at;
       auto* of_b = reinterpret_cast<Stored*>(rest_b.data()) + at;
       for (int64_t j = 0; j < c.step.tensors[i].numel; ++j) {
@@ -260,9 +290,8 @@ bool check(uint64_t seed) {
   good &= outcome.skipped_steps == expected.skipped_steps;
   if (c.step.clamped && !expected.skipped) good &= clamped == expected_clamped;
   good &= same(outcome.total_norm, expected.total_norm, c.exact) && same(outcome.coefficient, expected.coefficient, c.exact);
-  good &= same_memory(c, c.gpu.params, c.cpu.params) && c.gpu.steps == c.cpu.steps;
-  for (int s = 0; s < kMaxStates; ++s) good &= same_memory(c, c.gpu.states[s], c.cpu.states[s]);
-  good &= same_memory(c, c.gpu.grads, c.cpu.grads, /*grads=*/true);
+  good &= c.gpu.steps == c.cpu.steps;
+  for (int kind = 0; kind < kKinds; ++kind) good &= same_memory(c, kind);
   if (!good) std::printf("seed %llu differs: %zu tensors\n", static_cast<unsigned long long>(seed), tensors);
   return good;
 }

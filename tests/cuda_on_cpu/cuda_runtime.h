@@ -26,6 +26,9 @@
 #define __align__(n) __attribute__((aligned(n)))
 
 // As in memory of a device, any bytes may be read and written as these.
+struct __align__(8) __attribute__((may_alias)) uint2 {
+  unsigned x, y;
+};
 struct __align__(16) __attribute__((may_alias)) uint4 {
   unsigned x, y, z, w;
 };
