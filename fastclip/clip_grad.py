@@ -8,6 +8,7 @@ import torch
 from . import reference
 from ._extension import _C
 from .checks import check_clip
+from .measure import total_norm
 
 
 def _as_list(parameters):
@@ -85,7 +86,7 @@ def clip_grad_norm_(parameters, max_norm, norm_type=2.0, error_if_nonfinite=Fals
         check_clip("max_norm", parameters)
         with torch.no_grad():
             if norm_type in (2.0, math.inf):
-                norm = reference.total_norm(grads, norm_type)
+                norm = total_norm(grads, norm_type)
             else:
                 norm = torch.nn.utils.get_total_norm(grads, norm_type, foreach=foreach)
             reference.scale_(grads, reference.clip_coefficient(norm, max_norm))

@@ -4,11 +4,14 @@ Each rank of FSDP2 (`fully_shard`) or of tensor parallelism holds shards of the 
 step on the shards; what is here makes one norm of their sums.
 """
 
+import math
 import sys
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+
+from .measure import combined
 
 
 class Reduction(NamedTuple):
@@ -53,7 +56,7 @@ def reduction_of(spec):
 
 
 @torch.no_grad()
-def total_measure(reductions, measures, largest, found_inf=None):
+def total_measure(reductions, measures, norm_type, found_inf=None):
     """Adds up what all ranks have measured, and AMP's verdicts.
 
     Every rank calls the same collectives in the same order, one per process group and with a few numbers each, whatever
@@ -62,7 +65,7 @@ def total_measure(reductions, measures, largest, found_inf=None):
     Args:
         reductions (list of Reduction): each once, as the parameters come.
         measures (list of (Reduction, Tensor)): float64 [3] of csrc/clip_rules.h, of what is here.
-        largest (bool): the inf norm: the largest magnitude counts, and not the sum.
+        norm_type (float): 2 or inf.
         found_inf (Tensor, optional): AMP's; given on all ranks or on none.
 
     Returns:
@@ -72,15 +75,15 @@ def total_measure(reductions, measures, largest, found_inf=None):
     of_class = {reduction: [] for reduction in reductions}
     for reduction, measure in measures:
         of_class.setdefault(reduction, []).append(measure)
-    rows = {r: _combined(list_, largest, _device_of(r, list_)) for r, list_ in of_class.items()}
+    rows = {r: _sum(list_, norm_type, _device_of(r, list_)) for r, list_ in of_class.items()}
     flag = torch.zeros(0) if found_inf is None else found_inf.detach().reshape(1)
     for group, device_type in dict.fromkeys((group, r.device_type) for r in reductions for group in r.groups):
         members = [r for r in rows if group in r.groups and r.device_type == device_type]
         own = torch.cat([*(rows[r] for r in members), flag.to(rows[members[0]])])
-        *summed, flag = _all_reduced(own, largest, group).split([3] * len(members) + [flag.numel()])
+        *summed, flag = _all_reduced(own, norm_type, group).split([3] * len(members) + [flag.numel()])
         rows.update(zip(members, summed, strict=True))
     device = next(iter(rows.values())).device
-    return _combined(list(rows.values()), largest, device), None if found_inf is None else flag.to(found_inf)
+    return _sum(list(rows.values()), norm_type, device), None if found_inf is None else flag.to(found_inf)
 
 
 def _device_of(reduction, measures):
@@ -90,19 +93,18 @@ def _device_of(reduction, measures):
     return measures[0].device
 
 
-def _combined(measures, largest, device):
-    """One measure of several; sums in their order, so that all ranks get the same bits."""
+def _sum(measures, norm_type, device):
+    """One measure of several: in their order, so that all ranks get the same bits."""
     total = torch.zeros(3, dtype=torch.float64, device=device)
     for measure in measures:
-        measure = measure.to(device, non_blocking=device.type == "cuda")
-        total = torch.maximum(total, measure) if largest else total + measure
+        total = combined(total, measure.to(device, non_blocking=device.type == "cuda"), norm_type)
     return total
 
 
-def _all_reduced(numbers, largest, group):
+def _all_reduced(numbers, norm_type, group):
     """Over the ranks of `group`: the sum, or the largest. A NaN stays one, which MAX alone does not promise."""
     dist = torch.distributed
-    if not largest:
+    if norm_type != math.inf:
         dist.all_reduce(numbers, group=group)
         return numbers
     nan = numbers.isnan()
