@@ -138,6 +138,7 @@ if __name__ == "__main__":
                 sources=[
                     "csrc/bindings.cpp",
                     "csrc/plan.cpp",
+                    "csrc/states.cpp",
                     "csrc/device_part.cpp",
                     "csrc/tensors.cpp",
                     "csrc/groups.cpp",

@@ -22,6 +22,12 @@ py::object reason(const std::string& why_not) {
   return py::str(why_not);
 }
 
+Rule rule_named(const std::string& name) {
+  if (name == "sgd") return Rule::sgd;
+  if (name == "adam") return Rule::adam;
+  raise(PyExc_ValueError, "no such rule: " + name);
+}
+
 py::object clip_grad_value(Plan& plan, const py::list& params, const py::object& clip_value) {
   double low, high;
   read_clip_value(clip_value.ptr(), "", &low, &high);
@@ -48,7 +54,11 @@ PYBIND11_MODULE(_C, module) {
   });
 
   py::class_<Plan>(module, "Plan")
-      .def(py::init<>())
+      .def(py::init([](const std::string& rule) { return std::make_unique<Plan>(rule_named(rule)); }), py::arg("rule") = "sgd")
+      .def("check_group",
+           [](const Plan& plan, const py::object& group, Py_ssize_t index) {
+             read_group(group.ptr(), index, plan.rule());
+           })
       .def("step",
            [](Plan& plan, const py::object& groups, const py::object& state, const py::object& grad_scale,
               const py::object& found_inf) {
@@ -65,7 +75,6 @@ PYBIND11_MODULE(_C, module) {
            })
       .def("skipped_steps", [](const Plan& plan) { return wrap(plan.skipped_steps()); });
 
-  module.def("check_group", [](const py::object& group, Py_ssize_t index) { read_group(group.ptr(), index); });
   // Whether a profiler, or anything else that records torch's operations, is on.
   module.def("is_recording", [] { return at::hasCallbacks(); });
   module.def("cpu_capability", cpu::capability);

@@ -96,7 +96,7 @@ void DevicePart::prepare(Rule rule, const NormClip& norm_clip, const Amp& amp, b
     if (!clamped_.defined()) clamped_ = at::empty({device.is_cuda() ? cuda::kMaxBlocks : 1}, doubles_on(device));
     step.clamped = static_cast<double*>(clamped_.mutable_data_ptr());
   }
-  if (step.norm == Norm::none && !step.found_inf) return;
+  if (step.norm == Norm::none && !step.found_inf && rule != Rule::adam) return;
   if (!outcome_.defined()) {
     // A replay would set it, and the count of skipped steps, back to 0. Clipping counts nothing.
     if (capturing_ && rule != Rule::clip_grad) raise_capturing();

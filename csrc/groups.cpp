@@ -143,23 +143,24 @@ NormClip read_norm_clip(PyObject* max_norm, PyObject* norm_type, const std::stri
   return clip;
 }
 
-Group read_group(PyObject* object, Py_ssize_t index) {
-  static const Key kParams("params"), kParamNames("param_names"), kLr("lr"), kMomentum("momentum"),
-      kDampening("dampening"), kWeightDecay("weight_decay"), kNesterov("nesterov"),
+Group read_group(PyObject* object, Py_ssize_t index, Rule rule) {
+  static const Key kParams("params"), kParamNames("param_names"), kLr("lr"), kWeightDecay("weight_decay"),
       kMaximize("maximize"), kDifferentiable("differentiable"), kClipValue("clip_value"),
-      kMaxNorm("max_norm"), kNormType("norm_type"), kSkipNonfinite("skip_nonfinite");
+      kMaxNorm("max_norm"), kNormType("norm_type"), kSkipNonfinite("skip_nonfinite"),
+      kMomentum("momentum"), kDampening("dampening"), kNesterov("nesterov"), kBetas("betas"), kEps("eps"),
+      kAmsgrad("amsgrad"), kDecoupledWeightDecay("decoupled_weight_decay");
   const GroupReader reader(object, index);
   // Signs are checked where an optimizer is made, by torch. A step only refuses what would destroy
   // the model: schedulers may end on a learning rate of -1e-19, and torch takes it.
-  const auto number = [&](const Key& key) {
-    PyObject* value = reader.required(key);
+  const auto checked = [&](PyObject* value, const char* name) {
     if (PyFloat_CheckExact(value) && !std::isnan(PyFloat_AS_DOUBLE(value))) {
       return PyFloat_AS_DOUBLE(value);
     }
-    const double number = read_number(value, key.name, reader.where());
-    if (std::isnan(number)) raise(PyExc_ValueError, key.name + reader.where() + " is NaN");
+    const double number = read_number(value, name, reader.where());
+    if (std::isnan(number)) raise(PyExc_ValueError, name + reader.where() + " is NaN");
     return number;
   };
+  const auto number = [&](const Key& key) { return checked(reader.required(key), key.name); };
 
   Group group{};
   PyObject* params = reader.required(kParams);
@@ -188,10 +189,23 @@ Group read_group(PyObject* object, Py_ssize_t index) {
     hyper.lr = number(kLr);
   }
   if (!group.differentiable) hyper.weight_decay = number(kWeightDecay);
-  hyper.momentum = number(kMomentum);
-  hyper.dampening = number(kDampening);
-  hyper.nesterov = reader.flag(kNesterov);
   hyper.maximize = reader.flag(kMaximize);
+  if (rule == Rule::sgd) {
+    hyper.momentum = number(kMomentum);
+    hyper.dampening = number(kDampening);
+    hyper.nesterov = reader.flag(kNesterov);
+  } else if (!group.differentiable) {
+    PyObject* betas = reader.required(kBetas);
+    if ((!PyTuple_Check(betas) && !PyList_Check(betas)) || PySequence_Fast_GET_SIZE(betas) != 2) {
+      raise(PyExc_ValueError, "betas" + reader.where() + " must be a pair of numbers, got " + repr(betas));
+    }
+    const Held both[2] = {Held(PySequence_Fast_GET_ITEM(betas, 0)), Held(PySequence_Fast_GET_ITEM(betas, 1))};
+    hyper.beta1 = checked(both[0].object, "betas[0]");
+    hyper.beta2 = checked(both[1].object, "betas[1]");
+    hyper.eps = number(kEps);
+    hyper.amsgrad = reader.flag(kAmsgrad);
+    hyper.decoupled_weight_decay = reader.flag(kDecoupledWeightDecay);
+  }
 
   PyObject* clip_value = reader.required(kClipValue);
   hyper.clip_low = -kInfinity;

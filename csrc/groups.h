@@ -57,7 +57,7 @@ struct Group {
 };
 
 // Raises ValueError, TypeError or KeyError that names the argument, its value and the group.
-Group read_group(PyObject* group, Py_ssize_t index);
+Group read_group(PyObject* group, Py_ssize_t index, Rule rule);
 
 // Bounds of a value clip: None -> (-inf, inf), δ -> (-δ, δ), (low, high) as it is.
 void read_clip_value(PyObject* value, const std::string& where, double* low, double* high);

@@ -25,11 +25,6 @@ double round_to(DType dtype, double bound) {
   return bound;
 }
 
-PyObject* momentum_buffer_key() {
-  static PyObject* const key = PyUnicode_InternFromString("momentum_buffer");
-  return key;
-}
-
 at::Tensor optional_scalar(PyObject* object, const char* name) {
   if (object == Py_None) return {};
   if (!THPVariable_Check(object) || THPVariable_Unpack(object).numel() != 1) {
@@ -38,8 +33,27 @@ at::Tensor optional_scalar(PyObject* object, const char* name) {
   return THPVariable_Unpack(object).detach();
 }
 
+// `what` is of the parameter: its gradient, a state; or "" for itself.
 void check_memory(const at::Tensor& covered, const char* what, const Place& place) {
-  if (!is_in_memory(covered)) raise(PyExc_RuntimeError, what + place.text() + " has no memory: its storage was resized");
+  if (is_in_memory(covered)) return;
+  const std::string of = *what ? std::string("the ") + what + " of " : "";
+  raise(PyExc_RuntimeError, of + place.text() + " has no memory: its storage was resized");
+}
+void check_memory(const at::Tensor& covered, PyObject* state, const Place& place) {
+  if (!is_in_memory(covered)) check_memory(covered, PyUnicode_AsUTF8(state), place);
+}
+
+// nullptr where the kernels can count in it.
+const char* why_step_not_covered(const at::Tensor& step, const at::Tensor& param, const Place& place) {
+  if (step.numel() != 1) raise(PyExc_ValueError, "the step of " + place.text() + " must be a 1-element tensor");
+  if (step.is_inference() && !c10::InferenceMode::is_enabled()) {
+    raise(PyExc_RuntimeError, "the step of " + place.text() + " is an inference tensor: it can't be updated outside InferenceMode");
+  }
+  if (!is_ordinary(step.unsafeGetTensorImpl())) return "that is no ordinary tensor";
+  if (step.scalar_type() != at::kFloat && step.scalar_type() != at::kDouble) return "of a dtype that the kernels do not cover";
+  if (step.device() != param.device()) return "on another device";
+  check_memory(step, "step", place);
+  return nullptr;
 }
 
 // A mode (fake tensors, tracing, ...) or a functorch transform has to see operations; the kernels are none.
@@ -63,8 +77,8 @@ class Plan::Busy {
     plan.clear();
   }
   ~Busy() {
-    plan_.new_buffers_.clear();
-    plan_.alive_.clear();
+    plan_.states_.end();
+    plan_.borrowed_.clear();
     plan_.groups_.clear();
     plan_.busy_ = false;
   }
@@ -75,8 +89,6 @@ class Plan::Busy {
 
 void Plan::clear() {
   for (auto& part : parts_) part.clear();
-  touched_.clear();
-  kept_alive_ = 0;
   written_addresses_ = 0;
   parameter_ = 0;
   reason_.clear();
@@ -95,64 +107,8 @@ DevicePart& Plan::part_of(c10::Device device) {
   return parts_.emplace_back(device);
 }
 
-// Before Python may run, or the GIL is released: another thread may drop what the walk has found so far.
-void Plan::keep_alive() {
-  for (; kept_alive_ < touched_.size(); ++kept_alive_) {
-    const Touched& touched = touched_[kept_alive_];
-    for (c10::TensorImpl* tensor : {touched.param, touched.buffer, touched.grad}) {
-      if (tensor) alive_.push_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(tensor));
-    }
-  }
-}
-
-// state[param]. A look-up by tensor runs Tensor.__hash__, in Python (100 ns), so each parameter's
-// place in the dict is remembered. It is only a hint: the key found there says whether it still holds.
-PyObject* Plan::state_entry(PyObject* param, PyObject* state) {
-  if (places_.size() <= parameter_) places_.resize(parameter_ + 1, 0);
-  PyObject *key, *entry;
-  Py_ssize_t next = places_[parameter_];
-  if (PyDict_Next(state, &next, &key, &entry) && key == param) return entry;
-
-  keep_alive();
-  entry = PyDict_GetItemWithError(state, param);
-  if (!entry && PyErr_Occurred()) throw PythonError{};
-  if (entry) {
-    // Entries are mostly in the order of the parameters: look for it near its predecessor's.
-    constexpr int kNear = 64;
-    next = parameter_ > 0 ? places_[parameter_ - 1] : 0;
-    for (int i = 0; i < kNear; ++i) {
-      const Py_ssize_t place = next;
-      if (!PyDict_Next(state, &next, &key, nullptr)) break;
-      if (key == param) {
-        places_[parameter_] = place;
-        break;
-      }
-    }
-  }
-  return entry;
-}
-
-// state[param]["momentum_buffer"], or nullptr where there is none yet; old checkpoints hold None.
-const at::Tensor* Plan::momentum_buffer(const Place& place, PyObject* state) {
-  PyObject* entry = state_entry(place.param, state);
-  if (!entry) return nullptr;
-  if (!PyDict_Check(entry)) raise(PyExc_TypeError, "the state of " + place.text() + " must be a dict");
-  PyObject *key, *buffer;
-  Py_ssize_t first = 0;
-  if (!PyDict_Next(entry, &first, &key, &buffer) || key != momentum_buffer_key()) {  // mostly the only one
-    buffer = PyDict_GetItemWithError(entry, momentum_buffer_key());
-    if (!buffer && PyErr_Occurred()) throw PythonError{};
-  }
-  if (!buffer || buffer == Py_None) return nullptr;
-  if (!THPVariable_Check(buffer)) {
-    raise(PyExc_TypeError,
-          "the momentum_buffer of " + place.text() + " must be a tensor, got " + Py_TYPE(buffer)->tp_name);
-  }
-  return &THPVariable_Unpack(buffer);
-}
-
-void Plan::add_tensor(const at::Tensor* param, const at::Tensor& grad, const at::Tensor* buffer,
-                      Momentum momentum, const Hyper& hyper, Py_ssize_t group_index) {
+void Plan::add_tensor(const at::Tensor* param, const at::Tensor& grad, const ParamStates& states, Momentum momentum,
+                      const Hyper& hyper, Py_ssize_t group_index) {
   if (!part_ || !(part_->device.is_cpu() && grad.is_cpu())) part_ = &part_of(grad.device());
   DevicePart& part = *part_;
   Step& step = part.step;
@@ -166,25 +122,63 @@ void Plan::add_tensor(const at::Tensor* param, const at::Tensor& grad, const at:
   }
   const int64_t numel = grad.numel();
   TensorEntry& entry = step.tensors.emplace_back();
-  entry.param = param ? data_of(*param, dtype) : nullptr;
-  entry.grad = data_of(grad, dtype);
-  entry.momentum_buffer = buffer ? data_of(*buffer, dtype) : nullptr;
   entry.numel = numel;
   entry.first_chunk = step.chunks;
   entry.hyper = static_cast<int32_t>(step.hypers.size() - 1);
-  entry.dtype = dtype;
+  entry.dtype = entry.grad_dtype = dtype;
   entry.momentum = momentum;
+  entry.uniform = true;
   step.chunks += (numel + kChunk - 1) / kChunk;
   step.elements += numel;
   if (clips_value(hyper)) step.clampable += numel;
-  for (const void* written : {param ? entry.param : entry.grad, entry.momentum_buffer}) {
-    written_addresses_ = (written_addresses_ ^ reinterpret_cast<uintptr_t>(written) ^ numel) * 0x9e3779b97f4a7c15u;
+
+  const auto written = [&](const at::Tensor& tensor, DType of) __attribute__((always_inline)) {
+    void* const data = data_of(tensor, of);
+    written_addresses_ = (written_addresses_ ^ reinterpret_cast<uintptr_t>(data) ^ numel) * 0x9e3779b97f4a7c15u;
+    borrowed_.write(tensor);
+    return data;
+  };
+  if (!param) {
+    entry.grad = written(grad, dtype);
+    return;
   }
-  touched_.push_back({param ? param->unsafeGetTensorImpl() : nullptr, buffer ? buffer->unsafeGetTensorImpl() : nullptr,
-                      grad.unsafeGetTensorImpl()});
+  entry.param = written(*param, dtype);
+  entry.grad = data_of(grad, dtype);
+  borrowed_.read(grad);
+  for (int s = 0; s < kMaxStates && states.arrays[s]; ++s) {
+    entry.states[s] = written(*states.arrays[s], dtype);
+    entry.state_dtypes[s] = dtype;
+  }
+  if (states.step) {
+    entry.step_is_float64 = states.step->scalar_type() == at::kDouble;
+    entry.step = written(*states.step, dtype_of(*states.step));
+  }
 }
 
-void Plan::add_param(const Group& group, Py_ssize_t group_index, Py_ssize_t index, PyObject* state) {
+// Makes the states that there are not, and says whether the kernels take those that there are.
+bool Plan::cover_states(const Held& held, const at::Tensor& param, const Place& place, const StateNames& names,
+                        ParamStates& states) {
+  if (names.step) states_.make_missing(held, place, names, states);
+  for (int s = 0; s < names.count; ++s) {
+    if (const char* why_not = why_not_covered(*states.arrays[s], names.names[s], param, place)) {
+      not_covered(place.text() + " has a " + PyUnicode_AsUTF8(names.names[s]) + " " + why_not);
+      return false;
+    }
+    check_memory(*states.arrays[s], names.names[s], place);
+  }
+  if (!names.step) return true;
+  // On a GPU the device decides whether a step is skipped, so it counts them, too.
+  if (param.is_cuda() && states.step->is_cpu()) {
+    states.step = &states_.make(held, names.step, states.step->to(param.device()));
+  }
+  if (const char* why_not = why_step_not_covered(*states.step, param, place)) {
+    not_covered(place.text() + " has a step " + why_not);
+    return false;
+  }
+  return true;
+}
+
+void Plan::add_param(const Group& group, const StateNames& names, Py_ssize_t group_index, Py_ssize_t index) {
   PyObject* object = PySequence_Fast_GET_ITEM(group.params.object, index);
   const Place place{group_index, index, group.param_names.object, object};
   if (!THPVariable_Check(object)) {
@@ -193,11 +187,11 @@ void Plan::add_param(const Group& group, Py_ssize_t group_index, Py_ssize_t inde
   const at::Tensor& param = THPVariable_Unpack(object);
   if (!first_device_) first_device_ = param.device();
   if (!grad_of(param).defined()) return;
-  const at::Tensor* buffer = nullptr;
+  ParamStates states;
   Held held;
-  if (group.hyper.momentum != 0) {  // the look-up may run Python: the gradient is read afterwards
+  if (names.count > 0) {  // the look-up may run Python: the gradient is read afterwards
     held = Held(object);
-    buffer = momentum_buffer(place, state);
+    states = states_.find(place, parameter_, names);
   }
   const at::Tensor& grad = grad_of(param);
   if (!grad.defined()) return;
@@ -207,30 +201,22 @@ void Plan::add_param(const Group& group, Py_ssize_t group_index, Py_ssize_t inde
     }
   }
   check_memory(param, "", place);
-  check_memory(grad, "the gradient of ", place);
+  check_memory(grad, "gradient", place);
   Momentum momentum = Momentum::none;
-  if (group.hyper.momentum != 0) {
-    momentum = buffer ? Momentum::running : Momentum::first;
-    if (!buffer) {
-      new_buffers_.push_back({std::move(held), at::empty_like(grad.detach()), {}, {}});
-      buffer = &new_buffers_.back().buffer;
-    } else if (buffer->is_inference() && !c10::InferenceMode::is_enabled()) {
-      raise(PyExc_RuntimeError, "the momentum_buffer of " + place.text() +
-                                    " is an inference tensor: it can't be updated outside InferenceMode");
-    } else if (buffer->sizes() != param.sizes()) {
-      raise(PyExc_ValueError, "the momentum_buffer of " + place.text() + " has another shape than the parameter");
-    } else if (!is_plainly_covered(param, *buffer) && !same_memory_layout(*buffer, param)) {
-      return not_covered(place.text() + " has a momentum_buffer of another memory layout, dtype or device");
+  if (names.count > 0) {
+    if (rule_ == Rule::sgd) {
+      momentum = states.arrays[0] ? Momentum::running : Momentum::first;
+      if (!states.arrays[0]) states.arrays[0] = &states_.make(held, names.names[0], at::empty_like(grad.detach()));
     }
-    check_memory(*buffer, "the momentum_buffer of ", place);
+    if (!cover_states(held, param, place, names, states)) return;
   }
   if (group.lr_tensor.object && THPVariable_Unpack(group.lr_tensor.object).device() != param.device()) {
     return not_covered(place.text() + " is on another device than lr");
   }
-  if (grad.numel() > 0) add_tensor(&param, grad, buffer, momentum, group.hyper, group_index);
+  if (grad.numel() > 0 || states.step) add_tensor(&param, grad, states, momentum, group.hyper, group_index);
 }
 
-void Plan::add_group(Group& group, Py_ssize_t group_index, PyObject* state) {
+void Plan::add_group(Group& group, Py_ssize_t group_index) {
   if (group.lr_tensor.object) {  // on a GPU: read there
     const at::Tensor& lr = THPVariable_Unpack(group.lr_tensor.object);
     if (lr.is_cuda() && (lr.scalar_type() == at::kFloat || lr.scalar_type() == at::kDouble)) {
@@ -241,27 +227,9 @@ void Plan::add_group(Group& group, Py_ssize_t group_index, PyObject* state) {
     }
   }
   if (group.differentiable) not_covered("the step is to be differentiable");
+  const StateNames names = state_names(rule_, group.hyper);
   for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(group.params.object); ++i, ++parameter_) {
-    add_param(group, group_index, i, state);  // to the end, for what has to be refused
-  }
-}
-
-// All that can fail, or run Python, comes before the first byte is written; what store_new_buffers then
-// does can only fail where memory ends.
-void Plan::prepare_new_buffers(PyObject* state) {
-  if (!new_buffers_.empty()) keep_alive();
-  for (auto& added : new_buffers_) {
-    added.wrapped = Held::stolen(THPVariable_Wrap(added.buffer));
-    if (!added.wrapped.object) throw PythonError{};
-    added.entry = Held::stolen(PyObject_GetItem(state, added.param.object));  // a defaultdict's default
-    if (!added.entry.object) throw PythonError{};
-    if (!PyDict_Check(added.entry.object)) raise(PyExc_TypeError, "an optimizer's state of a parameter must be a dict");
-  }
-}
-
-void Plan::store_new_buffers() {
-  for (auto& added : new_buffers_) {
-    if (PyDict_SetItem(added.entry.object, momentum_buffer_key(), added.wrapped.object) != 0) throw PythonError{};
+    add_param(group, names, group_index, i);  // to the end, for what has to be refused
   }
 }
 
@@ -273,10 +241,13 @@ bool Plan::shares_memory() {
   for (const auto& part : parts_) {
     ranges.clear();
     for (const auto& tensor : part.step.tensors) {
-      for (const void* written : {tensor.param ? tensor.param : tensor.grad, tensor.momentum_buffer}) {
+      const auto add = [&](const void* written, int64_t bytes) {
         const auto begin = reinterpret_cast<uintptr_t>(written);
-        if (written) ranges.emplace_back(begin, begin + tensor.numel * item_size(tensor.dtype));
-      }
+        if (written && bytes > 0) ranges.emplace_back(begin, begin + bytes);
+      };
+      add(tensor.param ? tensor.param : tensor.grad, tensor.numel * item_size(tensor.dtype));
+      for (int s = 0; s < kMaxStates; ++s) add(tensor.states[s], tensor.numel * item_size(tensor.state_dtypes[s]));
+      add(tensor.step, item_size(tensor.step_is_float64 ? DType::float64 : DType::float32));
     }
     std::sort(ranges.begin(), ranges.end());
     for (size_t i = 1; i < ranges.size(); ++i) {
@@ -290,39 +261,39 @@ bool Plan::shares_memory() {
 std::string Plan::step(PyObject* groups, PyObject* state, PyObject* grad_scale, PyObject* found_inf) {
   const Busy busy(*this);
   if (!PyList_Check(groups) && !PyTuple_Check(groups)) raise(PyExc_TypeError, "param_groups must be a list");
-  if (!PyDict_Check(state)) raise(PyExc_TypeError, "state must be a dict");
+  states_.begin(state);
   const at::Tensor scale = optional_scalar(grad_scale, "grad_scale");
   const at::Tensor inf = optional_scalar(found_inf, "found_inf");
   // All groups first: reading a number may run Python, the walk over tensors only where a state is looked up.
   for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(groups); ++i) {
     const Held group(PySequence_Fast_GET_ITEM(groups, i));
-    groups_.push_back(read_group(group.object, i));
+    groups_.push_back(read_group(group.object, i, rule_));
     if (!(groups_.back().norm_clip == groups_.front().norm_clip)) {
       raise(PyExc_ValueError, "max_norm, norm_type and skip_nonfinite hold for all groups together: param_groups[" +
                                   std::to_string(i) + "] has others than param_groups[0]");
     }
   }
   if (something_watches_operations()) not_covered("a dispatch mode or a functorch transform is active");
-  for (size_t i = 0; i < groups_.size(); ++i) add_group(groups_[i], static_cast<Py_ssize_t>(i), state);
+  for (size_t i = 0; i < groups_.size(); ++i) add_group(groups_[i], static_cast<Py_ssize_t>(i));
   const NormClip norm_clip = groups_.empty() ? NormClip{} : groups_.front().norm_clip;
   if (reason_.empty() && shares_memory()) not_covered("two parameters or buffers share memory");
   if (!reason_.empty()) return reason_;
 
-  if (!new_buffers_.empty()) {  // a replay would make them anew each time
+  if (states_.has_new()) {  // a replay would make them anew each time
     for (const DevicePart& part : parts_) {
       if (part.in_use() && part.is_capturing()) part.raise_capturing();
     }
   }
-  // A skipped step must leave "no buffer yet" as it is. Where there are none to make, a GPU decides by itself
+  // A skipped step must leave "no state yet" as it is. Where there are none to make, a GPU decides by itself
   // and nobody waits.
-  if (inf.defined() && (inf.is_cpu() || !new_buffers_.empty()) && inf.item<float>() != 0) {
+  if (inf.defined() && (inf.is_cpu() || states_.has_new()) && inf.item<float>() != 0) {
     remember(norm_clip, /*skipped_by_host=*/true);
     ++skipped_by_host_;
     return {};
   }
-  prepare_new_buffers(state);
-  run(Rule::sgd, norm_clip, {scale, inf});
-  if (new_buffers_.empty() || !was_skipped(norm_clip)) store_new_buffers();
+  states_.prepare();
+  run(rule_, norm_clip, {scale, inf});
+  if (states_.has_new() && !was_skipped(norm_clip)) states_.store();
   return {};
 }
 
@@ -345,8 +316,8 @@ std::string Plan::clip_grads(PyObject* params, double low, double high, NormClip
     if (const char* why_not = why_not_covered(grad, place)) {
       not_covered("the gradient of " + place.text() + " " + why_not);
     } else if (grad.numel() > 0) {
-      check_memory(grad, "the gradient of ", place);
-      add_tensor(nullptr, grad, nullptr, Momentum::none, hyper, 0);
+      check_memory(grad, "gradient", place);
+      add_tensor(nullptr, grad, {}, Momentum::none, hyper, 0);
     }
   }
   if (something_watches_operations()) not_covered("a dispatch mode or a functorch transform is active");
@@ -369,17 +340,14 @@ void Plan::run(Rule rule, const NormClip& asked, const Amp& amp) {
   NormClip norm_clip = asked;
   // Looking for inf and NaN is taking the inf norm, and clipping nothing.
   if (asked.skip_nonfinite && asked.norm == Norm::none) norm_clip = {Norm::inf, HUGE_VAL, true};
-  if (std::any_of(parts_.begin(), parts_.end(), [](const DevicePart& part) { return part.releases_gil(); })) keep_alive();
+  if (std::any_of(parts_.begin(), parts_.end(), [](const DevicePart& part) { return part.releases_gil(); })) borrowed_.hold();
   run_parts(parts_, rule, norm_clip, amp);
   remember(asked, /*skipped_by_host=*/false);
-  for (const Touched& tensor : touched_) {
-    (tensor.param ? tensor.param : tensor.grad)->bump_version();
-    if (tensor.buffer) tensor.buffer->bump_version();
-  }
+  borrowed_.bump_versions();
 }
 
 // Whether the step just taken found an inf or NaN. Waits for the device: asked only after a step that made
-// momentum buffers, which a skipped step must not leave behind.
+// states, which a skipped step must not leave behind.
 bool Plan::was_skipped(const NormClip& norm_clip) const {
   if (!norm_clip.skip_nonfinite) return false;
   return std::any_of(parts_.begin(), parts_.end(), [](const DevicePart& part) {

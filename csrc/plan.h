@@ -9,8 +9,10 @@
 #include <string>
 #include <vector>
 
+#include "borrowed.h"
 #include "device_part.h"
 #include "groups.h"
+#include "states.h"
 #include "step.h"
 #include "tensors.h"
 
@@ -18,9 +20,12 @@ namespace fastclip {
 
 // Owned by an optimizer. Holds no tensor of the model and no address from one step to the next: all
 // are read anew at every step, which costs less than comparing them would. What stays is scratch
-// memory and the places where momentum buffers were found.
+// memory and the places where states were found.
 class Plan {
  public:
+  explicit Plan(Rule rule) : rule_(rule) {}
+  Rule rule() const { return rule_; }
+
   // One step over `groups` (a list of dicts) with `state` (a dict of dicts by parameter). Returns ""
   // when it was taken, or skipped because found_inf says so; otherwise why the kernels do not cover
   // it, and nothing was changed. Raises for bad input, and nothing was changed.
@@ -46,18 +51,6 @@ class Plan {
   at::Tensor skipped_steps() const;
 
  private:
-  struct NewBuffer {
-    Held param;
-    at::Tensor buffer;
-    Held entry;    // state[param]
-    Held wrapped;  // the buffer as a Python object
-  };
-  // What a step writes and reads of one tensor, borrowed; nullptr where there is none.
-  struct Touched {
-    c10::TensorImpl* param;
-    c10::TensorImpl* buffer;
-    c10::TensorImpl* grad;
-  };
   // Of the last step that did not raise: what is asked about it later.
   struct LastStep {
     NormClip norm_clip;
@@ -70,31 +63,28 @@ class Plan {
 
   void clear();
   void not_covered(const std::string& reason);
-  void keep_alive();
-  void add_group(Group& group, Py_ssize_t group_index, PyObject* state);
+  void add_group(Group& group, Py_ssize_t group_index);
   // Inlined into the walk: calls are a fifth of what a tensor costs.
-  [[gnu::always_inline]] inline void add_param(const Group& group, Py_ssize_t group_index, Py_ssize_t index, PyObject* state);
-  const at::Tensor* momentum_buffer(const Place& place, PyObject* state);
-  PyObject* state_entry(PyObject* param, PyObject* state);
-  [[gnu::always_inline]] inline void add_tensor(const at::Tensor* param, const at::Tensor& grad, const at::Tensor* buffer,
-                  Momentum momentum, const Hyper& hyper, Py_ssize_t group_index);
+  [[gnu::always_inline]] inline void add_param(const Group& group, const StateNames& names, Py_ssize_t group_index,
+                                               Py_ssize_t index);
+  [[gnu::always_inline]] inline void add_tensor(const at::Tensor* param, const at::Tensor& grad,
+                                                const ParamStates& states, Momentum momentum, const Hyper& hyper,
+                                                Py_ssize_t group_index);
+  bool cover_states(const Held& held, const at::Tensor& param, const Place& place, const StateNames& names,
+                    ParamStates& states);
   DevicePart& part_of(c10::Device device);
-  void prepare_new_buffers(PyObject* state);
-  void store_new_buffers();
   bool shares_memory();
   void run(Rule rule, const NormClip& asked, const Amp& amp);
   void remember(const NormClip& norm_clip, bool skipped_by_host);
   bool was_skipped(const NormClip& norm_clip) const;
   const DevicePart* first_stepped() const;
 
+  const Rule rule_;
   std::vector<DevicePart> parts_;
   DevicePart* part_ = nullptr;             // the walk's last
-  std::vector<NewBuffer> new_buffers_;
-  std::vector<Py_ssize_t> places_;         // of each parameter's entry in the state: a hint
   size_t parameter_ = 0;                   // the walk's position, over all groups
-  std::vector<Touched> touched_;
-  std::vector<c10::intrusive_ptr<c10::TensorImpl>> alive_;  // what is held of touched_,
-  size_t kept_alive_ = 0;                  // and how far
+  Borrowed borrowed_;
+  States states_{borrowed_};
   std::vector<Group> groups_;
   uint64_t written_addresses_ = 0;         // a hash of all that this step writes,
   uint64_t disjoint_addresses_ = 0;        // and of the last ones found not to overlap

@@ -14,39 +14,34 @@ namespace fastclip {
 // added in chunk order, so the norm has the same bits on any number of threads or blocks.
 constexpr int64_t kChunk = 4096;
 
-// The hyperparameters of one group, for tensors of one dtype. Derived on the host in double
-// (1 - 0.999f is off by 1e-5) and converted to the compute type by the kernel.
-struct Hyper {
-  double lr;
-  const void* lr_on_device;  // lr as a device tensor: read by the kernel, so that no host waits for it
-  bool lr_is_float64;
-  bool nesterov;
-  bool maximize;
-  double momentum;
-  double dampening;
-  double weight_decay;
-  double clip_low;  // -inf where there is no value clip
-  double clip_high;
-};
-
 inline bool clips_value(const Hyper& hyper) { return hyper.clip_low > -HUGE_VAL || hyper.clip_high < HUGE_VAL; }
 
-// One tensor with a gradient. All three arrays have the same element order in memory.
+// One tensor with a gradient. All its arrays have the same element order in memory.
 struct TensorEntry {
   void* param;
   void* grad;
-  void* momentum_buffer;
+  void* states[kMaxStates];  // nullptr where the rule, or the group, has none
+  void* step;                // how many steps this tensor has seen: read, and counted up by the step. Or nullptr
   int64_t numel;
   int64_t first_chunk;
   int32_t hyper;
-  DType dtype;
+  DType dtype;  // of the parameter,
+  DType grad_dtype;
+  DType state_dtypes[kMaxStates];
   Momentum momentum;
+  bool uniform;  // all arrays have the parameter's dtype
+  bool step_is_float64;
 };
 
-enum class Rule : uint8_t {
-  sgd,
-  clip_grad,  // writes the clipped gradient back: torch.nn.utils.clip_grad_*_
-};
+inline double steps_seen(const TensorEntry& tensor) {
+  if (!tensor.step) return 0;
+  return tensor.step_is_float64 ? *static_cast<const double*>(tensor.step) : *static_cast<const float*>(tensor.step);
+}
+
+inline void count_up(const TensorEntry& tensor) {
+  if (!tensor.step) return;
+  tensor.step_is_float64 ? *static_cast<double*>(tensor.step) += 1 : *static_cast<float*>(tensor.step) += 1;
+}
 
 // Which passes a call makes. The two are called one by one where a norm is taken over several devices: in
 // between, every device is given the sums of all.

@@ -13,14 +13,6 @@ constexpr int64_t kElementsPerThread = 32768;
 // Threads fetch this many chunks at a time: whoever is held up by other work on its core takes fewer.
 constexpr int64_t kChunksPerFetch = 16;
 
-Span span_of(const TensorEntry& tensor, int64_t begin, int64_t size) {
-  const int64_t offset = begin * item_size(tensor.dtype);
-  const auto at = [offset](void* base) {
-    return base ? static_cast<char*>(base) + offset : nullptr;
-  };
-  return {at(tensor.param), at(tensor.grad), at(tensor.momentum_buffer), size};
-}
-
 // Calls body(tensor, first element, number of elements) for each tensor's share of a range of chunks.
 template <class Body>
 void for_each_run(const Step& step, int64_t first_chunk, int64_t last_chunk, const Body& body) {
@@ -63,17 +55,21 @@ void for_each_chunk(const Step& step, const ThreadPool& pool, bool backwards, co
   threads == 1 ? fetch_and_run(&work) : pool.run(threads, fetch_and_run, &work);
 }
 
-Constants constants_of(const Step& step, const Hyper& hyper, double coefficient) {
-  Constants c;
+Clip<double> clip_of(const Step& step, const Hyper& hyper, double coefficient) {
   // As GradScaler.unscale_ does it: one reciprocal in double, rounded to float, then products.
-  c.clip.unscale = step.grad_scale ? static_cast<float>(1.0 / *step.grad_scale) : 1.0;
-  c.clip.low = hyper.clip_low;
-  c.clip.high = hyper.clip_high;
-  c.clip.coefficient = hyper.maximize ? -coefficient : coefficient;
-  c.sgd.negative_lr = -hyper.lr;
-  c.sgd.momentum = hyper.momentum;
-  c.sgd.one_minus_dampening = 1 - hyper.dampening;
-  c.sgd.weight_decay = hyper.weight_decay;
+  const double unscale = step.grad_scale ? static_cast<float>(1.0 / *step.grad_scale) : 1.0;
+  return {unscale, hyper.clip_low, hyper.clip_high, hyper.maximize ? -coefficient : coefficient};
+}
+
+// `count` is this step, by which Adam corrects its averages.
+Constants constants_of(const Step& step, const Hyper& hyper, double coefficient, double count) {
+  Constants c;
+  c.clip = clip_of(step, hyper, coefficient);
+  if (step.rule == Rule::adam) {
+    c.adam = Adam<double>(hyper, hyper.lr, count);
+  } else {
+    c.sgd = SGD<double>(hyper, hyper.lr, count);
+  }
   return c;
 }
 
@@ -83,13 +79,13 @@ void measure_all(const Step& step, const ThreadPool& pool, const LoopTable& loop
     for_each_run(step, first_chunk, last_chunk, [&](const TensorEntry& tensor, int64_t begin,
                                                     int64_t size) {
       const Hyper& hyper = step.hypers[tensor.hyper];
-      const Constants constants = constants_of(step, hyper, 1.0);
-      const bool clip = constants.clip.unscale != 1 || clips_value(hyper);
-      const Seen seen = !clip ? Seen::raw : step.skip_nonfinite ? Seen::clipped_or_nonfinite : Seen::clipped;
-      const MeasureLoop loop = loops.measure[static_cast<int>(tensor.dtype)][inf][static_cast<int>(seen)];
+      const Clip<double> clip = clip_of(step, hyper, 1.0);
+      const bool clips = clip.unscale != 1 || clips_value(hyper);
+      const Seen seen = !clips ? Seen::raw : step.skip_nonfinite ? Seen::clipped_or_nonfinite : Seen::clipped;
+      const MeasureLoop loop = loops.measure[static_cast<int>(tensor.grad_dtype)][inf][static_cast<int>(seen)];
       Measure* measure = step.measures + tensor.first_chunk + begin / kChunk;
       for (int64_t done = 0; done < size; done += kChunk) {
-        loop(span_of(tensor, begin + done, std::min(kChunk, size - done)), constants, *measure++);
+        loop(tensor, begin + done, std::min(kChunk, size - done), clip, *measure++);
       }
     });
   });
@@ -113,24 +109,27 @@ void update_all(const Step& step, const ThreadPool& pool, const LoopTable& loops
   std::atomic<int64_t> all_clamped{0};
   for_each_chunk(step, pool, normed, [&](int64_t first_chunk, int64_t last_chunk) {
     int32_t current = -1;
+    double current_count = -1;
     Constants constants;
     int64_t clamped = 0;
     for_each_run(step, first_chunk, last_chunk, [&](const TensorEntry& tensor, int64_t begin,
                                                     int64_t size) {
       const Hyper& hyper = step.hypers[tensor.hyper];
-      if (current != tensor.hyper) {
-        constants = constants_of(step, hyper, coefficient);
-        current = tensor.hyper;
+      if (step.rule == Rule::clip_grad) {
+        return loops.clip[static_cast<int>(tensor.grad_dtype)](tensor, begin, size, clip_of(step, hyper, coefficient));
       }
-      const int dtype = static_cast<int>(tensor.dtype);
-      const Span span = span_of(tensor, begin, size);
-      if (step.rule == Rule::clip_grad) return loops.clip[dtype](span, constants);
-      clamped += loops.update[dtype][static_cast<int>(tensor.momentum)][hyper.nesterov][hyper.weight_decay != 0](
-          span, constants);
+      const double count = steps_seen(tensor) + 1;
+      if (current != tensor.hyper || current_count != count) {
+        constants = constants_of(step, hyper, coefficient, count);
+        current = tensor.hyper;
+        current_count = count;
+      }
+      clamped += loops.update(step.rule, tensor, terms_of(hyper, tensor.momentum))(tensor, begin, size, constants);
     });
     all_clamped.fetch_add(clamped, std::memory_order_relaxed);
   });
   if (step.clamped) *step.clamped = static_cast<double>(all_clamped);
+  for (const TensorEntry& tensor : step.tensors) count_up(tensor);
 }
 
 }  // namespace

@@ -14,8 +14,7 @@ def check(groups, state):
                 continue
             where = name_of(group, index, i)
             check_gradient(group, param, where)
-            if group["momentum"] != 0:
-                check_buffer(group, param, state, where)
+            check_states(group, param, state, where)
             if overlaps(param):
                 raise ValueError(f"{where} holds several elements at one address")
 
@@ -31,6 +30,8 @@ def check_gradient(group, param, where):
     grad = param.grad
     clips = [name for name in ("clip_value", "max_norm") if group[name] is not None]
     sparse = grad.layout != torch.strided
+    if sparse and "betas" in group:
+        raise RuntimeError(f"Adam does not support sparse gradients, as that of {where}: SparseAdam does")
     if sparse and isinstance(group["weight_decay"], (int, float)) and group["weight_decay"] != 0:
         raise TypeError(f"weight_decay can't be applied to the sparse gradient of {where}")
     if sparse and clips:
@@ -46,29 +47,41 @@ def check_gradient(group, param, where):
         raise TypeError(f"skip_nonfinite {what} one shard would skip a step that another takes")
 
 
-def check_buffer(group, param, state, where):
-    """A momentum buffer that the step would write to, if there is one yet."""
+def state_names(group):
+    """The tensors that a step over the group keeps of each parameter, besides the count of steps."""
+    if "betas" in group:
+        return ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else []))
+    return ("momentum_buffer",) if group["momentum"] != 0 else ()
+
+
+def check_states(group, param, state, where):
+    """What the step would write to besides the parameter, as far as it is there yet."""
     entry = state.get(param, {})
-    if not isinstance(entry, dict):
+    names = state_names(group)
+    if names and not isinstance(entry, dict):
         raise TypeError(f"the state of {where} must be a dict, got {type(entry).__name__}")
-    buffer = entry.get("momentum_buffer")
-    if buffer is None:
-        return
-    what = f"the momentum_buffer of {where}"
-    if not isinstance(buffer, torch.Tensor):
-        raise TypeError(f"{what} must be a tensor, got {type(buffer).__name__}")
-    if buffer.shape != param.shape:
-        raise ValueError(f"{what} has another shape than the parameter: {[*buffer.shape]}, {[*param.shape]}")
-    if buffer.device != param.device:
-        raise ValueError(f"{what} is on another device than the parameter: {buffer.device}, {param.device}")
-    if not (torch.can_cast(param.dtype, buffer.dtype) and torch.can_cast(buffer.dtype, param.dtype)):
-        raise ValueError(f"{what} has another dtype than the parameter: {buffer.dtype}, {param.dtype}")
-    sparse_buffer, sparse_grad = (t.layout != torch.strided for t in (buffer, param.grad))
-    if sparse_buffer and not sparse_grad:
+    for name in names:
+        if entry.get(name) is not None:
+            check_state(group, param, entry[name], f"the {name} of {where}")
+        elif "betas" in group and entry:
+            raise KeyError(f"the state of {where} has no {name}, but others that belong to it")
+
+
+def check_state(group, param, tensor, what):
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{what} must be a tensor, got {type(tensor).__name__}")
+    if tensor.shape != param.shape:
+        raise ValueError(f"{what} has another shape than the parameter: {[*tensor.shape]}, {[*param.shape]}")
+    if tensor.device != param.device:
+        raise ValueError(f"{what} is on another device than the parameter: {tensor.device}, {param.device}")
+    if not (torch.can_cast(param.dtype, tensor.dtype) and torch.can_cast(tensor.dtype, param.dtype)):
+        raise ValueError(f"{what} has another dtype than the parameter: {tensor.dtype}, {param.dtype}")
+    sparse_tensor, sparse_grad = (t.layout != torch.strided for t in (tensor, param.grad))
+    if sparse_tensor and not sparse_grad:
         raise TypeError(f"{what} is sparse, and its gradient is not")
-    if group["nesterov"] and sparse_grad and not sparse_buffer:
-        raise TypeError(f"nesterov can't be applied to the sparse gradient of {where}: its momentum_buffer is dense")
-    if overlaps(buffer):
+    if group.get("nesterov") and sparse_grad and not sparse_tensor:
+        raise TypeError(f"nesterov can't be applied to a sparse gradient: {what} is dense")
+    if overlaps(tensor):
         raise ValueError(f"{what} holds several elements at one address")
 
 

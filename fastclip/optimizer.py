@@ -16,12 +16,22 @@ CLIP_SETTINGS = ("clip_value", *SHARED_SETTINGS)
 class ClippedOptimizer(torch.optim.Optimizer):
     """Mixed in before an optimizer of `torch.optim`: takes over its `step`, and keeps everything else.
 
-    A subclass sets `self._clip_defaults` before it calls torch's `__init__`, deletes it afterwards, and says in
-    `_reference_step` what a step is in plain torch.
+    A subclass says by `_rule` which of the update rules in `csrc/update_rules.h` is its own, and in `_reference_step`
+    what a step is in plain torch.
     """
 
     # GradScaler then leaves unscaling and skipping to the step, in `self.grad_scale` and `self.found_inf`.
     _step_supports_amp_scaling = True
+
+    def __init__(self, *positional, clip_value, max_norm, norm_type, skip_nonfinite, **named):
+        self._clip_defaults = {
+            "clip_value": clip_value,
+            "max_norm": max_norm,
+            "norm_type": norm_type,
+            "skip_nonfinite": skip_nonfinite,
+        }
+        super().__init__(*positional, **named)
+        del self._clip_defaults  # from now on a new group takes max_norm from those there are
 
     def add_param_group(self, param_group):
         """As in torch; a group may have a `clip_value` of its own. Refuses duplicates and bad values.
@@ -45,7 +55,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
     def _check_group(self, group):
         index = len(self.param_groups)
         params = group["params"] if isinstance(group["params"], (list, set)) else [group["params"]]
-        _C.check_group({**group, "params": []}, index)
+        self._plan.check_group({**group, "params": []}, index)
         tensors = [p[1] if isinstance(p, tuple) else p for p in params]
         if len({id(p) for p in tensors}) != len(tensors):
             raise ValueError(f"param_groups[{index}] holds the same parameter twice")
@@ -64,7 +74,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
 
     def _start(self):
         """What is not state: made anew for a new or copied optimizer."""
-        self._plan = _C.Plan()
+        self._plan = _C.Plan(self._rule)
         self._reference_stats = None  # of the last step, if it was in plain torch
         self._reference_skips = 0
         self._warned = set()

@@ -4,6 +4,8 @@ do not cover a tensor. Read this to know what fastclip computes."""
 import math
 
 import torch
+from torch.optim.adam import adam
+from torch.optim.optimizer import _get_scalar_dtype
 from torch.optim.sgd import sgd
 
 from .checks import check
@@ -55,13 +57,23 @@ def compute_dtype(param):
     return torch.float32 if param.dtype in SIXTEEN_BIT else param.dtype
 
 
-@torch.no_grad()
 def step_sgd(groups, state, grad_scale=None, found_inf=None, reductions=None):
     """One step of `fastclip.SGD` over `groups` (a list of dicts) with `state` (a dict of dicts by parameter).
 
     Returns ClipStats, whose `skipped_steps` counts this step only. Order: unscale, value clip, norm clip, then
     `torch.optim.SGD`, whose own code does the update. `reductions`, of each parameter, are of a sharded model.
     """
+    return step(update_sgd, groups, state, grad_scale, found_inf, reductions)
+
+
+def step_adam(groups, state, grad_scale=None, found_inf=None, reductions=None):
+    """One step of `fastclip.Adam` or `fastclip.AdamW`, as `step_sgd`; `torch.optim.Adam`'s own code does the update."""
+    return step(update_adam, groups, state, grad_scale, found_inf, reductions)
+
+
+@torch.no_grad()
+def step(update, groups, state, grad_scale, found_inf, reductions):
+    """What the optimizers have in common: clips, then calls update(group, clipped gradients, state) for each group."""
     check(groups, state)
     params = [p for group in groups for p in group["params"] if p.grad is not None]
     max_norm, skip_nonfinite = groups[0]["max_norm"], groups[0]["skip_nonfinite"]
@@ -97,7 +109,7 @@ def step_sgd(groups, state, grad_scale=None, found_inf=None, reductions=None):
             coefficient = clip_coefficient(norm, max_norm)
             grads = [[g * coefficient.to(g.device, g.real.dtype) for g in of_group] for of_group in grads]
         for group, of_group in zip(groups, grads, strict=True):
-            update_sgd(group, of_group, state)
+            update(group, of_group, state)
     return stats_of(groups, norm, moved, looked_at)
 
 
@@ -156,3 +168,47 @@ def update_sgd(group, grads, state):
             state[p]["momentum_buffer"] = wb.to(dtype)
         elif wb is not b:
             b.copy_(wb)
+
+
+STATES_OF_ADAM = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")  # the last with amsgrad only
+
+
+def update_adam(group, grads, state):
+    """`torch.optim.Adam`'s update of one group by the given gradients; AdamW's, with `decoupled_weight_decay`."""
+    params = [p for p in group["params"] if p.grad is not None]
+    names = STATES_OF_ADAM if group["amsgrad"] else STATES_OF_ADAM[:2]
+    for p in params:
+        if not state[p]:
+            state[p]["step"] = torch.zeros((), dtype=_get_scalar_dtype(), device=p.device)
+            state[p].update({name: torch.zeros_like(p) for name in names})
+    kept = {name: [state[p][name] for p in params] for name in names}
+    wide = [p.to(compute_dtype(p)) for p in params]  # the parameter itself, but for 16-bit ones
+    wide_kept = {name: [t.float() if t.dtype in SIXTEEN_BIT else t for t in kept[name]] for name in names}
+    adam(
+        wide,
+        grads,
+        *(wide_kept.get(name, []) for name in STATES_OF_ADAM),
+        [state[p]["step"] for p in params],
+        foreach=False,
+        fused=False,
+        capturable=False,
+        has_complex=any(p.is_complex() for p in params),
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        **{
+            key: group[key]
+            for key in (
+                "amsgrad",
+                "lr",
+                "weight_decay",
+                "eps",
+                "maximize",
+                "differentiable",
+                "decoupled_weight_decay",
+            )
+        },
+    )
+    for narrow, computed in [(params, wide), *((kept[name], wide_kept[name]) for name in names)]:
+        for to, value in zip(narrow, computed, strict=True):
+            if value is not to:
+                to.copy_(value)

@@ -64,12 +64,6 @@ class SGD(ClippedOptimizer, torch.optim.SGD):
         norm_type=2.0,
         skip_nonfinite=False,
     ):
-        self._clip_defaults = {
-            "clip_value": clip_value,
-            "max_norm": max_norm,
-            "norm_type": norm_type,
-            "skip_nonfinite": skip_nonfinite,
-        }
         super().__init__(
             params,
             lr,
@@ -81,7 +75,11 @@ class SGD(ClippedOptimizer, torch.optim.SGD):
             foreach=foreach,
             differentiable=differentiable,
             fused=fused,
+            clip_value=clip_value,
+            max_norm=max_norm,
+            norm_type=norm_type,
+            skip_nonfinite=skip_nonfinite,
         )
-        del self._clip_defaults  # from now on a new group takes max_norm from those there are
 
+    _rule = "sgd"
     _reference_step = staticmethod(reference.step_sgd)

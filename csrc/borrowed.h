@@ -1,0 +1,46 @@
+// The tensors that a step reads and writes: borrowed from whoever owns them, and held only where they could go away.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <vector>
+
+namespace fastclip {
+
+class Borrowed {
+ public:
+  void clear() {
+    held_.clear();
+    read_.clear();
+    written_.clear();
+    held_read_ = held_written_ = 0;
+  }
+
+  void read(const at::Tensor& tensor) { read_.push_back(tensor.unsafeGetTensorImpl()); }
+  void write(const at::Tensor& tensor) { written_.push_back(tensor.unsafeGetTensorImpl()); }
+
+  // Before Python may run, or the GIL is released: another thread may then drop what was found so far.
+  void hold() {
+    hold(read_, held_read_);
+    hold(written_, held_written_);
+  }
+
+  void bump_versions() const {
+    for (c10::TensorImpl* tensor : written_) tensor->bump_version();
+  }
+
+ private:
+  using Tensors = std::vector<c10::TensorImpl*>;
+
+  void hold(const Tensors& tensors, size_t& done) {
+    for (; done < tensors.size(); ++done) {
+      held_.push_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(tensors[done]));
+    }
+  }
+
+  Tensors read_, written_;
+  size_t held_read_ = 0, held_written_ = 0;  // how many of each are held
+  std::vector<c10::intrusive_ptr<c10::TensorImpl>> held_;
+};
+
+}  // namespace fastclip

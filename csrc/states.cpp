@@ -1,0 +1,160 @@
+// What an update rule keeps of each parameter: the tensors in optimizer.state[param], under torch's names.
+#include "states.h"
+
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+#include <c10/core/DefaultDtype.h>
+#include <c10/core/InferenceMode.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <utility>
+
+namespace fastclip {
+namespace {
+
+struct Names {
+  PyObject* step = PyUnicode_InternFromString("step");
+  PyObject* momentum_buffer = PyUnicode_InternFromString("momentum_buffer");
+  PyObject* exp_avg = PyUnicode_InternFromString("exp_avg");
+  PyObject* exp_avg_sq = PyUnicode_InternFromString("exp_avg_sq");
+  PyObject* max_exp_avg_sq = PyUnicode_InternFromString("max_exp_avg_sq");
+};
+const Names& all_names() {
+  static const Names names;
+  return names;
+}
+
+std::string text_of(PyObject* name) { return PyUnicode_AsUTF8(name); }
+
+// Goes through a parameter's dict in the order in which torch fills it; looks a name up where it is another.
+class EntryReader {
+ public:
+  EntryReader(PyObject* entry, const Place& place) : entry_(entry), place_(place) {}
+
+  const at::Tensor* tensor(PyObject* name) {
+    PyObject *key = nullptr, *value = nullptr;
+    Py_ssize_t next = next_;
+    if (PyDict_Next(entry_, &next, &key, &value) && key == name) {
+      next_ = next;
+    } else {
+      value = PyDict_GetItemWithError(entry_, name);
+      if (!value && PyErr_Occurred()) throw PythonError{};
+    }
+    if (!value || value == Py_None) return nullptr;  // old checkpoints hold None
+    if (!THPVariable_Check(value)) {
+      raise(PyExc_TypeError, "the " + text_of(name) + " of " + place_.text() +
+                                 " must be a tensor, got " + Py_TYPE(value)->tp_name);
+    }
+    return &THPVariable_Unpack(value);
+  }
+
+ private:
+  PyObject* entry_;
+  const Place& place_;
+  Py_ssize_t next_ = 0;
+};
+
+}  // namespace
+
+StateNames state_names(Rule rule, const Hyper& hyper) {
+  const Names& names = all_names();
+  if (rule == Rule::adam) return {hyper.amsgrad ? 3 : 2, {names.exp_avg, names.exp_avg_sq, names.max_exp_avg_sq}, names.step};
+  if (rule == Rule::sgd && hyper.momentum != 0) return {1, {names.momentum_buffer}, nullptr};
+  return {};
+}
+
+void States::begin(PyObject* state) {
+  if (!PyDict_Check(state)) raise(PyExc_TypeError, "state must be a dict");
+  state_ = state;
+}
+
+// state[param]. A look-up by tensor runs Tensor.__hash__, in Python (100 ns), so each parameter's
+// place in the dict is remembered. It is only a hint: the key found there says whether it still holds.
+PyObject* States::entry_of(PyObject* param, size_t position) {
+  if (places_.size() <= position) places_.resize(position + 1, 0);
+  PyObject *key, *entry;
+  Py_ssize_t next = places_[position];
+  if (PyDict_Next(state_, &next, &key, &entry) && key == param) return entry;
+
+  borrowed_.hold();
+  entry = PyDict_GetItemWithError(state_, param);
+  if (!entry && PyErr_Occurred()) throw PythonError{};
+  if (entry) {
+    // Entries are mostly in the order of the parameters: look for it near its predecessor's.
+    constexpr int kNear = 64;
+    next = position > 0 ? places_[position - 1] : 0;
+    for (int i = 0; i < kNear; ++i) {
+      const Py_ssize_t place = next;
+      if (!PyDict_Next(state_, &next, &key, nullptr)) break;
+      if (key == param) {
+        places_[position] = place;
+        break;
+      }
+    }
+  }
+  return entry;
+}
+
+ParamStates States::find(const Place& place, size_t position, const StateNames& names) {
+  ParamStates found;
+  PyObject* entry = entry_of(place.param, position);
+  if (!entry) return found;
+  if (!PyDict_Check(entry)) raise(PyExc_TypeError, "the state of " + place.text() + " must be a dict");
+  EntryReader reader(entry, place);
+  if (names.step) found.step = reader.tensor(names.step);
+  for (int s = 0; s < names.count; ++s) found.arrays[s] = reader.tensor(names.names[s]);
+  return found;
+}
+
+const at::Tensor& States::make(const Held& param, PyObject* name, at::Tensor tensor) {
+  return new_.emplace_back(New{Held(param.object), name, std::move(tensor), {}, {}}).tensor;
+}
+
+void States::make_missing(const Held& param, const Place& place, const StateNames& names, ParamStates& states) {
+  const at::Tensor& of = THPVariable_Unpack(param.object);
+  PyObject* missing = states.step ? nullptr : names.step;
+  bool some = states.step;
+  for (int s = 0; s < names.count; ++s) {
+    some |= states.arrays[s] != nullptr;
+    if (!states.arrays[s]) missing = names.names[s];
+  }
+  if (!missing) return;
+  if (some) {
+    raise(PyExc_KeyError, "the state of " + place.text() + " has no " + text_of(missing) +
+                              ", but others that belong to it");
+  }
+  const auto dtype = c10::get_default_dtype() == caffe2::TypeMeta::Make<double>() ? at::kDouble : at::kFloat;
+  states.step = &make(param, names.step, at::zeros({}, at::TensorOptions().dtype(dtype).device(of.device())));
+  for (int s = 0; s < names.count; ++s) states.arrays[s] = &make(param, names.names[s], at::zeros_like(of.detach()));
+}
+
+void States::prepare() {
+  if (has_new()) borrowed_.hold();
+  for (New& added : new_) {
+    added.wrapped = Held::stolen(THPVariable_Wrap(added.tensor));
+    if (!added.wrapped.object) throw PythonError{};
+    added.entry = Held::stolen(PyObject_GetItem(state_, added.param.object));  // a defaultdict's default
+    if (!added.entry.object) throw PythonError{};
+    if (!PyDict_Check(added.entry.object)) raise(PyExc_TypeError, "an optimizer's state of a parameter must be a dict");
+  }
+}
+
+void States::store() {
+  for (New& added : new_) {
+    if (PyDict_SetItem(added.entry.object, added.name, added.wrapped.object) != 0) throw PythonError{};
+  }
+}
+
+const char* why_not_covered(const at::Tensor& state, PyObject* name, const at::Tensor& param, const Place& place) {
+  if (state.is_inference() && !c10::InferenceMode::is_enabled()) {
+    raise(PyExc_RuntimeError, "the " + text_of(name) + " of " + place.text() +
+                                  " is an inference tensor: it can't be updated outside InferenceMode");
+  }
+  if (state.sizes() != param.sizes()) {
+    raise(PyExc_ValueError, "the " + text_of(name) + " of " + place.text() + " has another shape than the parameter");
+  }
+  if (is_plainly_covered(param, state) || same_memory_layout(state, param)) return nullptr;
+  return "of another memory layout, dtype or device";
+}
+
+}  // namespace fastclip

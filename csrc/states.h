@@ -1,0 +1,72 @@
+// What an update rule keeps of each parameter: the tensors in optimizer.state[param], under torch's names.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <Python.h>
+
+#include <deque>
+#include <vector>
+
+#include "borrowed.h"
+#include "groups.h"
+#include "tensors.h"
+
+namespace fastclip {
+
+// The names of a rule's states for a group, in the order of TensorEntry::states.
+struct StateNames {
+  int count = 0;
+  PyObject* names[kMaxStates] = {};  // interned, never freed
+  PyObject* step = nullptr;          // the name of the count of a parameter's steps, where the rule needs one
+};
+StateNames state_names(Rule rule, const Hyper& hyper);
+
+// One parameter's states; nullptr where there is none (yet).
+struct ParamStates {
+  const at::Tensor* arrays[kMaxStates] = {};
+  const at::Tensor* step = nullptr;
+};
+
+class States {
+ public:
+  explicit States(Borrowed& borrowed) : borrowed_(borrowed) {}
+
+  // A step begins: `state` is the optimizer's, a dict of dicts by parameter.
+  void begin(PyObject* state);
+  void end() { new_.clear(); }
+
+  // Looks up what there is of the parameter at `position` among all. May run Python, with other threads.
+  ParamStates find(const Place& place, size_t position, const StateNames& names);
+
+  // Notes a state that the step makes; it gets into the dict by `store`. The reference holds until `end`.
+  const at::Tensor& make(const Held& param, PyObject* name, at::Tensor tensor);
+  // Those of a rule whose states begin at 0; refuses a parameter that has some of them only.
+  void make_missing(const Held& param, const Place& place, const StateNames& names, ParamStates& states);
+
+  bool has_new() const { return !new_.empty(); }
+  // All that can fail, or run Python, comes before the first byte is written; what `store` then does can only
+  // fail where memory ends.
+  void prepare();
+  void store();
+
+ private:
+  struct New {
+    Held param;
+    PyObject* name;
+    at::Tensor tensor;
+    Held entry;    // state[param]
+    Held wrapped;  // the tensor as a Python object
+  };
+
+  PyObject* entry_of(PyObject* param, size_t position);
+
+  Borrowed& borrowed_;
+  PyObject* state_ = nullptr;
+  std::vector<Py_ssize_t> places_;  // of each parameter's entry in the state: a hint
+  std::deque<New> new_;
+};
+
+// Raises where a state can't belong to its parameter; otherwise why the kernels do not cover it, or nullptr.
+const char* why_not_covered(const at::Tensor& state, PyObject* name, const at::Tensor& param, const Place& place);
+
+}  // namespace fastclip

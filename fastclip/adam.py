@@ -1,0 +1,153 @@
+"""torch.optim.Adam and AdamW with clipping, in one pass."""
+
+import torch
+
+from . import reference
+from .optimizer import ClippedOptimizer
+
+
+class Adam(ClippedOptimizer, torch.optim.Adam):
+    r"""`torch.optim.Adam` that clips the gradients in the same pass over memory.
+
+    Equivalent to::
+
+        torch.nn.utils.clip_grad_value_(params, clip_value)  # if clip_value is given
+        torch.nn.utils.clip_grad_norm_(params, max_norm)     # if max_norm is given
+        torch.optim.Adam(params, ...).step()
+
+    except that the gradients stay as they were. Value clip (and no clip) gives the same bits as torch on the CPU for
+    float32 and float64. 16-bit parameters are computed in float32 and rounded once. On a GPU the count of steps in the
+    state, `step`, lies on the device, as with torch's `fused=True`.
+
+    Args:
+        params, lr, betas, eps, weight_decay, amsgrad, maximize, differentiable, decoupled_weight_decay: as in
+            `torch.optim.Adam`.
+        foreach, fused, capturable: accepted and not needed; the step is fused, and can be captured, in any case.
+        clip_value, max_norm, norm_type, skip_nonfinite: as in `fastclip.SGD`.
+
+    Raises:
+        ValueError: a negative or NaN threshold, low > high, another norm type, `max_norm` or `skip_nonfinite` different
+            between groups.
+        TypeError: a value that is not a number.
+        RuntimeError: a sparse gradient, as in torch.
+
+    Sources: Kingma & Ba (2014), https://arxiv.org/abs/1412.6980; amsgrad, Reddi et al. (2018),
+    https://arxiv.org/abs/1904.09237.
+
+    Example:
+        >>> model = torch.nn.Linear(80, 64)
+        >>> opt = fastclip.Adam(model.parameters(), lr=1e-3, max_norm=5.0)
+        >>> model(torch.randn(8, 80)).square().sum().backward()
+        >>> opt.step()
+    """
+
+    def __init__(
+        self,
+        params,
+        lr=1e-3,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=0,
+        amsgrad=False,
+        *,
+        foreach=None,
+        maximize=False,
+        capturable=False,
+        differentiable=False,
+        fused=None,
+        decoupled_weight_decay=False,
+        clip_value=None,
+        max_norm=None,
+        norm_type=2.0,
+        skip_nonfinite=False,
+    ):
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=decoupled_weight_decay,
+            clip_value=clip_value,
+            max_norm=max_norm,
+            norm_type=norm_type,
+            skip_nonfinite=skip_nonfinite,
+        )
+
+    _rule = "adam"
+    _reference_step = staticmethod(reference.step_adam)
+
+
+class AdamW(ClippedOptimizer, torch.optim.AdamW):
+    r"""`torch.optim.AdamW` that clips the gradients in the same pass over memory.
+
+    Equivalent to::
+
+        torch.nn.utils.clip_grad_value_(params, clip_value)  # if clip_value is given
+        torch.nn.utils.clip_grad_norm_(params, max_norm)     # if max_norm is given
+        torch.optim.AdamW(params, ...).step()
+
+    except for what `fastclip.Adam` says.
+
+    Args:
+        params, lr, betas, eps, weight_decay, amsgrad, maximize, differentiable: as in `torch.optim.AdamW`.
+        foreach, fused, capturable: accepted and not needed; the step is fused, and can be captured, in any case.
+        clip_value, max_norm, norm_type, skip_nonfinite: as in `fastclip.SGD`.
+
+    Raises:
+        As `fastclip.Adam`.
+
+    Source: Loshchilov & Hutter (2019), https://arxiv.org/abs/1711.05101.
+
+    Example:
+        >>> model = torch.nn.Linear(80, 64)
+        >>> opt = fastclip.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01, max_norm=1.0)
+        >>> model(torch.randn(8, 80)).square().sum().backward()
+        >>> opt.step()
+    """
+
+    def __init__(
+        self,
+        params,
+        lr=1e-3,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=1e-2,
+        amsgrad=False,
+        *,
+        maximize=False,
+        foreach=None,
+        capturable=False,
+        differentiable=False,
+        fused=None,
+        clip_value=None,
+        max_norm=None,
+        norm_type=2.0,
+        skip_nonfinite=False,
+    ):
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            clip_value=clip_value,
+            max_norm=max_norm,
+            norm_type=norm_type,
+            skip_nonfinite=skip_nonfinite,
+        )
+
+    _rule = "adam"
+    _reference_step = staticmethod(reference.step_adam)
