@@ -142,11 +142,13 @@ cudaError_t launch(const Layout& layout, Args& arguments, int device, cudaStream
   Room room;
   if (const cudaError_t error = room_of<kKernel>(device, room)) return error;
   Header& header = arguments.header;
-  const dim3 blocks(static_cast<unsigned>(std::min<int64_t>({room.blocks, layout.tiles, kMaxBlocks})));
+  // One where there is nothing to update: other ranks may measure something, and the norm is recorded.
+  const int64_t wanted = std::max<int64_t>(layout.tiles, 1);
+  const dim3 blocks(static_cast<unsigned>(std::min<int64_t>({room.blocks, wanted, kMaxBlocks})));
   void* pointers[] = {&arguments};
   if (header.measure && header.update && room.cooperative) {
     header.slot_bytes = layout.tile() * layout.item_bytes;
-    const int64_t rounds = (layout.tiles - 1) / (int64_t{blocks.x} * kWarps) + 1;
+    const int64_t rounds = (wanted - 1) / (int64_t{blocks.x} * kWarps) + 1;
     header.slots = static_cast<uint32_t>(
         std::min<int64_t>(rounds * kWarps, (room.shared_bytes - int{sizeof(Shared)}) / header.slot_bytes));
     const size_t shared_bytes = sizeof(Shared) + size_t{header.slots} * header.slot_bytes;
@@ -183,7 +185,7 @@ cudaError_t launch_for(const Step& step, const Layout& layout, Arguments<kTableB
 template <int kTableBytes>
 cudaError_t launch_with(const Step& step, const Layout& layout, Arguments<kTableBytes>& arguments, int device,
                         cudaStream_t stream) {
-  const DType dtype = step.tensors.front().dtype;
+  const DType dtype = step.tensors.empty() ? DType::float32 : step.tensors.front().dtype;
   const bool mixed = std::any_of(step.tensors.begin(), step.tensors.end(),
                                  [dtype](const TensorEntry& t) { return t.dtype != dtype; });
   if (!mixed && dtype == DType::float32) return launch_for<DTypes::float32>(step, layout, arguments, device, stream);

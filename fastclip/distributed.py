@@ -6,11 +6,13 @@ step on the shards; what is here makes one norm of their sums.
 
 import math
 import sys
+from collections import defaultdict
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 
+from .checks import name_of
 from .measure import combined
 
 
@@ -32,8 +34,8 @@ def local_of(tensor):
     return tensor._local_tensor if is_dtensor(tensor) else tensor
 
 
-def reduction_of(spec):
-    """The Reduction of a parameter with this DTensorSpec: over each dimension of its mesh in which it is sharded.
+def reduction_of(spec, name):
+    """The Reduction of a parameter of this name with this DTensorSpec: the dimensions of its mesh that shard it.
 
     Raises:
         TypeError: a placement that says nothing about which elements are here.
@@ -43,13 +45,13 @@ def reduction_of(spec):
     from torch.distributed.tensor.placement_types import _StridedShard
 
     if spec.mesh.get_coordinate() is None:
-        raise ValueError(f"this rank is not in the device mesh of a parameter: {spec.mesh}")
+        raise ValueError(f"{name} is on other ranks only: this one is not in its device mesh, {spec.mesh}")
     groups = []
     for dim, placement in enumerate(spec.placements):
         if isinstance(placement, Replicate):
             continue
         if not isinstance(placement, (Shard, _StridedShard)):
-            raise TypeError(f"a parameter can't be placed as {placement}: no rank holds its values")
+            raise TypeError(f"{name} is placed as {placement}: no rank holds its values")
         if spec.mesh.size(dim) > 1:
             groups.append(spec.mesh.get_group(dim))
     return Reduction(tuple(groups), spec.mesh.device_type) if groups else Reduction()
@@ -64,7 +66,7 @@ def total_measure(reductions, measures, norm_type, found_inf=None):
 
     Args:
         reductions (list of Reduction): each once, as the parameters come.
-        measures (list of (Reduction, Tensor)): float64 [3] of csrc/clip_rules.h, of what is here.
+        measures (list of (Reduction or None, Tensor)): float64 [3] of csrc/clip_rules.h, of what is here.
         norm_type (float): 2 or inf.
         found_inf (Tensor, optional): AMP's; given on all ranks or on none.
 
@@ -74,7 +76,7 @@ def total_measure(reductions, measures, norm_type, found_inf=None):
     """
     of_class = {reduction: [] for reduction in reductions}
     for reduction, measure in measures:
-        of_class.setdefault(reduction, []).append(measure)
+        of_class.setdefault(reduction or Reduction(), []).append(measure)
     rows = {r: _sum(list_, norm_type, _device_of(r, list_)) for r, list_ in of_class.items()}
     flag = torch.zeros(0) if found_inf is None else found_inf.detach().reshape(1)
     for group, device_type in dict.fromkeys((group, r.device_type) for r in reductions for group in r.groups):
@@ -115,26 +117,65 @@ def _all_reduced(numbers, norm_type, group):
 
 @contextmanager
 def gradients_placed_as(params):
-    """Redistributes gradients that are placed otherwise than their parameters, say Partial ones, for a `with` block."""
-    before = [(p, p.grad) for p in params if is_misplaced(p)]
+    """For a `with` block, gradients that are placed as their parameters: Partial ones are summed, say."""
+    before = [param.grad for param in params]
     try:
-        place_gradients(p for p, _ in before)
+        place_gradients(params)
         yield
     finally:
-        for param, grad in before:
+        for param, grad in zip(params, before, strict=True):
             param.grad = grad
 
 
 def place_gradients(params):
-    """Redistributes gradients to the placements of their parameters. A collective: all ranks call it."""
+    """Redistributes the gradients of sharded parameters to the parameters' placements. All ranks have to call it."""
     for param in params:
-        if is_misplaced(param):
-            param.grad = param.grad.redistribute(param.device_mesh, param.placements)
+        param.grad = param.grad.redistribute(param.device_mesh, param.placements)
 
 
-def is_misplaced(param):
-    """Whether a DTensor has a gradient that is placed otherwise."""
-    grad = param.grad
-    if not (is_dtensor(param) and is_dtensor(grad)) or grad._spec is param._spec:
-        return False
-    return grad.placements != param.placements or grad.device_mesh != param.device_mesh
+@contextmanager
+def local_shards(named_params):
+    """For a `with` block over pairs (parameter, name): {parameter: its shard with its gradient, or itself}, and the
+    Reductions of these; None where no parameter is a DTensor."""
+    sharded = {param: name for param, name in named_params if is_dtensor(param)}
+    local = {param: local_of(param) for param, _ in named_params}
+    if not sharded:
+        yield local, None
+        return
+    reductions = dict.fromkeys(local.values(), Reduction())
+    reductions.update({local[param]: reduction_of(param._spec, name) for param, name in sharded.items()})
+    try:
+        for param in sharded:
+            local[param].grad = local_of(param.grad)
+        yield local, reductions
+    finally:
+        for param in sharded:
+            local[param].grad = None
+
+
+def step_on_shards(step, groups, state, *amp):
+    """A step in plain torch, of reference.py: on what is here of each parameter, with the norm of all ranks."""
+    if not any(is_dtensor(param) for group in groups for param in group["params"]):
+        return step(groups, state, *amp)
+    if any(group["differentiable"] for group in groups):
+        raise TypeError("a step over DTensors can't be differentiable")
+    named = [(param, name_of(group, i, j)) for i, group in enumerate(groups) for j, param in enumerate(group["params"])]
+    with local_shards(named) as (local, reductions):
+        local_groups = [{**group, "params": [local[param] for param in group["params"]]} for group in groups]
+        local_state = defaultdict(dict)
+        for param in local.keys() & state.keys():
+            local_state[local[param]] = {name: local_of(value) for name, value in state[param].items()}
+        stats = step(local_groups, local_state, *amp, reductions)
+    for param, shard in local.items():
+        for name, value in local_state.get(shard, {}).items():
+            if state[param].get(name) is None:
+                state[param][name] = value if name == "step" else placed_as(param, value)
+    return stats
+
+
+def placed_as(param, value):
+    """A DTensor of `value` on each rank, where the parameter is one."""
+    if not is_dtensor(param):
+        return value
+    whole = {"shape": param.shape, "stride": param.stride()}
+    return type(param).from_local(value, param.device_mesh, param.placements, run_check=False, **whole)

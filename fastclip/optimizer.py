@@ -8,6 +8,8 @@ from torch.optim import optimizer as torch_optimizer
 
 from . import clip_stats
 from ._extension import _C
+from .checks import name_of
+from .distributed import gradients_placed_as, is_dtensor, reduction_of, step_on_shards
 
 SHARED_SETTINGS = ("max_norm", "norm_type", "skip_nonfinite")  # the same in all groups
 CLIP_SETTINGS = ("clip_value", *SHARED_SETTINGS)
@@ -65,6 +67,9 @@ class ClippedOptimizer(torch.optim.Optimizer):
                 f"{of_all_ranks[0]} can't be applied to param_groups[{index}]: each rank of FullyShardedDataParallel "
                 "sees its own shard only; its clip_grad_norm_ takes the norm of all"
             )
+        for i, tensor in enumerate(tensors):
+            if is_dtensor(tensor):
+                reduction_of(tensor._spec, name_of(group, index, i))
         for name in SHARED_SETTINGS:
             if self.param_groups and group[name] != self.param_groups[0][name]:
                 raise ValueError(
@@ -191,18 +196,28 @@ class ClippedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         attributes = self.__dict__
         grad_scale, found_inf = attributes.get("grad_scale"), attributes.get("found_inf")
-        if type(found_inf) is int:  # GradScaler's sum over no gradients at all
-            found_inf = None
+        if type(found_inf) is int:  # GradScaler's sum over no gradients at all; other ranks may have some
+            found_inf = torch.zeros(())
         why_not = self._plan.step(self.param_groups, self.state, grad_scale, found_inf)
-        plain = why_not is not None
-        self._reference_stats = self._step_in_plain_torch(why_not, grad_scale, found_inf) if plain else None
+        self._reference_stats = None if why_not is None else self._step_elsewhere(why_not, grad_scale, found_inf)
         return loss
 
-    def _step_in_plain_torch(self, why_not, grad_scale, found_inf):
+    def _step_elsewhere(self, why_not, *amp):
+        """What the kernels did not take: with gradients in the right places, or in plain torch."""
+        misplaced = self._plan.take_misplaced()
+        if not misplaced:
+            return self._step_in_plain_torch(why_not, *amp)
+        with gradients_placed_as(misplaced):
+            why_not = self._plan.step(self.param_groups, self.state, *amp)
+            if self._plan.take_misplaced():
+                raise TypeError(why_not)
+            return None if why_not is None else self._step_in_plain_torch(why_not, *amp)
+
+    def _step_in_plain_torch(self, why_not, *amp):
         if why_not not in self._warned and not self.defaults["differentiable"]:
             self._warned.add(why_not)
-            warnings.warn(f"fastclip steps in plain torch, which is slower: {why_not}", stacklevel=4)
-        stats = self._reference_step(self.param_groups, self.state, grad_scale, found_inf)
+            warnings.warn(f"fastclip steps in plain torch, which is slower: {why_not}", stacklevel=5)
+        stats = step_on_shards(self._reference_step, self.param_groups, self.state, *amp)
         self._reference_skips = stats.skipped_steps + self._reference_skips
         return stats
 

@@ -118,7 +118,7 @@ class Sharded:
         ]
 
     def _place(self, tensor, mesh=None, placements=None):
-        return tensor.clone() if mesh is None else distribute_tensor(tensor, mesh, placements)
+        return tensor.clone() if mesh is None else distribute_tensor(tensor.clone(), mesh, placements)
 
     def give_grads(self, step, scale=1.0):
         torch.manual_seed(10 + step)
