@@ -115,6 +115,25 @@ def _all_reduced(numbers, norm_type, group):
     return both[0].masked_fill(both[1] > 0, torch.nan)
 
 
+def on_any_rank(flags, params):
+    """For each parameter whether its flag, a bool, is set on any rank that has a part of it. All ranks have to call it,
+    and wait for each other."""
+    flags = list(flags)
+    groups_of = [
+        [(param.device_mesh.get_group(dim), param.device_mesh.device_type) for dim in range(param.device_mesh.ndim)]
+        if is_dtensor(param)
+        else []
+        for param in params
+    ]
+    for group, device_type in dict.fromkeys(group for groups in groups_of for group in groups):
+        members = [i for i, groups in enumerate(groups_of) if (group, device_type) in groups]
+        together = torch.tensor([flags[i] for i in members], dtype=torch.int32, device=device_type)
+        torch.distributed.all_reduce(together, op=torch.distributed.ReduceOp.MAX, group=group)
+        for i, flag in zip(members, together.tolist(), strict=True):
+            flags[i] = bool(flag)
+    return flags
+
+
 @contextmanager
 def gradients_placed_as(params):
     """For a `with` block, gradients that are placed as their parameters: Partial ones are summed, say."""

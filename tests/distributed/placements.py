@@ -163,7 +163,7 @@ def what_can_not_be_handled_is_refused():
     some = DeviceMesh(place.device_type, [0])
     q = nn.Parameter(distribute_tensor(torch.ones(3, device=place.device_type), some, [Shard(0)]))
     if dist.get_rank() > 0:
-        _raises(ValueError, "not in the device mesh", lambda: fastclip.SGD([q], lr=0.1, max_norm=1.0))
+        _raises(ValueError, "not in its device mesh", lambda: fastclip.SGD([q], lr=0.1, max_norm=1.0))
     r = nn.Parameter(distribute_tensor(torch.ones(4, device=place.device_type), mesh, [Shard(0)]))
     r.grad = distribute_tensor(torch.ones(4, device=place.device_type), mesh, [Shard(0)])
     optimizer = fastclip.SGD([r], lr=0.1, momentum=0.9, max_norm=1.0)

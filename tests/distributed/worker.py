@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from .compare import CASES, place
 
 PASSED = "passed"
-SECONDS = 60  # after which a collective that some rank has not called is given up
+SECONDS = 30  # after which a collective that some rank has not called is given up
 
 
 def results_folder(folder, world_size):
@@ -34,7 +35,7 @@ def results_folder(folder, world_size):
 def start_ranks(world_size, folder, cases, seconds=240):
     """Runs the cases of these names on so many ranks; returns {name: {rank: "passed" or what went wrong}}.
 
-    A rank that waits for another one in vain is given up after a minute, and all after `seconds`.
+    A rank that waits for another one in vain is given up after half a minute, and all after `seconds`.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world_size)}
     command = [sys.executable, "-m", "tests.distributed.worker", "--folder", folder, "--cases", *cases]
@@ -70,6 +71,7 @@ def _outcome(folder, name, rank):
 def run_cases(cases, store, save):
     """All ranks run each case; after one that failed on any of them, they no longer wait for the same and stop."""
     results = {}
+    warnings.filterwarnings("error", message=".*plain torch")  # the kernels take every shard
     for name, run in cases.items():
         torch.manual_seed(0)
         try:
