@@ -140,6 +140,8 @@ struct Outcome {
   uint64_t skipped_steps;  // since the plan was made
   uint32_t arrived;   // blocks at the barrier; 0 between steps
   uint32_t opened;    // how often the barrier has opened
+  uint32_t finished;  // blocks that have updated; 0 between steps
+  uint32_t unused;
 };
 
 FASTCLIP_HD void record(Outcome& outcome, const Decision& decision, bool counts) {

@@ -20,11 +20,11 @@ __device__ __forceinline__ Shared& shared() { return *reinterpret_cast<Shared*>(
 // Deals tiles out to the warps of all blocks, one round after the other, or back from the last to the
 // first: what a pass read last is what the next one still finds in L2. The tiles of the first rounds
 // have slots, in both directions the same. Calls body(tile, hyper, entry, first element, size, slot).
-template <int kTableBytes, class Body>
+template <Kernel kKernel, int kTableBytes, class Body>
 __device__ __forceinline__ void for_each_tile(const Arguments<kTableBytes>& arguments, bool backwards, bool slots,
                                               const Body& body) {
   const Header& header = arguments.header;
-  const Table table = table_of(arguments);
+  const auto table = table_of<kKernel>(arguments);
   const uint32_t warp = threadIdx.x / kWarp;
   const uint32_t first = warp * gridDim.x + blockIdx.x;  // every block gets a tile before any gets a second
   const uint32_t workers = gridDim.x * kWarps;
@@ -32,7 +32,7 @@ __device__ __forceinline__ void for_each_tile(const Arguments<kTableBytes>& argu
   for (uint32_t i = 0; i < rounds; ++i) {
     const uint32_t round = backwards ? rounds - 1 - i : i;
     const uint32_t tile = first + round * workers;
-    const Entry& entry = entry_of(table.entries, header.tensors, tile);
+    const auto& entry = entry_of(table.entries, header.tensors, tile);
     const int64_t begin = static_cast<int64_t>(tile - entry.first_tile) * header.tile;
     const int64_t rest = entry.numel - begin;
     const uint32_t slot = round * kWarps + warp;
@@ -144,6 +144,26 @@ __device__ __forceinline__ void publish_clamped(double* of_block, uint32_t clamp
   }
 }
 
+// The last block to finish counts the step of every tensor: until then, others may have to know which it is.
+template <Kernel kKernel, int kTableBytes>
+__device__ __forceinline__ void count_steps(const Arguments<kTableBytes>& arguments) {
+  if constexpr (kCountsSteps<kKernel>) {
+    const Header& header = arguments.header;
+    __syncthreads();  // the block's tiles are updated
+    if (threadIdx.x == 0) {
+      __threadfence();
+      shared().last = atomicAdd(&header.outcome->finished, 1u) == gridDim.x - 1;
+    }
+    __syncthreads();
+    if (!shared().last) return;
+    const auto* const entries = table_of<kKernel>(arguments).entries;
+    for (uint32_t i = threadIdx.x; i < header.tensors; i += kThreads) {
+      if (entries[i].counts) count_step(entries[i].step, entries[i].step_is_float64);
+    }
+    if (threadIdx.x == 0) atomicExch(&header.outcome->finished, 0u);
+  }
+}
+
 // Blocks on a multiprocessor at the least: a cap on registers that leaves enough loads in flight.
 constexpr int min_blocks(DTypes dtypes) { return dtypes == DTypes::any ? 1 : 2; }
 
@@ -158,8 +178,8 @@ __global__ void __launch_bounds__(kThreads, min_blocks(kDTypes))
   }
   const bool keep = header.measure && header.update;
   if (header.measure) {
-    for_each_tile(arguments, false, keep, [&](uint32_t tile, const Hyper& hyper, const Entry& entry, int64_t begin,
-                                              int size, uint4* slot) {
+    for_each_tile<kKernel>(arguments, false, keep, [&](uint32_t tile, const Hyper& hyper, const EntryHead& entry,
+                                                       int64_t begin, int size, uint4* slot) {
       with_dtype<kDTypes>(entry.dtype, [&](auto stored) {
         using Stored = decltype(stored);
         constexpr bool kFloat64 = sizeof(Stored) == sizeof(double);
@@ -187,13 +207,14 @@ __global__ void __launch_bounds__(kThreads, min_blocks(kDTypes))
     if (kKernel == Kernel::clip_grad && coefficient == 1.0) return;
   }
   uint32_t clamped = 0;
-  for_each_tile(arguments, keep, keep, [&](uint32_t, const Hyper& hyper, const Entry& entry, int64_t begin, int size,
-                                           const uint4* slot) {
+  for_each_tile<kKernel>(arguments, keep, keep, [&](uint32_t, const Hyper& hyper, const EntryOf<kKernel>& entry,
+                                                    int64_t begin, int size, const uint4* slot) {
     with_dtype<kDTypes>(entry.dtype, [&](auto stored) {
       clamped += update_tile<kKernel, decltype(stored)>(header, hyper, entry, begin, size, coefficient, slot);
     });
   });
   if (kKernel != Kernel::clip_grad && header.clamped) publish_clamped(header.clamped, clamped);
+  count_steps<kKernel>(arguments);
 }
 
 }  // namespace

@@ -33,14 +33,14 @@ struct TensorEntry {
   bool step_is_float64;
 };
 
-inline double steps_seen(const TensorEntry& tensor) {
-  if (!tensor.step) return 0;
-  return tensor.step_is_float64 ? *static_cast<const double*>(tensor.step) : *static_cast<const float*>(tensor.step);
+// A tensor's count of steps, as torch keeps it.
+FASTCLIP_HD double steps_seen(const void* step, bool is_float64) {
+  if (!step) return 0;
+  return is_float64 ? *static_cast<const double*>(step) : *static_cast<const float*>(step);
 }
-
-inline void count_up(const TensorEntry& tensor) {
-  if (!tensor.step) return;
-  tensor.step_is_float64 ? *static_cast<double*>(tensor.step) += 1 : *static_cast<float*>(tensor.step) += 1;
+FASTCLIP_HD void count_step(void* step, bool is_float64) {
+  if (!step) return;
+  is_float64 ? *static_cast<double*>(step) += 1 : *static_cast<float*>(step) += 1;
 }
 
 // Which passes a call makes. The two are called one by one where a norm is taken over several devices: in

@@ -119,7 +119,7 @@ void update_all(const Step& step, const ThreadPool& pool, const LoopTable& loops
       if (step.rule == Rule::clip_grad) {
         return loops.clip[static_cast<int>(tensor.grad_dtype)](tensor, begin, size, clip_of(step, hyper, coefficient));
       }
-      const double count = steps_seen(tensor) + 1;
+      const double count = steps_seen(tensor.step, tensor.step_is_float64) + 1;
       if (current != tensor.hyper || current_count != count) {
         constants = constants_of(step, hyper, coefficient, count);
         current = tensor.hyper;
@@ -130,7 +130,7 @@ void update_all(const Step& step, const ThreadPool& pool, const LoopTable& loops
     all_clamped.fetch_add(clamped, std::memory_order_relaxed);
   });
   if (step.clamped) *step.clamped = static_cast<double>(all_clamped);
-  for (const TensorEntry& tensor : step.tensors) count_up(tensor);
+  for (const TensorEntry& tensor : step.tensors) count_step(tensor.step, tensor.step_is_float64);
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstring>
 #include <mutex>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -20,7 +21,9 @@ int64_t unaligned_head(const TensorEntry& tensor) {
   const uintptr_t grad = behind(tensor.grad);
   if (grad == 0 || grad % item_size(tensor.dtype) != 0) return 0;
   if (tensor.param && behind(tensor.param) != grad) return 0;
-  if (tensor.momentum_buffer && behind(tensor.momentum_buffer) != grad) return 0;
+  for (const void* state : tensor.states) {
+    if (state && behind(state) != grad) return 0;
+  }
   const auto head = static_cast<int64_t>(kPackBytes - grad) / item_size(tensor.dtype);
   return head < tensor.numel ? head : 0;
 }
@@ -37,22 +40,57 @@ void for_each_entry(const Step& step, const Body& body) {
 }
 
 // Field by field in place: a whole entry, copied right after its bytes were written, waits for them.
-void write_entry(const TensorEntry& tensor, int64_t begin, int64_t numel, uint32_t first_tile, Entry& entry) {
+template <int kStates, bool kCounts>
+void write_entry(const TensorEntry& tensor, int64_t begin, int64_t numel, uint32_t first_tile,
+                 Entry<kStates, kCounts>& entry) {
   const int64_t offset = begin * item_size(tensor.dtype);
   const auto at = [offset](void* base) -> void* { return base ? static_cast<char*>(base) + offset : nullptr; };
   entry.param = at(tensor.param);
   entry.grad = at(tensor.grad);
-  entry.momentum_buffer = at(tensor.momentum_buffer);
   entry.numel = numel;
   entry.first_tile = first_tile;
   entry.hyper = static_cast<uint16_t>(tensor.hyper);
   entry.dtype = tensor.dtype;
   entry.momentum = tensor.momentum;
-  entry.aligned = is_aligned(entry.param) && is_aligned(entry.grad) && is_aligned(entry.momentum_buffer);
+  entry.aligned = is_aligned(entry.param) && is_aligned(entry.grad);
+  entry.counts = begin == 0;
+  entry.step_is_float64 = tensor.step_is_float64;
   entry.unused = 0;
+  for (int s = 0; s < std::max(kStates, kCounts ? 0 : 1); ++s) {
+    entry.states[s] = at(tensor.states[s]);
+    entry.aligned = entry.aligned && is_aligned(entry.states[s]);
+  }
+  if constexpr (kCounts) entry.step = tensor.step;
+}
+
+Kernel kernel_of(const Step& step) {
+  const auto any_has = [&](int state) {
+    return std::any_of(step.tensors.begin(), step.tensors.end(),
+                       [state](const TensorEntry& tensor) { return tensor.states[state] != nullptr; });
+  };
+  switch (step.rule) {
+    case Rule::clip_grad: return Kernel::clip_grad;
+    case Rule::sgd: return any_has(0) ? Kernel::sgd_momentum : Kernel::sgd;
+    case Rule::adam: break;
+  }
+  return any_has(2) ? Kernel::adam_amsgrad : Kernel::adam;
+}
+
+// Calls body(constant) with the kernel as a constant.
+template <class Body>
+auto with_kernel(Kernel kernel, const Body& body) {
+  switch (kernel) {
+    case Kernel::sgd: return body(std::integral_constant<Kernel, Kernel::sgd>{});
+    case Kernel::sgd_momentum: return body(std::integral_constant<Kernel, Kernel::sgd_momentum>{});
+    case Kernel::adam: return body(std::integral_constant<Kernel, Kernel::adam>{});
+    case Kernel::adam_amsgrad: return body(std::integral_constant<Kernel, Kernel::adam_amsgrad>{});
+    case Kernel::clip_grad: break;
+  }
+  return body(std::integral_constant<Kernel, Kernel::clip_grad>{});
 }
 
 struct Layout {
+  Kernel kernel = Kernel::sgd;
   int64_t entries = 0;
   int64_t tiles = 0;
   int tile_bits = 10;      // a tile has 2^tile_bits elements: divisions would be half of the host's work here
@@ -69,6 +107,7 @@ Layout layout_of(const Step& step) {
   constexpr int64_t kManyTiles = 1 << 15;
   constexpr int kLargestTileBits = 14;
   Layout layout;
+  layout.kernel = kernel_of(step);
   const bool narrow = std::all_of(step.tensors.begin(), step.tensors.end(),
                                   [](const TensorEntry& tensor) { return item_size(tensor.dtype) == 2; });
   if (narrow) ++layout.tile_bits;  // as many bytes
@@ -78,18 +117,21 @@ Layout layout_of(const Step& step) {
     layout.tiles += layout.tiles_of(numel);
     layout.item_bytes = std::max(layout.item_bytes, item_size(tensor.dtype));
   });
-  layout.table_bytes = static_cast<int64_t>(step.hypers.size() * sizeof(Hyper) + layout.entries * sizeof(Entry));
+  const size_t entry_bytes = with_kernel(layout.kernel, [](auto kernel) { return sizeof(EntryOf<kernel.value>); });
+  layout.table_bytes = static_cast<int64_t>(step.hypers.size() * sizeof(Hyper) + layout.entries * entry_bytes);
   return layout;
 }
 
 void write_table(const Step& step, const Layout& layout, unsigned char* bytes) {
   auto* hypers = reinterpret_cast<Hyper*>(bytes);
   std::copy(step.hypers.begin(), step.hypers.end(), hypers);
-  auto* entry = reinterpret_cast<Entry*>(hypers + step.hypers.size());
-  uint32_t tiles = 0;
-  for_each_entry(step, [&](const TensorEntry& tensor, int64_t begin, int64_t numel) {
-    write_entry(tensor, begin, numel, tiles, *entry++);
-    tiles += static_cast<uint32_t>(layout.tiles_of(numel));
+  with_kernel(layout.kernel, [&](auto kernel) {
+    auto* entry = reinterpret_cast<EntryOf<kernel.value>*>(hypers + step.hypers.size());
+    uint32_t tiles = 0;
+    for_each_entry(step, [&](const TensorEntry& tensor, int64_t begin, int64_t numel) {
+      write_entry(tensor, begin, numel, tiles, *entry++);
+      tiles += static_cast<uint32_t>(layout.tiles_of(numel));
+    });
   });
 }
 
@@ -142,13 +184,11 @@ cudaError_t launch(const Layout& layout, Args& arguments, int device, cudaStream
   Room room;
   if (const cudaError_t error = room_of<kKernel>(device, room)) return error;
   Header& header = arguments.header;
-  // One where there is nothing to update: other ranks may measure something, and the norm is recorded.
-  const int64_t wanted = std::max<int64_t>(layout.tiles, 1);
-  const dim3 blocks(static_cast<unsigned>(std::min<int64_t>({room.blocks, wanted, kMaxBlocks})));
+  const dim3 blocks(static_cast<unsigned>(std::min<int64_t>({room.blocks, std::max<int64_t>(layout.tiles, 1), kMaxBlocks})));
   void* pointers[] = {&arguments};
   if (header.measure && header.update && room.cooperative) {
     header.slot_bytes = layout.tile() * layout.item_bytes;
-    const int64_t rounds = (wanted - 1) / (int64_t{blocks.x} * kWarps) + 1;
+    const int64_t rounds = std::max<int64_t>(layout.tiles - 1, 0) / (int64_t{blocks.x} * kWarps) + 1;
     header.slots = static_cast<uint32_t>(
         std::min<int64_t>(rounds * kWarps, (room.shared_bytes - int{sizeof(Shared)}) / header.slot_bytes));
     const size_t shared_bytes = sizeof(Shared) + size_t{header.slots} * header.slot_bytes;
@@ -171,15 +211,10 @@ cudaError_t launch(const Layout& layout, Args& arguments, int device, cudaStream
 }
 
 template <DTypes kDTypes, int kTableBytes>
-cudaError_t launch_for(const Step& step, const Layout& layout, Arguments<kTableBytes>& arguments, int device,
-                       cudaStream_t stream) {
-  const bool momentum = std::any_of(step.tensors.begin(), step.tensors.end(),
-                                    [](const TensorEntry& t) { return t.momentum != Momentum::none; });
-  if (step.rule == Rule::clip_grad) {
-    return launch<step_kernel<Kernel::clip_grad, kDTypes, kTableBytes>>(layout, arguments, device, stream);
-  }
-  return momentum ? launch<step_kernel<Kernel::sgd_momentum, kDTypes, kTableBytes>>(layout, arguments, device, stream)
-                  : launch<step_kernel<Kernel::sgd, kDTypes, kTableBytes>>(layout, arguments, device, stream);
+cudaError_t launch_for(const Layout& layout, Arguments<kTableBytes>& arguments, int device, cudaStream_t stream) {
+  return with_kernel(layout.kernel, [&](auto kernel) {
+    return launch<step_kernel<kernel.value, kDTypes, kTableBytes>>(layout, arguments, device, stream);
+  });
 }
 
 template <int kTableBytes>
@@ -188,9 +223,9 @@ cudaError_t launch_with(const Step& step, const Layout& layout, Arguments<kTable
   const DType dtype = step.tensors.empty() ? DType::float32 : step.tensors.front().dtype;
   const bool mixed = std::any_of(step.tensors.begin(), step.tensors.end(),
                                  [dtype](const TensorEntry& t) { return t.dtype != dtype; });
-  if (!mixed && dtype == DType::float32) return launch_for<DTypes::float32>(step, layout, arguments, device, stream);
-  if (!mixed && dtype == DType::bfloat16) return launch_for<DTypes::bfloat16>(step, layout, arguments, device, stream);
-  return launch_for<DTypes::any>(step, layout, arguments, device, stream);
+  if (!mixed && dtype == DType::float32) return launch_for<DTypes::float32>(layout, arguments, device, stream);
+  if (!mixed && dtype == DType::bfloat16) return launch_for<DTypes::bfloat16>(layout, arguments, device, stream);
+  return launch_for<DTypes::any>(layout, arguments, device, stream);
 }
 
 Header header_of(const Step& step, const Layout& layout) {

@@ -15,19 +15,41 @@ constexpr int kPackBytes = 16;  // the widest load
 
 // Tensors are cut into tiles of `Header::tile` elements, and a warp takes one at a time: warps wait for
 // nobody inside a pass over memory, and work is dealt out by elements, not by tensors.
-struct Entry {
+struct EntryHead {
   void* param;
   void* grad;
-  void* momentum_buffer;
   int64_t numel;
   uint32_t first_tile;
   uint16_t hyper;
   DType dtype;
   Momentum momentum : 4;
   bool aligned : 1;  // all arrays start on 16 bytes, and with them every tile
-  uint8_t unused : 3;
+  bool counts : 1;   // of several entries of one tensor, one counts its steps
+  bool step_is_float64 : 1;
+  uint8_t unused : 1;
 };
-static_assert(sizeof(Entry) == 40, "more tensors fit into the kernel arguments while it is small");
+static_assert(sizeof(EntryHead) == 32, "more tensors fit into the kernel arguments while it is small");
+
+// With as many state arrays as a kernel knows.
+template <int kStates, bool kCounts>
+struct Entry : EntryHead {
+  void* states[kStates > 0 ? kStates : 1];
+};
+template <int kStates>
+struct Entry<kStates, true> : EntryHead {
+  void* states[kStates];
+  void* step;
+};
+
+// What a launch does to its tensors; those that need no state array, or no third one, do without its registers.
+enum class Kernel { sgd, sgd_momentum, adam, adam_amsgrad, clip_grad };
+
+template <Kernel kKernel>
+constexpr int kStatesOf = kKernel == Kernel::sgd_momentum ? 1 : kKernel == Kernel::adam ? 2 : kKernel == Kernel::adam_amsgrad ? 3 : 0;
+template <Kernel kKernel>
+constexpr bool kCountsSteps = kKernel == Kernel::adam || kKernel == Kernel::adam_amsgrad;
+template <Kernel kKernel>
+using EntryOf = Entry<kStatesOf<kKernel>, kCountsSteps<kKernel>>;
 
 struct Header {
   const unsigned char* table;  // in device memory, or nullptr: it follows the header
@@ -67,20 +89,22 @@ struct Arguments {
   alignas(16) unsigned char table[kTableBytes];
 };
 
+template <Kernel kKernel>
 struct Table {
   const Hyper* hypers;
-  const Entry* entries;
+  const EntryOf<kKernel>* entries;
 };
 
-template <int kTableBytes>
-__device__ __forceinline__ Table table_of(const Arguments<kTableBytes>& arguments) {
+template <Kernel kKernel, int kTableBytes>
+__device__ __forceinline__ Table<kKernel> table_of(const Arguments<kTableBytes>& arguments) {
   const unsigned char* bytes = arguments.header.table ? arguments.header.table : arguments.table;
   const auto* hypers = reinterpret_cast<const Hyper*>(bytes);
-  return {hypers, reinterpret_cast<const Entry*>(hypers + arguments.header.hypers)};
+  return {hypers, reinterpret_cast<const EntryOf<kKernel>*>(hypers + arguments.header.hypers)};
 }
 
 // The last entry that starts at or before a tile, for a whole warp: its lanes look at 32 places at once.
-__device__ __forceinline__ const Entry& entry_of(const Entry* entries, uint32_t count, uint32_t tile) {
+template <class OneEntry>
+__device__ __forceinline__ const OneEntry& entry_of(const OneEntry* entries, uint32_t count, uint32_t tile) {
   const uint32_t lane = threadIdx.x % kWarp;
   uint32_t low = 0;
   while (count > 1) {
@@ -102,7 +126,7 @@ struct Upload {
   alignas(16) unsigned char table[kLargeTable];
 };
 
-static_assert(sizeof(Hyper) % sizeof(uint64_t) == 0 && sizeof(Entry) % sizeof(uint64_t) == 0);
+static_assert(sizeof(Hyper) % sizeof(uint64_t) == 0);
 
 __global__ void upload_kernel(const __grid_constant__ Upload upload) {
   const auto* from = reinterpret_cast<const uint64_t*>(upload.table);

@@ -95,7 +95,7 @@ __device__ __forceinline__ double lr_of(const Hyper& hyper) {
 // everything is used once and given back (`cs`), so that it drives nothing out; only a gradient that
 // will be read again stays in L2 (`cg`).
 template <Norm kNorm, class Stored>
-__device__ __noinline__ Measure measure_tile(const Header& header, const Hyper& hyper, const Entry& entry,
+__device__ __noinline__ Measure measure_tile(const Header& header, const Hyper& hyper, const EntryHead& entry,
                                              int64_t begin, int size, uint4* slot) {
   using T = ComputeType<Stored>;
   using Sum = std::conditional_t<kNorm == Norm::inf, T, double>;  // a largest value needs no double
@@ -131,25 +131,40 @@ __device__ __noinline__ Measure measure_tile(const Header& header, const Hyper& 
   return {small, static_cast<double>(medium), big};
 }
 
-enum class Kernel { sgd, sgd_momentum, clip_grad };
+template <Kernel kKernel, class T>
+using RuleOf = std::conditional_t<kCountsSteps<kKernel>, Adam<T>, SGD<T>>;
+
+// Those of a tensor, with what a kernel leaves out known to the compiler.
+template <Kernel kKernel>
+__device__ __forceinline__ Terms terms_of(const Hyper& hyper, const EntryOf<kKernel>& entry) {
+  Terms terms = fastclip::terms_of(hyper, entry.momentum);
+  if (kKernel != Kernel::sgd_momentum) terms.momentum = Momentum::none;
+  if (kKernel != Kernel::adam_amsgrad) terms.amsgrad = false;
+  return terms;
+}
+
+template <Kernel kKernel>
+__device__ __forceinline__ double this_step(const EntryOf<kKernel>& entry) {
+  if constexpr (kCountsSteps<kKernel>) return steps_seen(entry.step, entry.step_is_float64) + 1;
+  return 0;
+}
 
 // Returns how many elements of this lane the value clip moved.
 template <Kernel kKernel, class Stored>
-__device__ __noinline__ uint32_t update_tile(const Header& header, const Hyper& hyper, const Entry& entry, int64_t begin,
-                                             int size, double coefficient, const uint4* slot) {
+__device__ __noinline__ uint32_t update_tile(const Header& header, const Hyper& hyper, const EntryOf<kKernel>& entry,
+                                             int64_t begin, int size, double coefficient, const uint4* slot) {
   using T = ComputeType<Stored>;
+  using Rule = RuleOf<kKernel, T>;
   constexpr bool kRule = kKernel != Kernel::clip_grad;
-  constexpr bool kBuffer = kKernel == Kernel::sgd_momentum;
-  constexpr int kAtOnce = kInFlight<1 + kRule + kBuffer>;
+  constexpr int kStates = kStatesOf<kKernel>;
+  constexpr int kAtOnce = kInFlight<1 + kRule + kStates>;
   const Clip<T> clip = clip_of<T>(header, hyper, coefficient);
-  const SGD<T> sgd{T(-lr_of(hyper)), T(hyper.momentum), T(1 - hyper.dampening), T(hyper.weight_decay)};
-  const Terms terms{kBuffer ? entry.momentum : Momentum::none, hyper.nesterov, hyper.weight_decay != 0};
-  const bool read_buffer = terms.momentum == Momentum::running;
-  const bool write_buffer = terms.momentum != Momentum::none;  // not in every group
+  const Rule rule(hyper, lr_of(hyper), this_step<kKernel>(entry));
+  const Terms terms = terms_of<kKernel>(hyper, entry);
+  const int reads = Rule::reads(terms), writes = Rule::writes(terms);  // not the same in every group
 
   auto* const params = static_cast<Stored*>(kRule ? entry.param : entry.grad) + begin;
   const auto* const grads = static_cast<const Stored*>(entry.grad) + begin;
-  auto* const buffers = kBuffer ? static_cast<Stored*>(entry.momentum_buffer) + begin : nullptr;
   uint32_t clamped = 0;
 
   for_tile<Stored, kAtOnce>(entry.aligned, size, [&](auto values, int offset, int first, int count) {
@@ -158,11 +173,15 @@ __device__ __noinline__ uint32_t update_tile(const Header& header, const Hyper& 
     using Word = typename Values::Word;
     const auto* const grad_words = reinterpret_cast<const Word*>(grads + offset);
     auto* const param_words = reinterpret_cast<Word*>(params + offset);
-    [[maybe_unused]] auto* const buffer_words = reinterpret_cast<Word*>(buffers + offset);
-    Word p[kAtOnce], g[kAtOnce], b[kAtOnce];
+    const auto state_words = [&](int s) {
+      return reinterpret_cast<Word*>(static_cast<Stored*>(entry.states[s]) + begin + offset);
+    };
+    Word p[kAtOnce], g[kAtOnce], of_states[kStates > 0 ? kStates : 1][kAtOnce];
     if constexpr (kRule) for_words<kAtOnce>(first, count, [&](int k, int i) { p[k] = __ldcs(param_words + i); });
-    if constexpr (kBuffer) {
-      if (read_buffer) for_words<kAtOnce>(first, count, [&](int k, int i) { b[k] = __ldcs(buffer_words + i); });
+#pragma unroll
+    for (int s = 0; s < kStates; ++s) {
+      if (s >= reads) break;
+      for_words<kAtOnce>(first, count, [&](int k, int i) { of_states[s][k] = __ldcs(state_words(s) + i); });
     }
     if (slot && kSize > 1) {
       for_words<kAtOnce>(first, count, [&](int k, int i) { g[k] = reinterpret_cast<const Word*>(slot)[i]; });
@@ -171,9 +190,10 @@ __device__ __noinline__ uint32_t update_tile(const Header& header, const Hyper& 
     }
     for_words<kAtOnce>(first, count, [&](int k, int i) {
       const Values grad(g[k]);
-      Values param, buffer;
+      Values param, states[kStates > 0 ? kStates : 1];
       if constexpr (kRule) param = Values(p[k]);
-      if constexpr (kBuffer) buffer = Values(b[k]);
+#pragma unroll
+      for (int s = 0; s < kStates; ++s) states[s] = Values(of_states[s][k]);
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
         const T raw = load(grad.values[j]);
@@ -181,17 +201,23 @@ __device__ __noinline__ uint32_t update_tile(const Header& header, const Hyper& 
         if constexpr (kRule) {
           clamped += clip.clamps(raw);
           T x = load(param.values[j]);
-          T m = kBuffer && read_buffer ? load(buffer.values[j]) : T{};
-          sgd(terms, x, d, m);
+          T state[kMaxStates]{};
+#pragma unroll
+          for (int s = 0; s < kStates; ++s) {
+            if (s < reads) state[s] = load(states[s].values[j]);
+          }
+          rule(terms, x, d, state);
           store(param.values[j], x);
-          if constexpr (kBuffer) store(buffer.values[j], m);
+#pragma unroll
+          for (int s = 0; s < kStates; ++s) store(states[s].values[j], state[s]);
         } else {
           store(param.values[j], d);
         }
       }
       __stcs(param_words + i, param.word());
-      if constexpr (kBuffer) {
-        if (write_buffer) __stcs(buffer_words + i, buffer.word());
+#pragma unroll
+      for (int s = 0; s < kStates; ++s) {
+        if (s < writes) __stcs(state_words(s) + i, states[s].word());
       }
     });
   });

@@ -4,8 +4,18 @@ from ._extension import build_info
 from .adam import Adam, AdamW
 from .clip_grad import clip_grad_norm_, clip_grad_value_
 from .clip_stats import ClipStats
+from .in_backward import step_in_backward
 from .sgd import SGD
 
 __version__ = "0.1.0"
 
-__all__ = ["SGD", "Adam", "AdamW", "ClipStats", "build_info", "clip_grad_norm_", "clip_grad_value_"]
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "ClipStats",
+    "build_info",
+    "clip_grad_norm_",
+    "clip_grad_value_",
+    "step_in_backward",
+]

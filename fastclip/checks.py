@@ -55,12 +55,13 @@ def check_states(group, param, state, where):
         raise TypeError(f"the state of {where} must be a dict, got {type(entry).__name__}")
     for name in names:
         if entry.get(name) is not None:
-            check_state(group, param, entry[name], f"the {name} of {where}")
+            check_state(group, param, entry[name], name, where)
         elif "betas" in group and entry:
             raise KeyError(f"the state of {where} has no {name}, but others that belong to it")
 
 
-def check_state(group, param, tensor, what):
+def check_state(group, param, tensor, name, where):
+    what = f"the {name} of {where}"
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{what} must be a tensor, got {type(tensor).__name__}")
     if tensor.shape != param.shape:
@@ -73,7 +74,7 @@ def check_state(group, param, tensor, what):
     if sparse_tensor and not sparse_grad:
         raise TypeError(f"{what} is sparse, and its gradient is not")
     if group.get("nesterov") and sparse_grad and not sparse_tensor:
-        raise TypeError(f"nesterov can't be applied to a sparse gradient: {what} is dense")
+        raise TypeError(f"nesterov can't be applied to the sparse gradient of {where}: its {name} is dense")
     if overlaps(tensor):
         raise ValueError(f"{what} holds several elements at one address")
 

@@ -53,6 +53,12 @@ class ClippedOptimizer(torch.optim.Optimizer):
                     param_group.setdefault(name, self.param_groups[0][name])
             self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        if self._in_backward is not None:
+            try:
+                self._in_backward.add_group(len(self.param_groups) - 1)
+            except BaseException:
+                self.param_groups.pop()
+                raise
 
     def _check_group(self, group):
         index = len(self.param_groups)
@@ -81,6 +87,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
         """What is not state: made anew for a new or copied optimizer."""
         self._plan = _C.Plan(self._rule)
         self._reference_stats = None  # of the last step, if it was in plain torch
+        self._in_backward = None  # see step_in_backward
         self._reference_skips = 0
         self._warned = set()
 
@@ -138,8 +145,11 @@ class ClippedOptimizer(torch.optim.Optimizer):
             >>> model(x).sum().backward(); opt.step()
             >>> log({"clamped": opt.clip_stats().clamped_fraction})
         """
-        stats = self._reference_stats or clip_stats.ClipStats(*self._plan.clip_stats(), None)
+        stats = (self._in_backward and self._in_backward.clip_stats()) or self._stats_of_call()
         return stats._replace(skipped_steps=self.skipped_steps)
+
+    def _stats_of_call(self):
+        return self._reference_stats or clip_stats.ClipStats(*self._plan.clip_stats(), None)
 
     def first_nonfinite(self):
         """Says which parameter is the first whose gradient holds an inf or NaN, as 'parameter 3 of group 0', with its
@@ -196,28 +206,41 @@ class ClippedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         attributes = self.__dict__
         grad_scale, found_inf = attributes.get("grad_scale"), attributes.get("found_inf")
+        if self._in_backward is not None:
+            if found_inf is not None:
+                raise RuntimeError(
+                    "step_in_backward has stepped on gradients that GradScaler had scaled, and the parameters are "
+                    "wrong: load them anew, and train without one of the two (bfloat16 needs no GradScaler)"
+                )
+            if not self._in_backward.leaves_a_step():
+                return loss
         if type(found_inf) is int:  # GradScaler's sum over no gradients at all; other ranks may have some
             found_inf = torch.zeros(())
-        why_not = self._plan.step(self.param_groups, self.state, grad_scale, found_inf)
-        self._reference_stats = None if why_not is None else self._step_elsewhere(why_not, grad_scale, found_inf)
+        self._update(self.param_groups, grad_scale, found_inf)
         return loss
 
-    def _step_elsewhere(self, why_not, *amp):
+    def _update(self, groups, grad_scale=None, found_inf=None):
+        """A step over `groups`, in form of `param_groups`, without hooks."""
+        why_not = self._plan.step(groups, self.state, grad_scale, found_inf)
+        taken = why_not is None
+        self._reference_stats = None if taken else self._step_elsewhere(groups, why_not, grad_scale, found_inf)
+
+    def _step_elsewhere(self, groups, why_not, *amp):
         """What the kernels did not take: with gradients in the right places, or in plain torch."""
         misplaced = self._plan.take_misplaced()
         if not misplaced:
-            return self._step_in_plain_torch(why_not, *amp)
+            return self._step_in_plain_torch(groups, why_not, *amp)
         with gradients_placed_as(misplaced):
-            why_not = self._plan.step(self.param_groups, self.state, *amp)
+            why_not = self._plan.step(groups, self.state, *amp)
             if self._plan.take_misplaced():
                 raise TypeError(why_not)
-            return None if why_not is None else self._step_in_plain_torch(why_not, *amp)
+            return None if why_not is None else self._step_in_plain_torch(groups, why_not, *amp)
 
-    def _step_in_plain_torch(self, why_not, *amp):
+    def _step_in_plain_torch(self, groups, why_not, *amp):
         if why_not not in self._warned and not self.defaults["differentiable"]:
             self._warned.add(why_not)
-            warnings.warn(f"fastclip steps in plain torch, which is slower: {why_not}", stacklevel=5)
-        stats = step_on_shards(self._reference_step, self.param_groups, self.state, *amp)
+            warnings.warn(f"fastclip steps in plain torch, which is slower: {why_not}", stacklevel=6)
+        stats = step_on_shards(self._reference_step, groups, self.state, *amp)
         self._reference_skips = stats.skipped_steps + self._reference_skips
         return stats
 

@@ -14,7 +14,7 @@ def emulated(tmp_path_factory):
     return folder, build.package(folder)
 
 
-STEP_TESTS = ["test_step", "test_norm"]
+STEP_TESTS = ["test_step", "test_norm", "test_adam"]
 TWO_LAUNCHES = ["test_norm", "test_skip_nonfinite", "cuda_on_cpu/two_launches"]
 ALL_TESTS = [
     *STEP_TESTS,

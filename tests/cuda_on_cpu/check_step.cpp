@@ -24,16 +24,19 @@ void one_thread(int count, void (*work)(void*), void* context) {
   for (int i = 0; i < count; ++i) work(context);
 }
 
-// Three arrays of each tensor in one piece of memory per array, with gaps that nobody may write to.
+// The arrays of all tensors, each kind in one piece of memory with gaps that nobody may write to.
 struct Memory {
-  std::vector<double> params, grads, buffers;
+  std::vector<double> params, grads, states[kMaxStates], steps;
 };
 
 template <class Stored>
-void fill(std::vector<double>& memory, int64_t at, int64_t numel, std::mt19937_64& random) {
+void fill(std::vector<double>& memory, int64_t at, int64_t numel, std::mt19937_64& random, bool squares) {
   std::normal_distribution<double> normal;
   auto* values = reinterpret_cast<Stored*>(memory.data()) + at;
-  for (int64_t i = 0; i < numel; ++i) store(values[i], static_cast<ComputeType<Stored>>(normal(random)));
+  for (int64_t i = 0; i < numel; ++i) {
+    const double value = normal(random);
+    store(values[i], static_cast<ComputeType<Stored>>(squares ? value * value : value));
+  }
 }
 
 template <class Body>
@@ -61,7 +64,7 @@ struct Case {
     };
     const bool mixed = random() % 4 == 0;
     const DType one = static_cast<DType>(random() % kNumDTypes);
-    step.rule = random() % 5 == 0 ? Rule::clip_grad : Rule::sgd;
+    step.rule = draw(Rule::sgd, Rule::sgd, Rule::adam, Rule::adam, Rule::clip_grad);
     step.norm = draw(Norm::none, Norm::two, Norm::inf);
     step.max_norm = step.norm == Norm::none ? 0 : draw(0.5, 3.0, 1e9, HUGE_VAL);
     step.skip_nonfinite = step.norm != Norm::none && random() % 3 == 0;
@@ -75,6 +78,11 @@ struct Case {
       hyper.nesterov = random() % 2;
       hyper.maximize = random() % 2;
       hyper.weight_decay = draw(0.0, 0.01);
+      hyper.decoupled_weight_decay = step.rule == Rule::adam && random() % 2;
+      hyper.amsgrad = step.rule == Rule::adam && random() % 3 == 0;
+      hyper.beta1 = draw(0.9, 0.5, 0.25);
+      hyper.beta2 = 0.99;
+      hyper.eps = 1e-8;
       const bool clips = random() % 2;
       hyper.clip_low = clips ? -0.5 : -HUGE_VAL;
       hyper.clip_high = clips ? 0.25 : HUGE_VAL;
@@ -86,7 +94,10 @@ struct Case {
       TensorEntry tensor{};
       tensor.numel = tensors > 20 ? draw(1, 2, 5, 17, 40)
                                   : draw(1, 3, 4, 7, 8, 9, 255, 1023, 1024, 1025, 4095, 4097, 6000, 30001);
-      tensor.dtype = mixed ? static_cast<DType>(random() % kNumDTypes) : one;
+      tensor.dtype = tensor.grad_dtype = mixed ? static_cast<DType>(random() % kNumDTypes) : one;
+      for (DType& of_state : tensor.state_dtypes) of_state = tensor.dtype;
+      tensor.uniform = true;
+      tensor.step_is_float64 = random() % 2;
       tensor.hyper = static_cast<int32_t>(int64_t{i} * groups / tensors);
       if (step.hypers[tensor.hyper].momentum != 0) tensor.momentum = draw(Momentum::first, Momentum::running);
       tensor.first_chunk = step.chunks;
@@ -99,14 +110,21 @@ struct Case {
       grad_shift.push_back(random() % 6 == 0 ? item_size(tensor.dtype) : 0);  // as a view into a bucket
       bytes += tensor.numel * item_size(tensor.dtype) + draw(16, 64);
     }
-    for (auto* memory : {&cpu.params, &cpu.grads, &cpu.buffers}) {
+    for (auto* memory : {&cpu.params, &cpu.grads, &cpu.states[0], &cpu.states[1], &cpu.states[2]}) {
       memory->assign(bytes / 8 + 4, -12345.678);
       for (int i = 0; i < tensors; ++i) {
         with_type(step.tensors[i].dtype, [&](auto stored) {
           const int64_t at = at_byte[i] + (memory == &cpu.grads ? grad_shift[i] : 0);
-          fill<decltype(stored)>(*memory, at / sizeof(stored), step.tensors[i].numel, random);
+          // A square is no less than 0.
+          const bool squares = step.rule == Rule::adam && (memory == &cpu.states[1] || memory == &cpu.states[2]);
+          fill<decltype(stored)>(*memory, at / sizeof(stored), step.tensors[i].numel, random, squares);
         });
       }
+    }
+    for (const TensorEntry& tensor : step.tensors) {
+      const float counted = random() % 1000;
+      double& kept = cpu.steps.emplace_back(counted);
+      if (!tensor.step_is_float64) memcpy(&kept, &counted, sizeof(counted));
     }
     if (random() % 8 == 0) {  // somewhere a NaN
       const auto which = random() % tensors;
@@ -125,9 +143,11 @@ struct Case {
     for (size_t i = 0; i < step.tensors.size(); ++i) {
       TensorEntry& tensor = step.tensors[i];
       const auto at = [&](std::vector<double>& array) { return reinterpret_cast<char*>(array.data()) + at_byte[i]; };
-      tensor.param = step.rule == Rule::sgd ? at(memory.params) : nullptr;
+      const int states = step.rule == Rule::adam ? 2 + step.hypers[tensor.hyper].amsgrad : tensor.momentum != Momentum::none;
+      tensor.param = step.rule == Rule::clip_grad ? nullptr : at(memory.params);
       tensor.grad = at(memory.grads) + grad_shift[i];
-      tensor.momentum_buffer = tensor.momentum == Momentum::none ? nullptr : at(memory.buffers);
+      for (int s = 0; s < kMaxStates; ++s) tensor.states[s] = s < states ? at(memory.states[s]) : nullptr;
+      tensor.step = step.rule == Rule::adam ? &memory.steps[i] : nullptr;
     }
   }
 };
@@ -236,11 +256,12 @@ bool check(uint64_t seed) {
     outcome = whole.outcome;
     clamped = whole.clamped();
   }
-  good &= outcome.arrived == 0 && outcome.skipped == expected.skipped;
+  good &= outcome.arrived == 0 && outcome.finished == 0 && outcome.skipped == expected.skipped;
   good &= outcome.skipped_steps == expected.skipped_steps;
   if (c.step.clamped && !expected.skipped) good &= clamped == expected_clamped;
   good &= same(outcome.total_norm, expected.total_norm, c.exact) && same(outcome.coefficient, expected.coefficient, c.exact);
-  good &= same_memory(c, c.gpu.params, c.cpu.params) && same_memory(c, c.gpu.buffers, c.cpu.buffers);
+  good &= same_memory(c, c.gpu.params, c.cpu.params) && c.gpu.steps == c.cpu.steps;
+  for (int s = 0; s < kMaxStates; ++s) good &= same_memory(c, c.gpu.states[s], c.cpu.states[s]);
   good &= same_memory(c, c.gpu.grads, c.cpu.grads, /*grads=*/true);
   if (!good) std::printf("seed %llu differs: %zu tensors\n", static_cast<unsigned long long>(seed), tensors);
   return good;
@@ -273,7 +294,11 @@ bool check_huge() {
   step.hypers.push_back({});
   step.hypers[0].clip_low = -HUGE_VAL;
   step.hypers[0].clip_high = HUGE_VAL;
-  step.tensors.push_back({nullptr, grads, nullptr, kNumel, 0, 0, DType::bfloat16, Momentum::none});
+  TensorEntry& tensor = step.tensors.emplace_back();
+  tensor.grad = grads;
+  tensor.numel = kNumel;
+  tensor.dtype = tensor.grad_dtype = DType::bfloat16;
+  tensor.uniform = true;
   Device device(step, 0, 1);
   const bool good = device.run(Passes::measure) && device.outcome.sum.medium == double{kNumel};
   step.norm = Norm::none;

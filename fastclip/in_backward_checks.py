@@ -1,0 +1,108 @@
+"""What `fastclip.step_in_backward` refuses, and why: there a step would be wrong, and nothing would tell."""
+
+import gc
+import math
+import sys
+
+import torch
+
+from .checks import name_of
+from .optimizer import ClippedOptimizer
+
+# What calls back a torch.autograd.Function.
+_FUNCTION_BACKWARD = {
+    torch.autograd.function.BackwardCFunction.__dict__[name].__code__
+    for name in ("apply", "apply_boxed")
+    if name in torch.autograd.function.BackwardCFunction.__dict__
+}
+
+
+def check_arguments(model, optimizer, bucket_cap_mb):
+    """The arguments of `step_in_backward`."""
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(optimizer, ClippedOptimizer):
+        kind = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+        raise TypeError(f"optimizer must be one of fastclip's, got {kind}")
+    if type(optimizer).step is not ClippedOptimizer.step:
+        raise TypeError(f"{type(optimizer).__name__} has a step() of its own, which a backward pass would not run")
+    if not isinstance(bucket_cap_mb, (int, float)):
+        raise TypeError(f"bucket_cap_mb must be a number, got {bucket_cap_mb!r}")
+    if math.isnan(bucket_cap_mb) or bucket_cap_mb < 0:
+        raise ValueError(f"bucket_cap_mb must be at least 0, got {bucket_cap_mb}")
+    if optimizer._in_backward is not None:
+        raise ValueError("this optimizer steps in the backward pass already")
+    check_settings(optimizer)
+    check_not_replicated(optimizer)
+    of_model = set(map(id, model.parameters()))
+    for index, group in enumerate(optimizer.param_groups):
+        for i, param in enumerate(group["params"]):
+            if id(param) not in of_model:
+                raise ValueError(
+                    f"{name_of(group, index, i)} is not a parameter of the model: were the model's replaced after the "
+                    "optimizer was made? Several models can be given as a torch.nn.ModuleList"
+                )
+
+
+def check_settings(optimizer):
+    """What a step decides over all gradients; asked at each pass, as settings can be changed, and loaded."""
+    for index, group in enumerate(optimizer.param_groups):
+        if group["max_norm"] is not None:
+            raise ValueError(
+                f"step_in_backward can't apply the max_norm of param_groups[{index}]: the norm is that of all "
+                "gradients, and known when all are there; clip_value is applied to each by itself"
+            )
+        if group["skip_nonfinite"]:
+            raise ValueError(
+                f"step_in_backward can't apply the skip_nonfinite of param_groups[{index}]: the last gradient may be "
+                "the one to skip the step for, and the others are applied by then"
+            )
+        if group["differentiable"]:
+            raise ValueError(
+                f"step_in_backward can't apply the differentiable of param_groups[{index}]: gradients are freed"
+            )
+
+
+def check_parameter(param, group, group_index, index):
+    """A shard's gradient is not there, or not whole, when the hook of a parameter runs."""
+    if hasattr(param, "_fsdp_flattened") or hasattr(param, "full_tensor"):
+        kind = "a DTensor" if hasattr(param, "full_tensor") else "of FullyShardedDataParallel"
+        raise TypeError(
+            f"step_in_backward can't step {name_of(group, group_index, index)}: it is {kind}, whose gradient "
+            "is reduced after the hooks of autograd"
+        )
+
+
+def check_not_replicated(optimizer):
+    """DistributedDataParallel leaves no mark on the parameters, and may have been given the model before or after
+    `step_in_backward`: it is looked for among all objects, where there are several processes at all."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    kind = torch.nn.parallel.DistributedDataParallel
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for replicated in [o for o in gc.get_objects() if issubclass(type(o), kind)]:
+        if any(id(p) in stepped for p in replicated.parameters()):
+            raise TypeError(
+                "step_in_backward can't step the parameters of DistributedDataParallel: it reduces gradients "
+                "after the hooks of autograd, so that each rank would step on its own; and it keeps a buffer of all "
+                "gradients in any case"
+            )
+
+
+def check_pass(optimizer):
+    """What would make the steps of the backward pass under way wrong, before the first of them."""
+    check_settings(optimizer)
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "step_in_backward can't step in backward(create_graph=True), whose graph needs parameters and gradients "
+            "as they are: call it within accumulate(), and optimizer.step() afterwards"
+        )
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code in _FUNCTION_BACKWARD:
+            raise RuntimeError(
+                "step_in_backward can't step in a backward pass within a backward pass, as the outer one may add to "
+                "its gradients: use torch.utils.checkpoint with use_reentrant=False"
+            )
+        frame = frame.f_back
