@@ -16,14 +16,19 @@ import fastclip
 from .compare import assert_same_model, assert_state_is_placed_as_parameters, line, loop_of, on_ranks, place
 from .models import loss_of_all_rows, loss_of_my_rows, make_model
 
-RULE = {"lr": 0.3, "momentum": 0.9}
 CLIP = {"clip_value": 0.01, "max_norm": 0.02}
 STEPS = 3
+# By the folder's name: fastclip's optimizer, torch's, how they are set, and whether the optimizer's state is flattened.
+KINDS = {
+    "sgd": (fastclip.SGD, torch.optim.SGD, {"lr": 0.3, "momentum": 0.9}, False),
+    "sgd_flat": (fastclip.SGD, torch.optim.SGD, {"lr": 0.3, "momentum": 0.9}, True),
+    "adamw": (fastclip.AdamW, torch.optim.AdamW, {"lr": 0.03}, False),
+}
 
 
 def make(optimizer_type, **settings):
     model = fully_shard(make_model(), mesh=line())
-    return model, optimizer_type(model.parameters(), **{**RULE, **settings})
+    return model, optimizer_type(model.parameters(), **settings)
 
 
 def train(model, optimizer, loss_of, steps):
@@ -33,68 +38,59 @@ def train(model, optimizer, loss_of, steps):
         optimizer.step()
 
 
-def trained_whole(steps):
-    """A whole model after so many steps of the plain loop; the loop."""
-    model = make_model()
-    loop = loop_of(model.parameters(), CLIP, **RULE)
-    train(model, loop, loss_of_all_rows, range(steps))
-    return model, loop
-
-
-def load(model, optimizer, flat):
+def state_of(model, optimizer, flat):
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
-    state = {
+    return {
         "model": get_model_state_dict(model),
         "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
     }
-    dcp.load(state, checkpoint_id=place.folder / ("flat" if flat else "checkpoint"))
+
+
+def load(model, optimizer, kind):
+    flat = KINDS[kind][-1]
+    state = state_of(model, optimizer, flat)
+    dcp.load(state, checkpoint_id=place.folder / kind)
     set_model_state_dict(model, state["model"])
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
     set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
 
 
-def assert_continues(flat, optimizer_type, **clip):
+def assert_continues(kind, into_torch):
     """From the checkpoint on as from the third step of a loop that was never interrupted."""
-    model, optimizer = make(optimizer_type, **clip)
-    load(model, optimizer, flat)
-    plain, loop = trained_whole(STEPS)
+    ours, theirs, rule, _ = KINDS[kind]
+    model, optimizer = make(theirs, **rule) if into_torch else make(ours, **rule, **CLIP)
+    load(model, optimizer, kind)
+    plain = make_model()
+    loop = loop_of(plain.parameters(), CLIP, theirs, **rule)
+    train(plain, loop, loss_of_all_rows, range(STEPS))
     assert_same_model(model.parameters(), plain.parameters())
-    buffers = [optimizer.state[p]["momentum_buffer"] for p in model.parameters()]
-    assert_same_model(buffers, [loop.optimizer.state[p]["momentum_buffer"] for p in plain.parameters()])
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        of_p, of_q = optimizer.state[p], loop.optimizer.state[q]
+        assert of_p.keys() == of_q.keys()
+        assert_same_model(of_p.values(), of_q.values())
     assert_state_is_placed_as_parameters(optimizer)
-    if optimizer_type is torch.optim.SGD:  # which does not clip: neither does the loop, from here on
+    if into_torch:  # which does not clip: neither does the loop, from here on
         loop.clip = {}
     train(model, optimizer, loss_of_my_rows, [STEPS])
     train(plain, loop, loss_of_all_rows, [STEPS])
     assert_same_model(model.parameters(), plain.parameters())
 
 
-def save(flat):
-    model, optimizer = make(fastclip.SGD, **CLIP)
-    train(model, optimizer, loss_of_my_rows, range(STEPS))
-    options = StateDictOptions(flatten_optimizer_state_dict=flat)
-    state = {
-        "model": get_model_state_dict(model),
-        "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
-    }
-    dcp.save(state, checkpoint_id=place.folder / ("flat" if flat else "checkpoint"))
-
-
 @on_ranks(2)
 def saves_checkpoints():
-    save(flat=False)
-    save(flat=True)
+    for kind, (ours, _, rule, flat) in KINDS.items():
+        model, optimizer = make(ours, **rule, **CLIP)
+        train(model, optimizer, loss_of_my_rows, range(STEPS))
+        dcp.save(state_of(model, optimizer, flat), checkpoint_id=place.folder / kind)
 
 
 @on_ranks(1, 2, 4)
-def loads_a_checkpoint():
-    assert_continues(False, fastclip.SGD, **CLIP)
+def loads_checkpoints():
+    for kind in KINDS:
+        assert_continues(kind, into_torch=False)
 
 
 @on_ranks(1, 2, 4)
-def loads_a_checkpoint_into_torch():
-    assert_continues(False, torch.optim.SGD)
-
-
-@on_ranks(1, 2, 4)
-def loads_a_flat_checkpoint():
-    assert_continues(True, fastclip.SGD, **CLIP)
+def loads_checkpoints_into_torch():
+    for kind in ("sgd", "adamw"):
+        assert_continues(kind, into_torch=True)

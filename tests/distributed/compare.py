@@ -52,9 +52,12 @@ def square():
     return init_device_mesh(place.device_type, (2, dist.get_world_size() // 2), mesh_dim_names=("dp", "tp"))
 
 
-def loop_of(params, clip, **rule):
+def loop_of(params, clip, optimizer=torch.optim.SGD, **rule):
     """The plain loop with the same clip."""
-    return Loop(params, {k: v for k, v in clip.items() if k != "skip_nonfinite"}, **rule)
+    params = list(params)
+    loop = Loop(params, {k: v for k, v in clip.items() if k != "skip_nonfinite"}, lr=0.1)
+    loop.optimizer = optimizer(params, foreach=False, **rule)
+    return loop
 
 
 def batch(step, *shape):

@@ -28,7 +28,10 @@ from .compare import (
     whole,
 )
 
-RULE = {"lr": 0.3, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True}
+RULES = [
+    (fastclip.SGD, torch.optim.SGD, {"lr": 0.3, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True}, CLIPS),
+    (fastclip.AdamW, torch.optim.AdamW, {"lr": 0.03, "amsgrad": True}, [{"max_norm": 0.5}, {"clip_value": 0.01}]),
+]
 
 
 def make_model(dtype=torch.float64):
@@ -45,14 +48,14 @@ def make_even_model():
     return model.to(place.device_type, torch.float64)
 
 
-def train_both(model, plain_model, loss_of, plain_loss_of, steps=3, rule=RULE):
-    """Steps of a sharded model with fastclip and of the whole one with the plain loop, under each clip."""
+def train_both(model, plain_model, loss_of, plain_loss_of, steps=3):
+    """Steps of a sharded model with fastclip, of the whole one with the plain loop: by each rule, under each clip."""
     start, plain_start = (copy.deepcopy(m.state_dict()) for m in (model, plain_model))
-    for clip in CLIPS:
+    for ours, theirs, rule, clip in [(*rule, clip) for *rule, clips in RULES for clip in clips]:
         model.load_state_dict(start)
         plain_model.load_state_dict(plain_start)
-        optimizer = fastclip.SGD(model.parameters(), **rule, **clip)
-        loop = loop_of(plain_model.parameters(), clip, **rule)
+        optimizer = ours(model.parameters(), **rule, **clip)
+        loop = loop_of(plain_model.parameters(), clip, theirs, **rule)
         for step in range(steps):
             model.zero_grad()
             plain_model.zero_grad()
