@@ -100,4 +100,45 @@ FASTCLIP_HD void store(Float16& to, float x) {
 #endif
 }
 
+// ---- stochastic rounding: up with the probability of how far a value is on its way up --------------------------
+
+// A hash of 32 bits (lowbias32, by C. Wellons). Rounding needs bits that are even and know nothing of the values, and the
+// same ones on every machine and any number of threads; no more.
+FASTCLIP_HD uint32_t hash(uint32_t x) {
+  x = (x ^ (x >> 16)) * 0x7feb352du;
+  x = (x ^ (x >> 15)) * 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+
+// Of what a value is rounded with: the seed, the step, the tensor's place in the optimizer, the array (0 is the
+// parameter, then its states), and in large tensors which 2^32 elements.
+FASTCLIP_HD uint32_t noise_key(uint32_t seed, uint32_t step, uint32_t tensor, uint32_t array, int64_t element) {
+  const auto high = static_cast<uint32_t>(element >> 32);
+  return hash(hash(hash(seed) ^ step) ^ tensor) ^ hash(array + 4 * high);
+}
+FASTCLIP_HD uint32_t noise(uint32_t key, int64_t element) { return hash(static_cast<uint32_t>(element) ^ key); }
+
+// The noise goes into the bits that are cut off; what it carries over is the chance to be rounded up.
+FASTCLIP_HD void store(float& to, float x, uint32_t /*noise*/) { to = x; }
+
+FASTCLIP_HD void store(BFloat16& to, float x, uint32_t noise) {
+  const uint32_t bits = bits_from_float(x);
+  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  to.bits = static_cast<uint16_t>(nan ? 0x7fc0u : (bits + (noise & 0xffffu)) >> 16);
+}
+
+FASTCLIP_HD void store(Float16& to, float x, uint32_t noise) {
+  const uint32_t bits = bits_from_float(x);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  const uint32_t cut = noise & 0x1fffu;  // 13 bits are cut off, but for subnormal halves
+  const uint32_t normal = (magnitude + cut - (112u << 23)) >> 13;
+  // Below 2^-14: multiples of 2^-24, counted by a number below 1,025 with the noise behind its point.
+  const float counted = float_from_bits(magnitude) * 0x1p24f + static_cast<float>(cut) * 0x1p-13f;
+  const auto subnormal = static_cast<uint32_t>(static_cast<int32_t>(magnitude < 0x38800000u ? counted : 0.0f));
+  const uint32_t huge = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
+  half = magnitude >= 0x47800000u ? huge : half;
+  to.bits = static_cast<uint16_t>((bits >> 16 & 0x8000u) | half);
+}
+
 }  // namespace fastclip

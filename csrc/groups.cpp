@@ -1,8 +1,10 @@
 // Reads an optimizer's param_groups: hyperparameters, checked, and the clip they ask for.
 #include "groups.h"
 
+#include <torch/csrc/Dtype.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <climits>
 #include <cmath>
 #include <limits>
 
@@ -47,6 +49,25 @@ double read_non_negative(PyObject* value, const char* name, const std::string& w
           std::string(name) + where + " must not be negative or NaN, got " + repr(value));
   }
   return number;
+}
+
+uint32_t read_seed(PyObject* value, const std::string& where) {
+  const Held held(value);
+  const unsigned long long seed = PyLong_Check(value) ? PyLong_AsUnsignedLongLong(value) : ULLONG_MAX;
+  PyErr_Clear();
+  if (seed > UINT32_MAX) {
+    raise(PyExc_ValueError, "rounding_seed" + where + " must be an int from 0 to 2**32 - 1, got " + repr(value));
+  }
+  return static_cast<uint32_t>(seed);
+}
+
+c10::ScalarType read_momentum_dtype(PyObject* value, const std::string& where) {
+  if (THPDtype_Check(value)) {
+    const auto dtype = reinterpret_cast<THPDtype*>(value)->scalar_type;
+    if (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf) return dtype;
+  }
+  raise(PyExc_ValueError, "momentum_dtype" + where +
+                              " must be None, torch.float32, torch.bfloat16 or torch.float16, got " + repr(value));
 }
 
 struct Key {
@@ -148,7 +169,8 @@ Group read_group(PyObject* object, Py_ssize_t index, Rule rule) {
       kMaximize("maximize"), kDifferentiable("differentiable"), kClipValue("clip_value"),
       kMaxNorm("max_norm"), kNormType("norm_type"), kSkipNonfinite("skip_nonfinite"),
       kMomentum("momentum"), kDampening("dampening"), kNesterov("nesterov"), kBetas("betas"), kEps("eps"),
-      kAmsgrad("amsgrad"), kDecoupledWeightDecay("decoupled_weight_decay");
+      kAmsgrad("amsgrad"), kDecoupledWeightDecay("decoupled_weight_decay"), kMasterWeights("master_weights"),
+      kStochasticRounding("stochastic_rounding"), kRoundingSeed("rounding_seed"), kMomentumDtype("momentum_dtype");
   const GroupReader reader(object, index);
   // Signs are checked where an optimizer is made, by torch. A step only refuses what would destroy
   // the model: schedulers may end on a learning rate of -1e-19, and torch takes it.
@@ -218,6 +240,16 @@ Group read_group(PyObject* object, Py_ssize_t index, Rule rule) {
   const bool two = PyFloat_CheckExact(norm_type) && PyFloat_AS_DOUBLE(norm_type) == 2;
   if (max_norm != Py_None || !two) group.norm_clip = read_norm_clip(max_norm, norm_type, reader.where());
   group.norm_clip.skip_nonfinite = reader.flag(kSkipNonfinite);
+
+  group.master_weights = reader.flag(kMasterWeights);
+  hyper.stochastic_rounding = reader.flag(kStochasticRounding);
+  if (hyper.stochastic_rounding) hyper.rounding_seed = read_seed(reader.required(kRoundingSeed), reader.where());
+  if (group.master_weights && hyper.stochastic_rounding) {
+    raise(PyExc_ValueError, "master_weights and stochastic_rounding" + reader.where() +
+                                " exclude each other: master weights keep what stochastic rounding saves on average");
+  }
+  PyObject* momentum_dtype = reader.required(kMomentumDtype);
+  if (momentum_dtype != Py_None) group.momentum_dtype = read_momentum_dtype(momentum_dtype, reader.where());
   return group;
 }
 

@@ -2,7 +2,9 @@
 #pragma once
 
 #include <Python.h>
+#include <c10/core/ScalarType.h>
 
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -54,6 +56,8 @@ struct Group {
   Hyper hyper;
   NormClip norm_clip;
   bool differentiable;  // the caller wants gradients through the step
+  bool master_weights;  // 16-bit parameters have a float32 copy among their states
+  std::optional<c10::ScalarType> momentum_dtype;  // of the first state, where it is made
 };
 
 // Raises ValueError, TypeError or KeyError that names the argument, its value and the group.

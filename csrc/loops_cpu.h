@@ -16,6 +16,9 @@ struct Constants {
   Clip<double> clip;
   SGD<double> sgd;
   Adam<double> adam;
+  bool stochastic_rounding;
+  uint32_t rounding_seed;
+  uint32_t step;  // this one; 0 where nobody counts
 };
 
 template <template <class> class Rule>
@@ -114,6 +117,12 @@ FASTCLIP_HD void write_block(void* to, int64_t at, int64_t size, const float* fr
   auto* const values = static_cast<Stored*>(to) + at;
   for (int64_t i = 0; i < size; ++i) store(values[i], from[i]);
 }
+template <class Stored>
+FASTCLIP_HD void round_block(void* to, int64_t at, int64_t size, const float* from, uint32_t key) {
+  auto* const values = static_cast<Stored*>(to) + at;
+  const auto first = static_cast<uint32_t>(at);
+  for (uint32_t i = 0; i < size; ++i) store(values[i], from[i], noise(key, first + i));
+}
 
 template <class Set>
 void read_any(DType dtype, const void* from, int64_t at, int64_t size, float* to) {
@@ -126,6 +135,12 @@ void write_any(DType dtype, void* to, int64_t at, int64_t size, const float* fro
   if (dtype == DType::float32) return Set::template write_as<float>(to, at, size, from);
   if (dtype == DType::bfloat16) return Set::template write_as<BFloat16>(to, at, size, from);
   Set::template write_as<Float16>(to, at, size, from);
+}
+template <class Set>
+void round_any(DType dtype, void* to, int64_t at, int64_t size, const float* from, uint32_t key) {
+  if (dtype == DType::float32) return Set::template write_as<float>(to, at, size, from);
+  if (dtype == DType::bfloat16) return Set::template round_as<BFloat16>(to, at, size, from, key);
+  Set::template round_as<Float16>(to, at, size, from, key);
 }
 
 // The same for a tensor with 16-bit arrays, or a mixture of float32 and those: a block at a time is brought to float,
@@ -140,12 +155,18 @@ FASTCLIP_HD int64_t update_staged(const TensorEntry& tensor, int64_t begin, int6
   int64_t clamped = 0;
   for (const int64_t end = begin + size; begin < end; begin += kBlock) {
     const int64_t count = end - begin < kBlock ? end - begin : kBlock;
+    const auto write = [&](int array, DType dtype, void* to, const float* from) {
+      if (!constants.stochastic_rounding) return write_any<Set>(dtype, to, begin, count, from);
+      const uint32_t key = noise_key(constants.rounding_seed, constants.step, tensor.index, array, begin);
+      round_any<Set>(dtype, to, begin, count, from, key);
+    };
     read_any<Set>(tensor.dtype, tensor.param, begin, count, params);
     read_any<Set>(tensor.grad_dtype, tensor.grad, begin, count, grads);
     for (int s = 0; s < kReads; ++s) read_any<Set>(tensor.state_dtypes[s], tensor.states[s], begin, count, states[s]);
     clamped += update_block<float, Rule, WhichTerms>(params, grads, rows, count, clip, rule);
-    write_any<Set>(tensor.dtype, tensor.param, begin, count, params);
-    for (int s = 0; s < kWrites; ++s) write_any<Set>(tensor.state_dtypes[s], tensor.states[s], begin, count, states[s]);
+    write(0, tensor.dtype, tensor.param, params);
+    if (tensor.rounded) write_any<Set>(tensor.rounded_dtype, tensor.rounded, begin, count, params);
+    for (int s = 0; s < kWrites; ++s) write(1 + s, tensor.state_dtypes[s], tensor.states[s], states[s]);
   }
   return clamped;
 }
@@ -250,6 +271,10 @@ struct LoopTable {
     template <class Stored>                                                                                            \
     TARGET static void write_as(void* to, int64_t at, int64_t size, const float* from) {                               \
       size == kBlock ? write_block<Stored>(to, at, kBlock, from) : write_block<Stored>(to, at, size, from);            \
+    }                                                                                                                  \
+    template <class Stored>                                                                                            \
+    TARGET static void round_as(void* to, int64_t at, int64_t size, const float* from, uint32_t key) {                 \
+      size == kBlock ? round_block<Stored>(to, at, kBlock, from, key) : round_block<Stored>(to, at, size, from, key);  \
     }                                                                                                                  \
     template <Storage kStorage, template <class> class Rule, class WhichTerms>                                         \
     TARGET static int64_t update(const TensorEntry& t, int64_t begin, int64_t size, const Constants& c) {              \

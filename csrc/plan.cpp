@@ -129,51 +129,70 @@ void Plan::add_tensor(const at::Tensor* param, const at::Tensor& grad, const Par
   entry.numel = numel;
   entry.first_chunk = step.chunks;
   entry.hyper = static_cast<int32_t>(step.hypers.size() - 1);
-  entry.dtype = entry.grad_dtype = dtype;
+  entry.index = static_cast<uint32_t>(parameter_);
+  entry.grad_dtype = dtype;
   entry.momentum = momentum;
-  entry.uniform = true;
   step.chunks += (numel + kChunk - 1) / kChunk;
   step.elements += numel;
   if (clips_value(hyper)) step.clampable += numel;
 
+  bool uniform = true, narrow = false;
   const auto written = [&](const at::Tensor& tensor, DType of) __attribute__((always_inline)) {
     void* const data = data_of(tensor, of);
     written_addresses_ = (written_addresses_ ^ reinterpret_cast<uintptr_t>(data) ^ numel) * 0x9e3779b97f4a7c15u;
     borrowed_.write(tensor);
     return data;
   };
+  const auto array = [&](const at::Tensor& tensor, DType& of) __attribute__((always_inline)) {
+    of = dtype_of(tensor);
+    uniform &= of == dtype;
+    narrow |= item_size(of) == 2;
+    return written(tensor, of);
+  };
   if (!param) {
+    entry.dtype = dtype;
     entry.grad = written(grad, dtype);
     return;
   }
-  entry.param = written(*param, dtype);
+  entry.param = array(states.master ? *states.master : *param, entry.dtype);
+  if (states.master) entry.rounded = array(*param, entry.rounded_dtype);
   entry.grad = data_of(grad, dtype);
   borrowed_.read(grad);
   for (int s = 0; s < kMaxStates && states.arrays[s]; ++s) {
-    entry.states[s] = written(*states.arrays[s], dtype);
-    entry.state_dtypes[s] = dtype;
+    entry.states[s] = array(*states.arrays[s], entry.state_dtypes[s]);
   }
+  entry.uniform = uniform && !(narrow && hyper.stochastic_rounding);
   if (states.step) {
     entry.step_is_float64 = states.step->scalar_type() == at::kDouble;
-    entry.step = written(*states.step, dtype_of(*states.step));
+    entry.step = written(*states.step, entry.step_is_float64 ? DType::float64 : DType::float32);
   }
 }
 
 // Makes the states that there are not, and says whether the kernels take those that there are.
-bool Plan::cover_states(const Held& held, const at::Tensor& param, const Place& place, const StateNames& names,
-                        ParamStates& states) {
-  if (names.step) states_.make_missing(held, place, names, states);
-  for (int s = 0; s < names.count; ++s) {
-    if (const char* why_not = why_not_covered(*states.arrays[s], names.names[s], param, place)) {
-      not_covered(place.text() + " has a " + PyUnicode_AsUTF8(names.names[s]) + " " + why_not);
+bool Plan::cover_states(const Group& group, const Held& held, const at::Tensor& param, const at::Tensor& like,
+                        const Place& place, const StateNames& names, ParamStates& states) {
+  states_.make_missing(rule_, group, held, like, place, names, states);
+  const auto covers = [&](const at::Tensor& state, PyObject* name) {
+    if (const char* why_not = why_not_covered(state, name, param, place)) {
+      not_covered(place.text() + " has a " + PyUnicode_AsUTF8(name) + " " + why_not);
       return false;
     }
-    check_memory(*states.arrays[s], names.names[s], place);
+    check_memory(state, name, place);
+    return true;
+  };
+  for (int s = 0; s < names.count; ++s) {
+    if (!covers(*states.arrays[s], names.arrays[s])) return false;
+  }
+  if (states.master) {
+    if (states.master->scalar_type() != at::kFloat) {
+      raise(PyExc_TypeError, "the master_param of " + place.text() + " must be float32");
+    }
+    if (!covers(*states.master, names.master)) return false;
   }
   if (!names.step) return true;
   // On a GPU the device decides whether a step is skipped, so it counts them, too.
   if (param.is_cuda() && states.step->is_cpu()) {
-    states.step = &states_.make(held, names.step, states.step->to(param.device()));
+    states.step = states_.make(held, names.step, states.step->to(param.device()));
   }
   if (const char* why_not = why_step_not_covered(*states.step, param, place)) {
     not_covered(place.text() + " has a step " + why_not);
@@ -194,7 +213,7 @@ void Plan::add_param(const Group& group, const StateNames& names, Py_ssize_t gro
   if (!grad_of(param).defined()) return;
   ParamStates states;
   Held held;
-  if (names.count > 0) {  // the look-up may run Python: the gradient is read afterwards
+  if (names.any()) {  // the look-up may run Python: the gradient is read afterwards
     held = Held(object);
     states = states_.find(place, parameter_, names, nullptr);
   }
@@ -231,7 +250,7 @@ void Plan::add_shard(const Group& group, const StateNames& names, Py_ssize_t gro
     const Held held(place.param);
     if (const auto grad_shard = shard_of_grad(grad, shard, place)) {
       ParamStates states;
-      if (names.count > 0) states = states_.find(place, parameter_, names, &shard);
+      if (names.any()) states = states_.find(place, parameter_, names, &shard);
       add_covered(group, names, group_index, place, held, states, shard.local(), grad_shard->local(), grad);
       borrowed_.write(param);
       borrowed_.hold();
@@ -251,12 +270,9 @@ void Plan::add_covered(const Group& group, const StateNames& names, Py_ssize_t g
   check_memory(param, "", place);
   check_memory(grad, "gradient", place);
   Momentum momentum = Momentum::none;
-  if (names.count > 0) {
-    if (rule_ == Rule::sgd) {
-      momentum = states.arrays[0] ? Momentum::running : Momentum::first;
-      if (!states.arrays[0]) states.arrays[0] = &states_.make(held, names.names[0], at::empty_like(like.detach()));
-    }
-    if (!cover_states(held, param, place, names, states)) return;
+  if (names.any()) {
+    if (rule_ == Rule::sgd && names.count > 0) momentum = states.arrays[0] ? Momentum::running : Momentum::first;
+    if (!cover_states(group, held, param, like, place, names, states)) return;
   }
   if (group.lr_tensor.object && THPVariable_Unpack(group.lr_tensor.object).device() != param.device()) {
     return not_covered(place.text() + " is on another device than lr");
@@ -275,7 +291,7 @@ void Plan::add_group(Group& group, Py_ssize_t group_index) {
     }
   }
   if (group.differentiable) not_covered("the step is to be differentiable");
-  const StateNames names = state_names(rule_, group.hyper);
+  const StateNames names = state_names(rule_, group);
   for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(group.params.object); ++i, ++parameter_) {
     add_param(group, names, group_index, i);  // to the end, for what has to be refused
   }
@@ -293,6 +309,7 @@ bool Plan::shares_memory() {
         if (written && bytes > 0) ranges.emplace_back(begin, begin + bytes);
       };
       add(tensor.param ? tensor.param : tensor.grad, tensor.numel * item_size(tensor.dtype));
+      add(tensor.rounded, tensor.numel * item_size(tensor.rounded_dtype));
       for (int s = 0; s < kMaxStates; ++s) add(tensor.states[s], tensor.numel * item_size(tensor.state_dtypes[s]));
       add(tensor.step, item_size(tensor.step_is_float64 ? DType::float64 : DType::float32));
     }

@@ -84,8 +84,8 @@ class Plan {
   [[gnu::always_inline]] inline void add_covered(const Group& group, const StateNames& names, Py_ssize_t group_index,
                                                  const Place& place, const Held& held, ParamStates& states,
                                                  const at::Tensor& param, const at::Tensor& grad, const at::Tensor& like);
-  bool cover_states(const Held& held, const at::Tensor& param, const Place& place, const StateNames& names,
-                    ParamStates& states);
+  bool cover_states(const Group& group, const Held& held, const at::Tensor& param, const at::Tensor& like,
+                    const Place& place, const StateNames& names, ParamStates& states);
   DevicePart& part_of(c10::Device device, PyObject* reduction);
   bool shares_memory();
   void run(Rule rule, const NormClip& asked, const Amp& amp);

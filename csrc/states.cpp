@@ -1,6 +1,7 @@
 // What an update rule keeps of each parameter: the tensors in optimizer.state[param], under torch's names.
 #include "states.h"
 
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/core/DefaultDtype.h>
@@ -18,6 +19,7 @@ struct Names {
   PyObject* exp_avg = PyUnicode_InternFromString("exp_avg");
   PyObject* exp_avg_sq = PyUnicode_InternFromString("exp_avg_sq");
   PyObject* max_exp_avg_sq = PyUnicode_InternFromString("max_exp_avg_sq");
+  PyObject* master_param = PyUnicode_InternFromString("master_param");
 };
 const Names& all_names() {
   static const Names names;
@@ -56,11 +58,17 @@ class EntryReader {
 
 }  // namespace
 
-StateNames state_names(Rule rule, const Hyper& hyper) {
+StateNames state_names(Rule rule, const Group& group) {
   const Names& names = all_names();
-  if (rule == Rule::adam) return {hyper.amsgrad ? 3 : 2, {names.exp_avg, names.exp_avg_sq, names.max_exp_avg_sq}, names.step};
-  if (rule == Rule::sgd && hyper.momentum != 0) return {1, {names.momentum_buffer}, nullptr};
-  return {};
+  StateNames of_group;
+  if (rule == Rule::adam) {
+    of_group = {group.hyper.amsgrad ? 3 : 2, {names.exp_avg, names.exp_avg_sq, names.max_exp_avg_sq}, names.step, nullptr};
+  } else if (group.hyper.momentum != 0) {
+    of_group = {1, {names.momentum_buffer}, nullptr, nullptr};
+  }
+  if (group.hyper.stochastic_rounding) of_group.step = names.step;  // no two steps round by the same numbers
+  if (group.master_weights) of_group.master = names.master_param;
+  return of_group;
 }
 
 void States::begin(PyObject* state) {
@@ -114,34 +122,51 @@ ParamStates States::find(const Place& place, size_t position, const StateNames& 
   if (!PyDict_Check(entry)) raise(PyExc_TypeError, "the state of " + place.text() + " must be a dict");
   EntryReader reader(entry, place);
   if (names.step) found.step = reader.tensor(names.step);
-  for (int s = 0; s < names.count; ++s) found.arrays[s] = reader.tensor(names.names[s]);
+  for (int s = 0; s < names.count; ++s) found.arrays[s] = reader.tensor(names.arrays[s]);
+  if (names.master) found.master = reader.tensor(names.master);
   if (!param_shard) return found;
-  for (int s = 0; s < names.count; ++s) found.arrays[s] = shard_in(found.arrays[s], names.names[s], place, *param_shard);
+  for (int s = 0; s < names.count; ++s) found.arrays[s] = shard_in(found.arrays[s], names.arrays[s], place, *param_shard);
+  found.master = shard_in(found.master, names.master, place, *param_shard);
   return found;
 }
 
-const at::Tensor& States::make(const Held& param, PyObject* name, at::Tensor tensor) {
+const at::Tensor* States::make(const Held& param, PyObject* name, at::Tensor tensor) {
   New& added = new_.emplace_back(New{Held(param.object), name, std::move(tensor), {}, {}});
   const auto shard = shard_of(added.tensor);
-  return shard ? shard->local() : added.tensor;
+  return shard ? &shard->local() : &added.tensor;
 }
 
-void States::make_missing(const Held& param, const Place& place, const StateNames& names, ParamStates& states) {
-  const at::Tensor& of = THPVariable_Unpack(param.object);
-  PyObject* missing = states.step ? nullptr : names.step;
-  bool some = states.step;
+void States::make_missing(Rule rule, const Group& group, const Held& held, const at::Tensor& grad, const Place& place,
+                          const StateNames& names, ParamStates& states) {
+  const at::Tensor& param = THPVariable_Unpack(held.object);
+  const bool has_master = names.master && is_16_bit(param.scalar_type());
+  PyObject* missing = names.step && !states.step ? names.step : nullptr;
+  bool some = rule == Rule::adam && states.step;
   for (int s = 0; s < names.count; ++s) {
+    if (!states.arrays[s]) missing = names.arrays[s];
     some |= states.arrays[s] != nullptr;
-    if (!states.arrays[s]) missing = names.names[s];
   }
-  if (!missing) return;
-  if (some) {
-    raise(PyExc_KeyError, "the state of " + place.text() + " has no " + text_of(missing) +
-                              ", but others that belong to it");
+  if (rule == Rule::adam && missing && some) {
+    raise(PyExc_KeyError, "the state of " + place.text() + " has no " + text_of(missing) + ", but others that belong to it");
   }
-  const auto dtype = c10::get_default_dtype() == caffe2::TypeMeta::Make<double>() ? at::kDouble : at::kFloat;
-  states.step = &make(param, names.step, at::zeros({}, at::TensorOptions().dtype(dtype).device(of.device())));
-  for (int s = 0; s < names.count; ++s) states.arrays[s] = &make(param, names.names[s], at::zeros_like(of.detach()));
+  if (names.step && !states.step) {
+    const auto dtype = c10::get_default_dtype() == caffe2::TypeMeta::Make<double>() ? at::kDouble : at::kFloat;
+    states.step = make(held, names.step, at::zeros({}, at::TensorOptions().dtype(dtype).device(param.device())));
+  }
+  for (int s = 0; s < names.count; ++s) {
+    if (states.arrays[s]) continue;
+    const at::Tensor like = rule == Rule::sgd ? grad.detach() : param.detach();  // whose strides it has, in torch
+    auto dtype = has_master ? at::kFloat : like.scalar_type();
+    if (s == 0 && group.momentum_dtype) dtype = *group.momentum_dtype;
+    const auto options = like.options().dtype(dtype);
+    states.arrays[s] =
+        make(held, names.arrays[s], rule == Rule::sgd ? at::empty_like(like, options) : at::zeros_like(like, options));
+  }
+  if (!has_master) {
+    states.master = nullptr;
+  } else if (!states.master) {
+    states.master = make(held, names.master, param.detach().to(at::kFloat));
+  }
 }
 
 void States::prepare() {

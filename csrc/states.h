@@ -14,18 +14,22 @@
 
 namespace fastclip {
 
-// The names of a rule's states for a group, in the order of TensorEntry::states.
+// What there is to look up for the parameters of a group; interned names, never freed.
 struct StateNames {
   int count = 0;
-  PyObject* names[kMaxStates] = {};  // interned, never freed
-  PyObject* step = nullptr;          // the name of the count of a parameter's steps, where the rule needs one
+  PyObject* arrays[kMaxStates] = {};  // in the order of TensorEntry::states
+  PyObject* step = nullptr;           // the count of a parameter's steps, where something needs it
+  PyObject* master = nullptr;         // the float32 copy of a 16-bit parameter
+
+  bool any() const { return count > 0 || step || master; }
 };
-StateNames state_names(Rule rule, const Hyper& hyper);
+StateNames state_names(Rule rule, const Group& group);
 
 // One parameter's states; nullptr where there is none (yet).
 struct ParamStates {
   const at::Tensor* arrays[kMaxStates] = {};
   const at::Tensor* step = nullptr;
+  const at::Tensor* master = nullptr;
 };
 
 class States {
@@ -40,10 +44,11 @@ class States {
   // parameter, shards are found and made.
   ParamStates find(const Place& place, size_t position, const StateNames& names, const Shard* param_shard);
 
-  // Notes a state that the step makes; it gets into the dict by `store`. The reference holds until `end`.
-  const at::Tensor& make(const Held& param, PyObject* name, at::Tensor tensor);
-  // Those of a rule whose states begin at 0; refuses a parameter that has some of them only.
-  void make_missing(const Held& param, const Place& place, const StateNames& names, ParamStates& states);
+  // Notes a state that the step makes; it gets into the dict by `store`. The pointer holds until `end`.
+  const at::Tensor* make(const Held& param, PyObject* name, at::Tensor tensor);
+  // Makes all that there is not yet. Refuses a parameter that has only some of those that belong together.
+  void make_missing(Rule rule, const Group& group, const Held& param, const at::Tensor& grad, const Place& place,
+                    const StateNames& names, ParamStates& states);
 
   bool has_new() const { return !new_.empty(); }
   // All that can fail, or run Python, comes before the first byte is written; what `store` then does can only

@@ -18,18 +18,21 @@ inline bool clips_value(const Hyper& hyper) { return hyper.clip_low > -HUGE_VAL 
 
 // One tensor with a gradient. All its arrays have the same element order in memory.
 struct TensorEntry {
-  void* param;
+  void* param;   // what the rule updates: the parameter, or its master weights,
+  void* rounded; // and then the parameter that these are rounded to, or nullptr
   void* grad;
   void* states[kMaxStates];  // nullptr where the rule, or the group, has none
   void* step;                // how many steps this tensor has seen: read, and counted up by the step. Or nullptr
   int64_t numel;
   int64_t first_chunk;
   int32_t hyper;
-  DType dtype;  // of the parameter,
+  uint32_t index;  // among all parameters: of its own random numbers
+  DType dtype;     // of `param`,
+  DType rounded_dtype;
   DType grad_dtype;
   DType state_dtypes[kMaxStates];
   Momentum momentum;
-  bool uniform;  // all arrays have the parameter's dtype
+  bool uniform;  // all arrays have the dtype of `param`, and nothing is rounded at random
   bool step_is_float64;
 };
 

@@ -71,6 +71,9 @@ Constants constants_of(const Step& step, const Hyper& hyper, double coefficient,
   } else {
     c.sgd = SGD<double>(hyper, hyper.lr, count);
   }
+  c.stochastic_rounding = hyper.stochastic_rounding;
+  c.rounding_seed = hyper.rounding_seed;
+  c.step = static_cast<uint32_t>(static_cast<int64_t>(count));
   return c;
 }
 

@@ -25,6 +25,11 @@ uint64_t ordinary_keys() {
 
 bool is_ordinary(const at::Tensor& tensor) { return fastclip::is_ordinary(tensor.unsafeGetTensorImpl()); }
 
+// What is computed in float may be stored in any mixture; float64 keeps to itself.
+bool in_one_loop(at::ScalarType a, at::ScalarType b) {
+  return a == b || ((a == at::kFloat || is_16_bit(a)) && (b == at::kFloat || is_16_bit(b)));
+}
+
 // Sizes already equal. Strides of dimensions of size 1 mean nothing.
 bool same_order(const at::Tensor& a, const at::Tensor& b) {
   if (a.is_contiguous() && b.is_contiguous()) return true;
@@ -93,8 +98,8 @@ const char* why_not_covered(const at::Tensor& param, const at::Tensor& grad, con
   if (!param.key_set().has(DispatchKey::Python) && !grad.key_set().has(DispatchKey::Python)) {
     if (param.sizes() != grad.sizes()) raise_mismatch("shape", param, grad, place);
     if (dtype != grad.scalar_type()) {
-      if (allows_grad_dtype(place.param, grad)) return "has a gradient of another dtype";
-      raise_mismatch("dtype", param, grad, place);
+      if (!allows_grad_dtype(place.param, grad)) raise_mismatch("dtype", param, grad, place);
+      if (!in_one_loop(dtype, grad.scalar_type())) return "has a gradient of another dtype";
     }
     if (param.device() != grad.device()) raise_mismatch("device", param, grad, place);
   }
@@ -119,7 +124,7 @@ const char* why_not_covered(const at::Tensor& grad, const Place& place) {
 }
 
 bool same_memory_layout(const at::Tensor& a, const at::Tensor& b) {
-  return is_ordinary(a) && a.scalar_type() == b.scalar_type() && a.device() == b.device() &&
+  return is_ordinary(a) && in_one_loop(a.scalar_type(), b.scalar_type()) && a.device() == b.device() &&
          a.sizes() == b.sizes() && same_order(a, b);
 }
 

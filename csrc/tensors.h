@@ -82,8 +82,10 @@ const char* why_not_covered(const at::Tensor& param, const at::Tensor& grad, con
 // The same question about a gradient alone, to be clipped in place.
 const char* why_not_covered(const at::Tensor& grad, const Place& place);
 
-// Same dtype, device, sizes and element order: what a momentum buffer needs.
+// Same device, sizes and element order, and dtypes that one loop takes: what a state needs.
 bool same_memory_layout(const at::Tensor& a, const at::Tensor& b);
+
+inline bool is_16_bit(at::ScalarType dtype) { return dtype == at::kBFloat16 || dtype == at::kHalf; }
 
 inline DType dtype_of(const at::Tensor& covered) {
   switch (covered.scalar_type()) {

@@ -23,6 +23,8 @@ struct Hyper {
   bool nesterov;
   bool amsgrad;
   bool decoupled_weight_decay;
+  bool stochastic_rounding;  // of all that is stored in 16 bits
+  uint32_t rounding_seed;
   double weight_decay;
   double clip_low;  // -inf where there is no value clip
   double clip_high;

@@ -24,6 +24,8 @@ class Adam(ClippedOptimizer, torch.optim.Adam):
             `torch.optim.Adam`.
         foreach, fused, capturable: accepted and not needed; the step is fused, and can be captured, in any case.
         clip_value, max_norm, norm_type, skip_nonfinite: as in `fastclip.SGD`.
+        master_weights, stochastic_rounding, rounding_seed: as in `fastclip.SGD`.
+        momentum_dtype (torch.dtype, optional): of `exp_avg`; the squares stay in the parameter's dtype, or in float32.
 
     Raises:
         ValueError: a negative or NaN threshold, low > high, another norm type, `max_norm` or `skip_nonfinite` different
@@ -60,6 +62,10 @@ class Adam(ClippedOptimizer, torch.optim.Adam):
         max_norm=None,
         norm_type=2.0,
         skip_nonfinite=False,
+        master_weights=False,
+        stochastic_rounding=False,
+        rounding_seed=0,
+        momentum_dtype=None,
     ):
         super().__init__(
             params,
@@ -78,6 +84,10 @@ class Adam(ClippedOptimizer, torch.optim.Adam):
             max_norm=max_norm,
             norm_type=norm_type,
             skip_nonfinite=skip_nonfinite,
+            master_weights=master_weights,
+            stochastic_rounding=stochastic_rounding,
+            rounding_seed=rounding_seed,
+            momentum_dtype=momentum_dtype,
         )
 
     _rule = "adam"
@@ -99,6 +109,8 @@ class AdamW(ClippedOptimizer, torch.optim.AdamW):
         params, lr, betas, eps, weight_decay, amsgrad, maximize, differentiable: as in `torch.optim.AdamW`.
         foreach, fused, capturable: accepted and not needed; the step is fused, and can be captured, in any case.
         clip_value, max_norm, norm_type, skip_nonfinite: as in `fastclip.SGD`.
+        master_weights, stochastic_rounding, rounding_seed: as in `fastclip.SGD`.
+        momentum_dtype (torch.dtype, optional): of `exp_avg`; the squares stay in the parameter's dtype, or in float32.
 
     Raises:
         As `fastclip.Adam`.
@@ -130,6 +142,10 @@ class AdamW(ClippedOptimizer, torch.optim.AdamW):
         max_norm=None,
         norm_type=2.0,
         skip_nonfinite=False,
+        master_weights=False,
+        stochastic_rounding=False,
+        rounding_seed=0,
+        momentum_dtype=None,
     ):
         super().__init__(
             params,
@@ -147,6 +163,10 @@ class AdamW(ClippedOptimizer, torch.optim.AdamW):
             max_norm=max_norm,
             norm_type=norm_type,
             skip_nonfinite=skip_nonfinite,
+            master_weights=master_weights,
+            stochastic_rounding=stochastic_rounding,
+            rounding_seed=rounding_seed,
+            momentum_dtype=momentum_dtype,
         )
 
     _rule = "adam"

@@ -10,9 +10,20 @@ from . import clip_stats
 from ._extension import _C
 from .checks import name_of
 from .distributed import gradients_placed_as, is_dtensor, reduction_of, step_on_shards
+from .precision import state_dtype
 
 SHARED_SETTINGS = ("max_norm", "norm_type", "skip_nonfinite")  # the same in all groups
-CLIP_SETTINGS = ("clip_value", *SHARED_SETTINGS)
+# What the groups hold besides torch's settings, with the values that mean torch's own step.
+OWN_SETTINGS = {
+    "clip_value": None,
+    "max_norm": None,
+    "norm_type": 2.0,
+    "skip_nonfinite": False,
+    "master_weights": False,
+    "stochastic_rounding": False,
+    "rounding_seed": 0,
+    "momentum_dtype": None,
+}
 
 
 class ClippedOptimizer(torch.optim.Optimizer):
@@ -25,15 +36,10 @@ class ClippedOptimizer(torch.optim.Optimizer):
     # GradScaler then leaves unscaling and skipping to the step, in `self.grad_scale` and `self.found_inf`.
     _step_supports_amp_scaling = True
 
-    def __init__(self, *positional, clip_value, max_norm, norm_type, skip_nonfinite, **named):
-        self._clip_defaults = {
-            "clip_value": clip_value,
-            "max_norm": max_norm,
-            "norm_type": norm_type,
-            "skip_nonfinite": skip_nonfinite,
-        }
+    def __init__(self, *positional, **named):
+        self._own_defaults = {name: named.pop(name) for name in OWN_SETTINGS}
         super().__init__(*positional, **named)
-        del self._clip_defaults  # from now on a new group takes max_norm from those there are
+        del self._own_defaults  # from now on a new group takes max_norm from those there are
 
     def add_param_group(self, param_group):
         """As in torch; a group may have a `clip_value` of its own. Refuses duplicates and bad values.
@@ -44,11 +50,11 @@ class ClippedOptimizer(torch.optim.Optimizer):
         """
         if "_plan" not in self.__dict__:  # torch's __init__ is at work
             self._start()
-            self.defaults.update(self._clip_defaults)
+            self.defaults.update(self._own_defaults)
         if isinstance(param_group, dict):
             if not isinstance(param_group["params"], (torch.Tensor, set)):
                 param_group["params"] = list(param_group["params"])  # a generator can be read once
-            if "_clip_defaults" not in self.__dict__:  # the groups' settings may have been loaded, or changed
+            if "_own_defaults" not in self.__dict__:  # the groups' settings may have been loaded, or changed
                 for name in SHARED_SETTINGS:
                     param_group.setdefault(name, self.param_groups[0][name])
             self._check_group({**self.defaults, **param_group})
@@ -99,8 +105,27 @@ class ClippedOptimizer(torch.optim.Optimizer):
         # A checkpoint of plain torch knows of no clip: this optimizer's own settings stay.
         for index, group in enumerate(self.param_groups):
             own = own_groups[index] if index < len(own_groups) else self.defaults
-            for name in CLIP_SETTINGS:
-                group.setdefault(name, own.get(name))
+            for name, none in OWN_SETTINGS.items():
+                group.setdefault(name, own.get(name, none))
+
+    def load_state_dict(self, state_dict):
+        """As in torch, but that states keep the dtypes that this optimizer gives them: torch rounds all to the
+        parameter's, so that master weights and averages of 16-bit parameters would lose what they are there for.
+
+        Example:
+            >>> opt = fastclip.AdamW(model.bfloat16().parameters(), master_weights=True)
+            >>> opt.load_state_dict(torch.load("optimizer.pt"))
+        """
+        super().load_state_dict(state_dict)
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        pairs = [(group, param) for group in self.param_groups for param in group["params"]]
+        for key, (group, param) in zip(saved, pairs, strict=True):
+            loaded = self.state.get(param, {})
+            for name, value in state_dict["state"].get(key, {}).items():
+                if name != "step" and isinstance(loaded.get(name), torch.Tensor) and value.is_floating_point():
+                    dtype = state_dtype(group, param, name)
+                    if loaded[name].dtype != dtype:
+                        loaded[name] = value.to(device=loaded[name].device, dtype=dtype)
 
     @property
     def total_norm(self):

@@ -12,8 +12,7 @@ from .checks import check
 from .clip_stats import ClipStats, values_of
 from .distributed import total_measure
 from .measure import measure_of, norm_of
-
-SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+from .precision import SIXTEEN_BIT, Rounding, compute_dtype, has_master, state_dtype
 
 
 def clip_coefficient(norm, max_norm):
@@ -52,11 +51,6 @@ def clamped(grad, clip_value, dtype):
     return grad.clamp(low, high), ((grad < low) | (grad > high)).detach().sum()
 
 
-def compute_dtype(param):
-    """16-bit parameters are computed in float32 and rounded once, when they are stored."""
-    return torch.float32 if param.dtype in SIXTEEN_BIT else param.dtype
-
-
 def step_sgd(groups, state, grad_scale=None, found_inf=None, reductions=None):
     """One step of `fastclip.SGD` over `groups` (a list of dicts) with `state` (a dict of dicts by parameter).
 
@@ -73,7 +67,8 @@ def step_adam(groups, state, grad_scale=None, found_inf=None, reductions=None):
 
 @torch.no_grad()
 def step(update, groups, state, grad_scale, found_inf, reductions):
-    """What the optimizers have in common: clips, then calls update(group, clipped gradients, state) for each group."""
+    """What the optimizers have in common: clips, then calls update(group, clipped gradients, state, first) for each
+    group, `first` being the place of its first parameter among those of all groups."""
     check(groups, state)
     params = [p for group in groups for p in group["params"] if p.grad is not None]
     max_norm, skip_nonfinite = groups[0]["max_norm"], groups[0]["skip_nonfinite"]
@@ -108,8 +103,10 @@ def step(update, groups, state, grad_scale, found_inf, reductions):
         if max_norm is not None:
             coefficient = clip_coefficient(norm, max_norm)
             grads = [[g * coefficient.to(g.device, g.real.dtype) for g in of_group] for of_group in grads]
+        first = 0
         for group, of_group in zip(groups, grads, strict=True):
-            update(group, of_group, state)
+            update(group, of_group, state, first)
+            first += len(group["params"])
     return stats_of(groups, norm, moved, looked_at)
 
 
@@ -140,13 +137,13 @@ def stats_of(groups, norm, moved=0, looked_at=0, skipped=False):
     )
 
 
-def update_sgd(group, grads, state):
+def update_sgd(group, grads, state, first=0):
     """`torch.optim.SGD`'s update of one group by the given gradients."""
     params = [p for p in group["params"] if p.grad is not None]
     buffers = [state[p].get("momentum_buffer") if group["momentum"] != 0 else None for p in params]
     if isinstance(group["weight_decay"], torch.Tensor) and group["weight_decay"].requires_grad:
         grads = [g.clone() for g in grads]  # torch then adds the decay in place
-    wide = [p.to(compute_dtype(p)) for p in params]  # the parameter itself, but for 16-bit ones
+    wide = wide_params(group, params, state)
     # One that is wider than the parameter keeps its precision, as in torch.
     wide_buffers = [b.float() if b is not None and b.dtype in SIXTEEN_BIT else b for b in buffers]
     sgd(
@@ -158,32 +155,38 @@ def update_sgd(group, grads, state):
         fused=False,
         **{key: group[key] for key in ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize")},
     )
-    for p, w, b, wb in zip(params, wide, buffers, wide_buffers, strict=True):
-        if w is not p:
-            p.copy_(w)
+    if group["stochastic_rounding"]:
+        for p in params:
+            state[p].setdefault("step", torch.zeros((), dtype=_get_scalar_dtype(), device=p.device))
+            state[p]["step"] += 1
+    roundings = store_params(group, params, wide, state, first)
+    for p, rounding, b, wb in zip(params, roundings, buffers, wide_buffers, strict=True):
         if group["momentum"] == 0:
             continue
         if b is None:  # of the type that torch's has where `p.grad_dtype` allows another one than the parameter's
             dtype = torch.promote_types(p.grad.dtype, p.dtype) if group["weight_decay"] != 0 else p.grad.dtype
-            state[p]["momentum_buffer"] = wb.to(dtype)
-        elif wb is not b:
-            b.copy_(wb)
+            if has_master(group, p) or group["momentum_dtype"]:
+                dtype = state_dtype(group, p, "momentum_buffer")
+            b = state[p]["momentum_buffer"] = wb if wb.dtype == dtype else torch.empty_like(wb, dtype=dtype)
+        if wb is not b:
+            rounding.store(1, b, wb)
 
 
 STATES_OF_ADAM = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")  # the last with amsgrad only
 
 
-def update_adam(group, grads, state):
+def update_adam(group, grads, state, first=0):
     """`torch.optim.Adam`'s update of one group by the given gradients; AdamW's, with `decoupled_weight_decay`."""
     params = [p for p in group["params"] if p.grad is not None]
     names = STATES_OF_ADAM if group["amsgrad"] else STATES_OF_ADAM[:2]
     for p in params:
-        if not state[p]:
+        if "step" not in state[p]:
             state[p]["step"] = torch.zeros((), dtype=_get_scalar_dtype(), device=p.device)
-            state[p].update({name: torch.zeros_like(p) for name in names})
+            state[p].update({name: torch.zeros_like(p, dtype=state_dtype(group, p, name)) for name in names})
     kept = {name: [state[p][name] for p in params] for name in names}
-    wide = [p.to(compute_dtype(p)) for p in params]  # the parameter itself, but for 16-bit ones
+    wide = wide_params(group, params, state)
     wide_kept = {name: [t.float() if t.dtype in SIXTEEN_BIT else t for t in kept[name]] for name in names}
+    settings = ("amsgrad", "lr", "weight_decay", "eps", "maximize", "differentiable", "decoupled_weight_decay")
     adam(
         wide,
         grads,
@@ -195,20 +198,30 @@ def update_adam(group, grads, state):
         has_complex=any(p.is_complex() for p in params),
         beta1=group["betas"][0],
         beta2=group["betas"][1],
-        **{
-            key: group[key]
-            for key in (
-                "amsgrad",
-                "lr",
-                "weight_decay",
-                "eps",
-                "maximize",
-                "differentiable",
-                "decoupled_weight_decay",
-            )
-        },
+        **{key: group[key] for key in settings},
     )
-    for narrow, computed in [(params, wide), *((kept[name], wide_kept[name]) for name in names)]:
-        for to, value in zip(narrow, computed, strict=True):
-            if value is not to:
-                to.copy_(value)
+    roundings = store_params(group, params, wide, state, first)
+    for array, name in enumerate(names, start=1):
+        for rounding, to, values in zip(roundings, kept[name], wide_kept[name], strict=True):
+            if values is not to:
+                rounding.store(array, to, values)
+
+
+def wide_params(group, params, state):
+    """What a rule updates: the parameter itself, or in float32 a 16-bit one, or its master weights."""
+    wide = []
+    for p in params:
+        if has_master(group, p) and "master_param" not in state[p]:
+            state[p]["master_param"] = p.detach().float()
+        wide.append(state[p]["master_param"] if has_master(group, p) else p.to(compute_dtype(p)))
+    return wide
+
+
+def store_params(group, params, wide, state, first):
+    """Rounds what a rule has updated to the 16-bit parameters. Returns how their states are to be rounded, too."""
+    places = {p: first + i for i, p in enumerate(group["params"])}
+    roundings = [Rounding(group, places[p], state[p].get("step") if p in state else None) for p in params]
+    for p, values, rounding in zip(params, wide, roundings, strict=True):
+        if values is not p:
+            rounding.store(0, p, values)
+    return roundings

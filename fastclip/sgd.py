@@ -17,7 +17,7 @@ class SGD(ClippedOptimizer, torch.optim.SGD):
 
     except that the gradients stay as they were. Value clip (and no clip) gives the same bits as torch on the CPU for
     float32 and float64; the norm is more exact than torch's (1e-6 for any finite input). 16-bit parameters are
-    computed in float32 and rounded once.
+    computed in float32 and rounded once; their gradients may be float32 (`p.grad_dtype = torch.float32`).
 
     Args:
         params, lr, momentum, dampening, weight_decay, nesterov, maximize, differentiable: as in `torch.optim.SGD`.
@@ -30,6 +30,16 @@ class SGD(ClippedOptimizer, torch.optim.SGD):
         skip_nonfinite (bool): leaves parameters and momentum as they are where any gradient holds an inf or NaN, also
             one that a value clip would bound; see `skipped_steps`. Reads the gradients once more, unless `max_norm`
             does already. By default, as in torch, such values take their course.
+        master_weights (bool): 16-bit parameters have a float32 copy in the state, `master_param`, which is what is
+            updated; the parameter is that, rounded. All their states are float32 then. The copy is made in the first
+            step: parameters that are changed by others later go back to it.
+        stochastic_rounding (bool): what is stored in 16 bits is rounded up or down at random, so that it is right on
+            average: parameters learn what rounding to nearest loses, with no more memory. Each parameter then counts
+            its steps in the state, as `step`, and the bits depend on it, on `rounding_seed` and on the parameter's
+            place among the groups: they are the same in every run, on any number of threads and on a GPU.
+        rounding_seed (int): from 0 to 2**32 - 1.
+        momentum_dtype (torch.dtype, optional): of `momentum_buffer`; by default that of the gradient, or float32 with
+            `master_weights`. bfloat16 halves what a float32 parameter's momentum takes.
 
     Raises:
         ValueError: a negative or NaN threshold, low > high, another norm type, `max_norm` or `skip_nonfinite` different
@@ -63,6 +73,10 @@ class SGD(ClippedOptimizer, torch.optim.SGD):
         max_norm=None,
         norm_type=2.0,
         skip_nonfinite=False,
+        master_weights=False,
+        stochastic_rounding=False,
+        rounding_seed=0,
+        momentum_dtype=None,
     ):
         super().__init__(
             params,
@@ -79,6 +93,10 @@ class SGD(ClippedOptimizer, torch.optim.SGD):
             max_norm=max_norm,
             norm_type=norm_type,
             skip_nonfinite=skip_nonfinite,
+            master_weights=master_weights,
+            stochastic_rounding=stochastic_rounding,
+            rounding_seed=rounding_seed,
+            momentum_dtype=momentum_dtype,
         )
 
     _rule = "sgd"

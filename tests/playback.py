@@ -15,11 +15,11 @@ import torch
 
 import fastclip
 from fastclip import reference
+from fastclip.optimizer import OWN_SETTINGS
 
 from .scenarios import SIXTEEN_BIT, bits, exact_norm, placed
 
 NORM_TOLERANCE = 1e-14
-CLIP_SETTINGS = ("clip_value", "max_norm", "norm_type", "skip_nonfinite")
 
 
 def check(scenario):
@@ -56,7 +56,9 @@ class Playback:
         self.ours += ours
         self.theirs += theirs
         plain = {name: value for name, value in group.settings.items() if name != "clip_value"}
-        self.groups.append({**group.settings, **self.shared, "params": [p for p, _ in theirs], "differentiable": False})
+        self.groups.append(
+            {**OWN_SETTINGS, **group.settings, **self.shared, "params": [p for p, _ in theirs], "differentiable": False}
+        )
         return {"params": [p for p, _ in ours], **group.settings}, {"params": [p for p, _ in theirs], **plain}
 
     # ---- what happens between steps ----
@@ -84,7 +86,7 @@ class Playback:
             saved = torch.load(file, weights_only=True)
         if how == "torch":  # a checkpoint of plain torch: this optimizer's clips stay
             saved["param_groups"] = [
-                {k: v for k, v in group.items() if k not in CLIP_SETTINGS} for group in saved["param_groups"]
+                {k: v for k, v in group.items() if k not in OWN_SETTINGS} for group in saved["param_groups"]
             ]
         if how in ("fresh", "file"):
             self.optimizer = fastclip.SGD([{"params": g["params"]} for g in self.optimizer.param_groups], lr=7.0)

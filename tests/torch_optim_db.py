@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import fastclip
+from fastclip.optimizer import OWN_SETTINGS
 
 from .cases import assert_same_bits, copy_params, give_grads, make_params
 
@@ -43,7 +44,7 @@ every_impl_for_leaves = pytest.mark.parametrize(
 every_clip = pytest.mark.parametrize("clip", LOOSE.values(), ids=LOOSE)
 both_precisions = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 both_classes = pytest.mark.parametrize("cls", [torch.optim.SGD, fastclip.SGD], ids=["torch", "fastclip"])
-CLIP_SETTINGS = {"clip_value", "max_norm", "norm_type", "skip_nonfinite"}
+CLIP_SETTINGS = set(OWN_SETTINGS)
 
 
 def as_torch_tests(name):
