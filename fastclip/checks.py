@@ -29,6 +29,8 @@ def check_gradient(group, param, where):
     """Clips and weight decay, which not every kind of gradient has."""
     grad = param.grad
     clips = [name for name in ("clip_value", "max_norm") if group[name] is not None]
+    if hasattr(grad, "full_tensor"):  # of a DTensor parameter, a step in plain torch sees the shard
+        raise TypeError(f"the gradient of {where} is a DTensor, and the parameter is not")
     sparse = grad.layout != torch.strided
     if sparse and "betas" in group:
         raise RuntimeError(f"Adam does not support sparse gradients, as that of {where}: SparseAdam does")

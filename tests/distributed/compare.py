@@ -94,7 +94,9 @@ def assert_state_is_placed_as_parameters(optimizer):
     for p, state in optimizer.state.items():
         for value in state.values():
             if isinstance(p, DTensor) and value.dim() > 0:
-                assert isinstance(value, DTensor) and value._spec == p._spec, (value, p._spec)
+                assert isinstance(value, DTensor) and value.dtype == value._local_tensor.dtype
+                assert (value.shape, value.placements) == (p.shape, p.placements)
+                assert value.device_mesh == p.device_mesh
 
 
 def assert_same_stats(optimizer, norm, clip):

@@ -1,6 +1,7 @@
 """Parameters placed in every way, dtypes and ranges of gradients, and the functions that clip them in place."""
 
 import math
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -86,6 +87,22 @@ def dtypes_are_mixed_in_one_norm():
 
 
 @on_ranks(2, 4)
+def master_weights_are_shards():
+    for ours in (fastclip.SGD, fastclip.AdamW):
+        model = Sharded(((6, 3), line(), [Shard(0)]), ((5,), line(), [Replicate()]), ((2,), None), dtype=torch.bfloat16)
+        rule = {"lr": 0.1, "master_weights": True, "max_norm": 0.5}
+        sharded, alone = ours(model.params, **rule), ours(model.plain, **rule)
+        for step in range(3):
+            model.give_grads(step)
+            sharded.step()
+            alone.step()
+        assert_state_is_placed_as_parameters(sharded)
+        for p, q in zip(model.params, model.plain, strict=True):
+            assert sharded.state[p].keys() == alone.state[q].keys() >= {"master_param"}
+            assert_same_model(sharded.state[p].values(), alone.state[q].values(), rtol=1e-6)
+
+
+@on_ranks(2, 4)
 def norms_of_extreme_gradients():
     """Squares that would overflow or vanish are summed apart, over ranks, too."""
     model = Sharded(((5, 3), line(), [Shard(0)]), ((6,), line(), [Replicate()]))
@@ -152,7 +169,18 @@ def _raises(error, words, call):
     except error as raised:
         assert words in str(raised), raised
     else:
-        raise AssertionError(f"{error.__name__} was expected")
+        raise AssertionError(f"{error} was expected")
+
+
+def _in_plain_torch(optimizer):
+    """Its step, where it is known that it leaves the kernels."""
+
+    def step():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            optimizer.step()
+
+    return step
 
 
 @on_ranks(2, 4)
@@ -169,4 +197,12 @@ def what_can_not_be_handled_is_refused():
     optimizer = fastclip.SGD([r], lr=0.1, momentum=0.9, max_norm=1.0)
     optimizer.state[r]["momentum_buffer"] = torch.zeros(4, device=place.device_type)
     _raises((TypeError, ValueError), "momentum_buffer of parameter 0 of group 0", optimizer.step)
+    _raises(TypeError, "can't be differentiable", fastclip.SGD([r], lr=0.1, differentiable=True).step)
+    r.grad = distribute_tensor(torch.ones(4, device=place.device_type), square()["dp"], [Shard(0)])
+    _raises((NotImplementedError, TypeError), "placed otherwise", fastclip.SGD([r], lr=0.1, max_norm=1.0).step)
     assert torch.equal(whole(r), torch.ones(4, device=place.device_type))
+    s = nn.Parameter(torch.ones(4, device=place.device_type))
+    s.grad = distribute_tensor(torch.ones(4, device=place.device_type), mesh, [Replicate()])
+    for clip in ({}, {"max_norm": 1.0}):
+        _raises(TypeError, "is a DTensor, and the parameter is not", _in_plain_torch(fastclip.SGD([s], lr=0.1, **clip)))
+    assert s.tolist() == [1.0] * 4
