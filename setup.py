@@ -139,6 +139,7 @@ if __name__ == "__main__":
                     "csrc/bindings.cpp",
                     "csrc/plan.cpp",
                     "csrc/states.cpp",
+                    "csrc/shards.cpp",
                     "csrc/device_part.cpp",
                     "csrc/tensors.cpp",
                     "csrc/groups.cpp",

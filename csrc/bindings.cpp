@@ -64,6 +64,12 @@ PYBIND11_MODULE(_C, module) {
               const py::object& found_inf) {
              return reason(plan.step(groups.ptr(), state.ptr(), grad_scale.ptr(), found_inf.ptr()));
            })
+      .def("take_misplaced",
+           [](Plan& plan) {
+             py::list params;
+             for (const Held& param : plan.take_misplaced()) params.append(py::handle(param.object));
+             return params;
+           })
       .def("clip_grad_value_", clip_grad_value)
       .def("clip_grad_norm_", clip_grad_norm)
       .def("total_norm", [](const Plan& plan) { return wrap(plan.total_norm()); })

@@ -60,6 +60,7 @@ void DevicePart::clear() {
   step.hypers.clear();
   step.chunks = step.elements = step.clampable = 0;
   step.counts_steps = false;
+  awaited = false;
 }
 
 at::Tensor DevicePart::sum() const { return outcome_.narrow(0, place_of(offsetof(Outcome, sum)), kDoubles); }
@@ -151,11 +152,16 @@ void DevicePart::run(Passes passes) {
   device.is_cpu() ? run_on_cpu() : run_on_gpu();
 }
 
-void DevicePart::run_update(at::Tensor sums, int devices) {
+void DevicePart::run_update(at::Tensor sums, int parts) {
   sums_ = std::move(sums);
   step.sums = static_cast<const Measure*>(sums_.const_data_ptr());
-  step.devices = devices;
+  step.devices = parts;
   run(Passes::update);
+}
+
+void DevicePart::set_found_inf(const at::Tensor& found_inf) {
+  amp_.found_inf = moved_to(device, found_inf);
+  step.found_inf = pointer(amp_.found_inf);
 }
 
 bool DevicePart::releases_gil() const { return device.is_cpu() && step.elements >= kElementsToReleaseGil; }
@@ -176,7 +182,39 @@ void DevicePart::run_on_gpu() {
 #endif
 }
 
-void run_parts(std::vector<DevicePart>& all_parts, Rule rule, const NormClip& norm_clip, const Amp& amp) {
+namespace {
+
+// Copies between GPUs are enqueued. The CPU has to wait for the others' sums: it computes with them.
+void copy_sum(const at::Tensor& sum, at::Tensor to) { to.copy_(sum, /*non_blocking=*/to.is_cuda()); }
+
+// Here and below all sums are copied before any part updates, so that nothing can fail in between.
+void update_over_ranks(const std::vector<DevicePart*>& parts, const NormClip& norm_clip, const Amp& amp, const Shards& shards) {
+  std::vector<PartMeasure> measures;
+  for (const DevicePart* part : parts) measures.emplace_back(part->reduction, part->sum());
+  const auto [total, found_inf] = shards.total(measures, norm_clip.norm, amp.found_inf);
+  std::vector<at::Tensor> sums;
+  for (DevicePart* part : parts) {
+    copy_sum(total, sums.emplace_back(at::empty({kDoubles}, doubles_on(part->device))));
+    part->set_found_inf(found_inf);
+  }
+  for (size_t i = 0; i < parts.size(); ++i) parts[i]->run_update(std::move(sums[i]), 1);
+}
+
+void update_over_devices(const std::vector<DevicePart*>& parts) {
+  const auto count = static_cast<int64_t>(parts.size());
+  std::vector<at::Tensor> sums;
+  for (const DevicePart* part : parts) {
+    sums.push_back(at::empty({count * kDoubles}, doubles_on(part->device)));
+    for (int64_t i = 0; i < count; ++i) {
+      copy_sum(parts[i]->sum(), sums.back().narrow(0, i * kDoubles, kDoubles));
+    }
+  }
+  for (int64_t i = 0; i < count; ++i) parts[i]->run_update(std::move(sums[i]), static_cast<int>(count));
+}
+
+}  // namespace
+
+void run_parts(std::vector<DevicePart>& all_parts, Rule rule, const NormClip& norm_clip, const Amp& amp, const Shards& shards) {
   std::vector<DevicePart*> parts;  // GPUs first: they work while the CPU does its share
   for (const bool cpu : {false, true}) {
     for (auto& part : all_parts) {
@@ -184,22 +222,13 @@ void run_parts(std::vector<DevicePart>& all_parts, Rule rule, const NormClip& no
     }
   }
   for (DevicePart* part : parts) part->prepare(rule, norm_clip, amp, /*counts=*/part == parts.front());
-  if (parts.size() < 2 || norm_clip.norm == Norm::none) {
+  const bool over_ranks = shards.over_ranks() && norm_clip.norm != Norm::none;
+  if (!over_ranks && (parts.size() < 2 || norm_clip.norm == Norm::none)) {
     for (DevicePart* part : parts) part->run(Passes::all);
     return;
   }
   for (DevicePart* part : parts) part->run(Passes::measure);
-  // Copies between GPUs are enqueued. The CPU has to wait for the others' sums: it computes with them. All are made
-  // before any device updates, so that nothing can fail in between.
-  const auto devices = static_cast<int64_t>(parts.size());
-  std::vector<at::Tensor> sums;
-  for (const DevicePart* part : parts) {
-    sums.push_back(at::empty({devices * kDoubles}, doubles_on(part->device)));
-    for (int64_t i = 0; i < devices; ++i) {
-      sums.back().narrow(0, i * kDoubles, kDoubles).copy_(parts[i]->sum(), /*non_blocking=*/part->device.is_cuda());
-    }
-  }
-  for (int64_t i = 0; i < devices; ++i) parts[i]->run_update(std::move(sums[i]), static_cast<int>(devices));
+  over_ranks ? update_over_ranks(parts, norm_clip, amp, shards) : update_over_devices(parts);
 }
 
 }  // namespace fastclip

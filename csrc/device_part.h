@@ -1,4 +1,5 @@
-// A device's share of a step: the tensors that are there, and the scratch memory they need.
+// A device's share of a step: the tensors that are there, and the scratch memory they need. Where a norm is taken over
+// ranks, one for all tensors whose sums are added up over the same ranks.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -7,6 +8,7 @@
 #include <vector>
 
 #include "groups.h"
+#include "shards.h"
 #include "step.h"
 
 namespace fastclip {
@@ -19,10 +21,10 @@ struct Amp {
 
 class DevicePart {
  public:
-  explicit DevicePart(c10::Device on) : device(on) {}
+  DevicePart(c10::Device on, PyObject* over) : device(on), reduction(over) {}
 
   void clear();
-  bool in_use() const { return !step.tensors.empty(); }  // by this step
+  bool in_use() const { return awaited || !step.tensors.empty(); }  // by this step
 
   // Allocates what the step needs. Raises where it can't be taken, with nothing enqueued yet.
   void prepare(Rule rule, const NormClip& norm_clip, const Amp& amp, bool counts);
@@ -30,8 +32,11 @@ class DevicePart {
   // On the CPU: does it. On a GPU: enqueues it on the current stream.
   void run(Passes passes);
 
-  // The update of a step that spans several devices: `sums` holds all their sums, here.
-  void run_update(at::Tensor sums, int devices);
+  // The update of a step that spans several parts: `sums` holds all their sums, here.
+  void run_update(at::Tensor sums, int parts);
+
+  // Ranks have put their verdicts together: the one that the update goes by.
+  void set_found_inf(const at::Tensor& found_inf);
 
   bool releases_gil() const;  // while it runs
   bool is_capturing() const;  // a CUDA graph, on the current stream
@@ -46,6 +51,8 @@ class DevicePart {
   at::Tensor clamped() const;        // float64, to be added up
 
   const c10::Device device;
+  PyObject* const reduction;  // over which ranks its sum is added up; nullptr where all hold the same
+  bool awaited = false;       // by other ranks, also where this one has no elements or no gradients
   Step step;
   // Of the last step that did not raise: whether it came here, and how many elements its value clip looked at.
   bool stepped = false;
@@ -71,7 +78,7 @@ class DevicePart {
   bool capturing_ = false;
 };
 
-// One step over all parts that hold tensors, and one norm over all of them.
-void run_parts(std::vector<DevicePart>& parts, Rule rule, const NormClip& norm_clip, const Amp& amp);
+// One step over all parts that are in use, and one norm over all of them, on all ranks.
+void run_parts(std::vector<DevicePart>& parts, Rule rule, const NormClip& norm_clip, const Amp& amp, const Shards& shards);
 
 }  // namespace fastclip

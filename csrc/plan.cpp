@@ -94,22 +94,26 @@ void Plan::clear() {
   reason_.clear();
   first_device_.reset();
   part_ = nullptr;
+  reduction_ = nullptr;
+  shards_.begin();
 }
 
 void Plan::not_covered(const std::string& reason) {
   if (reason_.empty()) reason_ = reason;
 }
 
-DevicePart& Plan::part_of(c10::Device device) {
+DevicePart& Plan::part_of(c10::Device device, PyObject* reduction) {
   for (auto& part : parts_) {
-    if (part.device == device) return part;
+    if (part.device == device && part.reduction == reduction) return part;
   }
-  return parts_.emplace_back(device);
+  return parts_.emplace_back(device, reduction);
 }
 
 void Plan::add_tensor(const at::Tensor* param, const at::Tensor& grad, const ParamStates& states, Momentum momentum,
                       const Hyper& hyper, Py_ssize_t group_index) {
-  if (!part_ || !(part_->device.is_cpu() && grad.is_cpu())) part_ = &part_of(grad.device());
+  if (!part_ || part_->reduction != reduction_ || !(part_->device.is_cpu() && grad.is_cpu())) {
+    part_ = &part_of(grad.device(), reduction_);
+  }
   DevicePart& part = *part_;
   Step& step = part.step;
   const DType dtype = dtype_of(grad);
@@ -166,10 +170,9 @@ void Plan::add_tensor(const at::Tensor* param, const at::Tensor& grad, const Par
 }
 
 // Makes the states that there are not, and says whether the kernels take those that there are.
-bool Plan::cover_states(const Group& group, const Held& held, const at::Tensor& grad, const Place& place,
-                        const StateNames& names, ParamStates& states) {
-  const at::Tensor& param = THPVariable_Unpack(held.object);
-  states_.make_missing(rule_, group, held, grad, place, names, states);
+bool Plan::cover_states(const Group& group, const Held& held, const at::Tensor& param, const at::Tensor& like,
+                        const Place& place, const StateNames& names, ParamStates& states) {
+  states_.make_missing(rule_, group, held, like, place, names, states);
   const auto covers = [&](const at::Tensor& state, PyObject* name) {
     if (const char* why_not = why_not_covered(state, name, param, place)) {
       not_covered(place.text() + " has a " + PyUnicode_AsUTF8(name) + " " + why_not);
@@ -207,15 +210,59 @@ void Plan::add_param(const Group& group, const StateNames& names, Py_ssize_t gro
   }
   const at::Tensor& param = THPVariable_Unpack(object);
   if (!first_device_) first_device_ = param.device();
+  if (const auto shard = shard_of(param, object)) return add_shard(group, names, group_index, place, *shard);
   if (!grad_of(param).defined()) return;
   ParamStates states;
   Held held;
   if (names.any()) {  // the look-up may run Python: the gradient is read afterwards
     held = Held(object);
-    states = states_.find(place, parameter_, names);
+    states = states_.find(place, parameter_, names, nullptr);
   }
   const at::Tensor& grad = grad_of(param);
-  if (!grad.defined()) return;
+  if (grad.defined()) add_covered(group, names, group_index, place, held, states, param, grad, grad);
+}
+
+// Every rank takes part in the norm, whatever it has itself.
+void Plan::await_norm(const Shard& param, const Place& place, const NormClip& norm_clip) {
+  PyObject* const reduction = shards_.reduction_of(param, parameter_, place);
+  const bool measured = norm_clip.norm != Norm::none || norm_clip.skip_nonfinite;
+  reduction_ = measured ? reduction : nullptr;
+  if (!reduction_) return;
+  part_ = &part_of(param.local().device(), reduction_);
+  part_->awaited = true;
+}
+
+std::optional<Shard> Plan::shard_of_grad(const at::Tensor& grad, const Shard& param, const Place& place) {
+  auto shard = shard_of(grad);
+  if (!shard) raise(PyExc_TypeError, "the gradient of " + place.text() + " is no DTensor, as the parameter is");
+  if (same_placement(*shard, param)) return shard;
+  shards_.add_misplaced(place.param);
+  not_covered("the gradient of " + place.text() + " is placed otherwise than the parameter");
+  return {};
+}
+
+void Plan::add_shard(const Group& group, const StateNames& names, Py_ssize_t group_index, const Place& place,
+                     const Shard& shard) {
+  borrowed_.hold();  // Python runs, here and there
+  await_norm(shard, place, group.norm_clip);
+  const at::Tensor& param = THPVariable_Unpack(place.param);
+  const at::Tensor grad = grad_of(param);
+  if (grad.defined()) {
+    const Held held(place.param);
+    if (const auto grad_shard = shard_of_grad(grad, shard, place)) {
+      ParamStates states;
+      if (names.any()) states = states_.find(place, parameter_, names, &shard);
+      add_covered(group, names, group_index, place, held, states, shard.local(), grad_shard->local(), grad);
+      borrowed_.write(param);
+      borrowed_.hold();
+    }
+  }
+  reduction_ = nullptr;
+}
+
+void Plan::add_covered(const Group& group, const StateNames& names, Py_ssize_t group_index, const Place& place,
+                       const Held& held, ParamStates& states, const at::Tensor& param, const at::Tensor& grad,
+                       const at::Tensor& like) {
   if (!is_plainly_covered(param, grad)) {
     if (const char* why_not = why_not_covered(param, grad, place)) {
       return not_covered(place.text() + " " + why_not);
@@ -226,7 +273,7 @@ void Plan::add_param(const Group& group, const StateNames& names, Py_ssize_t gro
   Momentum momentum = Momentum::none;
   if (names.any()) {
     if (rule_ == Rule::sgd && names.count > 0) momentum = states.arrays[0] ? Momentum::running : Momentum::first;
-    if (!cover_states(group, held, grad, place, names, states)) return;
+    if (!cover_states(group, held, param, like, place, names, states)) return;
   }
   if (group.lr_tensor.object && THPVariable_Unpack(group.lr_tensor.object).device() != param.device()) {
     return not_covered(place.text() + " is on another device than lr");
@@ -257,7 +304,6 @@ bool Plan::shares_memory() {
   if (written_addresses_ == disjoint_addresses_) return false;
   std::vector<std::pair<uintptr_t, uintptr_t>> ranges;
   for (const auto& part : parts_) {
-    ranges.clear();
     for (const auto& tensor : part.step.tensors) {
       const auto add = [&](const void* written, int64_t bytes) {
         const auto begin = reinterpret_cast<uintptr_t>(written);
@@ -268,10 +314,10 @@ bool Plan::shares_memory() {
       for (int s = 0; s < kMaxStates; ++s) add(tensor.states[s], tensor.numel * item_size(tensor.state_dtypes[s]));
       add(tensor.step, item_size(tensor.step_is_float64 ? DType::float64 : DType::float32));
     }
-    std::sort(ranges.begin(), ranges.end());
-    for (size_t i = 1; i < ranges.size(); ++i) {
-      if (ranges[i].first < ranges[i - 1].second) return true;
-    }
+  }
+  std::sort(ranges.begin(), ranges.end());
+  for (size_t i = 1; i < ranges.size(); ++i) {
+    if (ranges[i].first < ranges[i - 1].second) return true;
   }
   disjoint_addresses_ = written_addresses_;
   return false;
@@ -305,14 +351,15 @@ std::string Plan::step(PyObject* groups, PyObject* state, PyObject* grad_scale, 
   }
   // A skipped step must leave "no state yet" as it is. Where there are none to make, a GPU decides by itself
   // and nobody waits.
-  if (inf.defined() && (inf.is_cpu() || states_.has_new()) && inf.item<float>() != 0) {
+  const bool joint = asks_all_ranks(norm_clip);  // and then no rank skips by itself, while others wait for it
+  if (inf.defined() && !joint && (inf.is_cpu() || states_.has_new()) && inf.item<float>() != 0) {
     remember(norm_clip, /*skipped_by_host=*/true);
     ++skipped_by_host_;
     return {};
   }
   states_.prepare();
   run(rule_, norm_clip, {scale, inf});
-  if (states_.has_new() && !was_skipped(norm_clip)) states_.store();
+  if (states_.has_new() && !((norm_clip.skip_nonfinite || (joint && inf.defined())) && was_skipped())) states_.store();
   return {};
 }
 
@@ -330,13 +377,23 @@ std::string Plan::clip_grads(PyObject* params, double low, double high, NormClip
     }
     const at::Tensor& param = THPVariable_Unpack(object);
     if (!first_device_) first_device_ = param.device();
-    const at::Tensor& grad = grad_of(param);
-    if (!grad.defined() || !seen.insert(grad.unsafeGetTensorImpl()).second) continue;
+    reduction_ = nullptr;
+    const auto shard = shard_of(param, object);
+    if (shard) {
+      borrowed_.hold();
+      await_norm(*shard, place, norm_clip);
+    }
+    const at::Tensor& whole = grad_of(param);
+    if (!whole.defined() || !seen.insert(whole.unsafeGetTensorImpl()).second) continue;
+    const auto grad_shard = shard ? shard_of_grad(whole, *shard, place) : std::nullopt;
+    if (shard && !grad_shard) continue;
+    const at::Tensor& grad = shard ? grad_shard->local() : whole;
     if (const char* why_not = why_not_covered(grad, place)) {
       not_covered("the gradient of " + place.text() + " " + why_not);
     } else if (grad.numel() > 0) {
       check_memory(grad, "gradient", place);
       add_tensor(nullptr, grad, {}, Momentum::none, hyper, 0);
+      if (shard) borrowed_.write(whole);
     }
   }
   if (something_watches_operations()) not_covered("a dispatch mode or a functorch transform is active");
@@ -360,18 +417,21 @@ void Plan::run(Rule rule, const NormClip& asked, const Amp& amp) {
   // Looking for inf and NaN is taking the inf norm, and clipping nothing.
   if (asked.skip_nonfinite && asked.norm == Norm::none) norm_clip = {Norm::inf, HUGE_VAL, true};
   if (std::any_of(parts_.begin(), parts_.end(), [](const DevicePart& part) { return part.releases_gil(); })) borrowed_.hold();
-  run_parts(parts_, rule, norm_clip, amp);
+  if (asks_all_ranks(asked)) borrowed_.hold();  // Python adds up
+  run_parts(parts_, rule, norm_clip, amp, shards_);
   remember(asked, /*skipped_by_host=*/false);
   borrowed_.bump_versions();
 }
 
-// Whether the step just taken found an inf or NaN. Waits for the device: asked only after a step that made
-// states, which a skipped step must not leave behind.
-bool Plan::was_skipped(const NormClip& norm_clip) const {
-  if (!norm_clip.skip_nonfinite) return false;
-  return std::any_of(parts_.begin(), parts_.end(), [](const DevicePart& part) {
-    return part.in_use() && !part.sum().isfinite().all().item<bool>();
-  });
+bool Plan::asks_all_ranks(const NormClip& norm_clip) const {
+  return shards_.over_ranks() && (norm_clip.norm != Norm::none || norm_clip.skip_nonfinite);
+}
+
+// Whether the step just taken changed nothing. Waits for the device: asked only after a step that made states, which a
+// skipped step must not leave behind.
+bool Plan::was_skipped() const {
+  const DevicePart* const part = first_stepped();
+  return part && part->skipped().item<int64_t>() != 0;
 }
 
 const DevicePart* Plan::first_stepped() const {

@@ -12,6 +12,7 @@
 #include "borrowed.h"
 #include "device_part.h"
 #include "groups.h"
+#include "shards.h"
 #include "states.h"
 #include "step.h"
 #include "tensors.h"
@@ -33,6 +34,10 @@ class Plan {
 
   // Clips the gradients of `params` (a list) in place. Returns as step does.
   std::string clip_grads(PyObject* params, double low, double high, NormClip norm_clip);
+
+  // After a call that the kernels did not cover: the parameters whose gradients are placed otherwise than they are. All
+  // ranks have to redistribute these first, and call again.
+  std::vector<Held> take_misplaced() { return shards_.take_misplaced(); }
 
   // The norm before the norm clip of the last call, a float64 scalar on the parameters' device;
   // undefined if there was none to take.
@@ -70,18 +75,30 @@ class Plan {
   [[gnu::always_inline]] inline void add_tensor(const at::Tensor* param, const at::Tensor& grad,
                                                 const ParamStates& states, Momentum momentum, const Hyper& hyper,
                                                 Py_ssize_t group_index);
-  bool cover_states(const Group& group, const Held& held, const at::Tensor& grad, const Place& place,
-                    const StateNames& names, ParamStates& states);
-  DevicePart& part_of(c10::Device device);
+  // As add_param, of a DTensor: the kernels step on the shard that is here.
+  void add_shard(const Group& group, const StateNames& names, Py_ssize_t group_index, const Place& place, const Shard& shard);
+  // The shard of a gradient that is placed as its parameter; nothing where it is not.
+  std::optional<Shard> shard_of_grad(const at::Tensor& grad, const Shard& param, const Place& place);
+  void await_norm(const Shard& param, const Place& place, const NormClip& norm_clip);
+  // The rest of the walk over a parameter, for ordinary tensors. `like` is the gradient that a new state is made like.
+  [[gnu::always_inline]] inline void add_covered(const Group& group, const StateNames& names, Py_ssize_t group_index,
+                                                 const Place& place, const Held& held, ParamStates& states,
+                                                 const at::Tensor& param, const at::Tensor& grad, const at::Tensor& like);
+  bool cover_states(const Group& group, const Held& held, const at::Tensor& param, const at::Tensor& like,
+                    const Place& place, const StateNames& names, ParamStates& states);
+  DevicePart& part_of(c10::Device device, PyObject* reduction);
   bool shares_memory();
   void run(Rule rule, const NormClip& asked, const Amp& amp);
   void remember(const NormClip& norm_clip, bool skipped_by_host);
-  bool was_skipped(const NormClip& norm_clip) const;
+  bool asks_all_ranks(const NormClip& norm_clip) const;
+  bool was_skipped() const;
   const DevicePart* first_stepped() const;
 
   const Rule rule_;
   std::vector<DevicePart> parts_;
   DevicePart* part_ = nullptr;             // the walk's last
+  PyObject* reduction_ = nullptr;          // of the walk's parameter, where a norm is asked for
+  Shards shards_;
   size_t parameter_ = 0;                   // the walk's position, over all groups
   Borrowed borrowed_;
   States states_{borrowed_};

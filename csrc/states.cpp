@@ -103,7 +103,19 @@ PyObject* States::entry_of(PyObject* param, size_t position) {
   return entry;
 }
 
-ParamStates States::find(const Place& place, size_t position, const StateNames& names) {
+// The shard of a state that is placed as its parameter.
+const at::Tensor* States::shard_in(const at::Tensor* state, PyObject* name, const Place& place, const Shard& param_shard) {
+  if (!state) return nullptr;
+  const auto shard = shard_of(*state);
+  if (!shard) raise(PyExc_TypeError, "the " + text_of(name) + " of " + place.text() + " is no DTensor, as the parameter is");
+  if (!same_placement(*shard, param_shard)) {
+    raise(PyExc_ValueError, "the " + text_of(name) + " of " + place.text() + " is placed otherwise than the parameter");
+  }
+  borrowed_.write(*state);
+  return &shard->local();  // which the DTensor holds
+}
+
+ParamStates States::find(const Place& place, size_t position, const StateNames& names, const Shard* param_shard) {
   ParamStates found;
   PyObject* entry = entry_of(place.param, position);
   if (!entry) return found;
@@ -112,11 +124,16 @@ ParamStates States::find(const Place& place, size_t position, const StateNames& 
   if (names.step) found.step = reader.tensor(names.step);
   for (int s = 0; s < names.count; ++s) found.arrays[s] = reader.tensor(names.arrays[s]);
   if (names.master) found.master = reader.tensor(names.master);
+  if (!param_shard) return found;
+  for (int s = 0; s < names.count; ++s) found.arrays[s] = shard_in(found.arrays[s], names.arrays[s], place, *param_shard);
+  found.master = shard_in(found.master, names.master, place, *param_shard);
   return found;
 }
 
 const at::Tensor* States::make(const Held& param, PyObject* name, at::Tensor tensor) {
-  return &new_.emplace_back(New{Held(param.object), name, std::move(tensor), {}, {}}).tensor;
+  New& added = new_.emplace_back(New{Held(param.object), name, std::move(tensor), {}, {}});
+  const auto shard = shard_of(added.tensor);
+  return shard ? &shard->local() : &added.tensor;
 }
 
 void States::make_missing(Rule rule, const Group& group, const Held& held, const at::Tensor& grad, const Place& place,

@@ -9,6 +9,7 @@
 
 #include "borrowed.h"
 #include "groups.h"
+#include "shards.h"
 #include "tensors.h"
 
 namespace fastclip {
@@ -39,8 +40,9 @@ class States {
   void begin(PyObject* state);
   void end() { new_.clear(); }
 
-  // Looks up what there is of the parameter at `position` among all. May run Python, with other threads.
-  ParamStates find(const Place& place, size_t position, const StateNames& names);
+  // Looks up what there is of the parameter at `position` among all. May run Python, with other threads. Of a sharded
+  // parameter, shards are found and made.
+  ParamStates find(const Place& place, size_t position, const StateNames& names, const Shard* param_shard);
 
   // Notes a state that the step makes; it gets into the dict by `store`. The pointer holds until `end`.
   const at::Tensor* make(const Held& param, PyObject* name, at::Tensor tensor);
@@ -64,6 +66,7 @@ class States {
   };
 
   PyObject* entry_of(PyObject* param, size_t position);
+  const at::Tensor* shard_in(const at::Tensor* state, PyObject* name, const Place& place, const Shard& param_shard);
 
   Borrowed& borrowed_;
   PyObject* state_ = nullptr;

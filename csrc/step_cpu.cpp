@@ -16,6 +16,7 @@ constexpr int64_t kChunksPerFetch = 16;
 // Calls body(tensor, first element, number of elements) for each tensor's share of a range of chunks.
 template <class Body>
 void for_each_run(const Step& step, int64_t first_chunk, int64_t last_chunk, const Body& body) {
+  if (step.tensors.empty()) return;
   auto tensor = std::upper_bound(
       step.tensors.begin(), step.tensors.end(), first_chunk,
       [](int64_t chunk, const TensorEntry& entry) { return chunk < entry.first_chunk; });

@@ -95,7 +95,7 @@ Kernel kernel_of(const Step& step) {
 }
 
 DTypes dtypes_of(const Step& step) {
-  const DType first = step.tensors.front().dtype;
+  const DType first = step.tensors.empty() ? DType::float32 : step.tensors.front().dtype;
   bool one = true, uniform = true, float64 = false;
   for (const TensorEntry& tensor : step.tensors) {
     one &= tensor.dtype == first;

@@ -29,6 +29,8 @@ def check_gradient(group, param, where):
     """Clips and weight decay, which not every kind of gradient has."""
     grad = param.grad
     clips = [name for name in ("clip_value", "max_norm") if group[name] is not None]
+    if hasattr(grad, "full_tensor"):  # of a DTensor parameter, a step in plain torch sees the shard
+        raise TypeError(f"the gradient of {where} is a DTensor, and the parameter is not")
     sparse = grad.layout != torch.strided
     if sparse and "betas" in group:
         raise RuntimeError(f"Adam does not support sparse gradients, as that of {where}: SparseAdam does")
@@ -38,13 +40,6 @@ def check_gradient(group, param, where):
         raise TypeError(f"{clips[0]} can't be applied to the sparse gradient of {where}")
     if grad.is_complex() and "clip_value" in clips:
         raise TypeError(f"clip_value can't be applied to the complex gradient of {where}")
-    if not hasattr(grad, "full_tensor"):
-        return
-    what = f"can't be applied to the gradient of {where}: it is a DTensor, and"
-    if "max_norm" in clips:
-        raise TypeError(f"max_norm {what} the norm of the local shard is not the norm of the model")
-    if group["skip_nonfinite"]:
-        raise TypeError(f"skip_nonfinite {what} one shard would skip a step that another takes")
 
 
 def state_names(group):

@@ -8,15 +8,32 @@ import torch
 from . import reference
 from ._extension import _C
 from .checks import check_clip
+from .distributed import is_dtensor, local_shards, place_gradients
+from .measure import norm_of
 
 
 def _as_list(parameters):
     return [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
 
 
-def _unique_grads(parameters):
-    """Each gradient once, also of a parameter that is given twice."""
-    return list({id(p.grad): p.grad for p in parameters if p.grad is not None}.values())
+def _with_unique_grads(parameters):
+    """One parameter for each gradient: one that is given twice counts once."""
+    return list({id(p.grad): p for p in parameters if p.grad is not None}.values())
+
+
+def _named(parameters):
+    return [(p, f"parameter {i}") for i, p in enumerate(parameters)]
+
+
+def _in_kernels(plan, clip, *arguments):
+    """Whether the kernels have clipped. Gradients that are placed otherwise than their parameters are moved there."""
+    why_not = clip(*arguments)
+    if why_not is not None and (misplaced := plan.take_misplaced()):
+        place_gradients(misplaced)
+        why_not = clip(*arguments)
+        if plan.take_misplaced():
+            raise TypeError(why_not)
+    return why_not is None
 
 
 def clip_grad_value_(parameters, clip_value, foreach=None):
@@ -38,11 +55,14 @@ def clip_grad_value_(parameters, clip_value, foreach=None):
         >>> fastclip.clip_grad_value_(model.parameters(), 0.01)
     """
     parameters = _as_list(parameters)
-    if _C.Plan().clip_grad_value_(parameters, clip_value) is not None:
-        check_clip("clip_value", parameters)
-        with torch.no_grad():
-            for grad in _unique_grads(parameters):
-                grad.clamp_(*reference.bounds(clip_value))
+    plan = _C.Plan()
+    if _in_kernels(plan, plan.clip_grad_value_, parameters, clip_value):
+        return
+    with torch.no_grad(), local_shards(_named(parameters)) as (local, _):
+        shards = [local[p] for p in parameters]
+        check_clip("clip_value", shards)
+        for p in _with_unique_grads(shards):
+            p.grad.clamp_(*reference.bounds(clip_value))
 
 
 def clip_grad_norm_(parameters, max_norm, norm_type=2.0, error_if_nonfinite=False, foreach=None):
@@ -77,18 +97,27 @@ def clip_grad_norm_(parameters, max_norm, norm_type=2.0, error_if_nonfinite=Fals
         norm = clip_grad_norm_(parameters, math.inf, norm_type)
         if not norm.isfinite():
             raise RuntimeError(f"the total norm of order {norm_type} of the gradients is {norm.item()}")
-    grads = _unique_grads(parameters)
     plan = _C.Plan()
-    if norm_type in (2.0, math.inf) and plan.clip_grad_norm_(parameters, max_norm, norm_type) is None:
+    if norm_type in (2.0, math.inf) and _in_kernels(plan, plan.clip_grad_norm_, parameters, max_norm, norm_type):
         norm = plan.total_norm()
     else:
-        check_clip("max_norm", parameters)
-        with torch.no_grad():
+        with torch.no_grad(), local_shards(_named(parameters)) as (local, reductions):
+            check_clip("max_norm", [local[p] for p in parameters])
+            clipped = _with_unique_grads([local[p] for p in parameters])
+            grads = [p.grad for p in clipped]
             if norm_type in (2.0, math.inf):
-                norm = reference.total_norm(grads, norm_type)
+                measure, _ = reference.measure_of_all(clipped, grads, norm_type, None, reductions)
+                norm = norm_of(measure, norm_type)
             else:
-                norm = torch.nn.utils.get_total_norm(grads, norm_type, foreach=foreach)
+                norm = torch.nn.utils.get_total_norm(
+                    [p.grad for p in _with_unique_grads(parameters)], norm_type, foreach=foreach
+                )
+                norm = norm.full_tensor() if is_dtensor(norm) else norm
             reference.scale_(grads, reference.clip_coefficient(norm, max_norm))
     if norm is None:  # not one parameter
         return torch.zeros(())
-    return norm.to(functools.reduce(torch.promote_types, (g.real.dtype for g in grads), torch.float32))
+    return norm.to(
+        functools.reduce(
+            torch.promote_types, (p.grad.real.dtype for p in _with_unique_grads(parameters)), torch.float32
+        )
+    )

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 
 from .checks import name_of
+from .distributed import local_of, on_any_rank
 
 
 class ClipStats(NamedTuple):
@@ -45,16 +46,16 @@ def values_of(grad):
 @torch.no_grad()
 def first_nonfinite(groups):
     """Names the first parameter of `groups` whose gradient holds an inf or NaN, or None. Waits for each device once."""
-    places, flags = [], []
-    for group_index, group in enumerate(groups):
-        for index, param in enumerate(group["params"]):
-            if param.grad is not None:
-                places.append((group_index, index))
-                flags.append(values_of(param.grad.detach()).isfinite().all())
-    finite = [None] * len(flags)
-    for device in {flag.device for flag in flags}:
-        there = [i for i, flag in enumerate(flags) if flag.device == device]
+    places = [(i, j, param) for i, group in enumerate(groups) for j, param in enumerate(group["params"])]
+    flags = [
+        None if param.grad is None else values_of(local_of(param.grad.detach())).isfinite().all().logical_not()
+        for *_, param in places
+    ]
+    nonfinite = [False] * len(flags)
+    for device in {flag.device for flag in flags if flag is not None}:
+        there = [i for i, flag in enumerate(flags) if flag is not None and flag.device == device]
         for i, flag in zip(there, torch.stack([flags[i] for i in there]).tolist(), strict=True):
-            finite[i] = flag
-    bad = next((place for place, flag in zip(places, finite, strict=True) if not flag), None)
-    return None if bad is None else name_of(groups[bad[0]], *bad)
+            nonfinite[i] = flag
+    nonfinite = on_any_rank(nonfinite, [param for *_, param in places])
+    bad = next((place for place, flag in zip(places, nonfinite, strict=True) if flag), None)
+    return None if bad is None else name_of(groups[bad[0]], *bad[:2])

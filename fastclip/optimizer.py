@@ -8,6 +8,8 @@ from torch.optim import optimizer as torch_optimizer
 
 from . import clip_stats
 from ._extension import _C
+from .checks import name_of
+from .distributed import gradients_placed_as, is_dtensor, reduction_of, step_on_shards
 from .precision import state_dtype
 
 SHARED_SETTINGS = ("max_norm", "norm_type", "skip_nonfinite")  # the same in all groups
@@ -77,6 +79,9 @@ class ClippedOptimizer(torch.optim.Optimizer):
                 f"{of_all_ranks[0]} can't be applied to param_groups[{index}]: each rank of FullyShardedDataParallel "
                 "sees its own shard only; its clip_grad_norm_ takes the norm of all"
             )
+        for i, tensor in enumerate(tensors):
+            if is_dtensor(tensor):
+                reduction_of(tensor._spec, name_of(group, index, i))
         for name in SHARED_SETTINGS:
             if self.param_groups and group[name] != self.param_groups[0][name]:
                 raise ValueError(
@@ -234,22 +239,33 @@ class ClippedOptimizer(torch.optim.Optimizer):
                 )
             if not self._in_backward.leaves_a_step():
                 return loss
-        if type(found_inf) is int:  # GradScaler's sum over no gradients at all
-            found_inf = None
+        if type(found_inf) is int:  # GradScaler's sum over no gradients at all; other ranks may have some
+            found_inf = torch.zeros(())
         self._update(self.param_groups, grad_scale, found_inf)
         return loss
 
     def _update(self, groups, grad_scale=None, found_inf=None):
         """A step over `groups`, in form of `param_groups`, without hooks."""
         why_not = self._plan.step(groups, self.state, grad_scale, found_inf)
-        plain = why_not is not None
-        self._reference_stats = self._step_in_plain_torch(groups, why_not, grad_scale, found_inf) if plain else None
+        taken = why_not is None
+        self._reference_stats = None if taken else self._step_elsewhere(groups, why_not, grad_scale, found_inf)
 
-    def _step_in_plain_torch(self, groups, why_not, grad_scale, found_inf):
+    def _step_elsewhere(self, groups, why_not, *amp):
+        """What the kernels did not take: with gradients in the right places, or in plain torch."""
+        misplaced = self._plan.take_misplaced()
+        if not misplaced:
+            return self._step_in_plain_torch(groups, why_not, *amp)
+        with gradients_placed_as(misplaced):
+            why_not = self._plan.step(groups, self.state, *amp)
+            if self._plan.take_misplaced():
+                raise TypeError(why_not)
+            return None if why_not is None else self._step_in_plain_torch(groups, why_not, *amp)
+
+    def _step_in_plain_torch(self, groups, why_not, *amp):
         if why_not not in self._warned and not self.defaults["differentiable"]:
             self._warned.add(why_not)
-            warnings.warn(f"fastclip steps in plain torch, which is slower: {why_not}", stacklevel=5)
-        stats = self._reference_step(groups, self.state, grad_scale, found_inf)
+            warnings.warn(f"fastclip steps in plain torch, which is slower: {why_not}", stacklevel=6)
+        stats = step_on_shards(self._reference_step, groups, self.state, *amp)
         self._reference_skips = stats.skipped_steps + self._reference_skips
         return stats
 

@@ -10,29 +10,9 @@ from torch.optim.sgd import sgd
 
 from .checks import check
 from .clip_stats import ClipStats, values_of
+from .distributed import total_measure
+from .measure import measure_of, norm_of
 from .precision import SIXTEEN_BIT, Rounding, compute_dtype, has_master, state_dtype
-
-
-def total_norm(grads, norm_type=2.0):
-    """The norm of all `grads` taken together, as a float64 scalar on the first one's device.
-
-    Unlike `torch.nn.utils.get_total_norm` it is right for every finite input: gradients of 1e20 do not overflow, those
-    of 1e-25 do not vanish, and a million of them do not lose the sixth digit.
-    """
-    if not grads:
-        return torch.zeros((), dtype=torch.float64)
-    device = grads[0].device
-    flat = [torch.view_as_real(g.resolve_conj()) if g.is_complex() else g for g in grads if g.numel() > 0]
-    if not flat:
-        return torch.zeros((), dtype=torch.float64, device=device)
-    if norm_type == math.inf:
-        magnitudes = [g.abs().amax() for g in grads if g.numel() > 0]
-        return torch.stack([m.double().to(device) for m in magnitudes]).amax()
-    largest = torch.stack([g.abs().amax().double().to(device) for g in flat]).amax()
-    ordinary = largest.isfinite() & (largest > 0)
-    scale = torch.where(ordinary, largest, 1.0)
-    squares = [(g.double() / scale.to(g.device)).square().sum().to(device) for g in flat]
-    return torch.where(ordinary, scale * torch.stack(squares).sum().sqrt(), largest)
 
 
 def clip_coefficient(norm, max_norm):
@@ -71,30 +51,28 @@ def clamped(grad, clip_value, dtype):
     return grad.clamp(low, high), ((grad < low) | (grad > high)).detach().sum()
 
 
-def step_sgd(groups, state, grad_scale=None, found_inf=None):
+def step_sgd(groups, state, grad_scale=None, found_inf=None, reductions=None):
     """One step of `fastclip.SGD` over `groups` (a list of dicts) with `state` (a dict of dicts by parameter).
 
     Returns ClipStats, whose `skipped_steps` counts this step only. Order: unscale, value clip, norm clip, then
-    `torch.optim.SGD`, whose own code does the update.
+    `torch.optim.SGD`, whose own code does the update. `reductions`, of each parameter, are of a sharded model.
     """
-    return step(update_sgd, groups, state, grad_scale, found_inf)
+    return step(update_sgd, groups, state, grad_scale, found_inf, reductions)
 
 
-def step_adam(groups, state, grad_scale=None, found_inf=None):
+def step_adam(groups, state, grad_scale=None, found_inf=None, reductions=None):
     """One step of `fastclip.Adam` or `fastclip.AdamW`, as `step_sgd`; `torch.optim.Adam`'s own code does the update."""
-    return step(update_adam, groups, state, grad_scale, found_inf)
+    return step(update_adam, groups, state, grad_scale, found_inf, reductions)
 
 
 @torch.no_grad()
-def step(update, groups, state, grad_scale, found_inf):
+def step(update, groups, state, grad_scale, found_inf, reductions):
     """What the optimizers have in common: clips, then calls update(group, clipped gradients, state, first) for each
     group, `first` being the place of its first parameter among those of all groups."""
     check(groups, state)
-    raw = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-    if found_inf is not None and found_inf.item() != 0:
-        return stats_of(groups, torch.tensor(math.inf, dtype=torch.float64), skipped=True)
-    if groups[0]["skip_nonfinite"] and not all(values_of(g).isfinite().all() for g in raw):
-        return stats_of(groups, norm_of(groups, raw), skipped=True)
+    params = [p for group in groups for p in group["params"] if p.grad is not None]
+    max_norm, skip_nonfinite = groups[0]["max_norm"], groups[0]["skip_nonfinite"]
+    norm_type = math.inf if max_norm is None else float(groups[0]["norm_type"])
     inverse_scale = None if grad_scale is None else grad_scale.double().reciprocal().float()
     moved, looked_at = 0, 0
     with torch.set_grad_enabled(any(group["differentiable"] for group in groups)):
@@ -110,9 +88,20 @@ def step(update, groups, state, grad_scale, found_inf):
                 moved = sum((count.to(pairs[0][1].device) for _, count in pairs), start=moved)
                 looked_at += sum(g.numel() for g in of_group)
             grads.append(of_group)
-        norm = norm_of(groups, [g for of_group in grads for g in of_group])
-        if norm is not None:
-            coefficient = clip_coefficient(norm, groups[0]["max_norm"])
+        norm = None
+        if max_norm is not None or skip_nonfinite:
+            flat = [g for of_group in grads for g in of_group]
+            if skip_nonfinite:  # a value clip would hide what it has to see
+                raw = [values_of(p.grad) for p in params]
+                flat = flat if all(g.isfinite().all() for g in raw) else raw
+            measure, found_inf = measure_of_all(params, flat, norm_type, found_inf, reductions)
+            norm = norm_of(measure, norm_type)
+        if found_inf is not None and found_inf.item() != 0:
+            return stats_of(groups, torch.tensor(math.inf, dtype=torch.float64), skipped=True)
+        if skip_nonfinite and not measure.isfinite().all():
+            return stats_of(groups, norm, skipped=True)
+        if max_norm is not None:
+            coefficient = clip_coefficient(norm, max_norm)
             grads = [[g * coefficient.to(g.device, g.real.dtype) for g in of_group] for of_group in grads]
         first = 0
         for group, of_group in zip(groups, grads, strict=True):
@@ -121,9 +110,15 @@ def step(update, groups, state, grad_scale, found_inf):
     return stats_of(groups, norm, moved, looked_at)
 
 
-def norm_of(groups, grads):
-    """What the norm clip of `groups` measures, or None if there is none."""
-    return None if groups[0]["max_norm"] is None else total_norm(grads, float(groups[0]["norm_type"]))
+def measure_of_all(params, grads, norm_type, found_inf, reductions):
+    """The measure of the gradients of a whole model, and AMP's verdict on them: over all ranks of a sharded one."""
+    if not reductions:
+        return measure_of(grads, norm_type), found_inf
+    of_class = {}
+    for param, grad in zip(params, grads, strict=True):
+        of_class.setdefault(reductions[param], []).append(grad)
+    measures = [(reduction, measure_of(of_one, norm_type)) for reduction, of_one in of_class.items()]
+    return total_measure([r for r in dict.fromkeys(reductions.values()) if r.groups], measures, norm_type, found_inf)
 
 
 def stats_of(groups, norm, moved=0, looked_at=0, skipped=False):

@@ -1,77 +1,71 @@
-"""Sharded parameters: the norm of one rank's shard is never taken for the norm of the model."""
-
-import subprocess
-import sys
+"""Data parallel, sharded and tensor parallel models on 1, 2 and 4 ranks, each a process of its own."""
 
 import pytest
 import torch
 
-import fastclip
-
-from .cases import param
-
 if not torch.distributed.is_available():
     pytest.skip("this torch has no torch.distributed", allow_module_level=True)
 
-RANK = """if True:
-    import sys
-    import torch, fastclip
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
+import fastclip
 
-    rank, file = int(sys.argv[1]), sys.argv[2]
-    dist.init_process_group("gloo", store=dist.FileStore(file, 2), rank=rank, world_size=2)
-    mesh = init_device_mesh("cpu", (2,))
-
-    def sharded(values):
-        return distribute_tensor(torch.tensor(values), mesh, [Shard(0)])
-
-    def make(*grad):
-        p = torch.nn.Parameter(sharded([0.0] * 4))
-        p.grad = sharded([*grad])
-        return p
-
-    def whole(tensor):
-        return [round(x, 6) for x in tensor.detach().full_tensor().tolist()]
-
-    results = []
-    for settings in ({"max_norm": 1.0}, {"skip_nonfinite": True}):
-        p = make(3.0, 4.0, 0.0, float("inf"))
-        try:
-            fastclip.SGD([p], lr=1.0, **settings).step()
-        except TypeError as error:
-            results.append("parameter 0 of group 0" in str(error) and "DTensor" in str(error))
-        results.append(whole(p))
-    p = make(3.0, 4.0, 0.0, -12.0)
-    fastclip.SGD([p], lr=1.0, clip_value=3.5).step()
-    results.append(whole(p))
-    norm = fastclip.clip_grad_norm_([p], 6.5)
-    results += [norm.full_tensor().item(), whole(p.grad)]
-    fastclip.clip_grad_value_([p], 1.75)
-    results.append(whole(p.grad))
-    print(results)
-    dist.barrier()
-    dist.destroy_process_group()
-"""
+from .cases import param
+from .distributed import checkpoints, disagreement, models, placements
+from .distributed.compare import CASES
+from .distributed.worker import PASSED, start_ranks
 
 
-def test_a_local_norm_is_not_taken_for_the_norm_of_a_sharded_model(tmp_path):
-    """A step refuses a norm, or a verdict, of its shard; a value clip needs none; clip_grad_norm_ takes that of all."""
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), tmp_path / "store"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Of all cases: processes need seconds to start, so those of each number of ranks are started once."""
+    folder = tmp_path_factory.mktemp("distributed")
+
+    def run(ranks):
+        return start_ranks(ranks, folder, [name for name, (_, sizes) in CASES.items() if ranks in sizes])
+
+    return {ranks: run(ranks) for ranks in (2, 1, 4)}  # 2 save the checkpoints
+
+
+def cases_of(module):
+    """(name, number of ranks) of each case in a file of tests/distributed."""
+    found = [
+        (name, ranks) for name, (case, sizes) in CASES.items() if case.__module__ == module.__name__ for ranks in sizes
     ]
-    expected = [True, [0.0] * 4, True, [0.0] * 4]
-    expected += [[-3.0, -3.5, 0.0, 3.5], 13.0, [1.5, 2.0, 0.0, -6.0], [1.5, 1.75, 0.0, -1.75]]
-    for rank in ranks:
-        out, errors = rank.communicate(timeout=120)
-        assert out.strip() == str(expected), errors
+    return pytest.mark.parametrize(("case", "ranks"), found, ids=[f"{name}-{ranks}" for name, ranks in found])
+
+
+def assert_passed(outcomes):
+    failed = [f"rank {rank}: {outcome}" for rank, outcome in outcomes.items() if outcome != PASSED]
+    assert not failed, "\n".join(failed)
+
+
+@cases_of(models)
+def test_models(results, case, ranks):
+    assert_passed(results[ranks][case])
+
+
+@cases_of(placements)
+def test_placements(results, case, ranks):
+    assert_passed(results[ranks][case])
+
+
+@cases_of(disagreement)
+def test_ranks_that_see_something_else(results, case, ranks):
+    assert_passed(results[ranks][case])
+
+
+@cases_of(checkpoints)
+def test_checkpoints(results, case, ranks):
+    assert_passed(results[ranks][case])
+
+
+def test_a_rank_that_fails_or_does_not_come_is_told(tmp_path):
+    """The tests above can fail: an error of one rank reaches them, and what could not run after it."""
+    outcomes = start_ranks(2, tmp_path, ["fails_on_rank_1", "passes"])
+    assert outcomes["fails_on_rank_1"][0] == PASSED
+    assert "as it has to" in outcomes["fails_on_rank_1"][1]
+    assert all("did not run" in outcome for outcome in outcomes["passes"].values())
+    with pytest.raises(AssertionError, match="as it has to"):
+        assert_passed(outcomes["fails_on_rank_1"])
 
 
 def test_a_norm_of_the_shards_of_one_rank_is_refused():

@@ -51,3 +51,9 @@ def test_launches_and_bytes(emulated):
     """What a step costs on a GPU, counted: see cuda_on_cpu/counts.py."""
     result = build.run_tests(*emulated, "tests/cuda_on_cpu/counts.py")
     assert result.returncode == 0 and " passed" in result.stdout, result.stdout[-6000:] + result.stderr[-2000:]
+
+
+def test_ranks_of_a_sharded_model(emulated):
+    """Each a process with an emulated GPU of its own, and one norm."""
+    result = build.run_tests(*emulated, "tests/cuda_on_cpu/ranks.py")
+    assert result.returncode == 0 and "1 passed" in result.stdout, result.stdout[-6000:] + result.stderr[-2000:]

@@ -1,0 +1,129 @@
+// DTensors: which part of them is here, and over which ranks sums have to be added up.
+#include "shards.h"
+
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <algorithm>
+#include <cmath>
+
+namespace fastclip {
+namespace {
+
+Held checked(PyObject* new_reference) {
+  if (!new_reference) throw PythonError{};
+  return Held::stolen(new_reference);
+}
+
+struct Names {
+  PyObject* local_tensor = PyUnicode_InternFromString("_local_tensor");
+  PyObject* spec = PyUnicode_InternFromString("_spec");
+  PyObject* placed[3] = {PyUnicode_InternFromString("placements"), PyUnicode_InternFromString("mesh"),
+                         PyUnicode_InternFromString("shard_order")};
+  PyObject* groups = PyUnicode_InternFromString("groups");
+};
+const Names& names() {
+  static const Names all;
+  return all;
+}
+
+Held attribute(PyObject* object, PyObject* name) { return checked(PyObject_GetAttr(object, name)); }
+
+// Not imported here, which would take a second: where nobody has done so there is no DTensor.
+bool is_dtensor(PyObject* object) {
+  static PyObject* type = nullptr;
+  if (!type) {
+    static PyObject* const module_name = PyUnicode_InternFromString("torch.distributed.tensor");
+    const Held module = Held::stolen(PyImport_GetModule(module_name));
+    if (!module.object) {
+      if (PyErr_Occurred()) throw PythonError{};
+      return false;
+    }
+    type = PyObject_GetAttrString(module.object, "DTensor");
+    if (!type) throw PythonError{};
+  }
+  return PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(type));
+}
+
+Held call(const char* function, const std::vector<PyObject*>& arguments) {
+  static PyObject* module = nullptr;
+  if (!module) module = PyImport_ImportModule("fastclip.distributed");
+  if (!module) throw PythonError{};
+  const Held callable = checked(PyObject_GetAttrString(module, function));
+  return checked(PyObject_Vectorcall(callable.object, arguments.data(), arguments.size(), nullptr));
+}
+
+Held wrapped(const at::Tensor& tensor) {
+  return tensor.defined() ? checked(THPVariable_Wrap(tensor)) : Held(Py_None);
+}
+
+at::Tensor tensor_of(PyObject* object) { return object == Py_None ? at::Tensor() : THPVariable_Unpack(object); }
+
+}  // namespace
+
+const at::Tensor& Shard::local() const { return THPVariable_Unpack(tensor.object); }
+
+std::optional<Shard> shard_of_subclass(PyObject* object) {
+  if (!is_dtensor(object)) return {};
+  Shard shard{attribute(object, names().local_tensor), attribute(object, names().spec)};
+  if (!THPVariable_Check(shard.tensor.object)) raise(PyExc_TypeError, "the local tensor of a DTensor must be a tensor");
+  return shard;
+}
+
+std::optional<Shard> shard_of(const at::Tensor& tensor) {
+  if (!tensor.unsafeGetTensorImpl()->key_set().has(c10::DispatchKey::Python)) return {};
+  return shard_of_subclass(wrapped(tensor).object);
+}
+
+bool same_placement(const Shard& a, const Shard& b) {
+  if (a.spec.object == b.spec.object) return true;
+  return std::all_of(std::begin(names().placed), std::end(names().placed), [&](PyObject* name) {
+    const int same =
+        PyObject_RichCompareBool(attribute(a.spec.object, name).object, attribute(b.spec.object, name).object, Py_EQ);
+    if (same < 0) throw PythonError{};
+    return same == 1;
+  });
+}
+
+PyObject* Shards::kept(Held reduction) {
+  for (const Held& other : kept_) {
+    const int same = PyObject_RichCompareBool(other.object, reduction.object, Py_EQ);
+    if (same < 0) throw PythonError{};
+    if (same) return other.object;
+  }
+  return kept_.emplace_back(std::move(reduction)).object;
+}
+
+PyObject* Shards::reduction_of(const Shard& param, size_t position, const Place& place) {
+  if (known_.size() <= position) known_.resize(position + 1);
+  Known& known = known_[position];
+  if (known.spec.object != param.spec.object) {
+    const Held name = checked(PyUnicode_FromString(place.text().c_str()));
+    Held reduction = call("reduction_of", {param.spec.object, name.object});
+    const int any = PyObject_IsTrue(attribute(reduction.object, names().groups).object);
+    if (any < 0) throw PythonError{};
+    known = {Held(param.spec.object), any ? kept(std::move(reduction)) : nullptr};
+  }
+  if (known.reduction && std::find(reductions_.begin(), reductions_.end(), known.reduction) == reductions_.end()) {
+    reductions_.push_back(known.reduction);
+  }
+  return known.reduction;
+}
+
+std::pair<at::Tensor, at::Tensor> Shards::total(const std::vector<PartMeasure>& measures, Norm norm,
+                                                const at::Tensor& found_inf) const {
+  const Held reductions = checked(PyList_New(0)), pairs = checked(PyList_New(0));
+  for (PyObject* reduction : reductions_) {
+    if (PyList_Append(reductions.object, reduction) != 0) throw PythonError{};
+  }
+  for (const auto& [reduction, measure] : measures) {
+    const Held tensor = wrapped(measure);
+    const Held pair = checked(PyTuple_Pack(2, reduction ? reduction : Py_None, tensor.object));
+    if (PyList_Append(pairs.object, pair.object) != 0) throw PythonError{};
+  }
+  const Held order = checked(PyFloat_FromDouble(norm == Norm::inf ? HUGE_VAL : 2));
+  const Held verdict = wrapped(found_inf);
+  const Held result = call("total_measure", {reductions.object, pairs.object, order.object, verdict.object});
+  return {tensor_of(PyTuple_GET_ITEM(result.object, 0)), tensor_of(PyTuple_GET_ITEM(result.object, 1))};
+}
+
+}  // namespace fastclip

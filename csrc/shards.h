@@ -1,0 +1,74 @@
+// DTensors: which part of them is here, and over which ranks sums have to be added up.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <Python.h>
+#include <c10/core/DispatchKeySet.h>
+
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "groups.h"
+#include "tensors.h"
+
+namespace fastclip {
+
+// The shard of a DTensor that this rank holds, and where the others are.
+struct Shard {
+  Held tensor;  // an ordinary tensor
+  Held spec;    // DTensorSpec
+
+  const at::Tensor& local() const;
+};
+
+// Nothing for any other tensor. `object` is the tensor's.
+std::optional<Shard> shard_of_subclass(PyObject* object);
+inline std::optional<Shard> shard_of(const at::Tensor& tensor, PyObject* object) {
+  if (!tensor.unsafeGetTensorImpl()->key_set().has(c10::DispatchKey::Python)) return {};
+  return shard_of_subclass(object);
+}
+std::optional<Shard> shard_of(const at::Tensor& tensor);
+
+// Whether two DTensors of one shape have the same elements on each rank.
+bool same_placement(const Shard& a, const Shard& b);
+
+// What one part of a step has measured: over which ranks that has to be added up, a fastclip.distributed.Reduction or
+// nullptr, and the measure, as 3 float64.
+using PartMeasure = std::pair<PyObject*, at::Tensor>;
+
+// The sharded parameters of a step. fastclip/distributed.py knows process groups, and adds up.
+class Shards {
+ public:
+  void begin() {
+    reductions_.clear();
+    misplaced_.clear();
+  }
+
+  // The Reduction of a parameter, the `position`th of all: nullptr where all ranks hold the same. Borrowed from this.
+  // Every parameter is asked for it, with or without a gradient: what the ranks do together must not depend on those.
+  PyObject* reduction_of(const Shard& param, size_t position, const Place& place);
+  bool over_ranks() const { return !reductions_.empty(); }
+
+  // A parameter whose gradient is placed otherwise, say a Partial one: it has to be redistributed first.
+  void add_misplaced(PyObject* param) { misplaced_.emplace_back(param); }
+  bool any_misplaced() const { return !misplaced_.empty(); }
+  std::vector<Held> take_misplaced() { return std::exchange(misplaced_, {}); }
+
+  // What all ranks have measured, as 3 float64, and AMP's verdict on all of them, if there was one.
+  std::pair<at::Tensor, at::Tensor> total(const std::vector<PartMeasure>& measures, Norm norm, const at::Tensor& found_inf) const;
+
+ private:
+  struct Known {
+    Held spec;
+    PyObject* reduction;
+  };
+  PyObject* kept(Held reduction);
+
+  std::vector<Known> known_;           // of each parameter; the spec tells whether it still holds
+  std::vector<Held> kept_;             // all Reductions there have been, each once
+  std::vector<PyObject*> reductions_;  // of this step, in the order of the parameters
+  std::vector<Held> misplaced_;
+};
+
+}  // namespace fastclip

@@ -1,0 +1,15 @@
+"""Two ranks whose shards are stepped by the CUDA kernels: also one that has nothing, and waits for the other's sums."""
+
+from tests.distributed.worker import PASSED, start_ranks
+
+CASES = [
+    "fsdp_steps_as_one_process_with_the_whole_model",
+    "gradients_that_are_missing",
+    "a_nan_on_one_rank_skips_the_step_on_all",
+    "amp_verdicts_that_differ_between_ranks_are_joined",
+]
+
+
+def test_ranks(tmp_path):
+    outcomes = start_ranks(2, tmp_path, CASES)
+    assert all(outcome == PASSED for of_case in outcomes.values() for outcome in of_case.values()), outcomes
