@@ -36,6 +36,8 @@ def check_gradient(group, param, where):
         raise TypeError(f"weight_decay can't be applied to the sparse gradient of {where}")
     if sparse and clips:
         raise TypeError(f"{clips[0]} can't be applied to the sparse gradient of {where}")
+    if grad.is_complex() and not param.is_complex():
+        raise TypeError(f"the gradient of {where} is complex, and the parameter is not")
     if grad.is_complex() and "clip_value" in clips:
         raise TypeError(f"clip_value can't be applied to the complex gradient of {where}")
     if not hasattr(grad, "full_tensor"):
@@ -65,6 +67,8 @@ def check_states(group, param, state, where):
             check_state(group, param, entry[name], name, where)
         elif "betas" in group and entry:
             raise KeyError(f"the state of {where} has no {name}, but others that belong to it")
+    if "betas" in group and entry and not isinstance(entry.get("step"), torch.Tensor):
+        raise KeyError(f"the state of {where} has no step that is a tensor, but others that belong to it")
 
 
 def check_state(group, param, tensor, name, where):

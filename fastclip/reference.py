@@ -188,6 +188,7 @@ def update_adam(group, grads, state):
             state[p].update({name: torch.zeros_like(p) for name in names})
     kept = {name: [state[p][name] for p in params] for name in names}
     wide = [p.to(compute_dtype(p)) for p in params]  # the parameter itself, but for 16-bit ones
+    grads = [g.to(w.dtype) for g, w in zip(grads, wide, strict=True)]  # `p.grad_dtype` allows others
     wide_kept = {name: [t.float() if t.dtype in SIXTEEN_BIT else t for t in kept[name]] for name in names}
     adam(
         wide,

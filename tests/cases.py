@@ -2,7 +2,10 @@
 
 import itertools
 import math
+from contextlib import contextmanager
+from unittest import mock
 
+import numpy as np
 import torch
 
 import fastclip
@@ -68,6 +71,20 @@ def give_grads(*param_lists, scale=1.0):
         grad = scale * torch.randn(params[0].shape, dtype=torch.float64)
         for p in params:
             p.grad = grad.to(p.device, p.dtype, copy=True)
+
+
+@contextmanager
+def exact_square_roots():
+    """In Adam: torch's own come from MKL, which may be off by a bit in its last place; IEEE's, and numpy's, are not."""
+    own = torch.Tensor.sqrt
+
+    def sqrt(tensor):
+        if tensor.dtype not in (torch.float32, torch.float64):  # computed in float32, and rounded once
+            return own(tensor)
+        return torch.from_numpy(np.asarray(np.sqrt(tensor.detach().cpu().numpy()))).to(tensor.device)
+
+    with mock.patch.object(torch.Tensor, "sqrt", sqrt):
+        yield
 
 
 def clip_in_place(params, clip_value=None, max_norm=None, norm_type=2.0):

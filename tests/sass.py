@@ -93,7 +93,7 @@ def source(name):
 
 
 def enumerators(enum):
-    text = next(t for t in map(source, ("tiles_cuda.cuh", "clip_rules.h")) if f"enum class {enum} " in t)
+    text = "".join(map(source, ("table_cuda.cuh", "tiles_cuda.cuh", "clip_rules.h")))
     return re.search(rf"enum class {enum} [^{{]*{{([^}}]*)}}", text)[1].replace(" ", "").split(",")
 
 
@@ -136,7 +136,7 @@ class Tile:
 
     @property
     def arrays_read(self):
-        return {"sgd": 2, "sgd_momentum": 3}.get(self.variant, 1)
+        return {"sgd": 2, "sgd_momentum": 3, "adam": 4, "adam_amsgrad": 5}.get(self.variant, 1)
 
     @property
     def arrays_written(self):

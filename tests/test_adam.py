@@ -4,10 +4,7 @@ import copy
 import itertools
 import math
 import warnings
-from contextlib import contextmanager
-from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 
@@ -23,6 +20,7 @@ from .cases import (
     assert_same_bits,
     clip_in_place,
     copy_params,
+    exact_square_roots,
     give_grads,
     make_params,
     param,
@@ -36,17 +34,6 @@ RULES = [
     )
 ]
 BITWISE = ["none", "value", "pair"]
-
-
-@contextmanager
-def exact_square_roots():
-    """torch's own come from MKL, which may be off by a bit in its last place; IEEE's, and numpy's, are not."""
-
-    def sqrt(tensor):
-        return torch.from_numpy(np.asarray(np.sqrt(tensor.detach().cpu().numpy()))).to(tensor.device)
-
-    with mock.patch.object(torch.Tensor, "sqrt", sqrt):
-        yield
 
 
 class Loop:
