@@ -67,8 +67,17 @@ def check_states(group, param, state, where):
             check_state(group, param, entry[name], name, where)
         elif "betas" in group and entry:
             raise KeyError(f"the state of {where} has no {name}, but others that belong to it")
-    if "betas" in group and entry and not isinstance(entry.get("step"), torch.Tensor):
-        raise KeyError(f"the state of {where} has no step that is a tensor, but others that belong to it")
+    if "betas" in group and entry:
+        check_count(entry.get("step"), where)
+
+
+def check_count(step, where):
+    if step is None:
+        raise KeyError(f"the state of {where} has no step, but others that belong to it")
+    if not isinstance(step, torch.Tensor):
+        raise TypeError(f"the step of {where} must be a tensor, got {type(step).__name__}")
+    if step.numel() != 1:
+        raise ValueError(f"the step of {where} must be a 1-element tensor, got {[*step.shape]}")
 
 
 def check_state(group, param, tensor, name, where):

@@ -107,25 +107,27 @@ def clip_in_place(params, clip_value=None, max_norm=None, norm_type=2.0):
 
 
 class Loop:
-    """The Python loop that fastclip replaces: clip each gradient in place, then torch.optim.SGD."""
+    """The Python loop that fastclip replaces: clip each gradient in place, then the optimizer of torch's."""
 
-    def __init__(self, params, clip=None, **settings):
+    def __init__(self, params, clip=None, optimizer="SGD", **settings):
         self.params = list(params)
         self.clip = clip or {}
-        self.optimizer = torch.optim.SGD(self.params, foreach=False, **settings)
+        self.optimizer = getattr(torch.optim, optimizer)(self.params, foreach=False, **settings)
 
     def step(self):
         norm = clip_in_place(self.params, **self.clip)
-        self.optimizer.step()
+        with exact_square_roots():
+            self.optimizer.step()
         return norm
 
 
-def pair(shapes, clip=None, dtype=torch.float32, device="cpu", **settings):
-    """A Loop and a fastclip.SGD over equal parameters: (loop, its parameters, optimizer, its parameters)."""
-    settings.setdefault("lr", 0.1)
+def pair(shapes, clip=None, dtype=torch.float32, device="cpu", optimizer="SGD", **settings):
+    """A Loop and a fastclip.SGD, or another, over equal parameters: (loop, its parameters, optimizer, its)."""
+    settings.setdefault("lr", 0.1 if optimizer == "SGD" else 0.01)
     ours = make_params(shapes, dtype, device)
     theirs = copy_params(ours)
-    return Loop(theirs, clip, **settings), theirs, fastclip.SGD(ours, **(clip or {}), **settings), ours
+    loop = Loop(theirs, clip, optimizer, **settings)
+    return loop, theirs, getattr(fastclip, optimizer)(ours, **(clip or {}), **settings), ours
 
 
 def step_both(loop, theirs, optimizer, ours):
