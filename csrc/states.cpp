@@ -157,6 +157,8 @@ void States::make_missing(Rule rule, const Group& group, const Held& held, const
     if (states.arrays[s]) continue;
     const at::Tensor like = rule == Rule::sgd ? grad.detach() : param.detach();  // whose strides it has, in torch
     auto dtype = has_master ? at::kFloat : like.scalar_type();
+    // What torch's weight decay makes of a gradient of another dtype than its parameter.
+    if (group.hyper.weight_decay != 0) dtype = c10::promoteTypes(dtype, param.scalar_type());
     if (s == 0 && group.momentum_dtype) dtype = *group.momentum_dtype;
     const auto options = like.options().dtype(dtype);
     states.arrays[s] =

@@ -46,7 +46,7 @@ struct Pack {
 // Words of each of so many arrays that a lane asks for before it needs the first: with 16 warps on a
 // multiprocessor 32 KiB and more are under way, more than the memory's latency asks for.
 template <int kArrays>
-constexpr int kInFlight = kArrays > 2 ? 2 : 4;
+constexpr int kInFlight = kArrays > 3 ? 1 : kArrays > 2 ? 2 : 4;
 
 // Calls body(k, i) for the words i = first, first + 32, ... below `count` that a lane has under way at once.
 template <int kAtOnce, class Body>
@@ -166,6 +166,9 @@ __device__ __noinline__ uint32_t update_tile(const Header& header, const Hyper& 
 
   auto* const params = static_cast<Stored*>(kRule ? entry.param : entry.grad) + begin;
   const auto* const grads = static_cast<const Stored*>(entry.grad) + begin;
+  Stored* states_at[kStates > 0 ? kStates : 1];  // in registers: the compiler would look them up for each word
+#pragma unroll
+  for (int s = 0; s < kStates; ++s) states_at[s] = static_cast<Stored*>(entry.states[s]) + begin;
   uint32_t clamped = 0;
 
   for_tile<Stored, kAtOnce>(entry.aligned, size, [&](auto values, int offset, int first, int count) {
@@ -174,9 +177,7 @@ __device__ __noinline__ uint32_t update_tile(const Header& header, const Hyper& 
     using Word = typename Values::Word;
     const auto* const grad_words = reinterpret_cast<const Word*>(grads + offset);
     auto* const param_words = reinterpret_cast<Word*>(params + offset);
-    const auto state_words = [&](int s) {
-      return reinterpret_cast<Word*>(static_cast<Stored*>(entry.states[s]) + begin + offset);
-    };
+    const auto state_words = [&](int s) { return reinterpret_cast<Word*>(states_at[s] + offset); };
     Word p[kAtOnce], g[kAtOnce], of_states[kStates > 0 ? kStates : 1][kAtOnce];
     if constexpr (kRule) for_words<kAtOnce>(first, count, [&](int k, int i) { p[k] = __ldcs(param_words + i); });
 #pragma unroll

@@ -38,6 +38,8 @@ def check_gradient(group, param, where):
         raise TypeError(f"weight_decay can't be applied to the sparse gradient of {where}")
     if sparse and clips:
         raise TypeError(f"{clips[0]} can't be applied to the sparse gradient of {where}")
+    if grad.is_complex() and not param.is_complex():
+        raise TypeError(f"the gradient of {where} is complex, and the parameter is not")
     if grad.is_complex() and "clip_value" in clips:
         raise TypeError(f"clip_value can't be applied to the complex gradient of {where}")
 
@@ -60,6 +62,17 @@ def check_states(group, param, state, where):
             check_state(group, param, entry[name], name, where)
         elif "betas" in group and entry:
             raise KeyError(f"the state of {where} has no {name}, but others that belong to it")
+    if "betas" in group and entry:
+        check_count(entry.get("step"), where)
+
+
+def check_count(step, where):
+    if step is None:
+        raise KeyError(f"the state of {where} has no step, but others that belong to it")
+    if not isinstance(step, torch.Tensor):
+        raise TypeError(f"the step of {where} must be a tensor, got {type(step).__name__}")
+    if step.numel() != 1:
+        raise ValueError(f"the step of {where} must be a 1-element tensor, got {[*step.shape]}")
 
 
 def check_state(group, param, tensor, name, where):

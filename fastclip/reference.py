@@ -185,6 +185,7 @@ def update_adam(group, grads, state, first=0):
             state[p].update({name: torch.zeros_like(p, dtype=state_dtype(group, p, name)) for name in names})
     kept = {name: [state[p][name] for p in params] for name in names}
     wide = wide_params(group, params, state)
+    grads = [g.to(w.dtype) for g, w in zip(grads, wide, strict=True)]  # `p.grad_dtype` allows others
     wide_kept = {name: [t.float() if t.dtype in SIXTEEN_BIT else t for t in kept[name]] for name in names}
     settings = ("amsgrad", "lr", "weight_decay", "eps", "maximize", "differentiable", "decoupled_weight_decay")
     adam(

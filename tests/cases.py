@@ -2,7 +2,10 @@
 
 import itertools
 import math
+from contextlib import contextmanager
+from unittest import mock
 
+import numpy as np
 import torch
 
 import fastclip
@@ -70,6 +73,20 @@ def give_grads(*param_lists, scale=1.0):
             p.grad = grad.to(p.device, p.dtype, copy=True)
 
 
+@contextmanager
+def exact_square_roots():
+    """In Adam: torch's own come from MKL, which may be off by a bit in its last place; IEEE's, and numpy's, are not."""
+    own = torch.Tensor.sqrt
+
+    def sqrt(tensor):
+        if tensor.dtype not in (torch.float32, torch.float64):  # computed in float32, and rounded once
+            return own(tensor)
+        return torch.from_numpy(np.asarray(np.sqrt(tensor.detach().cpu().numpy()))).to(tensor.device)
+
+    with mock.patch.object(torch.Tensor, "sqrt", sqrt):
+        yield
+
+
 def clip_in_place(params, clip_value=None, max_norm=None, norm_type=2.0):
     """The clipping that goes before `optimizer.step()` in plain code. Returns the norm."""
     grads = [p.grad for p in params if p.grad is not None and p.grad.numel()]
@@ -90,25 +107,27 @@ def clip_in_place(params, clip_value=None, max_norm=None, norm_type=2.0):
 
 
 class Loop:
-    """The Python loop that fastclip replaces: clip each gradient in place, then torch.optim.SGD."""
+    """The Python loop that fastclip replaces: clip each gradient in place, then the optimizer of torch's."""
 
-    def __init__(self, params, clip=None, **settings):
+    def __init__(self, params, clip=None, optimizer="SGD", **settings):
         self.params = list(params)
         self.clip = clip or {}
-        self.optimizer = torch.optim.SGD(self.params, foreach=False, **settings)
+        self.optimizer = getattr(torch.optim, optimizer)(self.params, foreach=False, **settings)
 
     def step(self):
         norm = clip_in_place(self.params, **self.clip)
-        self.optimizer.step()
+        with exact_square_roots():
+            self.optimizer.step()
         return norm
 
 
-def pair(shapes, clip=None, dtype=torch.float32, device="cpu", **settings):
-    """A Loop and a fastclip.SGD over equal parameters: (loop, its parameters, optimizer, its parameters)."""
-    settings.setdefault("lr", 0.1)
+def pair(shapes, clip=None, dtype=torch.float32, device="cpu", optimizer="SGD", **settings):
+    """A Loop and a fastclip.SGD, or another, over equal parameters: (loop, its parameters, optimizer, its)."""
+    settings.setdefault("lr", 0.1 if optimizer == "SGD" else 0.01)
     ours = make_params(shapes, dtype, device)
     theirs = copy_params(ours)
-    return Loop(theirs, clip, **settings), theirs, fastclip.SGD(ours, **(clip or {}), **settings), ours
+    loop = Loop(theirs, clip, optimizer, **settings)
+    return loop, theirs, getattr(fastclip, optimizer)(ours, **(clip or {}), **settings), ours
 
 
 def step_both(loop, theirs, optimizer, ours):

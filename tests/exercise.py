@@ -16,6 +16,7 @@ from .cases import CLIPS, RULES, SHAPES
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 PLAIN, MOMENTUM, NESTEROV = RULES[0], RULES[5], RULES[15]
+ADAMW, AMSGRAD = {"optimizer": "AdamW"}, {"optimizer": "Adam", "amsgrad": True, "weight_decay": 0.01}
 STEPS = 3
 # Where a norm is summed in another order, the last bit of a coefficient may differ.
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12, torch.bfloat16: 2**-7, torch.float16: 2**-10}
@@ -23,13 +24,16 @@ TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12, torch.bfloat16: 2**-7, t
 
 def cases(small):
     """(name, [(shape, dtype), ...], settings) of each case."""
-    for dtype, rule, clip in itertools.product(DTYPES, (PLAIN, MOMENTUM, NESTEROV), CLIPS):
+    for dtype, rule, clip in itertools.product(DTYPES, (PLAIN, MOMENTUM, NESTEROV, ADAMW, AMSGRAD), CLIPS):
         if not small or rule is not PLAIN or dtype is torch.float32:
-            name = f"{str(dtype).removeprefix('torch.')}, {clip}, momentum {rule['momentum']}"
+            words = ", ".join(f"{key} {value}" for key, value in rule.items() if value)
+            name = f"{str(dtype).removeprefix('torch.')}, {clip}, {words or 'plain'}"
             yield name, [(shape, dtype) for shape in SHAPES], {**rule, **CLIPS[clip]}
     mixed = list(itertools.product(SHAPES, DTYPES))
     for clip in ("value and norm",) if small else ("value", "norm", "inf norm", "value and norm"):
         yield f"mixed dtypes, {clip}", mixed, {**MOMENTUM, **CLIPS[clip]}
+        yield f"mixed dtypes, {clip}, AdamW", mixed, {**ADAMW, **CLIPS[clip]}
+        yield f"1,200 tensors, {clip}, AdamW", 1200 * [((5,), torch.float32)], {**ADAMW, **CLIPS[clip]}
         yield f"600 tensors, {clip}", 600 * [((5,), torch.float32)], {**MOMENTUM, **CLIPS[clip]}
         yield f"1,200 tensors, {clip}", 1200 * [((5,), torch.float32)], {**MOMENTUM, **CLIPS[clip]}
         if not small:  # more chunks than blocks fit the largest GPU
@@ -66,7 +70,8 @@ def difference(tensors, settings, device):
     expected = [random(shape, dtype).requires_grad_() for shape, dtype in tensors]
     found = [views(p.detach(), device).requires_grad_() for p in expected]
     settings = {"lr": 0.1, **settings}
-    optimizers = [fastclip.SGD(params, **settings) for params in (expected, found)]
+    cls = getattr(fastclip, settings.pop("optimizer", "SGD"))
+    optimizers = [cls(params, **settings) for params in (expected, found)]
     for _ in range(STEPS):
         for a, b in zip(expected, found, strict=True):
             a.grad = random(a.shape, a.dtype)
@@ -80,10 +85,8 @@ def difference(tensors, settings, device):
             return f"norm {b!r} instead of {a!r}"
     for index, (a, b) in enumerate(zip(expected, found, strict=True)):
         pairs = {"parameter": (a.detach(), b.detach().cpu())}
-        if "momentum_buffer" in optimizers[0].state[a]:
-            pairs["momentum"] = tuple(
-                o.state[p]["momentum_buffer"].cpu() for o, p in zip(optimizers, (a, b), strict=True)
-            )
+        for name, value in optimizers[0].state.get(a, {}).items():
+            pairs[name] = (value, optimizers[1].state[b][name].cpu())
         for kind, (x, y) in pairs.items():
             rtol = TOLERANCE[a.dtype] if norm else 0
             if not torch.allclose(y, x, rtol=rtol, atol=rtol):

@@ -9,6 +9,7 @@ import copy
 import io
 import math
 import warnings
+from contextlib import nullcontext
 from unittest import mock
 
 import torch
@@ -17,6 +18,7 @@ import fastclip
 from fastclip import reference
 from fastclip.optimizer import OWN_SETTINGS
 
+from .cases import exact_square_roots
 from .scenarios import SIXTEEN_BIT, bits, exact_norm, placed
 
 NORM_TOLERANCE = 1e-14
@@ -33,14 +35,15 @@ def check(scenario):
 
 class Playback:
     def __init__(self, scenario):
-        self.shared = scenario.shared
+        self.scenario, self.shared = scenario, scenario.shared
         self.specs, self.ours, self.theirs, self.groups = [], [], [], []
         self.state_16 = collections.defaultdict(dict)
         self.elsewhere = set()  # tensors that the kernels need not take
         self.skipped = 0
+        self.ours_of, theirs_of = getattr(fastclip, scenario.optimizer), getattr(torch.optim, scenario.optimizer)
         first = [self.make(group) for group in scenario.groups]
-        self.optimizer = fastclip.SGD([ours for ours, _ in first], **self.shared)
-        self.loop = torch.optim.SGD([theirs for _, theirs in first], foreach=False)
+        self.optimizer = self.ours_of([ours for ours, _ in first], **self.shared)
+        self.loop = theirs_of([theirs for _, theirs in first], foreach=False)
 
     def make(self, group):
         """(fastclip's group, torch's)."""
@@ -56,8 +59,9 @@ class Playback:
         self.ours += ours
         self.theirs += theirs
         plain = {name: value for name, value in group.settings.items() if name != "clip_value"}
+        of_torch = {"differentiable": False, "decoupled_weight_decay": self.scenario.optimizer == "AdamW"}
         self.groups.append(
-            {**OWN_SETTINGS, **group.settings, **self.shared, "params": [p for p, _ in theirs], "differentiable": False}
+            {**OWN_SETTINGS, **group.settings, **self.shared, **of_torch, "params": [p for p, _ in theirs]}
         )
         return {"params": [p for p, _ in ours], **group.settings}, {"params": [p for p, _ in theirs], **plain}
 
@@ -89,7 +93,7 @@ class Playback:
                 {k: v for k, v in group.items() if k not in OWN_SETTINGS} for group in saved["param_groups"]
             ]
         if how in ("fresh", "file"):
-            self.optimizer = fastclip.SGD([{"params": g["params"]} for g in self.optimizer.param_groups], lr=7.0)
+            self.optimizer = self.ours_of([{"params": g["params"]} for g in self.optimizer.param_groups], lr=7.0)
             self.skipped = 0  # a new optimizer counts anew
         self.optimizer.load_state_dict(saved)
 
@@ -120,7 +124,8 @@ class Playback:
         versions = [g._version for g, _, _ in grads]
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            self.optimizer.step()
+            with exact_square_roots():  # of those that are stepped in plain torch
+                self.optimizer.step()
         assert self.elsewhere or not caught, f"{where}the kernels were left: {caught[0].message}"
         assert [g._version for g, _, _ in grads] == versions, f"{where}a gradient's version has moved"
         for gradient, memory, before in grads:
@@ -151,12 +156,15 @@ class Playback:
                 p.grad = None
             elif norm is not None:
                 p.grad = writable(p.grad).mul_(coefficient(norm, self.shared["max_norm"]).to(p.dtype))
-        self.loop.step()
+        with exact_square_roots():
+            self.loop.step()
         for p, grad in sixteen.items():
             p.grad = grad
         narrow = [{**g, "params": [p for p in g["params"] if p in sixteen]} for g in self.groups]
-        with mock.patch.object(reference, "total_norm", lambda *_: norm):
-            reference.step_sgd(narrow, self.state_16)
+        step = reference.step_sgd if isinstance(self.loop, torch.optim.SGD) else reference.step_adam
+        same_norm = nullcontext() if norm is None else mock.patch.object(reference, "norm_of", lambda *_: norm)
+        with same_norm, exact_square_roots():
+            step(narrow, self.state_16)
 
     def checked_norm(self, grads, where):
         """fastclip's norm, after it was compared with the exact one of clipped gradients."""

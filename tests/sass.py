@@ -93,7 +93,7 @@ def source(name):
 
 
 def enumerators(enum):
-    text = next(t for t in map(source, ("tiles_cuda.cuh", "clip_rules.h")) if f"enum class {enum} " in t)
+    text = "".join(map(source, ("table_cuda.cuh", "tiles_cuda.cuh", "clip_rules.h")))
     return re.search(rf"enum class {enum} [^{{]*{{([^}}]*)}}", text)[1].replace(" ", "").split(",")
 
 
@@ -102,8 +102,9 @@ def constant(name):
 
 
 def packs_in_flight(arrays):
-    limit, more, fewer = re.search(r"kInFlight = kArrays > (\d+) \? (\d+) : (\d+);", source("tiles_cuda.cuh")).groups()
-    return int(more if arrays > int(limit) else fewer)
+    text = re.search(r"kInFlight = (.*);", source("tiles_cuda.cuh"))[1]
+    limits = re.findall(r"kArrays > (\d+) \? (\d+) :", text)
+    return next((int(packs) for limit, packs in limits if arrays > int(limit)), int(text.split()[-1]))
 
 
 # ---- parsing -----------------------------------------------------------------------------------------
@@ -135,8 +136,16 @@ class Tile:
     dtype: str
 
     @property
+    def states(self):
+        return {"sgd_momentum": 1, "adam": 2, "adam_amsgrad": 3}.get(self.variant, 0)
+
+    @property
+    def is_adam(self):
+        return self.states > 1
+
+    @property
     def arrays_read(self):
-        return {"sgd": 2, "sgd_momentum": 3}.get(self.variant, 1)
+        return 1 if self.work == "measure" or self.variant == "clip_grad" else 2 + self.states
 
     @property
     def arrays_written(self):

@@ -59,6 +59,7 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Scenario:
+    optimizer: str  # "SGD", "Adam" or "AdamW"
     groups: tuple
     shared: dict  # max_norm, norm_type, skip_nonfinite
     steps: tuple
@@ -94,50 +95,67 @@ def params(draw):
 
 
 @st.composite
-def own_settings(draw):
-    """Of one group."""
+def settings_of_sgd(draw):
     momentum = draw(st.sampled_from([0, 0.0, 0.9, 0.5]))
     nesterov = momentum > 0 and draw(st.booleans())
+    dampening = 0 if nesterov else draw(st.sampled_from([0, 0.3]))
+    return {"momentum": momentum, "dampening": dampening, "nesterov": nesterov}
+
+
+# Not beta1 = 0: torch's averages then have 0.0 or -0.0, in a vector's lanes otherwise than behind them.
+settings_of_adam = st.fixed_dictionaries(
+    {
+        "betas": st.tuples(st.sampled_from([0.9, 0.5, 0.3, 0.001]), st.sampled_from([0.999, 0.0, 0.5])),
+        "eps": st.sampled_from([1e-8, 0.0, 1e-3, 1.0]),
+        "amsgrad": st.booleans(),
+    }
+)
+
+
+@st.composite
+def own_settings(draw, optimizer):
+    """Of one group."""
     return {
         "lr": draw(st.sampled_from([0.1, 1.0, 0.0, 1e-3])),
-        "momentum": momentum,
-        "dampening": 0 if nesterov else draw(st.sampled_from([0, 0.3])),
-        "nesterov": nesterov,
+        **draw(settings_of_sgd() if optimizer == "SGD" else settings_of_adam),
         "weight_decay": draw(st.sampled_from([0, 0.0, 0.01])),
         "maximize": draw(st.booleans()),
         "clip_value": draw(clip_values),
     }
 
 
-groups = st.builds(Group, st.lists(params(), min_size=1, max_size=4).map(tuple), own_settings())
+def groups(optimizer):
+    return st.builds(Group, st.lists(params(), min_size=1, max_size=4).map(tuple), own_settings(optimizer))
 
 
 @st.composite
-def events(draw, now):
+def events(draw, optimizer, now):
     """What happens before a step to the groups there are `now`, a list that it changes."""
     kind = draw(st.sampled_from(["set", "set", "reload", "freeze", "add"]))
     if kind == "add":
-        now.append(draw(groups))
+        now.append(draw(groups(optimizer)))
         return kind, now[-1]
     if kind == "reload":
         return kind, draw(st.sampled_from(["itself", "fresh", "file", "torch"]))
     if kind == "freeze":
         return kind, draw(st.integers(0, sum(len(g.params) for g in now) - 1))
-    changed = draw(own_settings())
-    names = draw(st.sets(st.sampled_from(["lr", "weight_decay", "maximize", "clip_value"]), min_size=1))
+    changed = draw(own_settings(optimizer))
+    own = ["betas", "eps"] if "betas" in changed else []
+    names = draw(st.sets(st.sampled_from(["lr", "weight_decay", "maximize", "clip_value", *own]), min_size=1))
     return kind, draw(st.integers(0, len(now) - 1)), {name: changed[name] for name in sorted(names)}
 
 
 @st.composite
 def scenarios(draw):
-    now = draw(st.lists(groups, min_size=1, max_size=3))
+    optimizer = draw(st.sampled_from(["SGD", "SGD", "Adam", "AdamW"]))
+    now = draw(st.lists(groups(optimizer), min_size=1, max_size=3))
     first = tuple(now)
     max_norm = draw(st.none() | thresholds)
     shared = {"max_norm": max_norm, "skip_nonfinite": draw(st.booleans())}
     shared["norm_type"] = draw(st.sampled_from([2.0, 2, math.inf, "inf"]))
     steps = []
     for _ in range(draw(st.integers(1, 4))):
-        before = tuple(draw(st.lists(events(now), max_size=1)))
+        before = tuple(draw(st.lists(events(optimizer, now), max_size=1)))
         tensors = [param for group in now for param in group.params]
         places = st.integers(0, len(tensors) - 1)
         elsewhere = draw(st.none() | places)
@@ -151,7 +169,7 @@ def scenarios(draw):
                 draw(st.none() | st.tuples(places, st.sampled_from(SPECIAL + NONFINITE))),
             )
         )
-    return Scenario(first, shared, tuple(steps))
+    return Scenario(optimizer, first, shared, tuple(steps))
 
 
 # ---- tensors -----------------------------------------------------------------------------------

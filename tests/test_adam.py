@@ -4,10 +4,7 @@ import copy
 import itertools
 import math
 import warnings
-from contextlib import contextmanager
-from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 
@@ -22,10 +19,11 @@ from .cases import (
     TINY,
     assert_close,
     assert_same_bits,
-    clip_in_place,
     copy_params,
+    exact_square_roots,
     give_grads,
     make_params,
+    pair,
     param,
 )
 
@@ -39,44 +37,6 @@ RULES = [
 BITWISE = ["none", "value", "pair"]
 
 
-@contextmanager
-def exact_square_roots():
-    """torch's own come from MKL, which may be off by a bit in its last place; IEEE's, and numpy's, are not."""
-
-    def sqrt(tensor):
-        return torch.from_numpy(np.asarray(np.sqrt(tensor.detach().cpu().numpy()))).to(tensor.device)
-
-    with mock.patch.object(torch.Tensor, "sqrt", sqrt):
-        yield
-
-
-class Loop:
-    """What fastclip replaces: clip each gradient in place, then torch's step."""
-
-    def __init__(self, name, params, clip, **settings):
-        self.params, self.clip = params, clip
-        self.optimizer = OPTIMIZERS[name][1](params, foreach=False, **settings)
-
-    def step(self):
-        norm = clip_in_place(self.params, **self.clip)
-        with exact_square_roots():
-            self.optimizer.step()
-        return norm
-
-
-def pair(name, shapes, clip=None, dtype=torch.float32, device="cpu", **settings):
-    """A Loop and an optimizer of fastclip's over equal parameters: (loop, its parameters, optimizer, its)."""
-    settings.setdefault("lr", 0.01)
-    ours = make_params(shapes, dtype, device)
-    theirs = copy_params(ours)
-    return (
-        Loop(name, theirs, clip or {}, **settings),
-        theirs,
-        OPTIMIZERS[name][0](ours, **(clip or {}), **settings),
-        ours,
-    )
-
-
 def described(rule):
     return " ".join(f"{name}={value}" for name, value in rule.items() if value)
 
@@ -86,7 +46,7 @@ def described(rule):
 @pytest.mark.parametrize("rule", RULES, ids=described)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_same_bits_as_the_loop(name, rule, dtype, clip):
-    loop, theirs, optimizer, ours = pair(name, SHAPES, CLIPS[clip], dtype, **rule)
+    loop, theirs, optimizer, ours = pair(SHAPES, CLIPS[clip], dtype, optimizer=name, **rule)
     for step in range(4):
         give_grads(theirs, ours, scale=10 ** (step - 2))
         loop.step()
@@ -98,7 +58,7 @@ def test_same_bits_as_the_loop(name, rule, dtype, clip):
 @pytest.mark.parametrize("shapes", [TINY, LARGE, SHAPES + TINY + LARGE], ids=["tiny", "large", "all"])
 def test_same_bits_over_many_and_large_tensors(shapes, threads):
     torch.set_num_threads(threads)
-    loop, theirs, optimizer, ours = pair("AdamW", shapes, CLIPS["value"], amsgrad=True)
+    loop, theirs, optimizer, ours = pair(shapes, CLIPS["value"], optimizer="AdamW", amsgrad=True)
     for _ in range(3):
         give_grads(theirs, ours)
         loop.step()
@@ -125,7 +85,7 @@ def test_within_units_in_the_last_place_of_torch_as_it_is(name, device):
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 5e-6), (torch.float64, 1e-12)], ids=str)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_norm_clip_agrees_with_the_loop(name, dtype, rtol, clip):
-    loop, theirs, optimizer, ours = pair(name, SHAPES, CLIPS[clip], dtype, weight_decay=0.1, eps=1e-3)
+    loop, theirs, optimizer, ours = pair(SHAPES, CLIPS[clip], dtype, optimizer=name, weight_decay=0.1, eps=1e-3)
     for _ in range(4):
         give_grads(theirs, ours)
         norm = loop.step()
@@ -156,7 +116,7 @@ def test_16_bit_parameters_are_computed_in_float32_and_rounded_once(dtype, amsgr
 
 def test_reference_agrees_with_the_loop():
     for name, clip in itertools.product(OPTIMIZERS, CLIPS.values()):
-        loop, theirs, optimizer, ours = pair(name, [(5, 3), (17,)], clip, torch.float64, weight_decay=0.1)
+        loop, theirs, optimizer, ours = pair([(5, 3), (17,)], clip, torch.float64, optimizer=name, weight_decay=0.1)
         for _ in range(3):
             give_grads(theirs, ours)
             loop.step()
@@ -205,7 +165,7 @@ def test_states_are_exchanged_with_torch(name, to_torch):
 
 def test_each_tensor_counts_its_own_steps():
     """One without a gradient is not counted, and its averages are corrected by its own count."""
-    loop, theirs, optimizer, ours = pair("Adam", [(5,)] * 40)
+    loop, theirs, optimizer, ours = pair([(5,)] * 40, optimizer="Adam")
     for step in range(6):
         give_grads(theirs, ours)
         for i in range(40):
@@ -220,7 +180,7 @@ def test_each_tensor_counts_its_own_steps():
 def test_a_step_that_was_loaded_as_a_number_or_as_float64(recwarn):
     """Old checkpoints hold numbers; torch keeps float64 where that is the default dtype."""
     for step in (3, 3.0, torch.tensor(3.0, dtype=torch.float64)):
-        loop, theirs, optimizer, ours = pair("AdamW", [(5,)])
+        loop, theirs, optimizer, ours = pair([(5,)], optimizer="AdamW")
         for _ in range(3):
             give_grads(theirs, ours)
             loop.step()

@@ -8,7 +8,17 @@ import torch
 
 import fastclip
 
-from .cases import CLIPS, assert_close, assert_same_bits, clip_in_place, copy_params, make_params, pair, param
+from .cases import (
+    CLIPS,
+    assert_close,
+    assert_same_bits,
+    clip_in_place,
+    copy_params,
+    exact_square_roots,
+    make_params,
+    pair,
+    param,
+)
 
 falls_back = pytest.mark.falls_back
 SHAPES = [(5, 3), (4,), (33,)]
@@ -37,17 +47,20 @@ def random_gradients(shapes, device, micro_batches, overflows):
 
 
 def buffers(optimizer, params):
-    return [optimizer.state[p]["momentum_buffer"] for p in params if p in optimizer.state]
+    return [value for p in params if p in optimizer.state for value in optimizer.state[p].values()]
 
 
-@pytest.mark.parametrize("momentum", [0, 0.9])
+SGD, MOMENTUM, ADAM = {}, {"momentum": 0.9, "dampening": 0.1}, {"optimizer": "AdamW", "eps": 1e-3}
+
+
+@pytest.mark.parametrize("rule", [SGD, MOMENTUM, ADAM], ids=["sgd", "momentum", "adam"])
 @pytest.mark.parametrize("overflow", OVERFLOWS)
 @pytest.mark.parametrize("micro_batches", [1, 3])
 @pytest.mark.parametrize("unscale", [False, True], ids=["unscaled by the step", "unscale_"])
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_grad_scaler_equals_the_plain_sequence(settings, unscale, micro_batches, overflow, momentum, device):
+def test_grad_scaler_equals_the_plain_sequence(settings, unscale, micro_batches, overflow, rule, device):
     clip = {k: v for k, v in SETTINGS[settings].items() if k != "skip_nonfinite"}
-    loop, theirs, optimizer, ours = pair(SHAPES, clip, device=device, momentum=momentum, dampening=0.1)
+    loop, theirs, optimizer, ours = pair(SHAPES, clip, device=device, **rule)
     optimizer.param_groups[0]["skip_nonfinite"] = settings == "skip_nonfinite"
     scalers = scaler_on(device), scaler_on(device)
     for step in range(STEPS):
@@ -59,7 +72,8 @@ def test_grad_scaler_equals_the_plain_sequence(settings, unscale, micro_batches,
         norm = clip_in_place(theirs, **clip)
         if norm is not None and step in OVERFLOWS[overflow]:
             norm.fill_(math.inf)  # as a skipped step reports it: a value clip has hidden it here
-        scalers[0].step(loop.optimizer)
+        with exact_square_roots():
+            scalers[0].step(loop.optimizer)
 
         if unscale:
             scalers[1].unscale_(optimizer)

@@ -14,12 +14,13 @@ B = r"parameter 1 of group 1 \('b'\)"
 falls_back = pytest.mark.falls_back
 
 
-def make(**settings):
+def make(cls=fastclip.SGD, **settings):
     """Two groups, a step taken; in each the parameter that gets broken stands between sound ones."""
     params = [torch.randn(4, 3, requires_grad=True) for _ in NAMES]
     named = list(zip(NAMES, params, strict=True))
-    settings = {"lr": 0.1, "momentum": 0.9, "max_norm": 1.0, **settings}
-    optimizer = fastclip.SGD([{"params": named[:1]}, {"params": named[1:]}], **settings)
+    rule = {"momentum": 0.9} if cls is fastclip.SGD else {"amsgrad": True}
+    settings = {"lr": 0.1, "max_norm": 1.0, **rule, **settings}
+    optimizer = cls([{"params": named[:1]}, {"params": named[1:]}], **settings)
     for p in params:
         p.grad = torch.randn(4, 3)
     optimizer.step()
@@ -91,11 +92,18 @@ def no_tensor(optimizer, p):
     optimizer.param_groups[1]["params"][1] = "b"
 
 
-def buffer(value):
+def buffer(value, name="momentum_buffer"):
     def replaced(optimizer, p):
-        optimizer.state[p]["momentum_buffer"] = value()
+        optimizer.state[p][name] = value()
 
     return replaced
+
+
+def dropped(name):
+    def drop(optimizer, p):
+        del optimizer.state[p][name]
+
+    return drop
 
 
 def setting(index, name, value):
@@ -169,6 +177,63 @@ def test_a_step_that_raises_names_the_cause_and_changes_nothing(case, way):
     if way == "plain torch":  # another parameter's gradient has gaps: all go there
         params[0].grad = torch.randn(4, 6)[:, ::2]
     broken(optimizer, params[2])
+    before = everything(optimizer)
+    with pytest.raises(error, match=words):
+        optimizer.step()
+    assert everything(optimizer) == before
+
+
+def of_groups(name, value, error, words):
+    return setting(1, name, value), error, rf"{words} in param_groups\[1\]"
+
+
+# Of Adam, besides: what its states and settings can be.
+CASES_OF_ADAM = {
+    "sparse gradient": (sparse_gradient, RuntimeError, f"does not support sparse gradients, as that of {B}"),
+    "resized with gradient": (resized_parameter_and_gradient, ValueError, f"exp_avg of {B} has another shape"),
+    "state": CASES["state"],
+    "shape": (buffer(lambda: torch.ones(5), "exp_avg_sq"), ValueError, f"exp_avg_sq of {B} has another shape"),
+    "device": (
+        buffer(lambda: torch.ones(4, 3, device="meta"), "max_exp_avg_sq"),
+        ValueError,
+        f"max_exp_avg_sq of {B} is on another device",
+    ),
+    "dtype": (
+        buffer(lambda: torch.ones(4, 3, dtype=torch.int64), "exp_avg"),
+        ValueError,
+        f"exp_avg of {B} has another dtype",
+    ),
+    "overlapping": (
+        buffer(lambda: torch.ones(4, 1).expand(4, 3), "exp_avg_sq"),
+        ValueError,
+        f"exp_avg_sq of {B} holds several elements at one address",
+    ),
+    "no tensor": (buffer(lambda: "x", "exp_avg"), TypeError, f"exp_avg of {B} must be a tensor, got str"),
+    "number of steps": (buffer(lambda: 3, "step"), TypeError, f"step of {B} must be a tensor, got int"),
+    "steps of two": (buffer(lambda: torch.ones(2), "step"), ValueError, f"step of {B}"),
+    "no steps": (dropped("step"), KeyError, f"{B} has no step"),
+    "no exp_avg": (dropped("exp_avg"), KeyError, f"{B} has no exp_avg"),
+    "no max_exp_avg_sq": (dropped("max_exp_avg_sq"), KeyError, f"{B} has no max_exp_avg_sq"),
+    "one beta": of_groups("betas", (0.9,), ValueError, "betas"),
+    "NaN beta": of_groups("betas", (0.9, math.nan), ValueError, r"betas\[1\]"),
+    "beta in words": of_groups("betas", ("0.9", 0.9), TypeError, r"betas\[0\]"),
+    "NaN eps": of_groups("eps", math.nan, ValueError, "eps"),
+    "beta of two": of_groups("betas", (torch.ones(2), 0.9), (ValueError, TypeError), r"betas\[0\]"),
+}
+
+
+@falls_back
+@pytest.mark.parametrize("way", ["kernels", "plain torch", "the parameter itself"])
+@pytest.mark.parametrize("case", CASES_OF_ADAM)
+def test_also_in_adam(case, way):
+    broken, error, words = CASES_OF_ADAM[case]
+    optimizer, params = make(fastclip.AdamW)
+    broken(optimizer, params[2])
+    if way == "plain torch":
+        params[0].grad = torch.randn(4, 6)[:, ::2]
+    elif way == "the parameter itself" and case != "sparse gradient":
+        shape = params[2].shape
+        params[2].grad = torch.randn(shape[0], 2 * shape[1])[:, ::2]
     before = everything(optimizer)
     with pytest.raises(error, match=words):
         optimizer.step()

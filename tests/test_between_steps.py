@@ -20,10 +20,15 @@ from .cases import (
     step_both,
 )
 
+both_rules = pytest.mark.parametrize(
+    "rule", [{"momentum": 0.9, "dampening": 0.5}, {"optimizer": "AdamW"}], ids=["momentum", "adam"]
+)
 
-def test_a_gradient_that_first_appears_later_and_one_that_goes_away():
-    """Momentum starts per tensor, undampened, when the tensor's first gradient comes."""
-    loop, theirs, optimizer, ours = pair([(5,), (7,), (3, 3)], CLIPS["value"], momentum=0.9, dampening=0.5)
+
+@both_rules
+def test_a_gradient_that_first_appears_later_and_one_that_goes_away(rule):
+    """Momentum starts per tensor, undampened, when the tensor's first gradient comes; Adam counts its own steps."""
+    loop, theirs, optimizer, ours = pair([(5,), (7,), (3, 3)], CLIPS["value"], **rule)
     for step in range(7):
         give_grads(theirs, ours)
         for params in (theirs, ours):
@@ -43,15 +48,16 @@ def test_momentum_switched_on_and_off_between_steps():
     assert_same_bits(theirs, ours, loop.optimizer, optimizer)
 
 
-def test_data_grad_and_dtype_replaced_between_steps():
-    loop, theirs, optimizer, ours = pair([(5,), (7,)], CLIPS["value"], momentum=0.9)
+@both_rules
+def test_data_grad_and_dtype_replaced_between_steps(rule):
+    loop, theirs, optimizer, ours = pair([(5,), (7,)], CLIPS["value"], **rule)
     give_grads(theirs, ours)
     step_both(loop, theirs, optimizer, ours)
     fresh = torch.randn(5)
     theirs[0].data, ours[0].data = fresh.clone(), fresh.clone()
     for params, opt in ((theirs, loop.optimizer), (ours, optimizer)):
         params[1].data = params[1].data.double()
-        opt.state[params[1]]["momentum_buffer"] = opt.state[params[1]]["momentum_buffer"].double()
+        opt.state[params[1]].update({name: value.double() for name, value in opt.state[params[1]].items()})
         params[1].grad = None
     for _ in range(3):
         gc.collect()
@@ -80,21 +86,24 @@ def test_module_moved_with_swapped_tensors():
     assert torch.equal(model.weight, before - 0.1 * model.weight.grad)
 
 
-def test_the_plan_keeps_no_gradient_alive():
+@pytest.mark.parametrize("cls", [fastclip.SGD, fastclip.Adam])
+def test_the_plan_keeps_no_gradient_alive(cls):
     p = torch.zeros(1000, requires_grad=True)
-    opt = fastclip.SGD([p], lr=0.1, momentum=0.9, max_norm=1.0)
+    opt = cls([p], lr=0.1, max_norm=1.0, **({"momentum": 0.9} if cls is fastclip.SGD else {}))
     p.grad = torch.ones(1000)
     opt.step()
-    grad, buffer = weakref.ref(p.grad), weakref.ref(opt.state[p]["momentum_buffer"])
+    references = [weakref.ref(tensor) for tensor in (p.grad, *opt.state[p].values())]
+    assert len(references) == (2 if cls is fastclip.SGD else 4)
     p.grad = None
     opt.state.clear()
     gc.collect()
-    assert grad() is None and buffer() is None
+    assert not any(reference() is not None for reference in references)
 
 
-def test_gradients_freed_and_replaced_between_steps(device):
+@both_rules
+def test_gradients_freed_and_replaced_between_steps(rule, device):
     """Their memory is full of something else by the next step."""
-    loop, theirs, optimizer, ours = pair([(300, 257), (7,)], CLIPS["value"], device=device, momentum=0.9)
+    loop, theirs, optimizer, ours = pair([(300, 257), (7,)], CLIPS["value"], device=device, **rule)
     for _ in range(5):
         give_grads(theirs, ours)
         step_both(loop, theirs, optimizer, ours)
@@ -129,6 +138,11 @@ def test_version_counters_of_all_that_is_written():
     before = p._version, buffer._version, p.grad._version
     optimizer.step()
     assert p._version > before[0] and buffer._version > before[1] and p.grad._version == before[2]
+    adam = fastclip.Adam([p], amsgrad=True)
+    adam.step()
+    before = {name: value._version for name, value in adam.state[p].items()}
+    adam.step()
+    assert len(before) == 4 and all(value._version > before[name] for name, value in adam.state[p].items())
     for clip in (fastclip.clip_grad_value_, fastclip.clip_grad_norm_):
         version = p.grad._version
         clip([p], 0.1)

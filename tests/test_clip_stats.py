@@ -19,12 +19,16 @@ def count_clamped(params, low, high):
     return sum(((g.clamp(low, high) != g) & ~g.isnan()).sum().item() for g in grads), sum(g.numel() for g in grads)
 
 
-@pytest.mark.parametrize("momentum", [0, 0.9])
+RULES = {"plain": (fastclip.SGD, {}), "momentum": (fastclip.SGD, {"momentum": 0.9}), "adam": (fastclip.AdamW, {})}
+
+
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("clip", CLIPS)
-def test_it_says_what_the_clip_did(clip, dtype, momentum, device):
+def test_it_says_what_the_clip_did(clip, dtype, rule, device):
     params = make_params(SHAPES + LARGE, dtype, device)
-    optimizer = fastclip.SGD(params, lr=0.1, momentum=momentum, **CLIPS[clip])
+    cls, settings = RULES[rule]
+    optimizer = cls(params, lr=0.1, **settings, **CLIPS[clip])
     for scale in (3.0, 1e-4, 1.0):
         give_grads(params, scale=scale)
         optimizer.step()

@@ -87,10 +87,10 @@ BUGS = {
     "tail left out": ("tiles_cuda.cuh", "size - full * kFull;", "size - full * kFull - 1;", STEPS),
     "tile of the next tensor": ("kernels_cuda.cuh", "rest < header.tile ? rest", "rest < 0 ? rest", STEPS),
     "wrong tensor": ("table_cuda.cuh", "first_tile <= tile", "first_tile < tile", STEPS),
-    "first momentum read": (
+    "first momentum damped": (
         "tiles_cuda.cuh",
-        "const int reads = Rule::reads(terms),",
-        "const int reads = Rule::writes(terms),",
+        "fastclip::terms_of(hyper, entry.momentum);",
+        "fastclip::terms_of(hyper, entry.momentum == Momentum::none ? Momentum::none : Momentum::running);",
         STEPS,
     ),
     "momentum of a group that has none": (

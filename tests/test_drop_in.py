@@ -26,6 +26,10 @@ def test_is_an_sgd_with_its_arguments():
         "max_norm": None,
         "norm_type": 2.0,
         "skip_nonfinite": False,
+        "master_weights": False,
+        "stochastic_rounding": False,
+        "rounding_seed": 0,
+        "momentum_dtype": None,
     }
     with pytest.raises(TypeError):
         fastclip.SGD([p], 0.1, 0.9, 0.0, 0.01, True, False, None, False, None, 0.1)

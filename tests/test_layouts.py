@@ -4,10 +4,12 @@ import pytest
 import torch
 
 import fastclip
+from fastclip.reference import STATES_OF_ADAM
 
-from .cases import CLIPS, RULES, Loop, assert_same_bits, give_grads, pair, param, step_both
+from .cases import CLIPS, RULES, Loop, assert_same_bits, exact_square_roots, give_grads, pair, param, step_both
 
 falls_back = pytest.mark.falls_back
+ADAM = {"optimizer": "AdamW", "amsgrad": True}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -19,6 +21,12 @@ def test_every_element_of_every_size_is_written(dtype, device):
     fastclip.SGD(params, lr=1.0, momentum=0.9, clip_value=0.5).step()
     for p in params:
         assert torch.equal(p.detach(), torch.full_like(p, -0.5))
+    optimizer = fastclip.Adam(params, lr=1.0, betas=(0.5, 0.75), eps=0.0, amsgrad=True, clip_value=0.5)
+    optimizer.step()
+    for p in params:
+        assert torch.equal(p.detach(), torch.full_like(p, -1.5))
+        for name, value in zip(STATES_OF_ADAM, (0.25, 0.0625, 0.0625), strict=True):
+            assert torch.equal(optimizer.state[p][name], torch.full_like(p, value))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -32,20 +40,31 @@ def test_neighbours_of_unaligned_views_are_left_alone(dtype, device):
             expected = torch.zeros_like(memory)
             expected[offset : offset + size] = -1
             assert torch.equal(memory, expected)
+            optimizer = fastclip.Adam([p], lr=1.0, betas=(0.5, 0.75), eps=0.0)
+            memories = {name: torch.zeros_like(memory) for name in STATES_OF_ADAM[:2]}
+            of_p = {name: of[offset : offset + size] for name, of in memories.items()}
+            optimizer.state[p] = {"step": torch.zeros((), device=device), **of_p}
+            optimizer.step()
+            expected[offset : offset + size] = -2
+            assert torch.equal(memory, expected)
+            for of in memories.values():
+                assert torch.equal(of != 0, memory != 0)
 
 
 def run_layouts(params, grads, rule):
     theirs = [p.detach().clone(memory_format=torch.preserve_format).requires_grad_() for p in params]
     loop = Loop(theirs, CLIPS["value"], lr=0.1, **rule)
-    optimizer = fastclip.SGD(params, lr=0.1, **CLIPS["value"], **rule)
+    settings = {k: v for k, v in rule.items() if k != "optimizer"}
+    optimizer = getattr(fastclip, rule.get("optimizer", "SGD"))(params, lr=0.1, **CLIPS["value"], **settings)
     for _ in range(3):
         for p, q, g in zip(params, theirs, grads, strict=True):
             p.grad, q.grad = g.clone(memory_format=torch.preserve_format), g.contiguous().clone()
-        step_both(loop, theirs, optimizer, params)
+        with exact_square_roots():  # of plain torch
+            step_both(loop, theirs, optimizer, params)
     assert_same_bits(theirs, params, loop.optimizer, optimizer)
 
 
-@pytest.mark.parametrize("rule", [RULES[0], RULES[6]], ids=["plain", "momentum"])
+@pytest.mark.parametrize("rule", [RULES[0], RULES[6], ADAM], ids=["plain", "momentum", "adam"])
 def test_same_layout_runs_in_the_kernels(rule):
     """Transposed, channels last, and strides that differ only where a dimension has size 1."""
     params = [
@@ -59,7 +78,7 @@ def test_same_layout_runs_in_the_kernels(rule):
 
 
 @falls_back
-@pytest.mark.parametrize("rule", [RULES[0], RULES[6]], ids=["plain", "momentum"])
+@pytest.mark.parametrize("rule", [RULES[0], RULES[6], ADAM], ids=["plain", "momentum", "adam"])
 @pytest.mark.parametrize(
     ("param", "grad"),
     [
@@ -115,10 +134,25 @@ def test_momentum_buffers_have_the_strides_of_torchs(param_format, grad_format, 
     assert strides[0] == strides[1]
 
 
-@pytest.mark.parametrize("momentum", [0, 0.9])
-def test_strides_of_dimensions_of_size_1_mean_nothing(momentum):
+@falls_back
+@pytest.mark.parametrize("grad_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("param_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_states_of_adam_have_the_strides_of_torchs(param_format, grad_format):
+    """Those of the parameter."""
+    strides = []
+    for cls in (torch.optim.Adam, fastclip.Adam):
+        p = torch.randn(2, 3, 4, 5).to(memory_format=param_format).requires_grad_()
+        p.grad = torch.randn(2, 3, 4, 5).to(memory_format=grad_format)
+        optimizer = cls([p], amsgrad=True)
+        optimizer.step()
+        strides.append({name: value.stride() for name, value in optimizer.state[p].items()})
+    assert strides[0] == strides[1] and len(strides[0]) == 4
+
+
+@pytest.mark.parametrize("rule", [RULES[0], RULES[4], ADAM], ids=["plain", "momentum", "adam"])
+def test_strides_of_dimensions_of_size_1_mean_nothing(rule):
     """Of parameters and gradients: both are taken by the kernels, whatever such a stride says."""
-    loop, theirs, optimizer, ours = pair([(4, 1, 3), (1, 6), (5, 1), (6, 1, 9)], CLIPS["value"], momentum=momentum)
+    loop, theirs, optimizer, ours = pair([(4, 1, 3), (1, 6), (5, 1), (6, 1, 9)], CLIPS["value"], **rule)
     ours[1].data = ours[1].data.as_strided((1, 6), (77, 1))
     ours[3].data = ours[3].data.transpose(0, 2).contiguous().transpose(0, 2)  # not contiguous in any case
     for _ in range(3):

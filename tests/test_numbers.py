@@ -27,7 +27,7 @@ def test_clamp_keeps_nan_clamps_inf_and_keeps_the_sign_of_zero(dtype, device):
 
 def test_negative_zero_parameters_and_gradients():
     """fma(0, p, g) would turn -0.0 into 0.0, and 0 * inf into NaN: with weight decay 0 the term is left out."""
-    for rule in RULES:
+    for rule in (*RULES, {"optimizer": "Adam"}, {"optimizer": "AdamW", "amsgrad": True}):
         loop, theirs, optimizer, ours = pair([(40,)], CLIPS["value"], **rule)
         with torch.no_grad():
             for p in (*theirs, *ours):
@@ -43,8 +43,9 @@ def test_negative_zero_parameters_and_gradients():
 
 @pytest.mark.parametrize("clip", ["none", "value", "norm", "inf norm"])
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
-def test_non_finite_gradients_do_what_they_do_in_plain_code(bad, clip, device):
-    loop, theirs, optimizer, ours = pair([(3,), (40,)], CLIPS[clip], device=device, momentum=0.9)
+@pytest.mark.parametrize("rule", [{"momentum": 0.9}, {"optimizer": "Adam", "amsgrad": True}], ids=["sgd", "adam"])
+def test_non_finite_gradients_do_what_they_do_in_plain_code(rule, bad, clip, device):
+    loop, theirs, optimizer, ours = pair([(3,), (40,)], CLIPS[clip], device=device, **rule)
     for _ in range(2):
         give_grads(theirs, ours)
         for params in (theirs, ours):
@@ -52,13 +53,32 @@ def test_non_finite_gradients_do_what_they_do_in_plain_code(bad, clip, device):
         step_both(loop, theirs, optimizer, ours)
     for a, b in zip(theirs, ours, strict=True):
         torch.testing.assert_close(b, a, rtol=2e-6, atol=1e-6, equal_nan=True)
+        for name, value in loop.optimizer.state[a].items():
+            torch.testing.assert_close(optimizer.state[b][name], value, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 def test_infinite_parameters_without_weight_decay():
     p = torch.tensor([math.inf, 1.0], requires_grad=True)
     p.grad = torch.ones(2)
     fastclip.SGD([p], lr=0.1, momentum=0.9, nesterov=True).step()
+    fastclip.Adam([p], lr=0.1).step()
     assert p[0].item() == math.inf
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_squares_that_overflow_and_vanish_in_adam(dtype):
+    """As in torch, to the bit: where an average is inf an update is 0, and where it is 0 eps alone divides."""
+    largest, smallest = torch.finfo(dtype).max, torch.finfo(dtype).tiny
+    for eps in (1e-8, 0.0):
+        loop, theirs, optimizer, ours = pair([(48,)], dtype=dtype, optimizer="Adam", amsgrad=True, eps=eps)
+        for scale in (1.0, 0.5, 1.0):
+            for p in (*theirs, *ours):
+                p.grad = torch.tensor([largest, -largest, smallest, -smallest, 0.0, 1.0] * 8, dtype=dtype) * scale
+            step_both(loop, theirs, optimizer, ours)
+        for a, b in zip(theirs, ours, strict=True):
+            torch.testing.assert_close(b, a, rtol=0, atol=0, equal_nan=True)
+            for name, value in loop.optimizer.state[a].items():
+                torch.testing.assert_close(optimizer.state[b][name], value, rtol=0, atol=0, equal_nan=True)
 
 
 def test_finite_gradients_of_1e20_do_not_vanish(device):

@@ -11,8 +11,7 @@ import fastclip
 from fastclip import reference
 from fastclip.precision import Rounding
 
-from .cases import LARGE, SHAPES, copy_params, give_grads, make_params
-from .test_adam import exact_square_roots
+from .cases import LARGE, SHAPES, copy_params, exact_square_roots, give_grads, make_params
 
 SIXTEEN_BIT = [torch.bfloat16, torch.float16]
 RULES = {

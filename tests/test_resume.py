@@ -82,7 +82,7 @@ def test_killed_at_random_steps_and_while_it_writes_a_checkpoint(tmp_path, unint
     assert differences(result_of(tmp_path), uninterrupted) == []
 
 
-@pytest.mark.parametrize("forget", ["optimizer", "scheduler"])
+@pytest.mark.parametrize("forget", ["optimizer", "adam", "scheduler"])
 def test_a_part_that_is_not_restored_is_noticed(forget, tmp_path, uninterrupted):
     training.train(tmp_path, steps=5 * training.EVERY)
     training.train(tmp_path, forget=forget)

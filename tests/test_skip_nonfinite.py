@@ -1,5 +1,6 @@
 """skip_nonfinite=True: an inf or NaN in any gradient leaves everything as it was, and is counted."""
 
+import copy
 import math
 from contextlib import nullcontext
 
@@ -26,6 +27,11 @@ def test_a_nonfinite_gradient_changes_nothing_and_is_counted(clip, bad, device):
     give_grads(params)
     optimizer.step()
     assert optimizer.skipped_steps.item() == 0
+    adam = fastclip.AdamW(copy_params(params), amsgrad=True, skip_nonfinite=True, **CLIPS[clip])
+    (group,) = adam.param_groups
+    give_grads(group["params"])
+    adam.step()
+    before_adam = copy_params(group["params"]), copy.deepcopy(adam.state_dict()["state"])
     before = copy_params(params), [optimizer.state[p]["momentum_buffer"].clone() for p in params]
     for count, place in enumerate((0, -1), start=1):
         give_grads(params)
@@ -34,6 +40,14 @@ def test_a_nonfinite_gradient_changes_nothing_and_is_counted(clip, bad, device):
         assert_same_bits(params, before[0])
         assert_same_bits([optimizer.state[p]["momentum_buffer"] for p in params], before[1])
         assert optimizer.skipped_steps.item() == count
+        for p, q in zip(group["params"], params, strict=True):
+            p.grad = q.grad
+        adam.step()
+        assert_same_bits(group["params"], before_adam[0])
+        now = adam.state_dict()["state"]
+        for index, state in before_adam[1].items():
+            assert all(torch.equal(now[index][name], value) for name, value in state.items())
+        assert adam.skipped_steps.item() == count
     give_grads(params)
     optimizer.step()
     assert optimizer.skipped_steps.item() == 2 and not torch.equal(params[12], before[0][12])

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastclip
 
-from .cases import CLIPS, RULES, assert_same_bits
+from .cases import CLIPS, RULES, assert_same_bits, exact_square_roots
 
 BITWISE = ["none", "value", "pair"]
 SOME_KIB = 2e-3  # MiB: a few of Net's parameters
@@ -64,12 +64,13 @@ def loss_of(x, y, model, **how):
     return 3 * torch.nn.functional.cross_entropy(model(x, **how), y)
 
 
-def three(clip, bucket_cap_mb=SOME_KIB, dtype=torch.float64, **rule):
+def three(clip, bucket_cap_mb=SOME_KIB, dtype=torch.float64, optimizer="SGD", **rule):
     """(model, optimizer) of plain torch, of ordinary steps and of steps in the backward pass; what does the last."""
     models = [net(dtype) for _ in range(3)]
     own = {"clip_value": 0.01} if clip != "none" else {}
-    optimizers = [torch.optim.SGD(groups(models[0]), lr=0.1, foreach=False, **rule)]
-    optimizers += [fastclip.SGD(groups(m, **own), lr=0.1, **CLIPS[clip], **rule) for m in models[1:]]
+    ours_of, theirs_of = getattr(fastclip, optimizer), getattr(torch.optim, optimizer)
+    optimizers = [theirs_of(groups(models[0]), lr=0.1, foreach=False, **rule)]
+    optimizers += [ours_of(groups(m, **own), lr=0.1, **CLIPS[clip], **rule) for m in models[1:]]
     in_backward = fastclip.step_in_backward(models[2], optimizers[2], bucket_cap_mb=bucket_cap_mb)
     return [*zip(models, optimizers, strict=True)], in_backward
 
@@ -81,7 +82,8 @@ def step_as_ever(model, optimizer, of=None):
             if p.grad is not None and clips["clip_value"] is not None:
                 bounds = clips["clip_value"]
                 p.grad.clamp_(*(bounds if isinstance(bounds, tuple) else (-bounds, bounds)))
-    optimizer.step()
+    with exact_square_roots():
+        optimizer.step()
     optimizer.zero_grad()
 
 
@@ -98,8 +100,13 @@ def pair(bucket_cap_mb=SOME_KIB, **settings):
     return [*zip(models, optimizers, strict=True)], in_backward
 
 
+RULES_OF_ADAM = [{"optimizer": "Adam", "maximize": True}, {"optimizer": "AdamW", "amsgrad": True}]
+
+
 @pytest.mark.parametrize("clip", BITWISE)
-@pytest.mark.parametrize("rule", RULES, ids=lambda r: " ".join(f"{k}={v}" for k, v in r.items() if v) or "plain")
+@pytest.mark.parametrize(
+    "rule", [*RULES, *RULES_OF_ADAM], ids=lambda r: " ".join(f"{k}={v}" for k, v in r.items() if v) or "plain"
+)
 def test_same_bits_as_ordinary_steps(rule, clip):
     (plain, ordinary, stepped), _ = three(clip, **rule)
     schedulers = [torch.optim.lr_scheduler.ExponentialLR(o, 0.7) for _, o in (plain, ordinary, stepped)]

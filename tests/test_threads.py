@@ -1,5 +1,6 @@
 """Other threads and processes beside a step: what they may do meanwhile, and what is refused."""
 
+import collections
 import math
 import sys
 import threading
@@ -169,9 +170,17 @@ def test_a_reader_sees_every_element_as_it_was_before_or_after_a_step(frequent_s
     assert (last >= -1 - steps).all() and torch.equal(p.detach(), torch.full_like(p, -1.0 - steps))
 
 
-@pytest.mark.parametrize("momentum", [0, 0.9])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda params: fastclip.SGD(params, lr=1.0),
+        lambda params: fastclip.SGD(params, lr=1.0, momentum=0.9),
+        lambda params: fastclip.Adam(params, lr=1.0, betas=(0.5, 0.75), eps=0.0),  # a first update is of 1
+    ],
+    ids=["plain", "momentum", "adam"],
+)
 @pytest.mark.parametrize("sizes", [[LARGE], [50] * 40], ids=["large", "small"])
-def test_gradients_replaced_meanwhile(sizes, momentum, frequent_switches):
+def test_gradients_replaced_meanwhile(sizes, make, frequent_switches):
     """A step takes each gradient as it found it; freed memory would be full of 1e9.
 
     No thread sets one to None: torch frees it first, lets other threads run, and empties `p.grad` last, so that even
@@ -185,7 +194,7 @@ def test_gradients_replaced_meanwhile(sizes, momentum, frequent_switches):
             p.grad = torch.ones_like(p)
             garbage[:-4] = [torch.full_like(p, 1e9, requires_grad=False)]
 
-    steps = steps_beside(replace, lambda: fastclip.SGD(params, lr=1.0, momentum=momentum).step())
+    steps = steps_beside(replace, lambda: make(params).step())
     for p in params:
         assert torch.equal(p.detach(), torch.full_like(p, -steps))
 
@@ -232,6 +241,27 @@ def test_gradients_dropped_while_a_state_is_looked_up(call, run_in_look_up):
     for index, p in enumerate(params):
         found = index < call  # before it was dropped
         assert torch.equal(p.detach(), torch.full_like(p, -1.0 if found else 0.0))
+
+
+@pytest.mark.parametrize("stepped", [False, True])
+@pytest.mark.parametrize("call", range(2))
+def test_the_state_of_adam_replaced_while_it_is_looked_up(call, stepped, run_in_look_up):
+    """What the step has found, or makes, is whole. With gradients of ones every update is of 1, the first or not."""
+    params = [param(1000) for _ in range(3)]
+    optimizer = fastclip.Adam(params, lr=1.0, betas=(0.5, 0.75), eps=0.0)
+    if stepped:
+        optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())  # into another dict: all are looked up anew
+    garbage = []
+
+    def drop():
+        optimizer.state = collections.defaultdict(dict)
+        garbage.extend(torch.full((1000,), 1e9) for _ in range(6))
+
+    run_in_look_up(optimizer, call, drop)
+    optimizer.step()
+    for p in params:
+        assert torch.equal(p.detach(), torch.full_like(p, -2.0 - stepped))
 
 
 @pytest.mark.parametrize("call", range(6))

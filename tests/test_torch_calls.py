@@ -11,8 +11,10 @@ import fastclip
 
 from .cases import assert_same_bits, copy_params, make_params
 from .torch_optim_db import (
+    ADAM,
     CLIP_SETTINGS,
     LOOSE,
+    SGD,
     Twins,
     as_torch_tests,
     assert_equal_trees,
@@ -21,6 +23,7 @@ from .torch_optim_db import (
     every_clip,
     every_impl,
     every_input,
+    every_optimizer,
     without_clips,
 )
 
@@ -112,19 +115,20 @@ def test_bad_calls_and_bad_hooks(cls):
 def test_a_closure_that_raises_leaves_everything(cls):
     p = torch.ones(2, requires_grad=True)
     p.grad = torch.ones(2)
-    optimizer = cls([p], lr=0.5, momentum=0.9)
+    optimizer = cls([p], **(SGD if "SGD" in cls.__name__ else ADAM).stateful)
     with pytest.raises(ZeroDivisionError):
         optimizer.step(lambda: 1 / 0)
     assert p.tolist() == [1.0, 1.0] and not optimizer.state and torch.is_grad_enabled()
 
 
 @as_torch_tests("test_load_state_dict_pre_hook_and_prepend")
-def test_state_dict_and_load_hooks_run_as_in_torch():
+@every_optimizer
+def test_state_dict_and_load_hooks_run_as_in_torch(optim):
     traces = []
-    for cls in (torch.optim.SGD, fastclip.SGD):
+    for cls in optim.classes:
         p = torch.ones(2, requires_grad=True)
         p.grad = torch.ones(2)
-        optimizer, trace = cls([p], lr=0.5, momentum=0.9), []
+        optimizer, trace = cls([p], **{**optim.stateful, "lr": 0.5}), []
         optimizer.step()
 
         def with_lr(lr, trace=trace):
@@ -160,13 +164,14 @@ def test_state_dict_and_load_hooks_run_as_in_torch():
 
 @every_clip
 @every_input
-def test_add_param_group_in_all_its_forms(kwargs, clip):
-    twins = Twins(kwargs, clip)
+def test_add_param_group_in_all_its_forms(optim, kwargs, clip):
+    twins = Twins(optim, kwargs, clip)
     twins.step(2)
+    another = {"SGD": {"momentum": 0.5}, "Adam": {"betas": (0.5, 0.6)}, "AdamW": {"amsgrad": True}}
     forms = [
         lambda params: {"params": params[0]},
         lambda params: {"params": params, "lr": 0.3},
-        lambda params: {"params": (p for p in params), "momentum": 0.5, "weight_decay": 0.2},
+        lambda params: {"params": (p for p in params), **another[optim.name], "weight_decay": 0.2},
         lambda params: {"params": tuple(params), "maximize": True, "foreach": True},
         lambda params: {"params": {i: p for i, p in enumerate(params)}.values(), "mine": "kept"},
         lambda params: {"params": []},
@@ -199,10 +204,10 @@ def test_what_a_bad_group_leaves(cls):
 @as_torch_tests("test_optimizer_can_be_printed")
 @every_impl
 @every_input
-def test_printed_like_torch_and_the_clip(kwargs, impl):
+def test_printed_like_torch_and_the_clip(optim, kwargs, impl):
     p, q = make_params([(2,), (3,)])
-    theirs = str(torch.optim.SGD([{"params": [p]}, {"params": [q], "lr": 7}], **kwargs, **impl)).splitlines()
-    ours = str(fastclip.SGD([{"params": [p]}, {"params": [q], "lr": 7}], **kwargs, **impl, clip_value=3)).splitlines()
+    theirs = str(optim.torch([{"params": [p]}, {"params": [q], "lr": 7}], **kwargs, **impl)).splitlines()
+    ours = str(optim.fastclip([{"params": [p]}, {"params": [q], "lr": 7}], **kwargs, **impl, clip_value=3)).splitlines()
     assert [line for line in ours if line.split(":")[0].strip() not in CLIP_SETTINGS] == theirs
     assert len(ours) == len(theirs) + 2 * len(CLIP_SETTINGS)
 
@@ -211,8 +216,8 @@ def test_printed_like_torch_and_the_clip(kwargs, impl):
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deep", "pickle"])
 @every_clip
 @every_input
-def test_copies_are_whole_and_their_own(kwargs, clip, duplicate):
-    twins = Twins(kwargs, clip)
+def test_copies_are_whole_and_their_own(optim, kwargs, clip, duplicate):
+    twins = Twins(optim, kwargs, clip)
     twins.step(2)
     twins.fastclip.register_step_pre_hook(print)
     other = duplicate(twins.fastclip)
@@ -235,13 +240,17 @@ def test_copies_are_whole_and_their_own(kwargs, clip, duplicate):
 @pytest.mark.parametrize("lr_dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @both_precisions
 @every_input
-def test_a_tensor_lr_is_read_at_every_step(kwargs, dtype, lr_dtype, shape):
+def test_a_tensor_lr_is_read_at_every_step(optim, kwargs, dtype, lr_dtype, shape):
     kwargs = {**kwargs, "lr": torch.full(shape, 0.01, dtype=lr_dtype)}
-    twins = Twins(kwargs, LOOSE["both 1e30"], dtype)
-    twins.step(2)
-    for optimizer in twins.optimizers:
-        optimizer.param_groups[0]["lr"].fill_(0.3)
-    twins.step(2)
+    twins = Twins(optim, kwargs, LOOSE["both 1e30"], dtype)
+    in_torch, ours = (optimizer.param_groups[0] for optimizer in twins.optimizers)
+    for value in (0.01, 0.3):
+        ours["lr"].fill_(value)
+        if optim is SGD:
+            in_torch["lr"].fill_(value)
+        else:  # torch's Adam computes with a tensor in the tensor's precision, and fastclip with its number
+            in_torch["lr"] = float(ours["lr"])
+        twins.step(2)
     twins.check()
     assert twins.fastclip.param_groups[0]["lr"].shape == shape
     assert twins.fastclip.param_groups[0]["lr"].dtype == lr_dtype
@@ -249,10 +258,15 @@ def test_a_tensor_lr_is_read_at_every_step(kwargs, dtype, lr_dtype, shape):
 
 @every_clip
 @every_input
-def test_settings_that_change_between_steps(kwargs, clip):
-    twins = Twins(kwargs, clip)
-    changes = [{"momentum": 0.5}, {"lr": 0.2}, {"momentum": 0}, {"weight_decay": 0.3}, {"maximize": True}]
-    changes += [{"momentum": 0.9, "dampening": 0.2}, {"dampening": 0, "nesterov": True}, {"lr": 0}, {"foreach": True}]
+def test_settings_that_change_between_steps(optim, kwargs, clip):
+    twins = Twins(optim, kwargs, clip)
+    changes = [{"lr": 0.2}, {"weight_decay": 0.3}, {"maximize": True}, {"lr": 0}, {"foreach": True}]
+    if optim is SGD:
+        changes += [{"momentum": 0.5}, {"momentum": 0}, {"momentum": 0.9, "dampening": 0.2}]
+        changes += [{"dampening": 0, "nesterov": True}]
+    else:
+        changes += [{"betas": (0.5, 0.6)}, {"eps": 0.1}, {"decoupled_weight_decay": True}, {"amsgrad": False}]
+        changes += [{"betas": [0.7, 0.8]}, {"decoupled_weight_decay": False}, {"capturable": False}]
     for change in changes:
         for optimizer in twins.optimizers:
             optimizer.param_groups[0].update(change)
@@ -262,36 +276,41 @@ def test_settings_that_change_between_steps(kwargs, clip):
 
 @every_clip
 @every_input
-def test_differentiable_steps(kwargs, clip):
-    """Through two steps, by parameter, gradients and momentum buffer: torch's bits, and right by finite differences."""
+def test_differentiable_steps(optim, kwargs, clip):
+    """Through two steps, by parameter, gradients and state: torch's bits, and right by finite differences."""
     kwargs = {**kwargs, "differentiable": True}
 
     def stepped(cls, clips, p, buffer, *grads):
         p = p.clone()
         optimizer = cls([p], **copy.deepcopy(kwargs), **clips)
-        if "momentum" in kwargs:  # torch cuts a buffer that it makes itself off the graph
+        # torch cuts a state that it makes itself off the graph
+        if optim is not SGD:
+            averages = {"exp_avg": buffer.clone(), "exp_avg_sq": buffer.square() + 1, "max_exp_avg_sq": buffer * 0 + 2}
+            optimizer.state[p].update(step=torch.tensor(3.0), **averages)
+        elif "momentum" in kwargs:
             optimizer.state[p]["momentum_buffer"] = buffer.clone()
         for grad in grads:
             p.grad = grad
             optimizer.step()
         return p.clone()
 
-    inputs = [torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in range(4)]
+    steps = 1 if kwargs.get("amsgrad") else 2  # through two of torch's amsgrad there is no way back
+    inputs = [torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in range(2 + steps)]
     results = []
-    for cls, clips in ((torch.optim.SGD, {}), (fastclip.SGD, clip)):
+    for cls, clips in ((optim.torch, {}), (optim.fastclip, clip)):
         out = stepped(cls, clips, *inputs)
         results.append([out.detach(), *torch.autograd.grad(out.pow(3).sum(), inputs, materialize_grads=True)])
-        assert results[-1][2].any() == ("momentum" in kwargs)
+        assert results[-1][2].any() == optim.keeps_state(kwargs)
     for theirs, ours in zip(*results, strict=True):
         assert torch.equal(theirs, ours)
-    assert torch.autograd.gradcheck(lambda *x: stepped(fastclip.SGD, clip, *x), inputs)
+    assert torch.autograd.gradcheck(lambda *x: stepped(optim.fastclip, clip, *x), inputs)
 
 
 @both_classes
-@pytest.mark.parametrize("momentum", [0, 0.9])
-def test_differentiable_steps_refuse_leaves(cls, momentum):
+@pytest.mark.parametrize("stateful", [False, True])
+def test_differentiable_steps_refuse_leaves(cls, stateful):
     p = torch.ones(3, requires_grad=True)
     p.grad = torch.ones(3)
     with pytest.raises(RuntimeError, match="leaf Variable"):
-        cls([p], differentiable=True, momentum=momentum).step()
+        cls([p], differentiable=True, **((SGD if "SGD" in cls.__name__ else ADAM).stateful if stateful else {})).step()
     assert p.tolist() == [1.0] * 3 and torch.is_grad_enabled()

@@ -1,4 +1,4 @@
-"""What torch.optim.SGD refuses in torch's own optimizer tests, fastclip.SGD refuses with the same words."""
+"""What torch's optimizers refuse in torch's own optimizer tests, fastclip's refuse with the same words."""
 
 import copy
 import math
@@ -6,21 +6,30 @@ import math
 import pytest
 import torch
 
-import fastclip
-
 from .cases import make_params
 from .torch_optim_db import (
-    INFO,
+    ADAM,
+    ADAMW,
     INPUTS,
+    OPTIMIZERS,
+    SGD,
     Twins,
     assert_equal_trees,
     common_optimizers,
     every_clip,
+    every_optimizer,
 )
 
 
-def error_inputs(dtype=torch.float32):
-    return INFO.optim_error_inputs_func("cpu", dtype)
+def error_inputs(optim, dtype=torch.float32):
+    return optim.info.optim_error_inputs_func("cpu", dtype)
+
+
+ERROR_INPUTS = [
+    pytest.param(optim, index, id=f"{optim} {error.optimizer_error_input.desc}")
+    for optim in OPTIMIZERS
+    for index, error in enumerate(error_inputs(optim))
+]
 
 
 def construct(cls, error_input, **clip):
@@ -34,21 +43,19 @@ def construct(cls, error_input, **clip):
 
 @every_clip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
-@pytest.mark.parametrize(
-    "index", range(len(error_inputs())), ids=[e.optimizer_error_input.desc for e in error_inputs()]
-)
-def test_error_inputs(index, dtype, clip):
+@pytest.mark.parametrize(("optim", "index"), ERROR_INPUTS)
+def test_error_inputs(optim, index, dtype, clip):
     """The same error with the same words, and the same warnings; duplicates are an error where torch warns."""
-    error_input = error_inputs(dtype)[index]
+    error_input = error_inputs(optim, dtype)[index]
     expects = pytest.warns if issubclass(error_input.error_type, Warning) else pytest.raises
     with expects(error_input.error_type, match=error_input.error_regex):
-        construct(torch.optim.SGD, error_input)
+        construct(optim.torch, error_input)
     if "duplicate parameters" in error_input.error_regex:
         with pytest.raises(ValueError, match="same parameter twice"):
-            construct(fastclip.SGD, error_input, **clip)
+            construct(optim.fastclip, error_input, **clip)
     else:
         with expects(error_input.error_type, match=error_input.error_regex):
-            construct(fastclip.SGD, error_input, **clip)
+            construct(optim.fastclip, error_input, **clip)
 
 
 @pytest.mark.parametrize(
@@ -63,8 +70,6 @@ def test_error_inputs(index, dtype, clip):
         ([torch.zeros(1, requires_grad=True) * 2], {}),
         ([torch.zeros(1)], {"foreach": True, "fused": True}),
         ([torch.zeros(1)], {"differentiable": True, "fused": True}),
-        ([torch.zeros(1)], {"nesterov": True}),
-        ([torch.zeros(1)], {"nesterov": True, "momentum": 0.9, "dampening": 0.1}),
         ([torch.zeros(1)], {"weight_decay": -1.0}),
         ([torch.zeros(1)], {"lr": -1.0}),
         ([torch.zeros(1)], {"unknown": 1}),
@@ -72,9 +77,10 @@ def test_error_inputs(index, dtype, clip):
     ],
     ids=repr,
 )
-def test_other_errors_are_of_the_same_type_with_the_same_words(params, kwargs):
+@every_optimizer
+def test_other_errors_are_of_the_same_type_with_the_same_words(optim, params, kwargs):
     raised = []
-    for cls in (torch.optim.SGD, fastclip.SGD):
+    for cls in optim.classes:
         given = [dict(p) if isinstance(p, dict) else p for p in params] if isinstance(params, list) else params
         with pytest.raises(Exception) as error:  # noqa: B017, PT011  torch says which
             cls(given, **kwargs)
@@ -82,11 +88,38 @@ def test_other_errors_are_of_the_same_type_with_the_same_words(params, kwargs):
     assert raised[0] == raised[1]
 
 
+@pytest.mark.parametrize(
+    ("optim", "kwargs"),
+    [
+        (SGD, {"nesterov": True}),
+        (SGD, {"nesterov": True, "momentum": 0.9, "dampening": 0.1}),
+        (ADAM, {"lr": torch.ones(2)}),
+        (ADAM, {"eps": -1.0}),
+        (ADAM, {"betas": (0.9, 1.0)}),
+        (ADAM, {"betas": (-0.1, 0.9)}),
+        (ADAM, {"betas": (torch.ones(2), torch.ones(2))}),
+        (ADAM, {"betas": ("0.9", "0.9")}),
+        (ADAM, {"betas": (0.9,)}),
+        (ADAM, {"betas": 0.9}),
+        (ADAMW, {"decoupled_weight_decay": False}),
+    ],
+    ids=str,
+)
+def test_settings_of_one_optimizer_are_refused_in_the_same_words(optim, kwargs):
+    raised = []
+    for cls in optim.classes:
+        with pytest.raises(Exception) as error:  # noqa: B017, PT011  torch says which
+            cls([torch.zeros(1)], **kwargs)
+        raised.append((type(error.value), str(error.value).replace("AdamW.__init__()", "__init__()")))
+    assert raised[0] == raised[1]
+
+
+@every_optimizer
 @pytest.mark.parametrize("sizes", [[2], [1, 1, 1], [1, 2]], ids=str)
-def test_a_state_dict_of_other_groups_is_refused_and_changes_nothing(sizes):
-    twins = Twins({"momentum": 0.9, "lr": 0.1}, shapes=[(2,), (3,)])
+def test_a_state_dict_of_other_groups_is_refused_and_changes_nothing(sizes, optim):
+    twins = Twins(optim, optim.stateful, shapes=[(2,), (3,)])
     twins.step()
-    other = fastclip.SGD([{"params": make_params([(2,)] * size)} for size in sizes], lr=7.0)
+    other = optim.fastclip([{"params": make_params([(2,)] * size)} for size in sizes], lr=7.0)
     words = []
     if sizes == [2]:  # as many groups as there are, and as many parameters: taken
         for optimizer in twins.optimizers:
@@ -106,9 +139,15 @@ def test_a_state_dict_of_other_groups_is_refused_and_changes_nothing(sizes):
 
 def test_the_inputs_are_torchs_and_cover_the_rule():
     """Guards the parametrisation: an empty list would make all tests above pass."""
-    given = [p.values[0] for p in INPUTS]
-    assert len(given) >= 9 and len(error_inputs()) >= 7
-    assert {"lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize"} <= {k for g in given for k in g}
-    assert {"foreach", "fused", "differentiable"} <= set(INFO.supported_impls)
-    assert all(math.isfinite(g["lr"]) for g in given if "lr" in g)
-    assert any(isinstance(g.get("lr"), torch.Tensor) for g in given)
+    wanted = {
+        "SGD": {"lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize"},
+        "Adam": {"lr", "weight_decay", "amsgrad", "maximize"},
+        "AdamW": {"lr", "weight_decay", "amsgrad", "maximize"},
+    }
+    for optim in OPTIMIZERS:
+        given = [p.values[1] for p in INPUTS if p.values[0] is optim]
+        assert len(given) >= 5 and len(error_inputs(optim)) >= 7
+        assert wanted[optim.name] <= {k for g in given for k in g}
+        assert {"foreach", "fused", "differentiable"} == set(optim.info.supported_impls)
+        assert all(math.isfinite(g["lr"]) for g in given if "lr" in g)
+    assert any(isinstance(p.values[1].get("lr"), torch.Tensor) for p in INPUTS)

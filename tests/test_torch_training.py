@@ -9,14 +9,15 @@ from torch.optim import lr_scheduler
 
 import fastclip
 
-from .cases import assert_same_bits, copy_params, give_grads, make_params
+from .cases import assert_same_bits, copy_params, exact_square_roots, give_grads, make_params
 from .torch_optim_db import (
-    INFO,
+    SGD,
     Twins,
     as_torch_tests,
     every_clip,
     every_impl,
     every_input,
+    every_optimizer,
     falls_back,
 )
 
@@ -30,7 +31,7 @@ class Regression:
         generator = torch.Generator().manual_seed(3)
         self.x, self.y = torch.randn(16, 5, generator=generator), torch.randn(16, 10, generator=generator)
         self.params = [torch.randn(s, generator=generator).requires_grad_() for s in ((10, 5), (10,))]
-        impl = {"foreach": False} if cls is torch.optim.SGD else {}
+        impl = {} if cls.__module__.startswith("fastclip") else {"foreach": False}
         groups = [{"params": self.params[:1]}, {"params": self.params[1:], "lr": 3e-3, "weight_decay": 0.01}]
         self.optimizer = cls(groups, **copy.deepcopy(kwargs), **impl, **clip)
 
@@ -42,13 +43,14 @@ class Regression:
 
     def settings(self):
         """What schedulers change."""
-        return [(float(g["lr"]), g["momentum"]) for g in self.optimizer.param_groups]
+        return [(float(g["lr"]), g.get("momentum", g.get("betas"))) for g in self.optimizer.param_groups]
 
     def train(self, schedulers, steps):
         """Trains; the trajectory of losses, of what the schedulers set and of what they say of themselves."""
         trajectory = []
         for _ in range(steps):
-            loss = self.optimizer.step(self.loss)
+            with exact_square_roots():
+                loss = self.optimizer.step(self.loss)
             for scheduler in schedulers:
                 if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
                     scheduler.step(loss.item())
@@ -60,10 +62,10 @@ class Regression:
 
 @as_torch_tests("test_param_group_with_lrscheduler_goes_right_direction")
 @every_clip
-@pytest.mark.parametrize("schedulers", [[], *INFO.scheduler_inputs], ids=range(len(INFO.scheduler_inputs) + 1))
+@pytest.mark.parametrize("schedulers", [[], *SGD.info.scheduler_inputs], ids=range(len(SGD.info.scheduler_inputs) + 1))
 @every_input
-def test_trains_like_torch_with_torchs_schedulers(kwargs, schedulers, clip):
-    runs = [Regression(torch.optim.SGD, kwargs), Regression(fastclip.SGD, kwargs, **clip)]
+def test_trains_like_torch_with_torchs_schedulers(optim, kwargs, schedulers, clip):
+    runs = [Regression(optim.torch, kwargs), Regression(optim.fastclip, kwargs, **clip)]
     trajectories = [run.train([make(run.optimizer) for make in schedulers], 12) for run in runs]
     assert trajectories[0] == trajectories[1]
     assert_same_bits(runs[0].params, runs[1].params, runs[0].optimizer, runs[1].optimizer)
@@ -94,11 +96,12 @@ SCHEDULERS = {
 @pytest.mark.parametrize("tensor_lr", [False, True], ids=["float", "tensor"])
 @every_clip
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_schedulers_set_the_same_and_resume(name, clip, tensor_lr):
-    """OneCycleLR and CyclicLR also set the momentum. In the middle, everything is saved and made anew."""
-    kwargs = {"lr": torch.tensor(0.01) if tensor_lr else 0.01, "momentum": 0.9}
+@every_optimizer
+def test_schedulers_set_the_same_and_resume(optim, name, clip, tensor_lr):
+    """OneCycleLR and CyclicLR also set the momentum, or beta1. In the middle, everything is saved and made anew."""
+    kwargs = {**optim.stateful, "lr": torch.tensor(0.01, dtype=torch.float64) if tensor_lr else 0.01}
     trajectories, runs = [], []
-    for cls, clips in ((torch.optim.SGD, {}), (fastclip.SGD, clip)):
+    for cls, clips in ((optim.torch, {}), (optim.fastclip, clip)):
         run = Regression(cls, kwargs, **clips)
         scheduler = SCHEDULERS[name](run.optimizer)
         trajectory = run.train([scheduler], 10)
@@ -139,7 +142,7 @@ def test_a_scheduler_does_not_say_that_the_step_was_not_called():
 def test_sparse_gradients_by_torchs_sparse_settings(maximize):
     """Coordinate descent on (1 - x)² + 100 (y - x²)²: one coordinate per sparse gradient, which is not coalesced."""
     torch.set_num_threads(1)  # torch's threads wait for each other, for long on a busy machine
-    kwargs, schedulers = INFO.metadata_for_sparse
+    kwargs, schedulers = SGD.info.metadata_for_sparse
     kwargs = {**kwargs, "maximize": maximize, "lr": kwargs["lr"] * (1e-4 if maximize else 1)}
     runs = []
     for cls, sparse in ((torch.optim.SGD, True), (fastclip.SGD, True), (fastclip.SGD, False)):
@@ -172,16 +175,15 @@ def test_sparse_gradients_by_torchs_sparse_settings(maximize):
 @as_torch_tests("test_step_is_noop_when_params_have_no_grad")
 @every_clip
 @every_input
-def test_without_gradients_a_step_does_nothing(kwargs, clip):
-    twins = Twins(kwargs, clip)
+def test_without_gradients_a_step_does_nothing(optim, kwargs, clip):
+    twins = Twins(optim, kwargs, clip)
     before = copy_params(twins.ours)
     for optimizer in twins.optimizers:
         optimizer.step()
     assert_same_bits(before, twins.ours)
     assert not twins.fastclip.state and not twins.torch.state
     give_grads(twins.theirs[:2], twins.ours[:2])
-    for optimizer in twins.optimizers:
-        optimizer.step()
+    twins.step_as_given()
     twins.check()
     assert_same_bits(before[2:], twins.ours[2:])
 
@@ -189,15 +191,14 @@ def test_without_gradients_a_step_does_nothing(kwargs, clip):
 @as_torch_tests("test_step_is_noop_for_zero_grads")
 @every_clip
 @every_input
-def test_zero_gradients(kwargs, clip):
-    twins = Twins(kwargs, clip)
+def test_zero_gradients(optim, kwargs, clip):
+    twins = Twins(optim, kwargs, clip)
     before = copy_params(twins.ours)
     for _ in range(3):
         give_grads(twins.theirs, twins.ours, scale=0.0)
-        for optimizer in twins.optimizers:
-            optimizer.step()
+        twins.step_as_given()
     twins.check()
-    if not kwargs.get("weight_decay"):
+    if not twins.fastclip.param_groups[0]["weight_decay"]:
         assert_same_bits(before, twins.ours)
 
 
@@ -214,17 +215,17 @@ def test_zero_grad(impl, set_to_none):
 
 @as_torch_tests("test_non_empty_state")
 @every_input
-def test_state_is_what_torchs_is_and_belongs_to_no_graph(kwargs):
+def test_state_is_what_torchs_is_and_belongs_to_no_graph(optim, kwargs):
     """Also after backward(create_graph=True), whose gradients have a history."""
-    twins = Twins(kwargs)
+    twins = Twins(optim, kwargs)
     for optimizer, params in zip(twins.optimizers, (twins.theirs, twins.ours), strict=True):
         optimizer.zero_grad()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             sum((p**3).sum() for p in params).backward(create_graph=True)
         assert params[0].grad.requires_grad
-        optimizer.step()
+    twins.step_as_given()
     twins.check()
-    assert bool(twins.fastclip.state) == ("momentum" in kwargs)
+    assert bool(twins.fastclip.state) == optim.keeps_state(kwargs)
     for p in twins.ours:
         assert p.is_leaf and all(not s.requires_grad for s in twins.fastclip.state.get(p, {}).values())

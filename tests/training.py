@@ -24,16 +24,16 @@ def main(arguments=None):
     parser.add_argument(
         "--halt-in-save", type=int, default=NEVER, metavar="STEP", help="write half of that checkpoint, then wait"
     )
-    parser.add_argument("--forget", choices=["optimizer", "scheduler"], help="what to leave out when going on")
+    parser.add_argument("--forget", choices=["optimizer", "adam", "scheduler"], help="what to leave out when going on")
     options = parser.parse_args(arguments)
     train(options.folder, options.halt_before, options.halt_in_save, options.forget)
 
 
 def train(folder, halt_before=NEVER, halt_in_save=NEVER, forget=None, steps=STEPS):
-    """Trains to the end and writes result.pt: parameters, optimizer, scheduler, losses' random state."""
+    """Trains to the end and writes result.pt: parameters, optimizers, scheduler, losses' random state."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(12, 30), torch.nn.Tanh(), torch.nn.Linear(30, 4))
+    model = torch.nn.Sequential(torch.nn.Linear(12, 30), torch.nn.Tanh(), torch.nn.Linear(30, 4), torch.nn.Linear(4, 4))
     optimizer = fastclip.SGD(
         [
             {"params": model[0].parameters()},
@@ -43,8 +43,9 @@ def train(folder, halt_before=NEVER, halt_in_save=NEVER, forget=None, steps=STEP
         momentum=0.9,
         max_norm=0.5,
     )
+    adam = fastclip.AdamW(model[3].parameters(), lr=0.003, clip_value=0.2, amsgrad=True)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    parts = {"model": model, "optimizer": optimizer, "adam": adam, "scheduler": scheduler}
     checkpoint, first = folder / "checkpoint.pt", 0
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
@@ -58,9 +59,10 @@ def train(folder, halt_before=NEVER, halt_in_save=NEVER, forget=None, steps=STEP
         if step == halt_before:
             wait("halted")
         inputs = torch.randn(16, 12)  # from the random state that checkpoints hold
-        optimizer.zero_grad()
+        model.zero_grad()
         model(inputs).sub(inputs[:, :4].cumsum(1)).square().mean().backward()
         optimizer.step()
+        adam.step()
         scheduler.step()
         print(f"step {step}", flush=True)
         if (step + 1) % EVERY == 0:

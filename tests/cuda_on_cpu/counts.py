@@ -16,10 +16,10 @@ SHAPES = [(1 << 18,), (300, 257), (5,), (1023,), (4096,)]
 MULTIPROCESSORS = 3  # of the emulated device
 
 
-def stepped(shapes, dtype=torch.float32, steps=1, **settings):
+def stepped(shapes, dtype=torch.float32, steps=1, cls=fastclip.SGD, **settings):
     """An optimizer that has taken some steps, its parameters and their number of elements."""
     params = make_params(shapes, dtype)
-    optimizer = fastclip.SGD(params, lr=0.1, **settings)
+    optimizer = cls(params, lr=0.1, **settings)
     for _ in range(steps):
         give_grads(params)
         optimizer.step()
@@ -35,7 +35,12 @@ def flat(numel, offset=0, dtype=torch.float32, grad_offset=None):
     return p
 
 
-@pytest.mark.parametrize("settings", [{}, {"clip_value": 0.5}, {"clip_value": 0.5, "momentum": 0.9}])
+ADAM = {"cls": fastclip.AdamW}
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"clip_value": 0.5}, {"clip_value": 0.5, "momentum": 0.9}, {"clip_value": 0.5, **ADAM}], ids=str
+)
 @pytest.mark.parametrize("shapes", [[(3,)], SHAPES, TINY], ids=["one", "mixed", "600"])
 def test_one_launch_without_a_norm(shapes, settings):
     optimizer, _, _ = stepped(shapes, **settings)
@@ -44,7 +49,9 @@ def test_one_launch_without_a_norm(shapes, settings):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"max_norm": 1.0}, {"max_norm": 1.0, "norm_type": "inf"}, {"skip_nonfinite": True}]
+    "settings",
+    [{"max_norm": 1.0}, {"max_norm": 1.0, "norm_type": "inf"}, {"skip_nonfinite": True}, {"max_norm": 1.0, **ADAM}],
+    ids=str,
 )
 def test_one_cooperative_launch_with_a_norm(settings):
     optimizer, _, _ = stepped(SHAPES, **settings)
@@ -80,34 +87,44 @@ VALUE, NORM = {"clip_value": 0.5}, {"max_norm": 1.0}
 
 @pytest.mark.parametrize(
     ("settings", "read", "written"),
-    [(VALUE, 2, 1), ({**VALUE, "momentum": 0.9}, 3, 2)],
-    ids=["plain", "momentum"],
+    [
+        (VALUE, 2, 1),
+        ({**VALUE, "momentum": 0.9}, 3, 2),
+        ({**VALUE, **ADAM}, 4, 3),
+        ({**VALUE, **ADAM, "amsgrad": True}, 5, 4),
+    ],
+    ids=["plain", "momentum", "adam", "amsgrad"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_a_value_clip_moves_the_floor_and_nothing_more(dtype, settings, read, written):
-    """12 bytes per float32 parameter, 20 with momentum."""
+    """12 bytes per float32 parameter, 20 with momentum, 28 for Adam; and each tensor's count of steps."""
     optimizer, params, numel = stepped(SHAPES, dtype, **settings)
     counted = emulator.count(optimizer.step)
     size = params[0].element_size()
     assert (counted.bytes_read, counted.bytes_written) == (read * size * numel, written * size * numel)
 
 
-@pytest.mark.parametrize(("momentum", "read", "written"), [(0, 2, 1), (0.9, 3, 2)])
-def test_a_norm_reads_gradients_once_where_they_fit_on_the_chip(momentum, read, written):
+@pytest.mark.parametrize(
+    ("settings", "read", "written"),
+    [({}, 2, 1), ({"momentum": 0.9}, 3, 2), (ADAM, 4, 3)],
+    ids=["plain", "momentum", "adam"],
+)
+def test_a_norm_reads_gradients_once_where_they_fit_on_the_chip(settings, read, written):
     """12 bytes per parameter, as a value clip: but for the few behind a whole number of 16 bytes."""
-    optimizer, _, numel = stepped(SHAPES[1:], momentum=momentum, **NORM)
+    optimizer, _, numel = stepped(SHAPES[1:], **settings, **NORM)
     counted = emulator.count(optimizer.step)
     tail = sum(torch.Size(shape).numel() % 4 for shape in SHAPES[1:])
     assert (counted.bytes_read, counted.bytes_written) == (4 * (read * numel + tail), 4 * written * numel)
 
 
-def test_beyond_that_only_the_rest_is_read_again():
-    """16 bytes per parameter, less what shared memory keeps, which is nearly all there is of it."""
-    optimizer, _, numel = stepped([(1 << 20,)], **NORM)
+@pytest.mark.parametrize(("settings", "read", "written"), [({}, 3, 1), (ADAM, 5, 3)], ids=["plain", "adam"])
+def test_beyond_that_only_the_rest_is_read_again(settings, read, written):
+    """16 bytes per parameter, 32 for Adam, less what shared memory keeps, which is nearly all there is of it."""
+    optimizer, _, numel = stepped([(1 << 20,)], **settings, **NORM)
     counted = emulator.count(optimizer.step)
-    kept = 3 * numel - counted.bytes_read // 4
+    kept = read * numel - counted.bytes_read // 4
     shared = counted.last_blocks * counted.last_shared_bytes
-    assert counted.bytes_written == 4 * numel
+    assert counted.bytes_written == 4 * written * numel
     assert 0.9 * shared < 4 * kept <= shared
     assert shared > 0.9 * MULTIPROCESSORS * (227 << 10)
 
