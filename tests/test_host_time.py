@@ -1,0 +1,48 @@
+"""The benchmark of the host's time measures what it says. Nothing here is timed."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("tqdm", reason="the benchmark shows its progress with tqdm: pip install fastclip[demo]")
+
+from benchmarks import host_time, report, report_host, timing  # noqa: E402
+from benchmarks.contenders import CLIPS  # noqa: E402
+from benchmarks.rules import CASES  # noqa: E402
+
+ADAMW = CASES["adamw"][0]
+
+
+def test_a_walk_reads_and_checks_but_writes_nothing():
+    made = host_time.params(5)
+    step = host_time.walk(made, CLIPS["norm"], ADAMW)
+    before = [p.clone() for p in made]
+    step()
+    assert all(torch.equal(p, was) for p, was in zip(made, before, strict=True))
+    made[3].grad = torch.randn(2)[:1].to(torch.float64)
+    with pytest.raises(TypeError, match="parameter 3 of group 0"):
+        step()
+
+
+def test_the_command_writes_what_the_report_reads(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(timing, "BLOCK_SECONDS", 1e-6)
+    monkeypatch.setattr(host_time, "MOST_FOR_TORCH", 3)
+    assert host_time.main(["--count", "3", "4", "--rounds", "2", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "host_time.json").read_text())
+    assert len(found["cases"]) == 2 * len(host_time.RULES) * len(CLIPS)
+    for row in found["cases"]:
+        torchs = {"fused", "foreach"} if row["tensors"] == 3 else set()
+        assert row["ns_per_tensor"].keys() == {"fastclip", "walk"} | torchs
+    capsys.readouterr()
+    assert report.main([str(tmp_path / "host_time.json")]) == 0
+    assert "| rule | clip | ns per tensor | 3 tensors | 4 tensors |" in capsys.readouterr().out
+
+
+def test_growth_by_hand():
+    def row(tensors, ns):
+        return {"tensors": tensors, "momentum": 0.0, "clip": "value", "ns_per_tensor": {"fastclip": {"median": ns}}}
+
+    rows = [row(100, 9.0), row(1_000, 10.0), row(1_000, 20.0), row(100_000, 25.0), row(100_000, 30.0)]
+    assert report_host.growth({"cases": rows}) == "Each of 100,000 tensors costs 1.5 to 2.5 times each of 1,000."
+    assert report_host.growth({"cases": rows[:1]}).startswith("No 1,000 tensors")
