@@ -1,4 +1,4 @@
-"""python -m benchmarks.host_time: what a step costs per tensor, however small, over the number of tensors; on one thread.
+"""python -m benchmarks.host_time: what a step costs per tensor, over the number of tensors, on one thread.
 
 Every tensor has one element, so hardly anything is moved or computed.
 """
