@@ -1,6 +1,6 @@
 """The update rules that are timed: of which optimizers, with which settings, and what a step of them has to move."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -18,7 +18,7 @@ class Rule:
     title: str
     of_torch: type
     of_fastclip: type
-    settings: dict
+    settings: dict = field(hash=False)
     states: tuple  # the names of what is kept for each parameter, in its shape
 
     def elements(self, clip):
