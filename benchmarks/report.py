@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from . import report_cpu, report_gpu, report_host
+from . import report_cpu, report_gpu, report_host, report_large
 
 
 def main(arguments=None):
@@ -41,7 +41,7 @@ def main(arguments=None):
 def reporter(results):
     if "gpu" in results:
         return report_gpu
-    return {"host_time": report_host}.get(results.get("kind"), report_cpu)
+    return {"host_time": report_host, "large": report_large}.get(results.get("kind"), report_cpu)
 
 
 def markdown(results):

@@ -85,7 +85,16 @@ def shards():
 
 def steps():
     """AdamW with a norm clip, sharded by FSDP2 over all devices: predictions."""
-    header = ["numbers", "devices", "passes", "message", "host, 200 ns per tensor", "host, 15 ns", "step", "step at 15 ns"]
+    header = [
+        "numbers",
+        "devices",
+        "passes",
+        "message",
+        "host, 200 ns per tensor",
+        "host, 15 ns",
+        "step",
+        "step at 15 ns",
+    ]
     rows = []
     at_the_aim = dataclasses.replace(H100, s_per_tensor=AIM_S_PER_TENSOR)
     for layout in (FLOAT32, MIXED):
