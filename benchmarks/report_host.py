@@ -8,6 +8,7 @@ WHAT = {
     "walk": "of it, finding and checking",
     "fused": "torch, fused",
     "foreach": "torch, foreach",
+    "dtensors": "torch, foreach, DTensors",
 }
 
 

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("tqdm", reason="the benchmark shows its progress with tqdm: pip install fastclip[demo]")
 
 from benchmarks import host_time, report, report_host, timing  # noqa: E402
-from benchmarks.contenders import CLIPS  # noqa: E402
+from benchmarks.contenders import CLIPS, Contender  # noqa: E402
 from benchmarks.rules import CASES  # noqa: E402
 
 ADAMW = CASES["adamw"][0]
@@ -28,15 +28,26 @@ def test_a_walk_reads_and_checks_but_writes_nothing():
 def test_the_command_writes_what_the_report_reads(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(timing, "BLOCK_SECONDS", 1e-6)
     monkeypatch.setattr(host_time, "MOST_FOR_TORCH", 3)
+    monkeypatch.setattr(host_time, "MOST_FOR_DTENSORS", 3)
     assert host_time.main(["--count", "3", "4", "--rounds", "2", "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "host_time.json").read_text())
     assert len(found["cases"]) == 2 * len(host_time.RULES) * len(CLIPS)
     for row in found["cases"]:
-        torchs = {"fused", "foreach"} if row["tensors"] == 3 else set()
+        torchs = {"fused", "foreach", "dtensors"} if row["tensors"] == 3 else set()
         assert row["ns_per_tensor"].keys() == {"fastclip", "walk"} | torchs
     capsys.readouterr()
     assert report.main([str(tmp_path / "host_time.json")]) == 0
     assert "| rule | clip | ns per tensor | 3 tensors | 4 tensors |" in capsys.readouterr().out
+
+
+def test_dtensors_are_clipped_and_stepped():
+    with host_time.process_group(8):
+        made = host_time.sharded(3)
+        before = [p.detach().to_local().clone() for p in made]
+        Contender("foreach", made, CLIPS["norm"], ADAMW).step()
+        assert all(p.numel() == 8 for p in made)
+        assert not any(torch.equal(p.detach().to_local(), was) for p, was in zip(made, before, strict=True))
+    assert not torch.distributed.is_initialized()
 
 
 def test_growth_by_hand():
