@@ -1,11 +1,11 @@
-"""One row of the results: a model, a clip, a momentum, a number of threads.
+"""One row of the results: a model, a clip, an update rule, a number of threads.
 
 What the rows of a CPU and of a GPU share stands here; gpu_case.py has the rest of a GPU's.
 """
 
 import torch
 
-from . import agreement, timing
+from . import agreement, rules, timing
 from .contenders import CLIPS, OF_TORCH, Contender
 from .problem import Probe, Problem, is_normal
 
@@ -13,26 +13,17 @@ from .problem import Probe, Problem, is_normal
 LARGE = 20_000_000
 SAME_STEPS = 1_000_000
 
-# Elements per parameter that a step has to move, without and with momentum: gradient, parameter and momentum are read,
-# parameter and momentum are written. The norm reads the gradients before.
-FLOOR = {("value", False): 3, ("value", True): 5, ("norm", False): 4, ("norm", True): 6}
 
-
-def floor_bytes(clip, momentum, itemsize=4):
-    """Bytes per parameter that a step has to move."""
-    return FLOOR[clip, momentum != 0] * itemsize
-
-
-def measure(problem, clip, momentum, thread_counts, rounds, on_round=None):
+def measure(problem, clip, rule, thread_counts, rounds, on_round=None):
     """One row for each number of threads.
 
     Gradients are not set anew between steps: what torch's clip functions leave in them is clipped already, but no
     step's time depends on the values.
     """
-    contenders = at_the_start(problem, clip, momentum)
+    contenders = at_the_start(problem, clip, rule)
     actors = {name: contender.step for name, contender in contenders.items()}
     single_elements = Problem("host", [(1,)] * len(problem.params)).copies["fastclip"]
-    actors["host"] = Contender("fastclip", single_elements, CLIPS[clip], momentum).step
+    actors["host"] = Contender("fastclip", single_elements, CLIPS[clip], rule).step
     if problem.numel >= LARGE:
         actors["add_"] = Probe(problem.numel).step
     rows = []
@@ -40,33 +31,33 @@ def measure(problem, clip, momentum, thread_counts, rounds, on_round=None):
         torch.set_num_threads(threads)
         steps = blocks(actors, problem.numel)
         timers = {name: timing.Timer(step, steps=steps[name]) for name, step in actors.items()}
-        row = head(problem, clip, momentum) | {"threads": threads, "steps_per_block": steps}
+        row = head(problem, clip, rule) | {"threads": threads, "steps_per_block": steps}
         rows.append(row | evaluate(row, timing.rounds(timers, rounds, on_round)))
     require_normal(contenders, row)
     return rows
 
 
-def at_the_start(problem, clip, momentum):
+def at_the_start(problem, clip, rule):
     """All contenders, each on its copy of the problem."""
     contenders = {}
     for name, copies in problem.copies.items():
         problem.reset_params(copies)
         problem.reset_grads(copies)
-        contenders[name] = Contender(name, copies, CLIPS[clip], momentum)
+        contenders[name] = Contender(name, copies, CLIPS[clip], rule)
     return contenders
 
 
-def agreement_row(problem, clip, momentum, threads=(1,)):
+def agreement_row(problem, clip, rule, threads=(1,)):
     """How far the contenders are apart; raises Disagreement."""
     try:
-        deviations = agreement.check(problem, CLIPS[clip], momentum, threads)
+        deviations = agreement.check(problem, CLIPS[clip], rule, threads)
     except agreement.Disagreement as error:
-        raise agreement.Disagreement(f"{problem.model}, {clip}, momentum {momentum:g}: {error}") from error
+        raise agreement.Disagreement(f"{problem.model}, {clip}, {rule.title}: {error}") from error
     deviations = {name: digits(value) for name, value in deviations.items()}
-    return {"model": problem.model, "clip": clip, "momentum": momentum, "deviation": deviations}
+    return {"model": problem.model, "clip": clip, **rule.in_row(), "deviation": deviations}
 
 
-def head(problem, clip, momentum):
+def head(problem, clip, rule):
     """What a row is about."""
     return {
         "model": problem.model,
@@ -74,7 +65,7 @@ def head(problem, clip, momentum):
         "parameters": problem.numel,
         "clip": clip,
         "limit": CLIPS[clip][1],
-        "momentum": momentum,
+        **rule.in_row(),
     }
 
 
@@ -84,7 +75,7 @@ def require_normal(contenders, row):
         tensors = [t for written in contender.results().values() for t in written]
         if not is_normal(tensors + [p.grad for p in contender.params]):
             raise ArithmeticError(
-                f"{name} met denormals, inf or NaN: {row['model']}, {row['clip']}, momentum {row['momentum']:g}"
+                f"{name} met denormals, inf or NaN: {row['model']}, {row['clip']}, {rules.of_row(row).title}"
             )
 
 
@@ -109,7 +100,7 @@ def evaluate(row, samples):
     if "add_" in samples:
         in_add = [row["parameters"] * Probe.BYTES / seconds for seconds in samples["add_"]]
         found["gb_per_s"] = described(scaled(1e-9, in_add))
-        found["floor_bytes_per_parameter"] = floor_bytes(row["clip"], row["momentum"])
+        found["floor_bytes_per_parameter"] = floor_bytes(row)
         found["of_floor"] = of_floor(row["parameters"] * found["floor_bytes_per_parameter"], in_add, own)
     return found
 
@@ -127,6 +118,11 @@ def speed_ups(samples):
         "best_of_torch": best,
         "vs_best_of_torch": described(timing.ratios(samples[best], own)),
     }
+
+
+def floor_bytes(row, itemsize=4):
+    """Bytes per parameter that a step has to move."""
+    return rules.of_row(row).elements(row["clip"]) * itemsize
 
 
 def of_floor(moved, speeds, own):

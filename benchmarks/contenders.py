@@ -1,23 +1,18 @@
 """The ways to clip and step that are compared: three that torch offers, and fastclip's.
 
-Each is a function of (parameters with gradients, clip, momentum) that returns the optimizer and its step. A clip is
+Each is a function of (parameters with gradients, clip, rule) that returns the optimizer and its step. A clip is
 ("value", δ) or ("norm", max_norm).
 """
 
-import torch
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
-import fastclip
-
-LR = 0.01
-MOMENTA = (0.0, 0.9)
 CLIPS = {"value": ("value", 0.01), "norm": ("norm", 1.0)}
 
 
-def loop(params, clip, momentum):
+def loop(params, clip, rule):
     """The article's: one parameter after the other, clip, then step."""
     kind, limit = clip
-    optimizer = torch.optim.SGD(params, LR, momentum, foreach=False)
+    optimizer = rule.of_torch(params, **rule.settings, foreach=False)
 
     def value_step():
         for p in params:
@@ -31,10 +26,10 @@ def loop(params, clip, momentum):
     return optimizer, value_step if kind == "value" else norm_step
 
 
-def foreach(params, clip, momentum):
+def foreach(params, clip, rule):
     """torch's multi-tensor operations for both."""
     kind, limit = clip
-    optimizer = torch.optim.SGD(params, LR, momentum, foreach=True)
+    optimizer = rule.of_torch(params, **rule.settings, foreach=True)
     clip_gradients = clip_grad_value_ if kind == "value" else clip_grad_norm_
 
     def step():
@@ -44,10 +39,10 @@ def foreach(params, clip, momentum):
     return optimizer, step
 
 
-def fused(params, clip, momentum):
-    """torch's fused SGD after its clip functions with their default settings."""
+def fused(params, clip, rule):
+    """torch's fused optimizer after its clip functions with their default settings."""
     kind, limit = clip
-    optimizer = torch.optim.SGD(params, LR, momentum, fused=True)
+    optimizer = rule.of_torch(params, **rule.settings, fused=True)
     clip_gradients = clip_grad_value_ if kind == "value" else clip_grad_norm_
 
     def step():
@@ -57,10 +52,10 @@ def fused(params, clip, momentum):
     return optimizer, step
 
 
-def one_pass(params, clip, momentum):
+def one_pass(params, clip, rule):
     """fastclip: clip and update together."""
     kind, limit = clip
-    optimizer = fastclip.SGD(params, LR, momentum, **{"clip_value" if kind == "value" else "max_norm": limit})
+    optimizer = rule.of_fastclip(params, **rule.settings, **{"clip_value" if kind == "value" else "max_norm": limit})
     return optimizer, optimizer.step
 
 
@@ -71,14 +66,12 @@ OF_TORCH = ("loop", "foreach", "fused")
 class Contender:
     """A contender at work on copies of its own, so that no one warms another one's cache."""
 
-    def __init__(self, name, copies, clip, momentum):
-        self.params = copies
-        self.optimizer, self.step = CONTENDERS[name](copies, clip, momentum)
+    def __init__(self, name, copies, clip, rule):
+        self.params, self.rule = copies, rule
+        self.optimizer, self.step = CONTENDERS[name](copies, clip, rule)
 
     def results(self):
-        """What a step writes: parameters, and momentum buffers where there are any."""
-        states = (self.optimizer.state[p] for p in self.params)
-        return {
-            "parameter": [p.detach() for p in self.params],
-            "momentum": [state["momentum_buffer"] for state in states if "momentum_buffer" in state],
-        }
+        """What a step writes: parameters, and their states where there are any."""
+        states = [self.optimizer.state[p] for p in self.params]
+        written = {"parameter": [p.detach() for p in self.params]}
+        return written | {name: [state[name] for state in states if name in state] for name in self.rule.states}

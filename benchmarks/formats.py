@@ -33,6 +33,11 @@ def deviations(results):
     return "norm clip, off a float64 step by at most: " + ", ".join(f"{k} {v:.1g}" for k, v in largest.items())
 
 
+def rule(row):
+    """SGD by its momentum, others by name."""
+    return f"{row['momentum']:g}" if "momentum" in row else row["rule"]
+
+
 def spread(summary, form, unit=""):
     return f"{form(summary['median'])}{unit} ({form(summary['p10'])}–{form(summary['p90'])})"
 

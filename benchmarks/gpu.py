@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 from . import agreement, case, gpu_case, machine, memory, report_gpu, result_file
-from .contenders import CLIPS, MOMENTA, Contender
+from .contenders import CLIPS, Contender
 from .devices import DEVICES
 from .problem import Problem
+from .rules import CASES, of_row
 from .shapes import MODELS
 
 # What is aimed at first: a run whose time is up leaves out the last.
@@ -82,8 +83,8 @@ def agree(found, model, dtype, device):
         return False
     problem = Problem(model, MODELS[model], device=device.type, dtype=dtype)
     try:
-        for clip, momentum in itertools.product(CLIPS, MOMENTA):
-            found["agreement"].append(case.agreement_row(problem, clip, momentum) | {"dtype": name})
+        for clip, rule in itertools.product(CLIPS, CASES["sgd"]):
+            found["agreement"].append(case.agreement_row(problem, clip, rule) | {"dtype": name})
     except agreement.Disagreement as error:
         found["failed"].append({"case": f"{model} {name}", "error": str(error)})
         print(f"FAILED: {name}: the contenders disagree, this model is not timed. {error}", file=sys.stderr, flush=True)
@@ -99,14 +100,14 @@ def measure(found, problems, device, rounds, end):
     """Adds rows to found["cases"]; yields after each."""
     for model, dtype in problems:
         problem = Problem(model, MODELS[model], device=device.type, dtype=dtype)
-        for clip, momentum in itertools.product(CLIPS, MOMENTA):
-            title = f"{model} {str(dtype).removeprefix('torch.')}, {clip}, momentum {momentum:g}"
+        for clip, rule in itertools.product(CLIPS, CASES["sgd"]):
+            title = f"{model} {str(dtype).removeprefix('torch.')}, {clip}, {rule.title}"
             if time.monotonic() > end:
                 found["left_out"].append(title)
                 continue
             start = time.monotonic()
             try:
-                found["cases"].append(gpu_case.measure(problem, clip, momentum, device, rounds))
+                found["cases"].append(gpu_case.measure(problem, clip, rule, device, rounds))
             except Exception as error:  # the others may go well
                 found["failed"].append({"case": title, "error": f"{type(error).__name__}: {error}"})
                 print(f"FAILED: {title}: {error}", file=sys.stderr, flush=True)
@@ -124,7 +125,7 @@ def measure(found, problems, device, rounds, end):
 def kernels(row, device):
     """Names of the kernels of one step of fastclip."""
     problem = Problem(row["model"], MODELS[row["model"]], device=device.type, dtype=getattr(torch, row["dtype"]))
-    step = Contender("fastclip", problem.copies["fastclip"], CLIPS[row["clip"]], row["momentum"]).step
+    step = Contender("fastclip", problem.copies["fastclip"], CLIPS[row["clip"]], of_row(row)).step
     step()
     names = device.kernels(step)
     del problem, step

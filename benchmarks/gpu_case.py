@@ -1,8 +1,8 @@
-"""One row of a GPU's results: a model in a dtype, a clip, a momentum."""
+"""One row of a GPU's results: a model in a dtype, a clip, an update rule."""
 
 import torch
 
-from . import case, timing
+from . import case, rules, timing
 from .contenders import CLIPS, Contender
 
 # A block has no more steps than the device's queue takes without making the host wait. A step of the loop is hundreds
@@ -25,15 +25,15 @@ class Copy:
         self.target.copy_(self.source)
 
 
-def measure(problem, clip, momentum, device, rounds):
+def measure(problem, clip, rule, device, rounds):
     """A row. Three times of each contender:
 
     - step: steps in a row, as a training loop takes them, by events. The host bounds it where models are small.
     - device: steps replayed from a CUDA graph, by events: the host has no part in it.
     - host: until the call returns.
     """
-    contenders = case.at_the_start(problem, clip, momentum)
-    row = case.head(problem, clip, momentum) | {"dtype": str(problem.dtype).removeprefix("torch."), "no_graph": {}}
+    contenders = case.at_the_start(problem, clip, rule)
+    row = case.head(problem, clip, rule) | {"dtype": str(problem.dtype).removeprefix("torch."), "no_graph": {}}
     timers = {}
     for name, contender in contenders.items():
         timers["step", name] = timing.Timer(contender.step, device.block)
@@ -41,7 +41,7 @@ def measure(problem, clip, momentum, device, rounds):
         timers["host", name] = timing.Timer(contender.step, device.host_block, HOST_STEPS[name])
     if clip == "norm":
         # In the same rounds, as the norm's cost is a ratio of the two.
-        with_value = Contender("fastclip", problem.copy(), CLIPS["value"], momentum)
+        with_value = Contender("fastclip", problem.copy(), CLIPS["value"], rule)
         with_value.step()
         timers["device", "value"] = device_timer(row, device, "fastclip", with_value.step)
     copy = Copy(device.copy_elements, device.type)
@@ -71,7 +71,7 @@ def evaluate(row, samples, copied):
     steps, on_device, on_host = of("step"), of("device"), of("host")
     own = on_device["fastclip"]
     speeds = [copied / seconds for seconds in samples["copy", ""]]
-    floor = case.floor_bytes(row["clip"], row["momentum"], itemsize(row))
+    floor = case.floor_bytes(row, itemsize(row))
     found = {
         "us_per_step": case.microseconds(steps),
         "device_us": case.microseconds(on_device),
@@ -93,7 +93,7 @@ def in_l2(row, gpu):
     """Whether what a step touches fits the device's L2 cache; None where its size is not known."""
     if not gpu or not gpu["l2_bytes"]:
         return None
-    return (3 if row["momentum"] else 2) * itemsize(row) * row["parameters"] <= gpu["l2_bytes"]
+    return (2 + len(rules.of_row(row).states)) * itemsize(row) * row["parameters"] <= gpu["l2_bytes"]
 
 
 def itemsize(row):

@@ -14,23 +14,23 @@ def kept(model, itemsize=4):
     return 2 * (1 + len(CONTENDERS)) * itemsize * count(MODELS[model])
 
 
-def at_work(model, itemsize=4):
-    """Bytes that come to them while contenders are compared, or timed."""
-    # Parameters, gradients and momentum of the loop in float64: more than it leaves, and two contenders' momentum.
-    compared = 3 * 8
-    # The momentum of all; on a GPU one more contender, which is more than the CPU's probe of its memory.
-    timed = len(CONTENDERS) * itemsize + 3 * itemsize
+def at_work(model, itemsize=4, states=1):
+    """Bytes that come to them while contenders are compared, or timed, with so many states of each parameter."""
+    # The loop in float64: parameters, gradients and states; then without gradients, beside two contenders' states.
+    compared = max(8 * (2 + states), 8 * (1 + states) + 2 * itemsize * states)
+    # The states of all; on a GPU one more contender, which is more than the CPU's probe of its memory.
+    timed = (len(CONTENDERS) * states + 2 + states) * itemsize
     return max(compared, timed) * count(MODELS[model])
 
 
-def needed(models, itemsize=4):
+def needed(models, itemsize=4, states=1):
     """Bytes for problems that are there together, and are worked on one after the other."""
-    return sum(kept(model, itemsize) for model in models) + max(at_work(model, itemsize) for model in models)
+    return sum(kept(model, itemsize) for model in models) + max(at_work(model, itemsize, states) for model in models)
 
 
-def shortage(models, available, itemsize=4):
+def shortage(models, available, itemsize=4, states=1):
     """What is to be said where there is too little memory; None where there is enough, or nobody knows."""
-    need = needed(models, itemsize)
+    need = needed(models, itemsize, states)
     if available is None or need <= available:
         return None
     return f"{', '.join(models)}: {gib(need)} of memory needed, {gib(available)} available"

@@ -5,6 +5,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  after the choice of a backend that needs no screen
 
+from . import rules  # noqa: E402
+
 PANELS = {"vs_loop": "over the Python loop", "vs_best_of_torch": "over the best of torch"}
 
 
@@ -33,10 +35,10 @@ def speed_ups(results, path):
     axes[0].set_yticks(range(len(labels)), labels)
     axes[0].invert_yaxis()
     axes[1].legend(loc="lower right")
-    figure.supxlabel("speed-up of clip + SGD, log scale (median, 10th to 90th percentile of the rounds)", fontsize=9)
+    figure.supxlabel("speed-up of clip and step, log scale (median, 10th to 90th percentile of the rounds)", fontsize=9)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
 def label(row):
-    return f"{row['model']}, {row['clip']}, momentum {row['momentum']:g}"
+    return f"{row['model']}, {row['clip']}, {rules.of_row(row).title}"

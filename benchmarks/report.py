@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from . import report_cpu, report_gpu
+from . import report_cpu, report_gpu, report_host, report_large
 
 
 def main(arguments=None):
@@ -39,7 +39,9 @@ def main(arguments=None):
 
 
 def reporter(results):
-    return report_gpu if "gpu" in results else report_cpu
+    if "gpu" in results:
+        return report_gpu
+    return {"host_time": report_host, "large": report_large}.get(results.get("kind"), report_cpu)
 
 
 def markdown(results):

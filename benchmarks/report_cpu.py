@@ -1,21 +1,22 @@
 """The tables of a CPU's results."""
 
-from .formats import columns, commit, deviations, duration, models, percent, rounded, spread, table, times
+from .formats import columns, commit, deviations, duration, models, percent, rounded, rule, spread, table, times
 
-HEADER = ["model", "clip", "momentum", "µs per step", "vs loop", "vs best of torch", "of the floor"]
+HEADER = ["µs per step", "vs loop", "vs best of torch", "of the floor"]
 
 
 def markdown(results):
     """One line on the circumstances, one on the models, then a table for each number of threads."""
+    header = ["model", "clip", kind_of_rule(results), *HEADER]
     parts = [circumstances(results), models(results)]
     for threads in sorted({row["threads"] for row in results["cases"]}):
         rows = [readme_row(row) for row in results["cases"] if row["threads"] == threads]
-        parts.append(f"**{threads} thread{'s' if threads > 1 else ''}**\n\n{table([HEADER, *rows], words=2)}")
+        parts.append(f"**{threads} thread{'s' if threads > 1 else ''}**\n\n{table([header, *rows], words=2)}")
     return "\n\n".join(parts)
 
 
 def summary(results):
-    """A row for each model and clip, of medians without and with momentum; columns for each number of threads."""
+    """A row for each model and clip, of medians of the rules in turn; columns for each number of threads."""
     counts = sorted({row["threads"] for row in results["cases"]})
     header = ["model", "clip"]
     for threads in counts:
@@ -33,8 +34,13 @@ def summary(results):
         ]
         for (model, clip, limit), line in lines.items()
     ]
-    momenta = " / ".join(f"{momentum:g}" for momentum in dict.fromkeys(row["momentum"] for row in results["cases"]))
-    return f"{machine(results)} Medians; momentum {momenta}.\n\n{table([header, *rows], words=2)}"
+    found = " / ".join(dict.fromkeys(rule(row) for row in results["cases"]))
+    return f"{machine(results)} Medians; {kind_of_rule(results)} {found}.\n\n{table([header, *rows], words=2)}"
+
+
+def kind_of_rule(results):
+    """What tells the rules apart."""
+    return "momentum" if all("momentum" in row for row in results["cases"]) else "rule"
 
 
 def size(results, model):
@@ -61,7 +67,7 @@ def readme_row(row):
     return [
         row["model"],
         f"{row['clip']} {row['limit']:g}",
-        f"{row['momentum']:g}",
+        rule(row),
         spread(row["us_per_step"]["fastclip"], duration),
         spread(row["vs_loop"], times, "×"),
         f"{spread(row['vs_best_of_torch'], times, '×')} {row['best_of_torch']}",
@@ -71,7 +77,7 @@ def readme_row(row):
 
 def console(results):
     """All contenders' times in µs per step, for a terminal."""
-    titles = ["model", "clip", "mom.", "thr.", "loop", "foreach", "fused", "fastclip µs", "vs loop", "vs best of torch"]
+    titles = ["model", "clip", "rule", "thr.", "loop", "foreach", "fused", "fastclip µs", "vs loop", "vs best of torch"]
     lines = [titles + ["host µs", "ns/tensor", "GB/s", "of the floor"]]
     for row in results["cases"]:
         own = readme_row(row)

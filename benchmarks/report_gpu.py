@@ -2,7 +2,7 @@
 
 from . import targets
 from .contenders import OF_TORCH
-from .formats import columns, commit, deviations, duration, models, percent, spread, table, times
+from .formats import columns, commit, deviations, duration, models, percent, rule, spread, table, times
 
 HEADER = ["model", "dtype", "clip", "momentum", "step µs", "device µs", "host µs", "vs loop", "vs best of torch"]
 
@@ -51,7 +51,7 @@ def readme_row(row):
         row["model"],
         row["dtype"],
         f"{row['clip']} {row['limit']:g}",
-        f"{row['momentum']:g}",
+        rule(row),
         spread(row["us_per_step"]["fastclip"], duration),
         spread(row["device_us"]["fastclip"], duration) + ("*" if "fastclip" in row["no_graph"] else ""),
         spread(row["host_us"]["fastclip"], duration),

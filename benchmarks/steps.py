@@ -7,14 +7,17 @@ import torch
 
 from .contenders import CLIPS, CONTENDERS, Contender
 from .problem import Problem
+from .rules import CASES
 from .shapes import MODELS
+
+RULES = {rule.title: rule for rules in CASES.values() for rule in rules}
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.steps", description=__doc__.split(": ", 1)[1])
     parser.add_argument("--model", choices=MODELS, default="dense-100m", help="default: %(default)s")
     parser.add_argument("--clip", choices=CLIPS, default="value", help="default: %(default)s")
-    parser.add_argument("--momentum", type=float, default=0.0, help="default: %(default)g")
+    parser.add_argument("--rule", choices=RULES, default="momentum 0", help="default: %(default)s")
     parser.add_argument("--contender", choices=CONTENDERS, default="fastclip", help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=4, help="default: %(default)s")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="default: %(default)s")
@@ -23,7 +26,7 @@ def main(arguments=None):
         print(f"This torch ({torch.__version__}) sees no GPU.", file=sys.stderr)
         return 2
     copies = Problem(options.model, MODELS[options.model], device=options.device).copies[options.contender]
-    contender = Contender(options.contender, copies, CLIPS[options.clip], options.momentum)
+    contender = Contender(options.contender, copies, CLIPS[options.clip], RULES[options.rule])
     for _ in range(options.steps):
         contender.step()
     if options.device == "cuda":

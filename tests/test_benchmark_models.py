@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("tqdm", reason="the benchmark shows its progress with tqdm: pip install fastclip[demo]")
 
-from benchmarks import agreement, case, contenders, cpu, devices, gpu, gpu_case, memory, models, timing  # noqa: E402
+from benchmarks import agreement, case, contenders, cpu, devices, gpu, gpu_case, memory, models, rules, timing  # noqa: E402
 from benchmarks.deepspeech2 import DeepSpeech2  # noqa: E402
 from benchmarks.problem import Problem  # noqa: E402
 from benchmarks.shapes import MODELS, count  # noqa: E402
@@ -131,8 +131,11 @@ def live_bytes():
     gc.unfreeze()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_memory_needed_is_what_a_run_takes(dtype, live_bytes, monkeypatch):
+@pytest.mark.parametrize(
+    ("dtype", "which"), [(torch.float32, "sgd"), (torch.bfloat16, "sgd"), (torch.float32, "amsgrad")]
+)
+def test_the_memory_needed_is_what_a_run_takes(dtype, which, live_bytes, monkeypatch):
+    rule = rules.CASES[which][-1]
     monkeypatch.setattr(case, "LARGE", 1)
     monkeypatch.setattr(timing, "BLOCK_SECONDS", 1e-9)
     # torch's fused SGD without momentum leaves bfloat16 parameters as they are in its CPU kernel's vectors (2.13).
@@ -150,13 +153,13 @@ def test_the_memory_needed_is_what_a_run_takes(dtype, live_bytes, monkeypatch):
     monkeypatch.setattr(agreement, "compare", watched(agreement.compare))
     monkeypatch.setattr(timing, "rounds", watched(timing.rounds))
     problem = Problem("dnn", MODELS["dnn"], dtype=dtype)
-    case.agreement_row(problem, "norm", 0.9)
+    case.agreement_row(problem, "norm", rule)
     if dtype is torch.float32:
-        case.measure(problem, "norm", 0.9, [1], 1)
+        case.measure(problem, "norm", rule, [1], 1)
     device = devices.Cpu()
     device.copy_elements = 1
-    gpu_case.measure(problem, "norm", 0.9, device, 1)
-    need = memory.needed(["dnn"], dtype.itemsize)
+    gpu_case.measure(problem, "norm", rule, device, 1)
+    need = memory.needed(["dnn"], dtype.itemsize, len(rule.states))
     assert 0.99 * need < max(seen) < 1.01 * need
 
 

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("tqdm", reason="the benchmark shows its progress with tqdm: pip install fastclip[demo]")
 
-from benchmarks import agreement, case, contenders, cpu, report, timing  # noqa: E402
+from benchmarks import agreement, case, contenders, cpu, report, rules, timing  # noqa: E402
 from benchmarks.problem import Problem, is_normal  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -26,19 +26,23 @@ def _threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("momentum", contenders.MOMENTA)
+RULES = {rule.title: rule for case_rules in rules.CASES.values() for rule in case_rules}
+PLAIN, MOMENTUM = rules.CASES["sgd"]
+
+
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("clip", contenders.CLIPS)
-def test_contenders_agree(clip, momentum):
+def test_contenders_agree(clip, rule):
     problem = Problem("tiny", SHAPES)
-    deviations = agreement.check(problem, contenders.CLIPS[clip], momentum, (1, 2))
+    deviations = agreement.check(problem, contenders.CLIPS[clip], RULES[rule], (1, 2))
     assert deviations["fastclip"] < 1e-6
-    if clip == "value":
+    if clip == "value" and RULES[rule] in (PLAIN, MOMENTUM):
         assert deviations["fastclip"] == agreement.value_tolerance("fastclip", problem) == 0
 
 
-def planted(params, clip, momentum):
+def planted(params, clip, rule):
     """One element of the last step's result is off by one bit."""
-    optimizer, step = contenders.one_pass(params, clip, momentum)
+    optimizer, step = contenders.one_pass(params, clip, rule)
 
     def wrong_step():
         step()
@@ -51,30 +55,49 @@ def planted(params, clip, momentum):
 def test_one_wrong_bit_is_a_disagreement(monkeypatch):
     monkeypatch.setitem(contenders.CONTENDERS, "fastclip", planted)
     with pytest.raises(agreement.Disagreement, match=r"fastclip: parameter 0 of shape \(5, 3\)"):
-        agreement.check(Problem("tiny", SHAPES), contenders.CLIPS["value"], 0.9)
+        agreement.check(Problem("tiny", SHAPES), contenders.CLIPS["value"], MOMENTUM)
 
 
-def unclipped(params, clip, momentum):
-    optimizer = torch.optim.SGD(params, contenders.LR, momentum)
+def test_one_wrong_bit_of_a_state_is_a_disagreement(monkeypatch):
+    """Of Adam's parameters the last bits may differ, of its averages none."""
+
+    def planted(params, clip, rule):
+        optimizer, step = contenders.one_pass(params, clip, rule)
+
+        def wrong_step():
+            step()
+            average = optimizer.state[params[0]]["exp_avg"].view(-1)
+            average[3] = torch.nextafter(average[3], torch.tensor(math.inf))
+
+        return optimizer, wrong_step
+
+    monkeypatch.setitem(contenders.CONTENDERS, "fastclip", planted)
+    with pytest.raises(agreement.Disagreement, match=r"fastclip: exp_avg 0 of shape \(5, 3\)"):
+        agreement.check(Problem("tiny", SHAPES), contenders.CLIPS["value"], RULES["AdamW"])
+
+
+def unclipped(params, clip, rule):
+    optimizer = rule.of_torch(params, **rule.settings)
     return optimizer, optimizer.step
 
 
+@pytest.mark.parametrize("rule", ["momentum 0", "AdamW"])
 @pytest.mark.parametrize("name", contenders.CONTENDERS)
-def test_a_clip_that_is_not_applied_is_a_disagreement(name, monkeypatch):
+def test_a_clip_that_is_not_applied_is_a_disagreement(name, rule, monkeypatch):
     problem = Problem("tiny", [(100, 100)])
     monkeypatch.setitem(contenders.CONTENDERS, name, unclipped)
     for clip in contenders.CLIPS.values():
         if not (name == "loop" and clip[0] == "norm"):  # there the loop is wrong in both types, and the others differ
             with pytest.raises(agreement.Disagreement):
-                agreement.check(problem, clip, 0.0)
+                agreement.check(problem, clip, RULES[rule])
 
 
 def test_lost_momentum_and_nan_are_disagreements():
-    good = {"parameter": [torch.ones(2)], "momentum": [torch.ones(2)]}
-    with pytest.raises(agreement.Disagreement, match="0 momentum tensors instead of 1"):
-        agreement.compare("x", good | {"momentum": []}, good, 1.0)
+    good = {"parameter": [torch.ones(2)], "momentum_buffer": [torch.ones(2)]}
+    with pytest.raises(agreement.Disagreement, match="0 momentum_buffer tensors instead of 1"):
+        agreement.compare("x", good | {"momentum_buffer": []}, good, 1.0, 1.0)
     with pytest.raises(agreement.Disagreement, match="nan"):
-        agreement.compare("x", good | {"momentum": [torch.tensor([1.0, math.nan])]}, good, 1.0)
+        agreement.compare("x", good | {"momentum_buffer": [torch.tensor([1.0, math.nan])]}, good, 1.0, 1.0)
 
 
 def test_the_command_stops_at_a_disagreement(monkeypatch, capsys, tmp_path):
@@ -92,7 +115,7 @@ def test_the_command_writes_what_the_report_reads(monkeypatch, capsys, tmp_path)
     assert cpu.main(["--model", "dnn", "--threads", "1", "--rounds", "6", "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "cpu.json").read_text())
     assert [(row["clip"], row["momentum"]) for row in found["cases"]] == [
-        (clip, momentum) for clip in contenders.CLIPS for momentum in contenders.MOMENTA
+        (clip, momentum) for clip in contenders.CLIPS for momentum in (0.0, 0.9)
     ]
     # Half of the rounds, as the model counts as large.
     assert [len(row["us_per_step"]["fastclip"]["samples"]) for row in found["cases"]] == 4 * [3]
@@ -101,6 +124,26 @@ def test_the_command_writes_what_the_report_reads(monkeypatch, capsys, tmp_path)
     capsys.readouterr()
     assert report.main([str(tmp_path / "cpu.json")]) == 0
     assert capsys.readouterr().out.count("\n| dnn |") == 4
+
+
+def test_adamw_is_a_case_of_its_own(monkeypatch, capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(timing, "BLOCK_SECONDS", 1e-6)
+    monkeypatch.setattr(case, "LARGE", 1)
+    arguments = ["--model", "dnn", "--cases", "adamw", "amsgrad", "--threads", "1", "--rounds", "2"]
+    assert cpu.main([*arguments, "--out", str(tmp_path), "--name", "cpu-adamw"]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"cpu-adamw.json", "cpu-adamw.png"}
+    found = json.loads((tmp_path / "cpu-adamw.json").read_text())
+    assert [(row["clip"], row["rule"], row["floor_bytes_per_parameter"]) for row in found["cases"]] == [
+        ("value", "AdamW", 28),
+        ("value", "AdamW amsgrad", 36),
+        ("norm", "AdamW", 32),
+        ("norm", "AdamW amsgrad", 40),
+    ]
+    texts = report.sections(found, "cpu-adamw")
+    assert "| model | clip | rule |" in texts["cpu-adamw"]
+    assert "| dnn | norm 1 | AdamW amsgrad |" in texts["cpu-adamw"]
+    assert "Medians; rule AdamW / AdamW amsgrad." in texts["cpu-adamw-summary"]
 
 
 def test_statistics_by_hand():
@@ -236,14 +279,16 @@ def test_report_updates_what_is_between_the_markers(tmp_path):
 
 def test_documents_quote_the_committed_results():
     quoted = Counter()
-    for path in sorted((ROOT / "benchmarks/results").glob("cpu*.json")):
+    results = sorted((ROOT / "benchmarks/results").glob("*.json"))
+    for path in results:
         texts = report.sections(json.loads(path.read_text()), path.stem)
-        for document in (ROOT / "README.md", ROOT / "docs/performance.md"):
+        for document in (ROOT / "README.md", ROOT / "docs/performance.md", ROOT / "docs/scaling.md"):
             text = document.read_text()
             for name in (name for name in texts if report.markers(name)[0] in text):
                 assert report.replaced(text, {name: texts[name]}) == text, f"{document.name} has another {name}"
                 quoted[name] += 1
-    assert set(quoted) == {"cpu", "cpu-summary", "cpu-large", "cpu-large-summary"} and set(quoted.values()) == {1}
+    expected = {path.stem for path in results} | {"cpu-summary", "cpu-large-summary"}
+    assert expected <= set(quoted) and set(quoted.values()) == {1}
 
 
 @pytest.mark.parametrize("text", ["", BEGIN, f"{END} {BEGIN}", None])

@@ -16,6 +16,7 @@ from benchmarks import (
     gpu_case,
     machine,
     report,
+    rules,
     steps,
     targets,
     timing,
@@ -59,9 +60,9 @@ def test_bfloat16_agrees_and_has_half_the_bytes(monkeypatch):
     monkeypatch.setitem(contenders.CONTENDERS, "fused", contenders.foreach)
     problem = Problem("tiny", [(50, 30), (7,)], dtype=torch.bfloat16)
     for clip in contenders.CLIPS:
-        for momentum in contenders.MOMENTA:
-            case.agreement_row(problem, clip, momentum)
-    row = gpu_case.measure(problem, "norm", 0.9, devices.Cpu(), 2)
+        for rule in rules.CASES["sgd"]:
+            case.agreement_row(problem, clip, rule)
+    row = gpu_case.measure(problem, "norm", rules.CASES["sgd"][1], devices.Cpu(), 2)
     assert (row["dtype"], row["floor_bytes_per_parameter"]) == ("bfloat16", 12)
     assert "of_floor" in row
 
@@ -69,14 +70,14 @@ def test_bfloat16_agrees_and_has_half_the_bytes(monkeypatch):
 @pytest.mark.parametrize("clip", contenders.CLIPS)
 @pytest.mark.parametrize("name", ["loop", "fastclip"])
 def test_in_16_bits_a_clip_that_is_not_applied_is_a_disagreement(name, clip, monkeypatch):
-    def unclipped(params, clip, momentum):
-        optimizer = torch.optim.SGD(params, contenders.LR, momentum)
+    def unclipped(params, clip, rule):
+        optimizer = rule.of_torch(params, **rule.settings)
         return optimizer, optimizer.step
 
     problem = Problem("tiny", [(100, 100)], dtype=torch.bfloat16)
     monkeypatch.setitem(contenders.CONTENDERS, name, unclipped)
     with pytest.raises(agreement.Disagreement):
-        agreement.check(problem, contenders.CLIPS[clip], 0.0)
+        agreement.check(problem, contenders.CLIPS[clip], rules.CASES["sgd"][0])
 
 
 def test_a_model_whose_contenders_disagree_is_not_timed(monkeypatch, capsys, tmp_path):
@@ -94,10 +95,10 @@ def test_a_model_whose_contenders_disagree_is_not_timed(monkeypatch, capsys, tmp
 def test_a_case_that_fails_stops_no_other(monkeypatch, tmp_path):
     measured = gpu_case.measure
 
-    def fail_once(problem, clip, momentum, *rest):
-        if (clip, momentum) == ("value", 0.9):
+    def fail_once(problem, clip, rule, *rest):
+        if (clip, rule.title) == ("value", "momentum 0.9"):
             raise RuntimeError("planted")
-        return measured(problem, clip, momentum, *rest)
+        return measured(problem, clip, rule, *rest)
 
     monkeypatch.setattr(gpu_case, "measure", fail_once)
     assert rehearse(monkeypatch, tmp_path, "--model", "dnn") == 1
@@ -120,7 +121,7 @@ def test_a_graph_that_can_not_be_captured_is_said(monkeypatch):
             raise RuntimeError("no capture\nand more")
 
     monkeypatch.setattr(timing, "BLOCK_SECONDS", 1e-6)
-    row = gpu_case.measure(Problem("tiny", [(5,)]), "value", 0.0, NoGraphs(), 2)
+    row = gpu_case.measure(Problem("tiny", [(5,)]), "value", rules.CASES["sgd"][0], NoGraphs(), 2)
     assert row["no_graph"] == {name: "no capture" for name in contenders.CONTENDERS}
     assert len(row["device_us"]["fastclip"]["samples"]) == 2
 
@@ -220,7 +221,7 @@ def test_events_and_graphs_time_what_they_should(monkeypatch):
     assert counter.item() == 9
     assert device.describe()["name"]
     monkeypatch.setattr(timing, "BLOCK_SECONDS", 1e-4)
-    row = gpu_case.measure(Problem("tiny", [(50, 30), (7,)], device="cuda"), "norm", 0.9, device, 2)
+    row = gpu_case.measure(Problem("tiny", [(50, 30), (7,)], device="cuda"), "norm", rules.CASES["sgd"][1], device, 2)
     assert row["no_graph"] == {} and row["in_l2"] is True
 
 

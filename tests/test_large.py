@@ -87,3 +87,23 @@ def test_more_than_2_to_the_31_elements(repeated):
     for part in ends(grad):
         assert (part == 0.25).all()
     assert fastclip.clip_grad_norm_([p], math.inf).item() == pytest.approx(math.sqrt(NUMEL) / 4, rel=1e-6)
+
+
+def test_adamw_on_more_than_2_to_the_31_elements(repeated):
+    """As above: with nothing left of what was, all are written the same however often."""
+    p, grad, exp_avg, exp_avg_sq = (repeated() for _ in range(4))
+    for part in ends(grad):
+        part.fill_(2)
+    for part in ends(p):
+        part.fill_(1)
+    p.requires_grad_().grad = grad
+    optimizer = fastclip.AdamW([p], lr=1.0, betas=(0.0, 0.0), weight_decay=1.0, clip_value=0.5)
+    optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    optimizer.step()
+    for part in ends(exp_avg):
+        assert part.numel() > 0 and (part == 0.5).all()
+    for part in ends(exp_avg_sq):
+        assert (part == 0.25).all()
+    for part in ends(p.detach()):
+        assert (part == -1).all()  # 0 · p - gradient / |gradient|
+    assert optimizer.state[p]["step"] == 1

@@ -1,0 +1,107 @@
+"""python -m benchmarks.host_time: what a step costs per tensor, over the number of tensors, on one thread.
+
+Every tensor has one element, so hardly anything is moved or computed.
+"""
+
+import argparse
+import contextlib
+import itertools
+import sys
+from pathlib import Path
+
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed import fake_pg
+from tqdm import tqdm
+
+from . import case, machine, report_host, result_file, timing
+from .contenders import CLIPS, Contender
+from .rules import CASES
+
+COUNTS = (100, 1_000, 10_000, 100_000)
+RULES = [*CASES["sgd"], *CASES["adamw"]]
+# torch takes seconds for a step of more.
+MOST_FOR_TORCH = 10_000
+MOST_FOR_DTENSORS = 1_000
+
+
+def main(arguments=None):
+    """Returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parse(arguments)
+    torch.set_num_threads(1)
+    found = machine.describe(arguments, "python -m benchmarks.host_time") | {"kind": "host_time", "cases": []}
+    combinations = list(itertools.product(options.count, RULES, CLIPS))
+    with process_group(8):
+        for count, rule, clip in tqdm(combinations, unit="case"):
+            found["cases"].append(measure(count, rule, clip, options.rounds))
+    print(report_host.markdown(found))
+    options.out.mkdir(parents=True, exist_ok=True)
+    result_file.write(found, options.out / "host_time.json")
+    print(f"\nWritten: {options.out / 'host_time.json'}")
+    return 0
+
+
+def parse(arguments):
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.host_time", description=__doc__.split(": ", 1)[1])
+    parser.add_argument("--count", nargs="+", type=int, default=COUNTS, help=f"of tensors; default: {COUNTS}")
+    parser.add_argument("--rounds", type=int, default=12, help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="default: %(default)s")
+    options = parser.parse_args(arguments)
+    if min(*options.count, options.rounds) < 1:
+        parser.error("--count and --rounds are at least 1")
+    return options
+
+
+def measure(count, rule, clip, rounds):
+    """A row: nanoseconds per tensor of each contender, and of fastclip's walk."""
+    names = ["fastclip", "fused", "foreach"] if count <= MOST_FOR_TORCH else ["fastclip"]
+    steps = {name: Contender(name, params(count), CLIPS[clip], rule).step for name in names}
+    steps["walk"] = walk(params(count), CLIPS[clip], rule)
+    if count <= MOST_FOR_DTENSORS:
+        steps["dtensors"] = Contender("foreach", sharded(count), CLIPS[clip], rule).step
+    timers = {name: timing.Timer(step) for name, step in steps.items()}
+    samples = timing.rounds(timers, rounds)
+    ns = {name: case.described(case.scaled(1e9 / count, values)) for name, values in samples.items()}
+    return {"tensors": count, **rule.in_row(), "clip": clip, "ns_per_tensor": ns}
+
+
+def params(count):
+    """Tensors of one element with gradients, which come from the last to the first, as from a backward pass."""
+    made = [torch.nn.Parameter(torch.randn(1)) for _ in range(count)]
+    for p in reversed(made):
+        p.grad = torch.randn(1)
+    return made
+
+
+@contextlib.contextmanager
+def process_group(devices):
+    """As if this were one of so many devices; what it sends arrives nowhere, and takes no time."""
+    torch.distributed.init_process_group("fake", store=fake_pg.FakeStore(), rank=0, world_size=devices)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def sharded(count):
+    """The same as DTensors, as FSDP2 makes them: each device has one element of a tensor."""
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    made = [torch.nn.Parameter(DTensor.from_local(p.detach(), mesh, [Shard(0)])) for p in params(count)]
+    for p in reversed(made):
+        p.grad = DTensor.from_local(torch.randn(1), mesh, [Shard(0)])
+    return made
+
+
+def walk(made, clip, rule):
+    """A step that AMP skips, by fastclip: every tensor is found, read and checked, and then nothing is written."""
+    contender = Contender("fastclip", made, clip, rule)
+    contender.step()  # makes the states
+    contender.optimizer.found_inf = torch.ones(())
+    contender.optimizer.grad_scale = None
+    return contender.step
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""python -m benchmarks.large: real steps on the shapes of the largest models, and on one device's share of them.
+
+Checked by samples against torch in float64, then timed beside what the cost model says; up to 9 GiB of memory.
+"""
+
+import argparse
+import functools
+import math
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from . import cost_model, machine, memory, report_large, result_file, timing
+from .case import digits
+from .problem import Probe
+from .rules import CASES, Rule
+from .shapes import MODELS, count
+
+ADAMW, SGD, MOMENTUM = CASES["adamw"][0], *CASES["sgd"]
+LR = 0.1  # moves parameters by more than bfloat16 rounds away
+PER_TENSOR = 16  # samples; the first and the last element among them
+PROBE = 50_000_000  # elements
+
+
+@dataclass(frozen=True)
+class Case:
+    model: str
+    dtype: torch.dtype
+    rule: Rule
+    devices: int = 1  # that FSDP2 shares the model out to: the step is that of rank 0
+
+    def title(self):
+        return f"{self.model}, {self.dtype}, {self.rule.title}, 1 of {self.devices}"
+
+    def shapes(self):
+        return [(-(-shape[0] // self.devices), *shape[1:]) if shape else () for shape in MODELS[self.model]]
+
+    def layout(self):
+        size = self.dtype.itemsize
+        return cost_model.Layout(str(self.dtype), size, size, size)
+
+    def bytes(self):
+        return count(self.shapes()) * self.layout().held(len(self.rule.states))
+
+
+RUNS = [
+    Case("whisper-large", torch.bfloat16, SGD),
+    Case("whisper-large", torch.bfloat16, MOMENTUM),
+    Case("hubert-xlarge", torch.bfloat16, ADAMW),
+    Case("whisper-large", torch.float32, ADAMW, devices=8),
+    Case("whisper-large", torch.float32, ADAMW, devices=64),
+    Case("whisper-large", torch.float32, ADAMW, devices=1024),
+]
+
+
+class Wrong(Exception):
+    """A sampled element is not what torch computes in float64."""
+
+
+def main(arguments=None):
+    """Returns the exit code: 1 where a sample is wrong, 2 where memory is short."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parse(arguments)
+    need, free = max(case.bytes() for case in RUNS) + PROBE * 8, memory.available()
+    if free is not None and free < need:
+        print(f"Nothing was run: {memory.gib(need)} of memory needed, {memory.gib(free)} available.", file=sys.stderr)
+        return 2
+    torch.set_num_threads(options.threads)
+    found = machine.describe(arguments, "python -m benchmarks.large") | {"kind": "large", "cases": []}
+    try:
+        for case in tqdm(RUNS, unit="case"):
+            found["cases"].append(run(case, options.rounds))
+    except Wrong as error:
+        print(f"WRONG: {error}", file=sys.stderr)
+        return 1
+    print(report_large.markdown(found))
+    options.out.mkdir(parents=True, exist_ok=True)
+    result_file.write(found, options.out / "large.json")
+    print(f"\nWritten: {options.out / 'large.json'}")
+    return 0
+
+
+def parse(arguments):
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.large", description=__doc__.split(": ", 1)[1])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="default: %(default)s")
+    return parser.parse_args(arguments)
+
+
+def run(case, rounds):
+    """A row: what was checked, how long a step takes, and how long it should."""
+    params = [torch.nn.Parameter(repeated(shape, case.dtype, 0.05, seed=0)) for shape in case.shapes()]
+    for p in params:
+        p.grad = repeated(p.shape, case.dtype, 0.02, seed=1)
+    norm = math.sqrt(sum(squares(p.grad) for p in params))
+    places, expected = oracle(case.rule, params, norm)
+    optimizer = case.rule.of_fastclip(params, **case.rule.settings | {"lr": LR}, max_norm=norm / 2)
+    optimizer.step()
+    row = {
+        "model": case.model,
+        "devices": case.devices,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        **case.rule.in_row(),
+        "tensors": len(params),
+        "elements": sum(p.numel() for p in params),
+        "gib": digits(case.bytes() / 2**30),
+        "norm_deviation": digits(abs(optimizer.total_norm.item() / norm - 1)),
+        **compare(case, optimizer, params, places, expected),
+    }
+    if row["norm_deviation"] > 1e-6:
+        raise Wrong(f"{case.title()}: the norm is off by {row['norm_deviation']:.2g}")
+    probe = Probe(PROBE)
+    actors = {"step": optimizer.step, "add_": probe.step}
+    times = timing.rounds({name: timing.Timer(step) for name, step in actors.items()}, rounds)
+    seconds, of_probe = (statistics.median(times[name]) for name in actors)
+    speed = PROBE * Probe.BYTES / of_probe
+    moved = row["elements"] * case.layout().moved(len(case.rule.states), "norm")
+    row |= {"threads": torch.get_num_threads(), "ms": digits(seconds * 1e3), "gb_per_s": digits(speed * 1e-9)}
+    return row | {"floor_ms": digits(moved / speed * 1e3)}
+
+
+def repeated(shape, dtype, scale, seed):
+    """A tensor of random numbers that come back after a while: drawing a billion of them would take a minute."""
+    numbers = (scale * drawn(seed)).to(dtype)
+    tensor = torch.empty(shape, dtype=dtype)
+    for piece in tensor.view(-1).split(len(numbers)):
+        piece.copy_(numbers[: len(piece)])
+    return tensor
+
+
+@functools.cache
+def drawn(seed):
+    return torch.randn(999_983, generator=torch.Generator().manual_seed(seed))
+
+
+def squares(grad):
+    return sum(piece.double().square_().sum().item() for piece in grad.view(-1).split(2**20))
+
+
+def oracle(rule, params, norm):
+    """Places in each tensor, and what one step of torch in float64 makes of the elements and their states there."""
+    places = [torch.randint(p.numel(), (PER_TENSOR,)) for p in params]
+    for p, at in zip(params, places, strict=True):
+        at[0], at[1] = 0, p.numel() - 1
+    small = torch.nn.Parameter(picked(params, places))
+    small.grad = picked([p.grad for p in params], places) * ((norm / 2) / (norm + 1e-6))
+    optimizer = rule.of_torch([small], **rule.settings | {"lr": LR}, foreach=False)
+    optimizer.step()
+    return places, {"parameter": small.detach()} | {name: optimizer.state[small][name] for name in rule.states}
+
+
+def picked(tensors, places):
+    return torch.cat([t.detach().view(-1)[at].double() for t, at in zip(tensors, places, strict=True)])
+
+
+def compare(case, optimizer, params, places, expected):
+    """How far the sampled elements are off, as a part of what rounding allows; Wrong where it is over 1."""
+    largest = 0.0
+    for kind, wanted in expected.items():
+        tensors = params if kind == "parameter" else [optimizer.state[p][kind] for p in params]
+        # The result is rounded once to its dtype, and float32 rounds a few times on the way to it.
+        on_the_way = 8 * torch.finfo(torch.float32).eps * wanted.abs().max()
+        allowed = 0.51 * torch.finfo(case.dtype).eps * wanted.abs() + on_the_way
+        deviation = ((picked(tensors, places) - wanted).abs() / allowed).max().item()
+        if not deviation <= 1:
+            raise Wrong(f"{case.title()}: a sample of {kind} is off by {deviation:.2g} times what rounding allows")
+        largest = max(largest, deviation)
+    return {"samples": len(wanted) * len(expected), "deviation": digits(largest)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

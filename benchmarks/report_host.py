@@ -1,0 +1,44 @@
+"""The table of what a step costs per tensor."""
+
+from .formats import duration, rule, table
+from .report_cpu import machine
+
+WHAT = {
+    "fastclip": "fastclip",
+    "walk": "of it, finding and checking",
+    "fused": "torch, fused",
+    "foreach": "torch, foreach",
+    "dtensors": "torch, foreach, DTensors",
+}
+
+
+def markdown(results):
+    """Medians in ns per tensor: a row for each rule, clip and contender, a column for each number of tensors."""
+    rows = results["cases"]
+    counts = sorted({row["tensors"] for row in rows})
+    lines = {}
+    for row in rows:
+        for name, summary in row["ns_per_tensor"].items():
+            lines.setdefault((title(row), row["clip"], name), {})[row["tensors"]] = summary["median"]
+    header = ["rule", "clip", "ns per tensor", *(f"{count:,} tensors" for count in counts)]
+    body = [
+        [of, clip, WHAT[name], *(duration(line[count]) if count in line else "" for count in counts)]
+        for (of, clip, name), line in lines.items()
+    ]
+    return "\n\n".join([f"{machine(results)} Medians, one thread.", table([header, *body], words=3), growth(results)])
+
+
+def title(row):
+    return f"SGD, momentum {rule(row)}" if "momentum" in row else rule(row)
+
+
+def growth(results):
+    """How much more each of the most tensors costs than each of 1,000."""
+    medians = {}
+    for row in results["cases"]:
+        medians.setdefault(row["tensors"], []).append(row["ns_per_tensor"]["fastclip"]["median"])
+    few, many = (medians.get(count, []) for count in (1_000, max(medians)))
+    if not few or few is many:
+        return "No 1,000 tensors to compare the most with."
+    ratios = [b / a for a, b in zip(few, many, strict=True)]
+    return f"Each of {max(medians):,} tensors costs {min(ratios):.1f} to {max(ratios):.1f} times each of 1,000."

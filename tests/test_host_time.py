@@ -1,0 +1,59 @@
+"""The benchmark of the host's time measures what it says. Nothing here is timed."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("tqdm", reason="the benchmark shows its progress with tqdm: pip install fastclip[demo]")
+
+from benchmarks import host_time, report, report_host, timing  # noqa: E402
+from benchmarks.contenders import CLIPS, Contender  # noqa: E402
+from benchmarks.rules import CASES  # noqa: E402
+
+ADAMW = CASES["adamw"][0]
+
+
+def test_a_walk_reads_and_checks_but_writes_nothing():
+    made = host_time.params(5)
+    step = host_time.walk(made, CLIPS["norm"], ADAMW)
+    before = [p.clone() for p in made]
+    step()
+    assert all(torch.equal(p, was) for p, was in zip(made, before, strict=True))
+    step.__self__.state[made[3]]["exp_avg_sq"] = torch.zeros(2)
+    with pytest.raises(ValueError, match="exp_avg_sq of parameter 3 of group 0 has another shape"):
+        step()
+
+
+def test_the_command_writes_what_the_report_reads(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(timing, "BLOCK_SECONDS", 1e-6)
+    monkeypatch.setattr(host_time, "MOST_FOR_TORCH", 3)
+    monkeypatch.setattr(host_time, "MOST_FOR_DTENSORS", 3)
+    assert host_time.main(["--count", "3", "4", "--rounds", "2", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "host_time.json").read_text())
+    assert len(found["cases"]) == 2 * len(host_time.RULES) * len(CLIPS)
+    for row in found["cases"]:
+        torchs = {"fused", "foreach", "dtensors"} if row["tensors"] == 3 else set()
+        assert row["ns_per_tensor"].keys() == {"fastclip", "walk"} | torchs
+    capsys.readouterr()
+    assert report.main([str(tmp_path / "host_time.json")]) == 0
+    assert "| rule | clip | ns per tensor | 3 tensors | 4 tensors |" in capsys.readouterr().out
+
+
+def test_dtensors_are_clipped_and_stepped():
+    with host_time.process_group(8):
+        made = host_time.sharded(3)
+        before = [p.detach().to_local().clone() for p in made]
+        Contender("foreach", made, CLIPS["norm"], ADAMW).step()
+        assert all(p.numel() == 8 for p in made)
+        assert not any(torch.equal(p.detach().to_local(), was) for p, was in zip(made, before, strict=True))
+    assert not torch.distributed.is_initialized()
+
+
+def test_growth_by_hand():
+    def row(tensors, ns):
+        return {"tensors": tensors, "momentum": 0.0, "clip": "value", "ns_per_tensor": {"fastclip": {"median": ns}}}
+
+    rows = [row(100, 9.0), row(1_000, 10.0), row(1_000, 20.0), row(100_000, 25.0), row(100_000, 30.0)]
+    assert report_host.growth({"cases": rows}) == "Each of 100,000 tensors costs 1.5 to 2.5 times each of 1,000."
+    assert report_host.growth({"cases": rows[:1]}).startswith("No 1,000 tensors")
