@@ -16,8 +16,8 @@ class Borrowed {
     held_read_ = held_written_ = 0;
   }
 
-  void read(const at::Tensor& tensor) { read_.push_back(tensor.unsafeGetTensorImpl()); }
-  void write(const at::Tensor& tensor) { written_.push_back(tensor.unsafeGetTensorImpl()); }
+  [[gnu::always_inline]] void read(const at::Tensor& tensor) { read_.push_back(tensor.unsafeGetTensorImpl()); }
+  [[gnu::always_inline]] void write(const at::Tensor& tensor) { written_.push_back(tensor.unsafeGetTensorImpl()); }
 
   // Before Python may run, or the GIL is released: another thread may then drop what was found so far.
   void hold() {

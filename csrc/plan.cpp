@@ -34,13 +34,22 @@ at::Tensor optional_scalar(PyObject* object, const char* name) {
 }
 
 // `what` is of the parameter: its gradient, a state; or "" for itself.
-void check_memory(const at::Tensor& covered, const char* what, const Place& place) {
-  if (is_in_memory(covered)) return;
+[[noreturn, gnu::noinline]] void raise_no_memory(const char* what, const Place& place) {
   const std::string of = *what ? std::string("the ") + what + " of " : "";
   raise(PyExc_RuntimeError, of + place.text() + " has no memory: its storage was resized");
 }
-void check_memory(const at::Tensor& covered, PyObject* state, const Place& place) {
-  if (!is_in_memory(covered)) check_memory(covered, PyUnicode_AsUTF8(state), place);
+[[gnu::always_inline]] inline void check_memory(const at::Tensor& covered, const char* what, const Place& place) {
+  if (!is_in_memory(covered)) raise_no_memory(what, place);
+}
+[[gnu::always_inline]] inline void check_memory(const at::Tensor& covered, PyObject* state, const Place& place) {
+  if (!is_in_memory(covered)) raise_no_memory(PyUnicode_AsUTF8(state), place);
+}
+
+// The common case of what follows, without a call.
+[[gnu::always_inline]] inline bool is_plain_count(const at::Tensor& step, const at::Tensor& param) {
+  c10::TensorImpl* const impl = step.unsafeGetTensorImpl();
+  return is_ordinary(impl) && impl->sizes().empty() && step.scalar_type() == at::kFloat && !impl->is_inference() &&
+         step.is_cpu() && param.is_cpu() && is_in_memory(step);
 }
 
 // nullptr where the kernels can count in it.
@@ -136,37 +145,41 @@ void Plan::add_tensor(const at::Tensor* param, const at::Tensor& grad, const Par
   step.elements += numel;
   if (clips_value(hyper)) step.clampable += numel;
 
-  bool uniform = true, narrow = false;
+  uint64_t addresses = written_addresses_;  // in a register
+  unsigned dtypes = 1u << static_cast<int>(dtype);
   const auto written = [&](const at::Tensor& tensor, DType of) __attribute__((always_inline)) {
     void* const data = data_of(tensor, of);
-    written_addresses_ = (written_addresses_ ^ reinterpret_cast<uintptr_t>(data) ^ numel) * 0x9e3779b97f4a7c15u;
+    addresses = (addresses ^ reinterpret_cast<uintptr_t>(data) ^ numel) * 0x9e3779b97f4a7c15u;
     borrowed_.write(tensor);
     return data;
   };
-  const auto array = [&](const at::Tensor& tensor, DType& of) __attribute__((always_inline)) {
-    of = dtype_of(tensor);
-    uniform &= of == dtype;
-    narrow |= item_size(of) == 2;
+  const auto array = [&](const at::Tensor& tensor, DType& stored) __attribute__((always_inline)) {
+    const DType of = dtype_of(tensor);
+    dtypes |= 1u << static_cast<int>(of);
+    stored = of;
     return written(tensor, of);
   };
   if (!param) {
     entry.dtype = dtype;
     entry.grad = written(grad, dtype);
-    return;
+  } else {
+    entry.grad = data_of(grad, dtype);
+    borrowed_.read(grad);
+    entry.param = array(states.master ? *states.master : *param, entry.dtype);
+    if (states.master) entry.rounded = array(*param, entry.rounded_dtype);
+    for (int s = 0; s < kMaxStates && states.arrays[s]; ++s) {
+      entry.states[s] = array(*states.arrays[s], entry.state_dtypes[s]);
+    }
+    if (states.step) {
+      entry.step_is_float64 = states.step->scalar_type() == at::kDouble;
+      entry.step = written(*states.step, entry.step_is_float64 ? DType::float64 : DType::float32);
+      step.counts_steps = true;
+    }
+    constexpr unsigned kNarrow = 1u << static_cast<int>(DType::bfloat16) | 1u << static_cast<int>(DType::float16);
+    const bool one = (dtypes & (dtypes - 1)) == 0;
+    entry.uniform = one && !(hyper.stochastic_rounding && (dtypes & kNarrow));
   }
-  entry.param = array(states.master ? *states.master : *param, entry.dtype);
-  if (states.master) entry.rounded = array(*param, entry.rounded_dtype);
-  entry.grad = data_of(grad, dtype);
-  borrowed_.read(grad);
-  for (int s = 0; s < kMaxStates && states.arrays[s]; ++s) {
-    entry.states[s] = array(*states.arrays[s], entry.state_dtypes[s]);
-  }
-  entry.uniform = uniform && !(narrow && hyper.stochastic_rounding);
-  if (states.step) {
-    entry.step_is_float64 = states.step->scalar_type() == at::kDouble;
-    step.counts_steps = true;
-    entry.step = written(*states.step, entry.step_is_float64 ? DType::float64 : DType::float32);
-  }
+  written_addresses_ = addresses;
 }
 
 // Makes the states that there are not, and says whether the kernels take those that there are.
@@ -174,7 +187,8 @@ bool Plan::cover_states(const Group& group, const Held& held, const at::Tensor& 
                         const Place& place, const StateNames& names, ParamStates& states) {
   states_.make_missing(rule_, group, held, like, place, names, states);
   const auto covers = [&](const at::Tensor& state, PyObject* name) {
-    if (const char* why_not = why_not_covered(state, name, param, place)) {
+    const char* why_not = is_plainly_covered(state, param) ? nullptr : why_not_covered(state, name, param, place);
+    if (why_not) {
       not_covered(place.text() + " has a " + PyUnicode_AsUTF8(name) + " " + why_not);
       return false;
     }
@@ -195,6 +209,7 @@ bool Plan::cover_states(const Group& group, const Held& held, const at::Tensor& 
   if (param.is_cuda() && states.step->is_cpu()) {
     states.step = states_.make(held, names.step, states.step->to(param.device()));
   }
+  if (is_plain_count(*states.step, param)) return true;
   if (const char* why_not = why_step_not_covered(*states.step, param, place)) {
     not_covered(place.text() + " has a step " + why_not);
     return false;
@@ -210,7 +225,9 @@ void Plan::add_param(const Group& group, const StateNames& names, Py_ssize_t gro
   }
   const at::Tensor& param = THPVariable_Unpack(object);
   if (!first_device_) first_device_ = param.device();
-  if (const auto shard = shard_of(param, object)) return add_shard(group, names, group_index, place, *shard);
+  if (is_subclass(param)) {
+    if (const auto shard = shard_of(param, object)) return add_shard(group, names, group_index, place, *shard);
+  }
   if (!grad_of(param).defined()) return;
   ParamStates states;
   Held held;

@@ -72,11 +72,11 @@ class Plan {
   // Inlined into the walk: calls are a fifth of what a tensor costs.
   [[gnu::always_inline]] inline void add_param(const Group& group, const StateNames& names, Py_ssize_t group_index,
                                                Py_ssize_t index);
-  [[gnu::always_inline]] inline void add_tensor(const at::Tensor* param, const at::Tensor& grad,
+  void add_tensor(const at::Tensor* param, const at::Tensor& grad,
                                                 const ParamStates& states, Momentum momentum, const Hyper& hyper,
                                                 Py_ssize_t group_index);
   // As add_param, of a DTensor: the kernels step on the shard that is here.
-  void add_shard(const Group& group, const StateNames& names, Py_ssize_t group_index, const Place& place, const Shard& shard);
+  [[gnu::noinline]] void add_shard(const Group& group, const StateNames& names, Py_ssize_t group_index, const Place& place, const Shard& shard);
   // The shard of a gradient that is placed as its parameter; nothing where it is not.
   std::optional<Shard> shard_of_grad(const at::Tensor& grad, const Shard& param, const Place& place);
   void await_norm(const Shard& param, const Place& place, const NormClip& norm_clip);

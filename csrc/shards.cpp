@@ -62,16 +62,16 @@ at::Tensor tensor_of(PyObject* object) { return object == Py_None ? at::Tensor()
 
 const at::Tensor& Shard::local() const { return THPVariable_Unpack(tensor.object); }
 
-std::optional<Shard> shard_of_subclass(PyObject* object) {
-  if (!is_dtensor(object)) return {};
+std::optional<Shard> shard_of(const at::Tensor& tensor, PyObject* object) {
+  if (!is_subclass(tensor) || !is_dtensor(object)) return {};
   Shard shard{attribute(object, names().local_tensor), attribute(object, names().spec)};
   if (!THPVariable_Check(shard.tensor.object)) raise(PyExc_TypeError, "the local tensor of a DTensor must be a tensor");
   return shard;
 }
 
 std::optional<Shard> shard_of(const at::Tensor& tensor) {
-  if (!tensor.unsafeGetTensorImpl()->key_set().has(c10::DispatchKey::Python)) return {};
-  return shard_of_subclass(wrapped(tensor).object);
+  if (!is_subclass(tensor)) return {};
+  return shard_of(tensor, wrapped(tensor).object);
 }
 
 bool same_placement(const Shard& a, const Shard& b) {

@@ -22,12 +22,11 @@ struct Shard {
   const at::Tensor& local() const;
 };
 
-// Nothing for any other tensor. `object` is the tensor's.
-std::optional<Shard> shard_of_subclass(PyObject* object);
-inline std::optional<Shard> shard_of(const at::Tensor& tensor, PyObject* object) {
-  if (!tensor.unsafeGetTensorImpl()->key_set().has(c10::DispatchKey::Python)) return {};
-  return shard_of_subclass(object);
+inline bool is_subclass(const at::Tensor& tensor) {
+  return tensor.unsafeGetTensorImpl()->key_set().has(c10::DispatchKey::Python);
 }
+// Nothing for any other tensor. `object` is the tensor's.
+std::optional<Shard> shard_of(const at::Tensor& tensor, PyObject* object);
 std::optional<Shard> shard_of(const at::Tensor& tensor);
 
 // Whether two DTensors of one shape have the same elements on each rank.

@@ -29,7 +29,7 @@ inline const at::Tensor& grad_of(const at::Tensor& param) {
 }
 
 // The first element's address; `covered` has ordinary memory.
-inline void* data_of(const at::Tensor& covered, DType dtype) {
+[[gnu::always_inline]] inline void* data_of(const at::Tensor& covered, DType dtype) {
   c10::TensorImpl* impl = covered.unsafeGetTensorImpl();
   auto* storage = impl->unsafe_storage().unsafeGetStorageImpl();
   return static_cast<char*>(storage->mutable_data()) + impl->storage_offset() * item_size(dtype);
@@ -37,7 +37,7 @@ inline void* data_of(const at::Tensor& covered, DType dtype) {
 
 // Whether all its elements are in memory; `covered` is dense. FSDP, for one, frees the storage of a parameter that it has
 // no use for, and leaves the sizes as they were.
-inline bool is_in_memory(const at::Tensor& covered) {
+[[gnu::always_inline]] inline bool is_in_memory(const at::Tensor& covered) {
   c10::TensorImpl* impl = covered.unsafeGetTensorImpl();
   const auto end = (impl->storage_offset() + impl->numel()) * static_cast<int64_t>(impl->itemsize());
   return impl->numel() == 0 || end <= static_cast<int64_t>(impl->unsafe_storage().unsafeGetStorageImpl()->nbytes());
@@ -87,7 +87,7 @@ bool same_memory_layout(const at::Tensor& a, const at::Tensor& b);
 
 inline bool is_16_bit(at::ScalarType dtype) { return dtype == at::kBFloat16 || dtype == at::kHalf; }
 
-inline DType dtype_of(const at::Tensor& covered) {
+[[gnu::always_inline]] inline DType dtype_of(const at::Tensor& covered) {
   switch (covered.scalar_type()) {
     case at::kDouble: return DType::float64;
     case at::kBFloat16: return DType::bfloat16;
