@@ -145,7 +145,7 @@ BUGS = {
     "steps of a skipped step": (
         "kernels_cuda.cuh",
         "    if (decision.skip) return;\n",
-        "    if (decision.skip) count_steps<kKernel>(arguments);\n    if (decision.skip) return;\n",
+        "    if (decision.skip) count_steps<kKernel, kDTypes>(arguments);\n    if (decision.skip) return;\n",
         STEPS,
     ),
     "count of finished blocks not reset": (
