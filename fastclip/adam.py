@@ -15,13 +15,14 @@ class Adam(ClippedOptimizer, torch.optim.Adam):
         torch.nn.utils.clip_grad_norm_(params, max_norm)     # if max_norm is given
         torch.optim.Adam(params, ...).step()
 
-    except that the gradients stay as they were. Value clip (and no clip) gives the same bits as torch on the CPU for
-    float32 and float64. 16-bit parameters are computed in float32 and rounded once. On a GPU the count of steps in the
-    state, `step`, lies on the device, as with torch's `fused=True`.
+    except that the gradients stay as they were. Value clip (and no clip) gives the same bits as torch on the CPU
+    for float32 and float64, where torch's square roots, from MKL, are right to the last bit. 16-bit parameters are
+    computed in float32 and rounded once. On a GPU the count of steps in the state, `step`, lies on the device, as
+    with torch's `fused=True`.
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, maximize, differentiable, decoupled_weight_decay: as in
-            `torch.optim.Adam`.
+            `torch.optim.Adam`. Of lr and betas given as tensors the numbers count, in double precision.
         foreach, fused, capturable: accepted and not needed; the step is fused, and can be captured, in any case.
         clip_value, max_norm, norm_type, skip_nonfinite: as in `fastclip.SGD`.
         master_weights, stochastic_rounding, rounding_seed: as in `fastclip.SGD`.

@@ -1,10 +1,10 @@
 """python -m tests.soak: very many steps of a small model: memory stays flat, and the result is torch's to the bit.
 
 Gradients are new tensors at every step, groups are added now and then, a scheduler moves the learning rate, a value
-clip, momentum and weight decay are at work, max_norm=inf measures every gradient, and every 97th step is skipped for
-a NaN. Memory is judged by the resident set: its median over the last quarter of the samples may exceed that over the
-second quarter by 2 MiB. (The first quarter is left out: torch sets itself up.) Over 1,000,000 steps that finds a leak
-of 4 bytes per step.
+clip, momentum and weight decay are at work, AdamW steps beside SGD, max_norm=inf measures every gradient, and every
+97th step is skipped for a NaN. Memory is judged by the resident set: its median over the last quarter of the samples
+may exceed that over the second quarter by 2 MiB. (The first quarter is left out: torch sets itself up.) Over 1,000,000
+steps that finds a leak of 4 bytes per step.
 """
 
 import argparse
@@ -18,6 +18,8 @@ import torch
 from tqdm import tqdm
 
 import fastclip
+
+from .cases import exact_square_roots
 
 SHAPES = [(33, 7), (5,)]
 SAMPLES = 200
@@ -78,13 +80,16 @@ def growth_of(samples):
 
 
 class Training:
-    """The same steps by fastclip and by the loop of clamp_ and torch.optim.SGD."""
+    """The same steps by fastclip and by the loop of clamp_ and torch's: SGD in several groups, and AdamW beside it."""
 
     def __init__(self):
         self.generator = torch.Generator().manual_seed(0)
         self.ours, self.theirs = [], []
         settings = {"momentum": 0.9, "weight_decay": 1e-4}
         ours, theirs = self.new_params()
+        of_adam, of_adam_loop = self.new_params()
+        self.adam = fastclip.AdamW(of_adam, clip_value=0.5, amsgrad=True, skip_nonfinite=True)
+        self.adam_loop = torch.optim.AdamW(of_adam_loop, amsgrad=True, foreach=False)
         self.optimizer = fastclip.SGD(ours, lr=0.1, clip_value=0.5, max_norm=math.inf, skip_nonfinite=True, **settings)
         self.loop = torch.optim.SGD(theirs, lr=0.1, foreach=False, **settings)
         self.schedulers = [
@@ -114,13 +119,17 @@ class Training:
         for p, q, values in zip(self.ours, self.theirs, flat.split([p.numel() for p in self.ours]), strict=True):
             p.grad = q.grad = values.view(p.shape).clone()  # the loop clamps it, fastclip has gone first
         if skip:
-            self.ours[-1].grad.fill_(math.nan)
-        self.optimizer.step()
+            for p in (self.ours[-1], self.adam.param_groups[0]["params"][0]):
+                p.grad.fill_(math.nan)
+        for optimizer in (self.optimizer, self.adam):
+            optimizer.step()
         self.skipped += skip
         if not skip:
             for q in self.theirs:
                 q.grad.clamp_(-0.5, 0.5)
             self.loop.step()
+            with exact_square_roots():
+                self.adam_loop.step()
         for scheduler in self.schedulers:
             scheduler.step()
 
@@ -129,10 +138,14 @@ class Training:
         for index, (p, q) in enumerate(zip(self.ours, self.theirs, strict=True)):
             if not torch.equal(p, q):
                 return f"differ from torch: parameter {index} by up to {(p - q).abs().max():.3g}"
-            if not torch.equal(self.optimizer.state[p]["momentum_buffer"], self.loop.state[q]["momentum_buffer"]):
-                return f"differ from torch: the momentum of parameter {index}"
-        if self.optimizer.skipped_steps.item() != self.skipped:
-            return f"differ from torch: {self.optimizer.skipped_steps.item()} steps skipped, not {self.skipped}"
+            state = self.loop.state.get(q) or self.adam_loop.state[q]
+            found = self.optimizer.state.get(p) or self.adam.state[p]
+            for name, value in state.items():
+                if not torch.equal(found[name], value):
+                    return f"differ from torch: the {name} of parameter {index}"
+        for optimizer in (self.optimizer, self.adam):
+            if optimizer.skipped_steps.item() != self.skipped:
+                return f"differ from torch: {optimizer.skipped_steps.item()} steps skipped, not {self.skipped}"
         return None
 
 

@@ -29,7 +29,6 @@ ALL_TESTS = [
     "test_not_covered",
     "test_threads",
     "test_amp",
-    "test_torch_inputs",
 ]
 # A child that is forked in the middle of a step waits for the emulated device's lock.
 NOT_EMULATED = "--deselect=tests/test_threads.py::test_data_loader_workers_beside_steps"

@@ -34,13 +34,15 @@ def test_a_planted_leak_is_found():
     assert result.returncode == 1 and "FAILED" in result.stdout, result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("what", ["parameter", "momentum", "skipped"])
+@pytest.mark.parametrize("what", ["parameter", "momentum", "count", "skipped"])
 def test_a_planted_difference_is_found(what, capsys):
     def plant(training):
         if what == "parameter":
             training.ours[2].data[0] += 1e-3
         elif what == "momentum":
-            training.optimizer.state[training.ours[2]]["momentum_buffer"].zero_()
+            training.optimizer.state[training.ours[1]]["momentum_buffer"].zero_()
+        elif what == "count":
+            training.adam.state[training.ours[2]]["step"] += 1
         else:
             training.skipped += 1
 

@@ -100,13 +100,15 @@ def pair(bucket_cap_mb=SOME_KIB, **settings):
     return [*zip(models, optimizers, strict=True)], in_backward
 
 
+def described(rule):
+    return " ".join(f"{k}={v}" for k, v in rule.items() if v) or "plain"
+
+
 RULES_OF_ADAM = [{"optimizer": "Adam", "maximize": True}, {"optimizer": "AdamW", "amsgrad": True}]
 
 
 @pytest.mark.parametrize("clip", BITWISE)
-@pytest.mark.parametrize(
-    "rule", [*RULES, *RULES_OF_ADAM], ids=lambda r: " ".join(f"{k}={v}" for k, v in r.items() if v) or "plain"
-)
+@pytest.mark.parametrize("rule", [*RULES, *RULES_OF_ADAM], ids=described)
 def test_same_bits_as_ordinary_steps(rule, clip):
     (plain, ordinary, stepped), _ = three(clip, **rule)
     schedulers = [torch.optim.lr_scheduler.ExponentialLR(o, 0.7) for _, o in (plain, ordinary, stepped)]

@@ -346,8 +346,14 @@ def test_data_loader_workers_beside_steps():
             optimizer.step()
 
         torch.set_num_threads(2)
+        # The first call of a function of torch's registers something with glibc's atexit, whose lock a child that is
+        # forked meanwhile finds locked for good.
+        StepsInTheWorker()[1], torch.Generator()
         params = [torch.zeros(SIZE, requires_grad=True) for _ in range(2)]
         optimizers = [fastclip.SGD([p], lr=1.0, max_norm=1e9) for p in params]
+        for p, optimizer in zip(params, optimizers):
+            train(p, optimizer)
+            p.data.zero_()
         stop, steps, batches = threading.Event(), [0, 0], []
 
         def train_until_stopped():

@@ -11,13 +11,13 @@ import fastclip
 
 from .cases import assert_same_bits, copy_params, exact_square_roots, give_grads, make_params
 from .torch_optim_db import (
+    ADAM,
     SGD,
     Twins,
     as_torch_tests,
     every_clip,
     every_impl,
     every_input,
-    every_optimizer,
     falls_back,
 )
 
@@ -96,7 +96,7 @@ SCHEDULERS = {
 @pytest.mark.parametrize("tensor_lr", [False, True], ids=["float", "tensor"])
 @every_clip
 @pytest.mark.parametrize("name", SCHEDULERS)
-@every_optimizer
+@pytest.mark.parametrize("optim", [SGD, ADAM], ids=repr)
 def test_schedulers_set_the_same_and_resume(optim, name, clip, tensor_lr):
     """OneCycleLR and CyclicLR also set the momentum, or beta1. In the middle, everything is saved and made anew."""
     kwargs = {**optim.stateful, "lr": torch.tensor(0.01, dtype=torch.float64) if tensor_lr else 0.01}

@@ -38,10 +38,8 @@ def flat(numel, offset=0, dtype=torch.float32, grad_offset=None):
 ADAM = {"cls": fastclip.AdamW}
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"clip_value": 0.5}, {"clip_value": 0.5, "momentum": 0.9}, {"clip_value": 0.5, **ADAM}], ids=str
-)
-@pytest.mark.parametrize("shapes", [[(3,)], SHAPES, TINY], ids=["one", "mixed", "600"])
+@pytest.mark.parametrize("settings", [{}, {"clip_value": 0.5}, {"clip_value": 0.5, "momentum": 0.9}, ADAM], ids=str)
+@pytest.mark.parametrize("shapes", [[(3,)], SHAPES, TINY[:400]], ids=["one", "mixed", "400"])
 def test_one_launch_without_a_norm(shapes, settings):
     optimizer, _, _ = stepped(shapes, **settings)
     counted = emulator.count(optimizer.step)
