@@ -134,7 +134,7 @@ void Plan::add_tensor(const at::Tensor* param, const at::Tensor& grad, const Par
     step.hypers.back().clip_high = round_to(dtype, hyper.clip_high);
   }
   const int64_t numel = grad.numel();
-  TensorEntry& entry = step.tensors.emplace_back();
+  TensorEntry& entry = step.tensors.emplace_back(TensorEntry::Unset::yes);
   entry.numel = numel;
   entry.first_chunk = step.chunks;
   entry.hyper = static_cast<int32_t>(step.hypers.size() - 1);
@@ -159,8 +159,14 @@ void Plan::add_tensor(const at::Tensor* param, const at::Tensor& grad, const Par
     stored = of;
     return written(tensor, of);
   };
+  entry.param = entry.rounded = entry.step = nullptr;
+  entry.dtype = entry.rounded_dtype = dtype;
+  for (int s = 0; s < kMaxStates; ++s) {
+    entry.states[s] = nullptr;
+    entry.state_dtypes[s] = dtype;
+  }
+  entry.uniform = entry.step_is_float64 = false;
   if (!param) {
-    entry.dtype = dtype;
     entry.grad = written(grad, dtype);
   } else {
     entry.grad = data_of(grad, dtype);

@@ -72,9 +72,8 @@ class Plan {
   // Inlined into the walk: calls are a fifth of what a tensor costs.
   [[gnu::always_inline]] inline void add_param(const Group& group, const StateNames& names, Py_ssize_t group_index,
                                                Py_ssize_t index);
-  void add_tensor(const at::Tensor* param, const at::Tensor& grad,
-                                                const ParamStates& states, Momentum momentum, const Hyper& hyper,
-                                                Py_ssize_t group_index);
+  void add_tensor(const at::Tensor* param, const at::Tensor& grad, const ParamStates& states, Momentum momentum,
+                  const Hyper& hyper, Py_ssize_t group_index);
   // As add_param, of a DTensor: the kernels step on the shard that is here.
   [[gnu::noinline]] void add_shard(const Group& group, const StateNames& names, Py_ssize_t group_index, const Place& place, const Shard& shard);
   // The shard of a gradient that is placed as its parameter; nothing where it is not.

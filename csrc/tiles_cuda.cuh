@@ -229,15 +229,18 @@ __device__ __noinline__ uint32_t update_tile(const Header& header, const Hyper& 
 // Calls body(value of the type that the arrays of a dtype hold).
 template <DTypes kDTypes, class Body>
 __device__ __forceinline__ void with_dtype(DType dtype, const Body& body) {
-  if constexpr (kDTypes == DTypes::float32) return body(float{});
-  if constexpr (kDTypes == DTypes::bfloat16) return body(BFloat16{});
-  switch (dtype) {
-    case DType::float32: return body(float{});
-    case DType::float64:
-      if constexpr (kDTypes == DTypes::any) body(double{});
-      return;
-    case DType::bfloat16: return body(BFloat16{});
-    case DType::float16: return body(Float16{});
+  if constexpr (kDTypes == DTypes::float32) {
+    body(float{});
+  } else if constexpr (kDTypes == DTypes::bfloat16) {
+    body(BFloat16{});
+  } else {
+    switch (dtype) {
+      case DType::float32: return body(float{});
+      case DType::bfloat16: return body(BFloat16{});
+      case DType::float16: return body(Float16{});
+      case DType::float64:
+        if constexpr (kDTypes == DTypes::any) body(double{});
+    }
   }
 }
 

@@ -60,13 +60,15 @@ class Cubin:
     log: str  # of ptxas -v
 
     def spills(self):
-        """What ptxas says of functions that spill."""
+        """What ptxas says of functions that spill, as pairs (the kernel they are compiled for, the line)."""
         lines = self.log.splitlines()
-        return [
-            f"{name}: {line.strip()}"
-            for name, line in itertools.pairwise(lines)
-            if re.search(r"[1-9]\d* bytes (stack frame|spill)", line)
-        ]
+        found, kernel = [], None
+        for name, line in itertools.pairwise(lines):
+            if "Compiling entry function" in line:
+                kernel = kernel_of(line)
+            if re.search(r"[1-9]\d* bytes (stack frame|spill)", line):
+                found.append((kernel, f"{name}: {line.strip()}"))
+        return found
 
 
 def compile_cubin(architecture, source, *flags):
@@ -186,7 +188,8 @@ class Function:
 
 DTYPES = {"f": "float32", "d": "float64", "BFloat16": "bfloat16", "Float16": "float16"}
 KERNEL = re.compile(r"step_kernelI.*?KernelE(\d)E.*?DTypesE(\d)ELi(\d+)E")
-TILE = re.compile(r"\$.*\$_.*(update|measure)_tileI.*?(Kernel|Norm)E(\d)E(?:NS\d*_\d)?(BFloat16|Float16|f|d)E")
+TILE = re.compile(r"\$.*\$_.*(update|measure)_tileI.*?(Kernel|Norm)E(\d)E(?:NS\d*_\d)?(BFloat16|Float16|f|d)(?:E|NS)")
+MIXED_TILE = re.compile(r"\$.*\$_.*update_mixed_tileI.*?KernelE(\d)E")
 LABEL = re.compile(r"^([.$\w]+):$")
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
 
@@ -197,6 +200,8 @@ def kernel_of(symbol):
 
 
 def tile_of(symbol):
+    if m := MIXED_TILE.search(symbol):
+        return Tile("update", enumerators("Kernel")[int(m[1])], "mixed")
     m = TILE.search(symbol)
     return Tile(m[1], enumerators(m[2])[int(m[3])], DTYPES[m[4]]) if m else None
 
