@@ -2,8 +2,8 @@
 
 import itertools
 import math
+import threading
 from contextlib import contextmanager
-from unittest import mock
 
 import numpy as np
 import torch
@@ -73,18 +73,33 @@ def give_grads(*param_lists, scale=1.0):
             p.grad = grad.to(p.device, p.dtype, copy=True)
 
 
+OWN_SQRT = torch.Tensor.sqrt
+_exact = threading.Lock()
+_users = [0]  # of exact_square_roots: in several threads, the last one out restores torch's
+
+
+def _exact_sqrt(tensor):
+    # 16 bits are computed in float32, and rounded once; subclasses and meta tensors have no array.
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.is_meta or tensor.dtype.itemsize < 4:
+        return OWN_SQRT(tensor)
+    if not tensor.dtype.is_floating_point:
+        return OWN_SQRT(tensor)
+    return torch.from_numpy(np.asarray(np.sqrt(tensor.detach().cpu().numpy()))).to(tensor.device)
+
+
 @contextmanager
 def exact_square_roots():
     """In Adam: torch's own come from MKL, which may be off by a bit in its last place; IEEE's, and numpy's, are not."""
-    own = torch.Tensor.sqrt
-
-    def sqrt(tensor):
-        if tensor.dtype not in (torch.float32, torch.float64):  # computed in float32, and rounded once
-            return own(tensor)
-        return torch.from_numpy(np.asarray(np.sqrt(tensor.detach().cpu().numpy()))).to(tensor.device)
-
-    with mock.patch.object(torch.Tensor, "sqrt", sqrt):
+    with _exact:
+        _users[0] += 1
+        torch.Tensor.sqrt = _exact_sqrt
+    try:
         yield
+    finally:
+        with _exact:
+            _users[0] -= 1
+            if _users[0] == 0:
+                torch.Tensor.sqrt = OWN_SQRT
 
 
 def clip_in_place(params, clip_value=None, max_norm=None, norm_type=2.0):

@@ -32,7 +32,7 @@ BUGS = [
         "memory that another thread may free",
         "address",
         "plan.cpp",
-        "return part.releases_gil(); })) keep_alive();",
+        "return part.releases_gil(); })) borrowed_.hold();",
         "return part.releases_gil(); })) {}",
         "tests/test_threads.py::test_gradients_replaced_meanwhile[large-0]",
         "heap-use-after-free",
