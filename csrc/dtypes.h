@@ -119,8 +119,6 @@ FASTCLIP_HD uint32_t noise_key(uint32_t seed, uint32_t step, uint32_t tensor, ui
 FASTCLIP_HD uint32_t noise(uint32_t key, int64_t element) { return hash(static_cast<uint32_t>(element) ^ key); }
 
 // The noise goes into the bits that are cut off; what it carries over is the chance to be rounded up.
-FASTCLIP_HD void store(float& to, float x, uint32_t /*noise*/) { to = x; }
-
 FASTCLIP_HD void store(BFloat16& to, float x, uint32_t noise) {
   const uint32_t bits = bits_from_float(x);
   const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;

@@ -152,7 +152,7 @@ struct Adam {
   }
   template <class WhichTerms>
   FASTCLIP_HD static constexpr int writes(const WhichTerms& terms) {
-    return terms.amsgrad ? 3 : 2;
+    return reads(terms);
   }
 
   template <class WhichTerms>

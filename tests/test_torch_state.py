@@ -13,7 +13,6 @@ from fastclip.optimizer import OWN_SETTINGS
 from .cases import assert_close, copy_params, exact_square_roots, give_grads
 from .torch_optim_db import (
     ADAM,
-    CLIP_SETTINGS,
     SGD,
     Twins,
     as_torch_tests,
@@ -84,7 +83,7 @@ def test_state_dicts_of_older_torch(optim, kwargs, clip):
     for optimizer in twins.optimizers:
         saved = copy.deepcopy(optimizer.state_dict())
         for group in saved["param_groups"]:
-            for flag in {*optim.info.not_og_supported_flags, *CLIP_SETTINGS} & group.keys():
+            for flag in {*optim.info.not_og_supported_flags, *OWN_SETTINGS} & group.keys():
                 if flag != "maximize" or not kwargs.get("maximize"):
                     del group[flag]
         if not optim.keeps_state(kwargs):

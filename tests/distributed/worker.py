@@ -2,7 +2,7 @@
 
 `tests/test_distributed.py` starts all ranks with gloo. By hand, also on GPUs:
 
-    torchrun --nproc-per-node 2 -m tests.distributed.worker --folder /tmp/ranks --backend nccl
+    torchrun --nproc-per-node 2 -m tests.distributed.worker --folder out --backend nccl
 """
 
 import argparse
