@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/SmallVector.h>
 
 #include <vector>
 
@@ -30,7 +31,7 @@ class Borrowed {
   }
 
  private:
-  using Tensors = std::vector<c10::TensorImpl*>;
+  using Tensors = c10::SmallVector<c10::TensorImpl*, 0>;  // appends without a call
 
   void hold(const Tensors& tensors, size_t& done) {
     for (; done < tensors.size(); ++done) {

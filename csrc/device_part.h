@@ -57,8 +57,10 @@ class DevicePart {
   // Of the last step that did not raise: whether it came here, and how many elements its value clip looked at.
   bool stepped = false;
   int64_t stepped_clampable = 0;
-  Py_ssize_t group = 0;  // whose hyperparameters, for which dtype, are the last row of the step's
-  DType dtype = DType::float32;
+  // Of the last row of the step's hyperparameters: the group, whether it clips values, and what its tensors begin as.
+  Py_ssize_t group = 0;
+  bool clamps = false;
+  TensorEntry blank{};
 
  private:
   int64_t prepare_gpu();  // returns the number of measures it needs

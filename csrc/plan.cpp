@@ -38,18 +38,27 @@ at::Tensor optional_scalar(PyObject* object, const char* name) {
   const std::string of = *what ? std::string("the ") + what + " of " : "";
   raise(PyExc_RuntimeError, of + place.text() + " has no memory: its storage was resized");
 }
-[[gnu::always_inline]] inline void check_memory(const at::Tensor& covered, const char* what, const Place& place) {
-  if (!is_in_memory(covered)) raise_no_memory(what, place);
+[[noreturn, gnu::noinline]] void raise_no_memory(PyObject* state, const Place& place) {
+  raise_no_memory(PyUnicode_AsUTF8(state), place);
 }
-[[gnu::always_inline]] inline void check_memory(const at::Tensor& covered, PyObject* state, const Place& place) {
-  if (!is_in_memory(covered)) raise_no_memory(PyUnicode_AsUTF8(state), place);
+
+// The address of a tensor's first element; `bytes` is the size of all of them. FSDP, for one, frees the storage of a
+// parameter that it has no use for, and leaves the sizes as they were.
+template <class What>
+[[gnu::always_inline]] inline void* data_of(const at::Tensor& covered, int64_t item_size, int64_t bytes, What* what,
+                                            const Place& place) {
+  c10::TensorImpl* const impl = covered.unsafeGetTensorImpl();
+  auto* const storage = impl->unsafe_storage().unsafeGetStorageImpl();
+  const int64_t begin = impl->storage_offset_default() * item_size;
+  if (begin + bytes > static_cast<int64_t>(storage->nbytes()) && bytes > 0) raise_no_memory(what, place);
+  return static_cast<char*>(storage->mutable_data()) + begin;
 }
 
 // The common case of what follows, without a call.
 [[gnu::always_inline]] inline bool is_plain_count(const at::Tensor& step, const at::Tensor& param) {
   c10::TensorImpl* const impl = step.unsafeGetTensorImpl();
-  return is_ordinary(impl) && impl->sizes().empty() && step.scalar_type() == at::kFloat && !impl->is_inference() &&
-         step.is_cpu() && param.is_cpu() && is_in_memory(step);
+  return is_ordinary(impl) && impl->numel() == 1 && step.scalar_type() == at::kFloat && !impl->is_inference() &&
+         on_same_device(impl, param.unsafeGetTensorImpl());
 }
 
 // nullptr where the kernels can count in it.
@@ -61,7 +70,6 @@ const char* why_step_not_covered(const at::Tensor& step, const at::Tensor& param
   if (!is_ordinary(step.unsafeGetTensorImpl())) return "that is no ordinary tensor";
   if (step.scalar_type() != at::kFloat && step.scalar_type() != at::kDouble) return "of a dtype that the kernels do not cover";
   if (step.device() != param.device()) return "on another device";
-  check_memory(step, "step", place);
   return nullptr;
 }
 
@@ -118,87 +126,98 @@ DevicePart& Plan::part_of(c10::Device device, PyObject* reduction) {
   return parts_.emplace_back(device, reduction);
 }
 
-void Plan::add_tensor(const at::Tensor* param, const at::Tensor& grad, const ParamStates& states, Momentum momentum,
-                      const Hyper& hyper, Py_ssize_t group_index) {
-  if (!part_ || part_->reduction != reduction_ || !(part_->device.is_cpu() && grad.is_cpu())) {
+// Tensors of a group and dtype share a row of hyperparameters, and all that `blank` has.
+void Plan::begin_row(DevicePart& part, const Hyper& hyper, Py_ssize_t group, DType dtype) {
+  Hyper& row = part.step.hypers.emplace_back(hyper);
+  row.clip_low = round_to(dtype, hyper.clip_low);
+  row.clip_high = round_to(dtype, hyper.clip_high);
+  part.group = group;
+  part.clamps = clips_value(hyper);
+  part.blank = {};
+  part.blank.hyper = static_cast<int32_t>(part.step.hypers.size() - 1);
+  part.blank.dtype = part.blank.rounded_dtype = part.blank.grad_dtype = dtype;
+  std::fill_n(part.blank.state_dtypes, kMaxStates, dtype);
+}
+
+[[gnu::flatten]] void Plan::add_tensor(const at::Tensor* param, const at::Tensor& grad, const StateNames& names,
+                                       const ParamStates& states, Momentum momentum, const Hyper& hyper, const Place& place) {
+  if (!part_ || part_->reduction != reduction_ || !(part_->device.is_cpu() && on_cpu(grad.unsafeGetTensorImpl()))) {
     part_ = &part_of(grad.device(), reduction_);
   }
   DevicePart& part = *part_;
   Step& step = part.step;
+  const int64_t numel = grad.unsafeGetTensorImpl()->numel_default();
   const DType dtype = dtype_of(grad);
-  if (step.hypers.empty() || part.group != group_index || part.dtype != dtype) {
-    part.group = group_index;
-    part.dtype = dtype;
-    step.hypers.push_back(hyper);
-    step.hypers.back().clip_low = round_to(dtype, hyper.clip_low);
-    step.hypers.back().clip_high = round_to(dtype, hyper.clip_high);
-  }
-  const int64_t numel = grad.numel();
-  TensorEntry& entry = step.tensors.emplace_back(TensorEntry::Unset::yes);
+  if (step.hypers.empty() || part.group != place.group || part.blank.grad_dtype != dtype) begin_row(part, hyper, place.group, dtype);
+
+  step.tensors.push_back(part.blank);
+  TensorEntry& entry = step.tensors.back();
   entry.numel = numel;
   entry.first_chunk = step.chunks;
-  entry.hyper = static_cast<int32_t>(step.hypers.size() - 1);
   entry.index = static_cast<uint32_t>(parameter_);
-  entry.grad_dtype = dtype;
   entry.momentum = momentum;
   step.chunks += (numel + kChunk - 1) / kChunk;
   step.elements += numel;
-  if (clips_value(hyper)) step.clampable += numel;
+  if (part.clamps) step.clampable += numel;
 
   uint64_t addresses = written_addresses_;  // in a register
-  unsigned dtypes = 1u << static_cast<int>(dtype);
-  const auto written = [&](const at::Tensor& tensor, DType of) __attribute__((always_inline)) {
-    void* const data = data_of(tensor, of);
+  const auto write = [&](const at::Tensor& tensor, const void* data) __attribute__((always_inline)) {
     addresses = (addresses ^ reinterpret_cast<uintptr_t>(data) ^ numel) * 0x9e3779b97f4a7c15u;
     borrowed_.write(tensor);
-    return data;
   };
-  const auto array = [&](const at::Tensor& tensor, DType& stored) __attribute__((always_inline)) {
-    const DType of = dtype_of(tensor);
-    dtypes |= 1u << static_cast<int>(of);
-    stored = of;
-    return written(tensor, of);
-  };
-  entry.param = entry.rounded = entry.step = nullptr;
-  entry.dtype = entry.rounded_dtype = dtype;
-  for (int s = 0; s < kMaxStates; ++s) {
-    entry.states[s] = nullptr;
-    entry.state_dtypes[s] = dtype;
-  }
-  entry.uniform = entry.step_is_float64 = false;
-  if (!param) {
-    entry.grad = written(grad, dtype);
-  } else {
-    entry.grad = data_of(grad, dtype);
-    borrowed_.read(grad);
-    entry.param = array(states.master ? *states.master : *param, entry.dtype);
-    if (states.master) entry.rounded = array(*param, entry.rounded_dtype);
-    for (int s = 0; s < kMaxStates && states.arrays[s]; ++s) {
-      entry.states[s] = array(*states.arrays[s], entry.state_dtypes[s]);
+  const int64_t item = item_size(dtype), bytes = numel * item;
+  bool uniform = true;
+  const auto add = [&](const at::Tensor& tensor, auto* what, void*& data, DType& stored) __attribute__((always_inline)) {
+    if (tensor.dtype() == grad.dtype()) {
+      data = data_of(tensor, item, bytes, what, place);
+    } else {
+      uniform = false;
+      stored = dtype_of(tensor);
+      data = data_of(tensor, item_size(stored), numel * item_size(stored), what, place);
     }
+    write(tensor, data);
+  };
+  entry.grad = data_of(grad, item, bytes, "gradient", place);
+  if (!param) {
+    write(grad, entry.grad);
+  } else {
+    borrowed_.read(grad);
+    if (!states.master) {
+      add(*param, "", entry.param, entry.dtype);
+    } else {
+      add(*states.master, names.master, entry.param, entry.dtype);
+      add(*param, "", entry.rounded, entry.rounded_dtype);
+    }
+    for (int s = 0; s < names.count; ++s) add(*states.arrays[s], names.arrays[s], entry.states[s], entry.state_dtypes[s]);
     if (states.step) {
       entry.step_is_float64 = states.step->scalar_type() == at::kDouble;
-      entry.step = written(*states.step, entry.step_is_float64 ? DType::float64 : DType::float32);
+      const int64_t item_of_step = entry.step_is_float64 ? 8 : 4;
+      entry.step = data_of(*states.step, item_of_step, item_of_step, names.step, place);
+      write(*states.step, entry.step);
       step.counts_steps = true;
     }
-    constexpr unsigned kNarrow = 1u << static_cast<int>(DType::bfloat16) | 1u << static_cast<int>(DType::float16);
-    const bool one = (dtypes & (dtypes - 1)) == 0;
-    entry.uniform = one && !(hyper.stochastic_rounding && (dtypes & kNarrow));
+    entry.uniform = uniform && !(hyper.stochastic_rounding && item == 2);
   }
   written_addresses_ = addresses;
 }
 
 // Makes the states that there are not, and says whether the kernels take those that there are.
-bool Plan::cover_states(const Group& group, const Held& held, const at::Tensor& param, const at::Tensor& like,
-                        const Place& place, const StateNames& names, ParamStates& states) {
-  states_.make_missing(rule_, group, held, like, place, names, states);
-  const auto covers = [&](const at::Tensor& state, PyObject* name) {
-    const char* why_not = is_plainly_covered(state, param) ? nullptr : why_not_covered(state, name, param, place);
-    if (why_not) {
+[[gnu::flatten]] bool Plan::cover_states(const Group& group, const Held& held, const at::Tensor& param, const at::Tensor& like,
+                                         const Place& place, const StateNames& names, ParamStates& states) {
+  if (names.master && !states.master) {  // it is made of the parameter, which has to be there
+    const int64_t item = item_size(dtype_of(param));
+    data_of(param, item, item * param.numel(), "", place);
+  }
+  if (!states.has_all(names)) states_.make_missing(rule_, group, held, like, place, names, states);
+  c10::TensorImpl* const p = param.unsafeGetTensorImpl();
+  const bool contiguous = is_contiguous(p);
+  const auto covers = [&](const at::Tensor& state, PyObject* name) __attribute__((always_inline)) {
+    c10::TensorImpl* const s = state.unsafeGetTensorImpl();
+    if (contiguous && !s->is_inference() && is_like(s, p)) return true;
+    if (const char* why_not = why_not_covered(state, name, param, place)) {
       not_covered(place.text() + " has a " + PyUnicode_AsUTF8(name) + " " + why_not);
       return false;
     }
-    check_memory(state, name, place);
     return true;
   };
   for (int s = 0; s < names.count; ++s) {
@@ -232,17 +251,17 @@ void Plan::add_param(const Group& group, const StateNames& names, Py_ssize_t gro
   const at::Tensor& param = THPVariable_Unpack(object);
   if (!first_device_) first_device_ = param.device();
   if (is_subclass(param)) {
-    if (const auto shard = shard_of(param, object)) return add_shard(group, names, group_index, place, *shard);
+    if (const auto shard = shard_of(param, object)) return add_shard(group, names, place, *shard);
   }
   if (!grad_of(param).defined()) return;
   ParamStates states;
   Held held;
-  if (names.any()) {  // the look-up may run Python: the gradient is read afterwards
+  if (names.any) {  // the look-up may run Python: the gradient is read afterwards
     held = Held(object);
     states = states_.find(place, parameter_, names, nullptr);
   }
   const at::Tensor& grad = grad_of(param);
-  if (grad.defined()) add_covered(group, names, group_index, place, held, states, param, grad, grad);
+  if (grad.defined()) add_covered(group, names, place, held, states, param, grad, grad);
 }
 
 // Every rank takes part in the norm, whatever it has itself.
@@ -264,8 +283,7 @@ std::optional<Shard> Plan::shard_of_grad(const at::Tensor& grad, const Shard& pa
   return {};
 }
 
-void Plan::add_shard(const Group& group, const StateNames& names, Py_ssize_t group_index, const Place& place,
-                     const Shard& shard) {
+void Plan::add_shard(const Group& group, const StateNames& names, const Place& place, const Shard& shard) {
   borrowed_.hold();  // Python runs, here and there
   await_norm(shard, place, group.norm_clip);
   const at::Tensor& param = THPVariable_Unpack(place.param);
@@ -274,8 +292,8 @@ void Plan::add_shard(const Group& group, const StateNames& names, Py_ssize_t gro
     const Held held(place.param);
     if (const auto grad_shard = shard_of_grad(grad, shard, place)) {
       ParamStates states;
-      if (names.any()) states = states_.find(place, parameter_, names, &shard);
-      add_covered(group, names, group_index, place, held, states, shard.local(), grad_shard->local(), grad);
+      if (names.any) states = states_.find(place, parameter_, names, &shard);
+      add_covered(group, names, place, held, states, shard.local(), grad_shard->local(), grad);
       borrowed_.write(param);
       borrowed_.hold();
     }
@@ -283,28 +301,25 @@ void Plan::add_shard(const Group& group, const StateNames& names, Py_ssize_t gro
   reduction_ = nullptr;
 }
 
-void Plan::add_covered(const Group& group, const StateNames& names, Py_ssize_t group_index, const Place& place,
-                       const Held& held, ParamStates& states, const at::Tensor& param, const at::Tensor& grad,
-                       const at::Tensor& like) {
+void Plan::add_covered(const Group& group, const StateNames& names, const Place& place, const Held& held, ParamStates& states,
+                       const at::Tensor& param, const at::Tensor& grad, const at::Tensor& like) {
   if (!is_plainly_covered(param, grad)) {
     if (const char* why_not = why_not_covered(param, grad, place)) {
       return not_covered(place.text() + " " + why_not);
     }
   }
-  check_memory(param, "", place);
-  check_memory(grad, "gradient", place);
   Momentum momentum = Momentum::none;
-  if (names.any()) {
+  if (names.any) {
     if (rule_ == Rule::sgd && names.count > 0) momentum = states.arrays[0] ? Momentum::running : Momentum::first;
     if (!cover_states(group, held, param, like, place, names, states)) return;
   }
   if (group.lr_tensor.object && THPVariable_Unpack(group.lr_tensor.object).device() != param.device()) {
     return not_covered(place.text() + " is on another device than lr");
   }
-  if (grad.numel() > 0 || states.step) add_tensor(&param, grad, states, momentum, group.hyper, group_index);
+  if (grad.numel() > 0 || states.step) add_tensor(&param, grad, names, states, momentum, group.hyper, place);
 }
 
-void Plan::add_group(Group& group, Py_ssize_t group_index) {
+[[gnu::flatten]] void Plan::add_group(Group& group, Py_ssize_t group_index) {
   if (group.lr_tensor.object) {  // on a GPU: read there
     const at::Tensor& lr = THPVariable_Unpack(group.lr_tensor.object);
     if (lr.is_cuda() && (lr.scalar_type() == at::kFloat || lr.scalar_type() == at::kDouble)) {
@@ -414,8 +429,7 @@ std::string Plan::clip_grads(PyObject* params, double low, double high, NormClip
     if (const char* why_not = why_not_covered(grad, place)) {
       not_covered("the gradient of " + place.text() + " " + why_not);
     } else if (grad.numel() > 0) {
-      check_memory(grad, "gradient", place);
-      add_tensor(nullptr, grad, {}, Momentum::none, hyper, 0);
+      add_tensor(nullptr, grad, {}, {}, Momentum::none, hyper, place);
       if (shard) borrowed_.write(whole);
     }
   }

@@ -66,26 +66,29 @@ class Plan {
   };
   class Busy;
 
+  // The walk over all tensors. A call is a good part of what a tensor costs: what is done for each of them is inlined,
+  // with torch's accessors (`flatten`), and what is not is kept out of it (`noinline`).
   void clear();
-  void not_covered(const std::string& reason);
+  [[gnu::noinline]] void not_covered(const std::string& reason);
   void add_group(Group& group, Py_ssize_t group_index);
-  // Inlined into the walk: calls are a fifth of what a tensor costs.
   [[gnu::always_inline]] inline void add_param(const Group& group, const StateNames& names, Py_ssize_t group_index,
                                                Py_ssize_t index);
-  void add_tensor(const at::Tensor* param, const at::Tensor& grad, const ParamStates& states, Momentum momentum,
-                  const Hyper& hyper, Py_ssize_t group_index);
+  [[gnu::noinline]] void begin_row(DevicePart& part, const Hyper& hyper, Py_ssize_t group, DType dtype);
+  // All that is covered; of `param` nullptr, the gradient alone is to be clipped.
+  [[gnu::noinline]] void add_tensor(const at::Tensor* param, const at::Tensor& grad, const StateNames& names,
+                                    const ParamStates& states, Momentum momentum, const Hyper& hyper, const Place& place);
   // As add_param, of a DTensor: the kernels step on the shard that is here.
-  [[gnu::noinline]] void add_shard(const Group& group, const StateNames& names, Py_ssize_t group_index, const Place& place, const Shard& shard);
+  [[gnu::noinline]] void add_shard(const Group& group, const StateNames& names, const Place& place, const Shard& shard);
   // The shard of a gradient that is placed as its parameter; nothing where it is not.
   std::optional<Shard> shard_of_grad(const at::Tensor& grad, const Shard& param, const Place& place);
   void await_norm(const Shard& param, const Place& place, const NormClip& norm_clip);
   // The rest of the walk over a parameter, for ordinary tensors. `like` is the gradient that a new state is made like.
-  [[gnu::always_inline]] inline void add_covered(const Group& group, const StateNames& names, Py_ssize_t group_index,
-                                                 const Place& place, const Held& held, ParamStates& states,
-                                                 const at::Tensor& param, const at::Tensor& grad, const at::Tensor& like);
-  bool cover_states(const Group& group, const Held& held, const at::Tensor& param, const at::Tensor& like,
-                    const Place& place, const StateNames& names, ParamStates& states);
-  DevicePart& part_of(c10::Device device, PyObject* reduction);
+  [[gnu::always_inline]] inline void add_covered(const Group& group, const StateNames& names, const Place& place,
+                                                 const Held& held, ParamStates& states, const at::Tensor& param,
+                                                 const at::Tensor& grad, const at::Tensor& like);
+  [[gnu::noinline]] bool cover_states(const Group& group, const Held& held, const at::Tensor& param, const at::Tensor& like,
+                                      const Place& place, const StateNames& names, ParamStates& states);
+  [[gnu::noinline]] DevicePart& part_of(c10::Device device, PyObject* reduction);
   bool shares_memory();
   void run(Rule rule, const NormClip& asked, const Amp& amp);
   void remember(const NormClip& norm_clip, bool skipped_by_host);

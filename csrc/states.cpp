@@ -68,6 +68,7 @@ StateNames state_names(Rule rule, const Group& group) {
   }
   if (group.hyper.stochastic_rounding) of_group.step = names.step;  // no two steps round by the same numbers
   if (group.master_weights) of_group.master = names.master_param;
+  of_group.any = of_group.count > 0 || of_group.step || of_group.master;
   return of_group;
 }
 
@@ -115,7 +116,8 @@ const at::Tensor* States::shard_in(const at::Tensor* state, PyObject* name, cons
   return &shard->local();  // which the DTensor holds
 }
 
-ParamStates States::find(const Place& place, size_t position, const StateNames& names, const Shard* param_shard) {
+[[gnu::flatten]] ParamStates States::find(const Place& place, size_t position, const StateNames& names,
+                                          const Shard* param_shard) {
   ParamStates found;
   PyObject* entry = entry_of(place.param, position);
   if (!entry) return found;

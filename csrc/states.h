@@ -20,8 +20,7 @@ struct StateNames {
   PyObject* arrays[kMaxStates] = {};  // in the order of TensorEntry::states
   PyObject* step = nullptr;           // the count of a parameter's steps, where something needs it
   PyObject* master = nullptr;         // the float32 copy of a 16-bit parameter
-
-  bool any() const { return count > 0 || step || master; }
+  bool any = false;                   // of these
 };
 StateNames state_names(Rule rule, const Group& group);
 
@@ -30,6 +29,14 @@ struct ParamStates {
   const at::Tensor* arrays[kMaxStates] = {};
   const at::Tensor* step = nullptr;
   const at::Tensor* master = nullptr;
+
+  // False also where `make_missing` has to find out what the parameter needs.
+  bool has_all(const StateNames& names) const {
+    for (int s = 0; s < names.count; ++s) {
+      if (!arrays[s]) return false;
+    }
+    return !names.master && (step || !names.step);
+  }
 };
 
 class States {
@@ -45,10 +52,10 @@ class States {
   ParamStates find(const Place& place, size_t position, const StateNames& names, const Shard* param_shard);
 
   // Notes a state that the step makes; it gets into the dict by `store`. The pointer holds until `end`.
-  const at::Tensor* make(const Held& param, PyObject* name, at::Tensor tensor);
+  [[gnu::noinline]] const at::Tensor* make(const Held& param, PyObject* name, at::Tensor tensor);
   // Makes all that there is not yet. Refuses a parameter that has only some of those that belong together.
-  void make_missing(Rule rule, const Group& group, const Held& param, const at::Tensor& grad, const Place& place,
-                    const StateNames& names, ParamStates& states);
+  [[gnu::noinline]] void make_missing(Rule rule, const Group& group, const Held& param, const at::Tensor& grad,
+                                      const Place& place, const StateNames& names, ParamStates& states);
 
   bool has_new() const { return !new_.empty(); }
   // All that can fail, or run Python, comes before the first byte is written; what `store` then does can only

@@ -34,11 +34,6 @@ struct TensorEntry {
   Momentum momentum;
   bool uniform;  // all arrays have the dtype of `param`, and nothing is rounded at random
   bool step_is_float64;
-
-  TensorEntry() = default;
-  // For whoever sets every field: GCC clears 96 bytes by `rep stos`, which costs more than the rest of an entry.
-  enum class Unset { yes };
-  explicit TensorEntry(Unset) {}
 };
 
 // A tensor's count of steps, as torch keeps it.

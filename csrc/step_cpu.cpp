@@ -133,6 +133,7 @@ void update_all(const Step& step, const ThreadPool& pool, const LoopTable& loops
     all_clamped.fetch_add(clamped, std::memory_order_relaxed);
   });
   if (step.clamped) *step.clamped = static_cast<double>(all_clamped);
+  if (!step.counts_steps) return;
   for (const TensorEntry& tensor : step.tensors) count_step(tensor.step, tensor.step_is_float64);
 }
 

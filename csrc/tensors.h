@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <torch/csrc/autograd/variable.h>
 
+#include <array>
 #include <string>
 
 #include "step.h"
@@ -28,21 +29,6 @@ inline const at::Tensor& grad_of(const at::Tensor& param) {
   return meta ? meta->grad_ : kNoGradient;
 }
 
-// The first element's address; `covered` has ordinary memory.
-[[gnu::always_inline]] inline void* data_of(const at::Tensor& covered, DType dtype) {
-  c10::TensorImpl* impl = covered.unsafeGetTensorImpl();
-  auto* storage = impl->unsafe_storage().unsafeGetStorageImpl();
-  return static_cast<char*>(storage->mutable_data()) + impl->storage_offset() * item_size(dtype);
-}
-
-// Whether all its elements are in memory; `covered` is dense. FSDP, for one, frees the storage of a parameter that it has
-// no use for, and leaves the sizes as they were.
-[[gnu::always_inline]] inline bool is_in_memory(const at::Tensor& covered) {
-  c10::TensorImpl* impl = covered.unsafeGetTensorImpl();
-  const auto end = (impl->storage_offset() + impl->numel()) * static_cast<int64_t>(impl->itemsize());
-  return impl->numel() == 0 || end <= static_cast<int64_t>(impl->unsafe_storage().unsafeGetStorageImpl()->nbytes());
-}
-
 // Keys of an ordinary dense tensor. Any other key (sparse, quantized, conjugated, negated, a Python
 // subclass, functorch, ...) means that the memory alone does not tell the values.
 extern const uint64_t kOtherKeys;  // all but the ordinary ones
@@ -51,27 +37,50 @@ inline bool is_ordinary(c10::TensorImpl* tensor) {
   return (tensor->key_set().raw_repr() & kOtherKeys) == 0;
 }
 
-inline bool has_kernel_dtype(at::ScalarType dtype) {
-  return dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf;
+// For every ScalarType its DType, or -1 where the kernels have none.
+constexpr auto kDTypes = [] {
+  std::array<int8_t, static_cast<size_t>(at::ScalarType::NumOptions)> dtypes{};
+  for (auto& dtype : dtypes) dtype = -1;
+  dtypes[static_cast<size_t>(at::kFloat)] = static_cast<int8_t>(DType::float32);
+  dtypes[static_cast<size_t>(at::kDouble)] = static_cast<int8_t>(DType::float64);
+  dtypes[static_cast<size_t>(at::kBFloat16)] = static_cast<int8_t>(DType::bfloat16);
+  dtypes[static_cast<size_t>(at::kHalf)] = static_cast<int8_t>(DType::float16);
+  return dtypes;
+}();
+inline bool has_kernel_dtype(at::ScalarType dtype) { return kDTypes[static_cast<size_t>(dtype)] >= 0; }
+inline DType dtype_of(const at::Tensor& covered) {
+  return static_cast<DType>(kDTypes[static_cast<size_t>(covered.scalar_type())]);
 }
 
-// The common case of why_not_covered(param, grad) == nullptr, without a call: both contiguous and of
-// the same sizes, and so of the same element order.
+// Of ordinary tensors, the keys tell it without a call.
+[[gnu::always_inline]] inline bool on_cpu(c10::TensorImpl* tensor) {
+  return tensor->key_set().has_backend(c10::BackendComponent::CPUBit);
+}
+[[gnu::always_inline]] inline bool on_same_device(c10::TensorImpl* a, c10::TensorImpl* b) {
+  return (on_cpu(a) && on_cpu(b)) || a->device() == b->device();
+}
+
+// The common cases of what follows, without a call. Ordinary tensors have sizes of their own, so the defaults are theirs.
+[[gnu::always_inline]] inline bool is_contiguous(c10::TensorImpl* tensor) {
+  return is_ordinary(tensor) && tensor->is_contiguous_default(at::MemoryFormat::Contiguous);
+}
+[[gnu::always_inline]] inline bool have_same_sizes(c10::TensorImpl* a, c10::TensorImpl* b) {
+  const auto of_a = a->sizes_default(), of_b = b->sizes_default();
+  if (of_a.size() != of_b.size()) return false;
+  for (size_t i = 0; i < of_a.size(); ++i) {
+    if (of_a[i] != of_b[i]) return false;
+  }
+  return true;
+}
+// Whether a tensor is contiguous, and of the same dtype, device and sizes as another that is.
+[[gnu::always_inline]] inline bool is_like(c10::TensorImpl* tensor, c10::TensorImpl* contiguous) {
+  return is_contiguous(tensor) && tensor->dtype() == contiguous->dtype() && on_same_device(tensor, contiguous) &&
+         have_same_sizes(tensor, contiguous);
+}
 [[gnu::always_inline]] inline bool is_plainly_covered(const at::Tensor& param, const at::Tensor& grad) {
   c10::TensorImpl* const p = param.unsafeGetTensorImpl();
-  c10::TensorImpl* const g = grad.unsafeGetTensorImpl();
-  if (!is_ordinary(p) || !is_ordinary(g) || p->dtype() != g->dtype() || p->is_inference() ||
-      !p->is_contiguous_default(at::MemoryFormat::Contiguous) ||
-      !g->is_contiguous_default(at::MemoryFormat::Contiguous) ||
-      !((p->is_cpu() && g->is_cpu()) || p->device() == g->device())) {
-    return false;
-  }
-  const auto of_p = p->sizes(), of_g = g->sizes();
-  if (of_p.size() != of_g.size()) return false;
-  for (size_t i = 0; i < of_p.size(); ++i) {
-    if (of_p[i] != of_g[i]) return false;
-  }
-  return has_kernel_dtype(c10::typeMetaToScalarType(p->dtype()));
+  return is_contiguous(p) && !p->is_inference() && has_kernel_dtype(c10::typeMetaToScalarType(p->dtype())) &&
+         is_like(grad.unsafeGetTensorImpl(), p);
 }
 
 // nullptr where the kernels can step `param` by `grad`; otherwise why they can't, and plain torch
@@ -86,14 +95,5 @@ const char* why_not_covered(const at::Tensor& grad, const Place& place);
 bool same_memory_layout(const at::Tensor& a, const at::Tensor& b);
 
 inline bool is_16_bit(at::ScalarType dtype) { return dtype == at::kBFloat16 || dtype == at::kHalf; }
-
-[[gnu::always_inline]] inline DType dtype_of(const at::Tensor& covered) {
-  switch (covered.scalar_type()) {
-    case at::kDouble: return DType::float64;
-    case at::kBFloat16: return DType::bfloat16;
-    case at::kHalf: return DType::float16;
-    default: return DType::float32;
-  }
-}
 
 }  // namespace fastclip
