@@ -138,6 +138,7 @@ if __name__ == "__main__":
                 sources=[
                     "csrc/bindings.cpp",
                     "csrc/plan.cpp",
+                    "csrc/walk.cpp",
                     "csrc/states.cpp",
                     "csrc/shards.cpp",
                     "csrc/device_part.cpp",
