@@ -5,106 +5,22 @@ import gc
 import threading
 import warnings
 import weakref
-from functools import partial
 
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.checkpoint import checkpoint
 
 import fastclip
 
-from .cases import CLIPS, RULES, assert_same_bits, exact_square_roots
+from .cases import RULES, assert_same_bits
+from .in_backward_cases import SOME_KIB, assert_same, losses, net, pair, step_as_ever, three
 
 BITWISE = ["none", "value", "pair"]
-SOME_KIB = 2e-3  # MiB: a few of Net's parameters
-
-
-class Net(torch.nn.Module):
-    """With a tied weight, a layer that is used twice, and one that not every pass uses."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = torch.nn.Embedding(7, 16)
-        self.twice = torch.nn.Linear(16, 16)
-        self.norm = torch.nn.LayerNorm(16)
-        self.sometimes = torch.nn.Linear(16, 16)
-        self.out = torch.nn.Linear(16, 7)
-        self.out.weight = self.embed.weight
-
-    def forward(self, x, sometimes=True, checkpointed=False):
-        h = self.embed(x)
-        h = checkpoint(self.body, h, use_reentrant=False) if checkpointed else self.body(h)
-        return self.out(self.sometimes(h) if sometimes else h)
-
-    def body(self, h):
-        return self.norm(self.twice(torch.tanh(self.twice(h))))
-
-
-def net(dtype=torch.float64):
-    torch.manual_seed(0)
-    return Net().to(dtype)
-
-
-def groups(model, **second):
-    return [
-        {"params": [*model.embed.parameters(), *model.twice.parameters()]},
-        {"params": [*model.norm.parameters(), *model.sometimes.parameters(), model.out.bias], "lr": 0.03, **second},
-    ]
-
-
-def losses(count):
-    """Functions of a model: each a loss on data of its own."""
-    return [
-        partial(loss_of, *torch.randint(7, (2, 5), generator=torch.Generator().manual_seed(i))) for i in range(count)
-    ]
-
-
-def loss_of(x, y, model, **how):
-    return 3 * torch.nn.functional.cross_entropy(model(x, **how), y)
-
-
-def three(clip, bucket_cap_mb=SOME_KIB, dtype=torch.float64, optimizer="SGD", **rule):
-    """(model, optimizer) of plain torch, of ordinary steps and of steps in the backward pass; what does the last."""
-    models = [net(dtype) for _ in range(3)]
-    own = {"clip_value": 0.01} if clip != "none" else {}
-    ours_of, theirs_of = getattr(fastclip, optimizer), getattr(torch.optim, optimizer)
-    optimizers = [theirs_of(groups(models[0]), lr=0.1, foreach=False, **rule)]
-    optimizers += [ours_of(groups(m, **own), lr=0.1, **CLIPS[clip], **rule) for m in models[1:]]
-    in_backward = fastclip.step_in_backward(models[2], optimizers[2], bucket_cap_mb=bucket_cap_mb)
-    return [*zip(models, optimizers, strict=True)], in_backward
-
-
-def step_as_ever(model, optimizer, of=None):
-    """Clips as the groups of `of` say, steps, and forgets the gradients."""
-    for group, clips in zip(optimizer.param_groups, of.param_groups if of else [], strict=of is not None):
-        for p in group["params"]:
-            if p.grad is not None and clips["clip_value"] is not None:
-                bounds = clips["clip_value"]
-                p.grad.clamp_(*(bounds if isinstance(bounds, tuple) else (-bounds, bounds)))
-    with exact_square_roots():
-        optimizer.step()
-    optimizer.zero_grad()
-
-
-def assert_same(first, second):
-    assert_same_bits(first[0].parameters(), second[0].parameters(), first[1], second[1])
-
-
-def pair(bucket_cap_mb=SOME_KIB, **settings):
-    """(model, optimizer) of ordinary steps and of steps in the backward pass; what does the latter."""
-    settings = {"lr": 0.1, "momentum": 0.9, "clip_value": 0.05, **settings}
-    models = [net(), net()]
-    optimizers = [fastclip.SGD(groups(m), **settings) for m in models]
-    in_backward = fastclip.step_in_backward(models[1], optimizers[1], bucket_cap_mb=bucket_cap_mb)
-    return [*zip(models, optimizers, strict=True)], in_backward
+RULES_OF_ADAM = [{"optimizer": "Adam", "maximize": True}, {"optimizer": "AdamW", "amsgrad": True}]
 
 
 def described(rule):
     return " ".join(f"{k}={v}" for k, v in rule.items() if v) or "plain"
-
-
-RULES_OF_ADAM = [{"optimizer": "Adam", "maximize": True}, {"optimizer": "AdamW", "amsgrad": True}]
 
 
 @pytest.mark.parametrize("clip", BITWISE)
@@ -237,176 +153,6 @@ def test_checkpoints_go_to_and_from_ordinary_steps():
             step_as_ever(*ordinary)
             loss(stepped[0]).backward()
             assert_same(ordinary, stepped)
-
-
-def test_parameters_frozen_thawed_added_and_moved_between_groups():
-    (ordinary, stepped), _ = pair()
-
-    def freeze(model, optimizer):
-        model.norm.requires_grad_(False)
-
-    def thaw(model, optimizer):
-        model.norm.requires_grad_(True)
-
-    def move(model, optimizer):
-        first, second = optimizer.param_groups
-        second["params"].insert(0, first["params"].pop())
-
-    def drop_a_group(model, optimizer):
-        first, second = optimizer.param_groups
-        second["params"] += first["params"]
-        optimizer.param_groups.remove(first)
-
-    def add(model, optimizer):
-        model.late = torch.nn.Linear(16, 16, dtype=torch.float64)
-        with torch.no_grad():
-            for p in model.late.parameters():
-                p.fill_(0.1)
-        model.sometimes.register_forward_hook(lambda _, x, y: y + model.late(x[0]))
-        optimizer.add_param_group({"params": model.late.parameters(), "clip_value": None})
-
-    for change in (freeze, thaw, move, drop_a_group, add):
-        for model, optimizer in (ordinary, stepped):
-            change(model, optimizer)
-        for loss in losses(3):
-            loss(ordinary[0]).backward()
-            step_as_ever(*ordinary)
-            loss(stepped[0]).backward()
-            assert all(p.grad is None for p in stepped[0].parameters())
-            assert_same(ordinary, stepped)
-
-
-@pytest.mark.parametrize("change", ["thawed", "added"])
-def test_parameters_that_are_the_only_ones_in_a_pass(change):
-    """Also where all hooks that there were belong to others."""
-    model = torch.nn.Sequential(*[torch.nn.Linear(8, 8, bias=False) for _ in range(4)]).requires_grad_(False)
-    first = [model[0].weight] if change == "added" else model.parameters()
-    optimizer = fastclip.SGD(first, lr=0.1)
-    fastclip.step_in_backward(model, optimizer, bucket_cap_mb=0)
-    assert not any(p.requires_grad for p in model.parameters())
-    if change == "added":
-        optimizer.add_param_group({"params": model[1:].parameters()})
-    model[1:].requires_grad_(True)
-    before, left = copy.deepcopy(model), []
-    model[1].weight.register_hook(lambda _: left.append(sum(p.grad is not None for p in model.parameters())))
-    model(torch.randn(2, 8)).sum().backward()
-    assert left == [0]
-    same = [torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters(), strict=True)]
-    assert same == [True, False, False, False]
-
-
-def test_parameters_of_no_optimizer_and_of_two():
-    """Those of another optimizer keep their gradients, until it steps in the backward pass, too."""
-    (ordinary, (model, optimizer)), in_backward = pair()
-    in_backward.remove()
-    halves = [fastclip.SGD([group], momentum=0.9, clip_value=0.05) for group in optimizer.param_groups]
-    fastclip.step_in_backward(model, halves[0])
-    loss = losses(1)[0]
-    loss(model).backward()
-    first, second = ([p.grad is None for p in half.param_groups[0]["params"]] for half in halves)
-    assert all(first) and not any(second)
-    step_as_ever(model, halves[1])
-    fastclip.step_in_backward(model, halves[1])
-    loss(model).backward()
-    for _ in range(2):
-        loss(ordinary[0]).backward()
-        step_as_ever(*ordinary)
-    assert_same_bits(ordinary[0].parameters(), model.parameters())
-
-
-def test_a_pass_that_raises_is_over():
-    """What was not stepped on yet keeps its gradient, and zero_grad forgets it."""
-    (ordinary, stepped), _ = pair(bucket_cap_mb=1)
-    fails = stepped[0].embed.weight.register_hook(lambda _: 1 / 0)
-    first, second = losses(2)
-    before = copy.deepcopy(stepped[0])
-    with pytest.raises(ZeroDivisionError):
-        first(stepped[0]).backward()
-    assert_same_bits(before.parameters(), stepped[0].parameters())
-    assert stepped[0].out.bias.grad is not None
-    fails.remove()
-    stepped[1].zero_grad()
-    second(ordinary[0]).backward()
-    step_as_ever(*ordinary)
-    second(stepped[0]).backward()
-    assert_same(ordinary, stepped)
-
-
-def test_checkpointed_and_compiled_models():
-    (ordinary, stepped), _ = pair()
-    compiled = torch.compile(stepped[0], backend="aot_eager")
-    for how in ({"checkpointed": True}, {}):
-        for loss in losses(2):
-            loss(ordinary[0], **how).backward()
-            step_as_ever(*ordinary)
-            loss(compiled if not how else stepped[0], **how).backward()
-            assert_same(ordinary, stepped)
-
-
-def test_losses_that_share_a_graph():
-    """torch notices that what the graph needs has changed; accumulated, they are right."""
-    (ordinary, stepped), in_backward = pair()
-    loss = losses(1)[0]
-    value = loss(ordinary[0])
-    value.backward(retain_graph=True)
-    (2 * value).backward()
-    step_as_ever(*ordinary)
-    value = loss(stepped[0])
-    with in_backward.accumulate():
-        value.backward(retain_graph=True)
-    (2 * value).backward(retain_graph=True)
-    assert_same(ordinary, stepped)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        value.backward()
-
-
-def test_a_model_cast_between_passes():
-    (ordinary, stepped), _ = pair()
-    for dtype in (torch.float32, torch.float64):
-        for model, optimizer in (ordinary, stepped):
-            model.to(dtype)
-            optimizer.load_state_dict(optimizer.state_dict())  # casts the state
-        for loss in losses(2):
-            loss(ordinary[0]).backward()
-            step_as_ever(*ordinary)
-            loss(stepped[0]).backward()
-            assert_same(ordinary, stepped)
-
-
-def test_swapped_tensors_would_lose_their_hooks():
-    (_, (model, _)), in_backward = pair()
-    torch.__future__.set_swap_module_params_on_conversion(True)
-    try:
-        with pytest.raises(RuntimeError, match="swap"):
-            model.float()
-        in_backward.remove()
-        model.float()
-    finally:
-        torch.__future__.set_swap_module_params_on_conversion(False)
-    assert model.out.weight.dtype == torch.float32
-
-
-def test_remove_and_leaving_a_with():
-    (ordinary, (model, optimizer)), in_backward = pair()
-    in_backward.remove()
-    in_backward.remove()
-    with fastclip.step_in_backward(model, optimizer):
-        pass
-    for loss in losses(2):
-        for each in (ordinary, (model, optimizer)):
-            loss(each[0]).backward()
-            assert each[0].out.bias.grad is not None
-            step_as_ever(*each)
-    assert_same(ordinary, (model, optimizer))
-
-
-def test_copies_step_as_ever():
-    _, in_backward = pair()
-    (_, (model, optimizer)), in_backward = pair()
-    both = copy.deepcopy((model, optimizer))
-    losses(1)[0](both[0]).backward()
-    assert all(p.grad is not None for p in both[0].parameters())
-    fastclip.step_in_backward(*both)
 
 
 @pytest.mark.parametrize("bucket_cap_mb", [0, SOME_KIB, 4])
