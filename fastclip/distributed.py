@@ -29,6 +29,18 @@ def is_dtensor(tensor):
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def is_made_by_zero():
+    """Whether a ZeroRedundancyOptimizer is making an optimizer for this rank's share of the parameters. Nothing that it
+    hands over tells, so its frame has to."""
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    frame = sys._getframe() if module else None
+    while frame:
+        if isinstance(frame.f_locals.get("self"), module.ZeroRedundancyOptimizer):
+            return True
+        frame = frame.f_back
+    return False
+
+
 def local_of(tensor):
     """The shard of a DTensor that is here; any other tensor itself."""
     return tensor._local_tensor if is_dtensor(tensor) else tensor

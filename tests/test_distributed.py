@@ -77,3 +77,20 @@ def test_a_norm_of_the_shards_of_one_rank_is_refused():
             fastclip.SGD([p], lr=0.1, **settings)
     fastclip.SGD([p], lr=1.0, clip_value=0.5).step()
     assert p.tolist() == [-0.5] * 3
+
+
+def test_a_norm_of_the_parameters_of_one_rank_is_refused():
+    """ZeroRedundancyOptimizer shares the parameters out: the optimizer of a rank sees some of them."""
+    zero = pytest.importorskip("torch.distributed.optim").ZeroRedundancyOptimizer
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        for settings in ({"max_norm": 1.0}, {"skip_nonfinite": True}):
+            with pytest.raises(TypeError, match=f"{next(iter(settings))} can't be applied under ZeroRedundancy"):
+                zero([param(3)], fastclip.SGD, lr=0.1, **settings)
+        p, q = param(3), param(3)
+        zero([p], fastclip.SGD, lr=1.0, clip_value=0.5).step()
+        fastclip.SGD([q], lr=1.0, clip_value=0.5, max_norm=10.0).step()  # one made elsewhere may have a norm
+        assert p.tolist() == q.tolist() == [-0.5] * 3
+    finally:
+        torch.distributed.destroy_process_group()
