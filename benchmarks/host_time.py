@@ -60,7 +60,8 @@ def measure(count, rule, clip, rounds):
     steps = {name: Contender(name, params(count), CLIPS[clip], rule).step for name in names}
     steps["walk"] = walk(params(count), CLIPS[clip], rule)
     if count <= MOST_FOR_DTENSORS:
-        steps["dtensors"] = Contender("foreach", sharded(count), CLIPS[clip], rule).step
+        for name in ("fastclip", "foreach"):
+            steps[f"{name} dtensors"] = Contender(name, sharded(count), CLIPS[clip], rule).step
     timers = {name: timing.Timer(step) for name, step in steps.items()}
     samples = timing.rounds(timers, rounds)
     ns = {name: case.described(case.scaled(1e9 / count, values)) for name, values in samples.items()}

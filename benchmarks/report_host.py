@@ -8,7 +8,8 @@ WHAT = {
     "walk": "of it, finding and checking",
     "fused": "torch, fused",
     "foreach": "torch, foreach",
-    "dtensors": "torch, foreach, DTensors",
+    "fastclip dtensors": "fastclip, DTensors",
+    "foreach dtensors": "torch, foreach, DTensors",
 }
 
 
