@@ -6,6 +6,7 @@ Every tensor has one element, so hardly anything is moved or computed.
 import argparse
 import contextlib
 import itertools
+import multiprocessing
 import sys
 from pathlib import Path
 
@@ -30,12 +31,10 @@ def main(arguments=None):
     """Returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
-    torch.set_num_threads(1)
     found = machine.describe(arguments, "python -m benchmarks.host_time") | {"kind": "host_time", "cases": []}
     combinations = list(itertools.product(options.count, RULES, CLIPS))
-    with process_group(8):
-        for count, rule, clip in tqdm(combinations, unit="case"):
-            found["cases"].append(measure(count, rule, clip, options.rounds))
+    for count, rule, clip in tqdm(combinations, unit="case"):
+        found["cases"].append(alone(measure, count, rule, clip, options.rounds))
     print(report_host.markdown(found))
     options.out.mkdir(parents=True, exist_ok=True)
     result_file.write(found, options.out / "host_time.json")
@@ -54,18 +53,30 @@ def parse(arguments):
     return options
 
 
+def alone(function, *arguments):
+    """What it returns, in a process of its own: what came before has left holes in the heap, over which small tensors
+    would be scattered."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
 def measure(count, rule, clip, rounds):
     """A row: nanoseconds per tensor of each contender, and of fastclip's walk."""
+    torch.set_num_threads(1)
+    with process_group(8):
+        samples = timing.rounds(timers(count, rule, clip), rounds)
+    ns = {name: case.described(case.scaled(1e9 / count, values)) for name, values in samples.items()}
+    return {"tensors": count, **rule.in_row(), "clip": clip, "ns_per_tensor": ns}
+
+
+def timers(count, rule, clip):
     names = ["fastclip", "fused", "foreach"] if count <= MOST_FOR_TORCH else ["fastclip"]
     steps = {name: Contender(name, params(count), CLIPS[clip], rule).step for name in names}
     steps["walk"] = walk(params(count), CLIPS[clip], rule)
     if count <= MOST_FOR_DTENSORS:
         for name in ("fastclip", "foreach"):
             steps[f"{name} dtensors"] = Contender(name, sharded(count), CLIPS[clip], rule).step
-    timers = {name: timing.Timer(step) for name, step in steps.items()}
-    samples = timing.rounds(timers, rounds)
-    ns = {name: case.described(case.scaled(1e9 / count, values)) for name, values in samples.items()}
-    return {"tensors": count, **rule.in_row(), "clip": clip, "ns_per_tensor": ns}
+    return {name: timing.Timer(step) for name, step in steps.items()}
 
 
 def params(count):

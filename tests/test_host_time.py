@@ -1,6 +1,7 @@
 """The benchmark of the host's time measures what it says. Nothing here is timed."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ def test_a_walk_reads_and_checks_but_writes_nothing():
 
 def test_the_command_writes_what_the_report_reads(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(timing, "BLOCK_SECONDS", 1e-6)
+    monkeypatch.setattr(host_time, "alone", lambda function, *arguments: function(*arguments))
     monkeypatch.setattr(host_time, "MOST_FOR_TORCH", 3)
     monkeypatch.setattr(host_time, "MOST_FOR_DTENSORS", 3)
     assert host_time.main(["--count", "3", "4", "--rounds", "2", "--out", str(tmp_path)]) == 0
@@ -49,6 +51,10 @@ def test_dtensors_are_clipped_and_stepped(contender):
         assert all(p.numel() == 8 for p in made)
         assert not any(torch.equal(p.detach().to_local(), was) for p, was in zip(made, before, strict=True))
     assert not torch.distributed.is_initialized()
+
+
+def test_each_row_has_a_process_of_its_own():
+    assert {host_time.alone(os.getpid) for _ in range(2)}.isdisjoint({os.getpid()})
 
 
 def test_growth_by_hand():
