@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed import fake_pg
 from tqdm import tqdm
 
@@ -98,11 +99,13 @@ def process_group(devices):
 
 
 def sharded(count):
-    """The same as DTensors, as FSDP2 makes them: each device has one element of a tensor."""
-    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
-    made = [torch.nn.Parameter(DTensor.from_local(p.detach(), mesh, [Shard(0)])) for p in params(count)]
+    """The same under FSDP2, which makes DTensors of them: each device has one element of a tensor."""
+    devices = torch.distributed.get_world_size()
+    model = torch.nn.ParameterList(torch.randn(devices) for _ in range(count))
+    fully_shard(model, mesh=init_device_mesh("cpu", (devices,)))
+    made = list(model.parameters())
     for p in reversed(made):
-        p.grad = DTensor.from_local(torch.randn(1), mesh, [Shard(0)])
+        p.grad = DTensor(torch.randn(1), p._spec, requires_grad=False)
     return made
 
 

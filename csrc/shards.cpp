@@ -58,6 +58,15 @@ Held wrapped(const at::Tensor& tensor) {
 
 at::Tensor tensor_of(PyObject* object) { return object == Py_None ? at::Tensor() : THPVariable_Unpack(object); }
 
+bool place_alike(PyObject* spec, PyObject* other) {
+  return std::all_of(std::begin(names().placed), std::end(names().placed), [&](PyObject* name) {
+    const int same =
+        PyObject_RichCompareBool(attribute(spec, name).object, attribute(other, name).object, Py_EQ);
+    if (same < 0) throw PythonError{};
+    return same == 1;
+  });
+}
+
 }  // namespace
 
 const at::Tensor& Shard::local() const { return THPVariable_Unpack(tensor.object); }
@@ -72,16 +81,6 @@ std::optional<Shard> shard_of(const at::Tensor& tensor, PyObject* object) {
 std::optional<Shard> shard_of(const at::Tensor& tensor) {
   if (!is_subclass(tensor)) return {};
   return shard_of(tensor, wrapped(tensor).object);
-}
-
-bool same_placement(const Shard& a, const Shard& b) {
-  if (a.spec.object == b.spec.object) return true;
-  return std::all_of(std::begin(names().placed), std::end(names().placed), [&](PyObject* name) {
-    const int same =
-        PyObject_RichCompareBool(attribute(a.spec.object, name).object, attribute(b.spec.object, name).object, Py_EQ);
-    if (same < 0) throw PythonError{};
-    return same == 1;
-  });
 }
 
 PyObject* Shards::kept(Held reduction) {
@@ -107,6 +106,17 @@ PyObject* Shards::reduction_of(const Shard& param, size_t position, const Place&
     reductions_.push_back(known.reduction);
   }
   return known.reduction;
+}
+
+bool Shards::placed_as(const Shard& param, size_t position, const Shard& other) {
+  PyObject* const spec = other.spec.object;
+  if (spec == param.spec.object) return true;
+  Known& known = known_[position];
+  const auto is_spec = [&](const Held& alike) { return alike.object == spec; };
+  if (std::any_of(known.placed_alike.begin(), known.placed_alike.end(), is_spec)) return true;
+  if (!place_alike(param.spec.object, spec)) return false;
+  known.placed_alike[known.next++ % known.placed_alike.size()] = Held(spec);
+  return true;
 }
 
 std::pair<at::Tensor, at::Tensor> Shards::total(const std::vector<PartMeasure>& measures, Norm norm,

@@ -5,6 +5,7 @@
 #include <Python.h>
 #include <c10/core/DispatchKeySet.h>
 
+#include <array>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -29,9 +30,6 @@ inline bool is_subclass(const at::Tensor& tensor) {
 std::optional<Shard> shard_of(const at::Tensor& tensor, PyObject* object);
 std::optional<Shard> shard_of(const at::Tensor& tensor);
 
-// Whether two DTensors of one shape have the same elements on each rank.
-bool same_placement(const Shard& a, const Shard& b);
-
 // What one part of a step has measured: over which ranks that has to be added up, a fastclip.distributed.Reduction or
 // nullptr, and the measure, as 3 float64.
 using PartMeasure = std::pair<PyObject*, at::Tensor>;
@@ -47,6 +45,8 @@ class Shards {
   // The Reduction of a parameter, the `position`th of all: nullptr where all ranks hold the same. Borrowed from this.
   // Every parameter is asked for it, with or without a gradient: what the ranks do together must not depend on those.
   PyObject* reduction_of(const Shard& param, size_t position, const Place& place);
+  // Then: whether a gradient or state of that parameter, of its shape, has the same elements on each rank.
+  bool placed_as(const Shard& param, size_t position, const Shard& other);
   bool over_ranks() const { return !reductions_.empty(); }
 
   // A parameter whose gradient is placed otherwise, say a Partial one: it has to be redistributed first.
@@ -58,13 +58,16 @@ class Shards {
   std::pair<at::Tensor, at::Tensor> total(const std::vector<PartMeasure>& measures, Norm norm, const at::Tensor& found_inf) const;
 
  private:
+  // Of a parameter with this DTensorSpec, which torch does not change once it is made. Asking Python takes a microsecond.
   struct Known {
     Held spec;
-    PyObject* reduction;
+    PyObject* reduction = nullptr;
+    std::array<Held, kMaxStates + 2> placed_alike{};  // other specs: of states, master weights and gradients
+    size_t next = 0;
   };
   PyObject* kept(Held reduction);
 
-  std::vector<Known> known_;           // of each parameter; the spec tells whether it still holds
+  std::vector<Known> known_;           // of each parameter
   std::vector<Held> kept_;             // all Reductions there have been, each once
   std::vector<PyObject*> reductions_;  // of this step, in the order of the parameters
   std::vector<Held> misplaced_;

@@ -105,11 +105,12 @@ PyObject* States::entry_of(PyObject* param, size_t position) {
 }
 
 // The shard of a state that is placed as its parameter.
-const at::Tensor* States::shard_in(const at::Tensor* state, PyObject* name, const Place& place, const Shard& param_shard) {
+const at::Tensor* States::shard_in(const at::Tensor* state, PyObject* name, const Place& place, size_t position,
+                                   const Shard& param_shard) {
   if (!state) return nullptr;
   const auto shard = shard_of(*state);
   if (!shard) raise(PyExc_TypeError, "the " + text_of(name) + " of " + place.text() + " is no DTensor, as the parameter is");
-  if (!same_placement(*shard, param_shard)) {
+  if (!shards_.placed_as(param_shard, position, *shard)) {
     raise(PyExc_ValueError, "the " + text_of(name) + " of " + place.text() + " is placed otherwise than the parameter");
   }
   borrowed_.write(*state);
@@ -127,8 +128,8 @@ const at::Tensor* States::shard_in(const at::Tensor* state, PyObject* name, cons
   for (int s = 0; s < names.count; ++s) found.arrays[s] = reader.tensor(names.arrays[s]);
   if (names.master) found.master = reader.tensor(names.master);
   if (!param_shard) return found;
-  for (int s = 0; s < names.count; ++s) found.arrays[s] = shard_in(found.arrays[s], names.arrays[s], place, *param_shard);
-  found.master = shard_in(found.master, names.master, place, *param_shard);
+  for (int s = 0; s < names.count; ++s) found.arrays[s] = shard_in(found.arrays[s], names.arrays[s], place, position, *param_shard);
+  found.master = shard_in(found.master, names.master, place, position, *param_shard);
   return found;
 }
 

@@ -41,7 +41,7 @@ struct ParamStates {
 
 class States {
  public:
-  explicit States(Borrowed& borrowed) : borrowed_(borrowed) {}
+  States(Borrowed& borrowed, Shards& shards) : borrowed_(borrowed), shards_(shards) {}
 
   // A step begins: `state` is the optimizer's, a dict of dicts by parameter.
   void begin(PyObject* state);
@@ -73,9 +73,11 @@ class States {
   };
 
   PyObject* entry_of(PyObject* param, size_t position);
-  const at::Tensor* shard_in(const at::Tensor* state, PyObject* name, const Place& place, const Shard& param_shard);
+  const at::Tensor* shard_in(const at::Tensor* state, PyObject* name, const Place& place, size_t position,
+                             const Shard& param_shard);
 
   Borrowed& borrowed_;
+  Shards& shards_;
   PyObject* state_ = nullptr;
   std::vector<Py_ssize_t> places_;  // of each parameter's entry in the state: a hint
   std::deque<New> new_;

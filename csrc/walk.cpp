@@ -237,7 +237,7 @@ void Walk::await_norm(const Shard& param, const Place& place, const NormClip& no
 std::optional<Shard> Walk::shard_of_grad(const at::Tensor& grad, const Shard& param, const Place& place) {
   auto shard = shard_of(grad);
   if (!shard) raise(PyExc_TypeError, "the gradient of " + place.text() + " is no DTensor, as the parameter is");
-  if (same_placement(*shard, param)) return shard;
+  if (shards_.placed_as(param, parameter_, *shard)) return shard;
   shards_.add_misplaced(place.param);
   not_covered("the gradient of " + place.text() + " is placed otherwise than the parameter");
   return {};
@@ -322,7 +322,7 @@ bool Walk::shares_memory() {
 
 void Walk::add_grads(PyObject* params, const Hyper& hyper, const NormClip& norm_clip) {
   std::unordered_set<c10::TensorImpl*> seen;
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i) {
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i, ++parameter_) {
     PyObject* object = PyList_GET_ITEM(params, i);
     const Place place{0, i, nullptr, object, /*in_optimizer=*/false};
     if (!THPVariable_Check(object)) {

@@ -75,7 +75,7 @@ class Walk {
   Shards shards_;
   size_t parameter_ = 0;                   // the position, over all groups
   Borrowed borrowed_;
-  States states_{borrowed_};
+  States states_{borrowed_, shards_};
   uint64_t written_addresses_ = 0;         // a hash of all that this step writes,
   uint64_t disjoint_addresses_ = 0;        // and of the last ones found not to overlap
   std::string reason_;
