@@ -4,7 +4,10 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/SmallVector.h>
 
+#include <utility>
 #include <vector>
+
+#include "groups.h"
 
 namespace fastclip {
 
@@ -12,6 +15,7 @@ class Borrowed {
  public:
   void clear() {
     held_.clear();
+    kept_.clear();
     read_.clear();
     written_.clear();
     held_read_ = held_written_ = 0;
@@ -24,6 +28,13 @@ class Borrowed {
   void hold() {
     hold(read_, held_read_);
     hold(written_, held_written_);
+  }
+
+  // Instead, where Python objects own all that was found since: torch counts references to those at a tenth of the cost.
+  void keep(Held owner) { kept_.push_back(std::move(owner)); }
+  void all_are_kept() {
+    held_read_ = read_.size();
+    held_written_ = written_.size();
   }
 
   void bump_versions() const {
@@ -42,6 +53,7 @@ class Borrowed {
   Tensors read_, written_;
   size_t held_read_ = 0, held_written_ = 0;  // how many of each are held
   std::vector<c10::intrusive_ptr<c10::TensorImpl>> held_;
+  std::vector<Held> kept_;
 };
 
 }  // namespace fastclip

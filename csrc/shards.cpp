@@ -71,10 +71,15 @@ bool place_alike(PyObject* spec, PyObject* other) {
 
 const at::Tensor& Shard::local() const { return THPVariable_Unpack(tensor.object); }
 
+void Shard::keep_in(Borrowed& borrowed) {
+  borrowed.keep(std::move(whole));
+  borrowed.keep(std::move(tensor));
+}
+
 std::optional<Shard> shard_of(const at::Tensor& tensor, PyObject* object) {
   if (!is_subclass(tensor) || !is_dtensor(object)) return {};
-  Shard shard{attribute(object, names().local_tensor), attribute(object, names().spec)};
-  if (!THPVariable_Check(shard.tensor.object)) raise(PyExc_TypeError, "the local tensor of a DTensor must be a tensor");
+  Shard shard{Held(object), attribute(object, names().local_tensor), attribute(object, names().spec)};
+  if (!is_tensor(shard.tensor.object)) raise(PyExc_TypeError, "the local tensor of a DTensor must be a tensor");
   return shard;
 }
 

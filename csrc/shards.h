@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "borrowed.h"
 #include "groups.h"
 #include "tensors.h"
 
@@ -17,10 +18,13 @@ namespace fastclip {
 
 // The shard of a DTensor that this rank holds, and where the others are.
 struct Shard {
+  Held whole;   // the DTensor
   Held tensor;  // an ordinary tensor
   Held spec;    // DTensorSpec
 
   const at::Tensor& local() const;
+  // Its tensors then stay for as long as the step takes.
+  void keep_in(Borrowed& borrowed);
 };
 
 inline bool is_subclass(const at::Tensor& tensor) {

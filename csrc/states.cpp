@@ -43,15 +43,18 @@ class EntryReader {
       if (!value && PyErr_Occurred()) throw PythonError{};
     }
     if (!value || value == Py_None) return nullptr;  // old checkpoints hold None
-    if (!THPVariable_Check(value)) {
+    if (!is_tensor(value)) {
       raise(PyExc_TypeError, "the " + text_of(name) + " of " + place_.text() +
                                  " must be a tensor, got " + Py_TYPE(value)->tp_name);
     }
+    last_ = value;
     return &THPVariable_Unpack(value);
   }
+  Held last() const { return Held(last_); }  // tensor, as an object
 
  private:
   PyObject* entry_;
+  PyObject* last_ = nullptr;
   const Place& place_;
   Py_ssize_t next_ = 0;
 };
@@ -108,13 +111,15 @@ PyObject* States::entry_of(PyObject* param, size_t position) {
 const at::Tensor* States::shard_in(const at::Tensor* state, PyObject* name, const Place& place, size_t position,
                                    const Shard& param_shard) {
   if (!state) return nullptr;
-  const auto shard = shard_of(*state);
+  auto shard = shard_of(*state);
   if (!shard) raise(PyExc_TypeError, "the " + text_of(name) + " of " + place.text() + " is no DTensor, as the parameter is");
   if (!shards_.placed_as(param_shard, position, *shard)) {
     raise(PyExc_ValueError, "the " + text_of(name) + " of " + place.text() + " is placed otherwise than the parameter");
   }
   borrowed_.write(*state);
-  return &shard->local();  // which the DTensor holds
+  const at::Tensor& local = shard->local();
+  shard->keep_in(borrowed_);
+  return &local;
 }
 
 [[gnu::flatten]] ParamStates States::find(const Place& place, size_t position, const StateNames& names,
@@ -125,6 +130,7 @@ const at::Tensor* States::shard_in(const at::Tensor* state, PyObject* name, cons
   if (!PyDict_Check(entry)) raise(PyExc_TypeError, "the state of " + place.text() + " must be a dict");
   EntryReader reader(entry, place);
   if (names.step) found.step = reader.tensor(names.step);
+  if (found.step && param_shard) borrowed_.keep(reader.last());
   for (int s = 0; s < names.count; ++s) found.arrays[s] = reader.tensor(names.arrays[s]);
   if (names.master) found.master = reader.tensor(names.master);
   if (!param_shard) return found;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/variable.h>
 
 #include <array>
@@ -10,6 +11,11 @@
 #include "step.h"
 
 namespace fastclip {
+
+// As THPVariable_Check, which asks Python whether a subclass is one.
+inline bool is_tensor(PyObject* object) {
+  return THPVariable_CheckExact(object) || PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(THPVariableClass));
+}
 
 // Where a tensor stands, for messages; the text is built only when one is needed.
 struct Place {

@@ -205,13 +205,13 @@ void Walk::begin_row(DevicePart& part, const Hyper& hyper, Py_ssize_t group, DTy
 void Walk::add_param(const Group& group, const StateNames& names, Py_ssize_t group_index, Py_ssize_t index) {
   PyObject* object = PySequence_Fast_GET_ITEM(group.params.object, index);
   const Place place{group_index, index, group.param_names.object, object};
-  if (!THPVariable_Check(object)) {
+  if (!is_tensor(object)) {
     raise(PyExc_TypeError, place.text() + " must be a tensor, got " + Py_TYPE(object)->tp_name);
   }
   const at::Tensor& param = THPVariable_Unpack(object);
   if (!first_device_) first_device_ = param.device();
   if (is_subclass(param)) {
-    if (const auto shard = shard_of(param, object)) return add_shard(group, names, place, *shard);
+    if (auto shard = shard_of(param, object)) return add_shard(group, names, place, std::move(*shard));
   }
   if (!grad_of(param).defined()) return;
   ParamStates states;
@@ -243,19 +243,20 @@ std::optional<Shard> Walk::shard_of_grad(const at::Tensor& grad, const Shard& pa
   return {};
 }
 
-void Walk::add_shard(const Group& group, const StateNames& names, const Place& place, const Shard& shard) {
+void Walk::add_shard(const Group& group, const StateNames& names, const Place& place, Shard shard) {
   borrowed_.hold();  // Python runs, here and there
   await_norm(shard, place, group.norm_clip);
   const at::Tensor& param = THPVariable_Unpack(place.param);
-  const at::Tensor grad = grad_of(param);
-  if (grad.defined()) {
-    const Held held(place.param);
-    if (const auto grad_shard = shard_of_grad(grad, shard, place)) {
+  if (grad_of(param).defined()) {
+    if (auto grad = shard_of_grad(grad_of(param), shard, place)) {
       ParamStates states;
       if (names.any) states = states_.find(place, parameter_, names, &shard);
-      add_covered(group, names, place, held, states, shard.local(), grad_shard->local(), grad);
+      const at::Tensor& whole_grad = THPVariable_Unpack(grad->whole.object);
+      add_covered(group, names, place, shard.whole, states, shard.local(), grad->local(), whole_grad);
       borrowed_.write(param);
-      borrowed_.hold();
+      shard.keep_in(borrowed_);
+      grad->keep_in(borrowed_);
+      borrowed_.all_are_kept();
     }
   }
   reduction_ = nullptr;
@@ -325,7 +326,7 @@ void Walk::add_grads(PyObject* params, const Hyper& hyper, const NormClip& norm_
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i, ++parameter_) {
     PyObject* object = PyList_GET_ITEM(params, i);
     const Place place{0, i, nullptr, object, /*in_optimizer=*/false};
-    if (!THPVariable_Check(object)) {
+    if (!is_tensor(object)) {
       raise(PyExc_TypeError, place.text() + " must be a tensor, got " + Py_TYPE(object)->tp_name);
     }
     const at::Tensor& param = THPVariable_Unpack(object);
@@ -338,14 +339,17 @@ void Walk::add_grads(PyObject* params, const Hyper& hyper, const NormClip& norm_
     }
     const at::Tensor& whole = grad_of(param);
     if (!whole.defined() || !seen.insert(whole.unsafeGetTensorImpl()).second) continue;
-    const auto grad_shard = shard ? shard_of_grad(whole, *shard, place) : std::nullopt;
+    auto grad_shard = shard ? shard_of_grad(whole, *shard, place) : std::nullopt;
     if (shard && !grad_shard) continue;
     const at::Tensor& grad = shard ? grad_shard->local() : whole;
     if (const char* why_not = why_not_covered(grad, place)) {
       not_covered("the gradient of " + place.text() + " " + why_not);
     } else if (grad.numel() > 0) {
       add_tensor(nullptr, grad, {}, {}, Momentum::none, hyper, place);
-      if (shard) borrowed_.write(whole);
+      if (!shard) continue;
+      borrowed_.write(whole);
+      grad_shard->keep_in(borrowed_);
+      borrowed_.all_are_kept();
     }
   }
 }

@@ -56,7 +56,7 @@ class Walk {
   [[gnu::noinline]] void add_tensor(const at::Tensor* param, const at::Tensor& grad, const StateNames& names,
                                     const ParamStates& states, Momentum momentum, const Hyper& hyper, const Place& place);
   // As add_param, of a DTensor: the kernels step on the shard that is here.
-  [[gnu::noinline]] void add_shard(const Group& group, const StateNames& names, const Place& place, const Shard& shard);
+  [[gnu::noinline]] void add_shard(const Group& group, const StateNames& names, const Place& place, Shard shard);
   // The shard of a gradient that is placed as its parameter; nothing where it is not.
   std::optional<Shard> shard_of_grad(const at::Tensor& grad, const Shard& param, const Place& place);
   void await_norm(const Shard& param, const Place& place, const NormClip& norm_clip);
