@@ -51,6 +51,7 @@ class Machine:
     s_per_launch: float
     s_per_call: float  # the host's, whatever the number of tensors
     s_per_tensor: float  # the host's
+    s_per_dtensor: float = 0.0  # the host's, where tensors are sharded
     s_per_message: float = 0.0  # the host's, to enqueue one
     devices_per_node: int = 8
 
@@ -62,7 +63,7 @@ def has_message(clip, devices):
 
 def host_seconds(machine, tensors, clip="value", devices=1):
     message = machine.s_per_message if has_message(clip, devices) else 0.0
-    return machine.s_per_call + message + tensors * machine.s_per_tensor
+    return machine.s_per_call + message + tensors * (machine.s_per_dtensor if devices > 1 else machine.s_per_tensor)
 
 
 def device_seconds(machine, elements, layout, states, clip, devices=1):

@@ -102,9 +102,10 @@ def test_latency_by_hand():
 
 
 def test_time_by_hand():
-    machine = cost_model.Machine(1e12, s_per_launch=1e-6, s_per_call=2e-6, s_per_tensor=1e-7, s_per_message=3e-6)
+    of_host = {"s_per_call": 2e-6, "s_per_tensor": 1e-7, "s_per_dtensor": 4e-7, "s_per_message": 3e-6}
+    machine = cost_model.Machine(1e12, s_per_launch=1e-6, **of_host)
     assert cost_model.host_seconds(machine, 10) == pytest.approx(3e-6)
-    assert cost_model.host_seconds(machine, 10, "norm", 8) == pytest.approx(6e-6)
+    assert cost_model.host_seconds(machine, 10, "norm", 8) == pytest.approx(9e-6)
     alone = (1_000_000, cost_model.FLOAT32, 0, "norm")
     assert cost_model.device_seconds(machine, *alone) == pytest.approx(17e-6)
     assert cost_model.device_seconds(machine, *alone, 8) == pytest.approx(18e-6 + cost_model.all_reduce_seconds(8))

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,13 @@ def test_what_is_to_be_planted_fits_the_code(bug):
     assert (build.ROOT / "csrc" / bug.file).read_text().count(bug.right) == 1
     assert (build.ROOT / bug.test.split("::")[0]).exists() and bug.sanitizer in sanitize.TESTS
     assert bug.test.split("::")[0].removeprefix("tests/") in sanitize.TESTS[bug.sanitizer]
+
+
+def test_the_tests_that_have_to_find_them_are_there():
+    tests = sorted({bug.test for bug in BUGS})
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(command, cwd=build.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_a_compiler_without_sanitizers_is_told(monkeypatch, capsys):

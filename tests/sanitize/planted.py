@@ -34,7 +34,7 @@ BUGS = [
         "plan.cpp",
         "if (gil_is_released || asks_all_ranks(asked)) walk_",
         "if (asks_all_ranks(asked)) walk_",
-        "tests/test_threads.py::test_gradients_replaced_meanwhile[large-0]",
+        "tests/test_threads.py::test_gradients_replaced_meanwhile[large-plain]",
         "heap-use-after-free",
     ),
     Bug(
