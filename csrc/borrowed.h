@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <c10/util/SmallVector.h>
+#include <torch/csrc/autograd/python_variable.h>
 
 #include <utility>
 #include <vector>
@@ -30,11 +31,28 @@ class Borrowed {
     hold(written_, held_written_);
   }
 
-  // Instead, where Python objects own all that was found since: torch counts references to those at a tenth of the cost.
-  void keep(Held owner) { kept_.push_back(std::move(owner)); }
+  // Instead, where Python objects own all that was found since: counting a reference of Python's costs a tenth. It does
+  // not keep `torch.utils.swap_tensors` away, so `check` has to look after Python ran and before anything is written.
+  void keep(Held owner) {
+    c10::TensorImpl* const tensor = THPVariable_Unpack(owner.object).unsafeGetTensorImpl();
+    kept_.push_back({std::move(owner), tensor});
+  }
   void all_are_kept() {
     held_read_ = read_.size();
     held_written_ = written_.size();
+  }
+  void check() const {
+    for (const Kept& kept : kept_) {
+      if (THPVariable_Unpack(kept.owner.object).unsafeGetTensorImpl() != kept.tensor) {
+        raise(PyExc_RuntimeError, "a tensor was swapped for another while the optimizer stepped");
+      }
+    }
+  }
+
+  // Before the GIL is released while the kernels run: what is kept, too.
+  void hold_all() {
+    held_read_ = held_written_ = 0;
+    hold();
   }
 
   void bump_versions() const {
@@ -42,6 +60,10 @@ class Borrowed {
   }
 
  private:
+  struct Kept {
+    Held owner;
+    c10::TensorImpl* tensor;
+  };
   using Tensors = c10::SmallVector<c10::TensorImpl*, 0>;  // appends without a call
 
   void hold(const Tensors& tensors, size_t& done) {
@@ -51,9 +73,9 @@ class Borrowed {
   }
 
   Tensors read_, written_;
-  size_t held_read_ = 0, held_written_ = 0;  // how many of each are held
+  size_t held_read_ = 0, held_written_ = 0;  // how many of each are held, or kept
   std::vector<c10::intrusive_ptr<c10::TensorImpl>> held_;
-  std::vector<Held> kept_;
+  std::vector<Kept> kept_;
 };
 
 }  // namespace fastclip

@@ -58,7 +58,7 @@ std::string Plan::step(PyObject* groups, PyObject* state, PyObject* grad_scale, 
   states.begin(state);
   const at::Tensor scale = optional_scalar(grad_scale, "grad_scale");
   const at::Tensor inf = optional_scalar(found_inf, "found_inf");
-  // All groups first: reading a number may run Python, the walk over tensors only where a state is looked up.
+  // All groups first: reading a number may run Python.
   for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(groups); ++i) {
     const Held group(PySequence_Fast_GET_ITEM(groups, i));
     groups_.push_back(read_group(group.object, i, rule_));
@@ -120,7 +120,9 @@ void Plan::run(Rule rule, const NormClip& asked, const Amp& amp) {
   if (asked.skip_nonfinite && asked.norm == Norm::none) norm_clip = {Norm::inf, HUGE_VAL, true};
   auto& parts = walk_.parts();
   const bool gil_is_released = std::any_of(parts.begin(), parts.end(), [](const auto& part) { return part.releases_gil(); });
-  if (gil_is_released || asks_all_ranks(asked)) walk_.borrowed().hold();  // Python adds up over ranks
+  walk_.borrowed().check();
+  if (gil_is_released) walk_.borrowed().hold_all();
+  if (asks_all_ranks(asked)) walk_.borrowed().hold();  // Python adds up
   run_parts(parts, rule, norm_clip, amp, walk_.shards());
   remember(asked, /*skipped_by_host=*/false);
   walk_.borrowed().bump_versions();

@@ -71,7 +71,7 @@ bool place_alike(PyObject* spec, PyObject* other) {
 
 const at::Tensor& Shard::local() const { return THPVariable_Unpack(tensor.object); }
 
-void Shard::keep_in(Borrowed& borrowed) {
+void Shard::keep_in(Borrowed& borrowed) && {
   borrowed.keep(std::move(whole));
   borrowed.keep(std::move(tensor));
 }
@@ -88,13 +88,13 @@ std::optional<Shard> shard_of(const at::Tensor& tensor) {
   return shard_of(tensor, wrapped(tensor).object);
 }
 
-PyObject* Shards::kept(Held reduction) {
-  for (const Held& other : kept_) {
+PyObject* Shards::deduplicated(Held reduction) {
+  for (const Held& other : all_reductions_) {
     const int same = PyObject_RichCompareBool(other.object, reduction.object, Py_EQ);
     if (same < 0) throw PythonError{};
     if (same) return other.object;
   }
-  return kept_.emplace_back(std::move(reduction)).object;
+  return all_reductions_.emplace_back(std::move(reduction)).object;
 }
 
 PyObject* Shards::reduction_of(const Shard& param, size_t position, const Place& place) {
@@ -105,7 +105,7 @@ PyObject* Shards::reduction_of(const Shard& param, size_t position, const Place&
     Held reduction = call("reduction_of", {param.spec.object, name.object});
     const int any = PyObject_IsTrue(attribute(reduction.object, names().groups).object);
     if (any < 0) throw PythonError{};
-    known = {Held(param.spec.object), any ? kept(std::move(reduction)) : nullptr};
+    known = {Held(param.spec.object), any ? deduplicated(std::move(reduction)) : nullptr};
   }
   if (known.reduction && std::find(reductions_.begin(), reductions_.end(), known.reduction) == reductions_.end()) {
     reductions_.push_back(known.reduction);
@@ -138,6 +138,7 @@ std::pair<at::Tensor, at::Tensor> Shards::total(const std::vector<PartMeasure>& 
   const Held order = checked(PyFloat_FromDouble(norm == Norm::inf ? HUGE_VAL : 2));
   const Held verdict = wrapped(found_inf);
   const Held result = call("total_measure", {reductions.object, pairs.object, order.object, verdict.object});
+  borrowed_.check();
   return {tensor_of(PyTuple_GET_ITEM(result.object, 0)), tensor_of(PyTuple_GET_ITEM(result.object, 1))};
 }
 

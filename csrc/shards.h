@@ -23,8 +23,7 @@ struct Shard {
   Held spec;    // DTensorSpec
 
   const at::Tensor& local() const;
-  // Its tensors then stay for as long as the step takes.
-  void keep_in(Borrowed& borrowed);
+  void keep_in(Borrowed& borrowed) &&;
 };
 
 inline bool is_subclass(const at::Tensor& tensor) {
@@ -41,6 +40,8 @@ using PartMeasure = std::pair<PyObject*, at::Tensor>;
 // The sharded parameters of a step. fastclip/distributed.py knows process groups, and adds up.
 class Shards {
  public:
+  explicit Shards(const Borrowed& borrowed) : borrowed_(borrowed) {}
+
   void begin() {
     reductions_.clear();
     misplaced_.clear();
@@ -62,6 +63,8 @@ class Shards {
   std::pair<at::Tensor, at::Tensor> total(const std::vector<PartMeasure>& measures, Norm norm, const at::Tensor& found_inf) const;
 
  private:
+  const Borrowed& borrowed_;
+
   // Of a parameter with this DTensorSpec, which torch does not change once it is made. Asking Python takes a microsecond.
   struct Known {
     Held spec;
@@ -69,10 +72,10 @@ class Shards {
     std::array<Held, kMaxStates + 2> placed_alike{};  // other specs: of states, master weights and gradients
     size_t next = 0;
   };
-  PyObject* kept(Held reduction);
+  PyObject* deduplicated(Held reduction);
 
   std::vector<Known> known_;           // of each parameter
-  std::vector<Held> kept_;             // all Reductions there have been, each once
+  std::vector<Held> all_reductions_;   // there have been, each once
   std::vector<PyObject*> reductions_;  // of this step, in the order of the parameters
   std::vector<Held> misplaced_;
 };

@@ -31,7 +31,8 @@ std::string text_of(PyObject* name) { return PyUnicode_AsUTF8(name); }
 // Goes through a parameter's dict in the order in which torch fills it; looks a name up where it is another.
 class EntryReader {
  public:
-  EntryReader(PyObject* entry, const Place& place) : entry_(entry), place_(place) {}
+  // Keeps what it reads in `borrowed`, if that is given.
+  EntryReader(PyObject* entry, const Place& place, Borrowed* borrowed) : entry_(entry), place_(place), borrowed_(borrowed) {}
 
   const at::Tensor* tensor(PyObject* name) {
     PyObject *key = nullptr, *value = nullptr;
@@ -47,15 +48,14 @@ class EntryReader {
       raise(PyExc_TypeError, "the " + text_of(name) + " of " + place_.text() +
                                  " must be a tensor, got " + Py_TYPE(value)->tp_name);
     }
-    last_ = value;
+    if (borrowed_) borrowed_->keep(Held(value));
     return &THPVariable_Unpack(value);
   }
-  Held last() const { return Held(last_); }  // tensor, as an object
 
  private:
   PyObject* entry_;
-  PyObject* last_ = nullptr;
   const Place& place_;
+  Borrowed* const borrowed_;
   Py_ssize_t next_ = 0;
 };
 
@@ -118,7 +118,7 @@ const at::Tensor* States::shard_in(const at::Tensor* state, PyObject* name, cons
   }
   borrowed_.write(*state);
   const at::Tensor& local = shard->local();
-  shard->keep_in(borrowed_);
+  std::move(*shard).keep_in(borrowed_);
   return &local;
 }
 
@@ -128,9 +128,8 @@ const at::Tensor* States::shard_in(const at::Tensor* state, PyObject* name, cons
   PyObject* entry = entry_of(place.param, position);
   if (!entry) return found;
   if (!PyDict_Check(entry)) raise(PyExc_TypeError, "the state of " + place.text() + " must be a dict");
-  EntryReader reader(entry, place);
+  EntryReader reader(entry, place, param_shard ? &borrowed_ : nullptr);  // Python runs before the states of shards are taken
   if (names.step) found.step = reader.tensor(names.step);
-  if (found.step && param_shard) borrowed_.keep(reader.last());
   for (int s = 0; s < names.count; ++s) found.arrays[s] = reader.tensor(names.arrays[s]);
   if (names.master) found.master = reader.tensor(names.master);
   if (!param_shard) return found;

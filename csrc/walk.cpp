@@ -161,6 +161,23 @@ void Walk::begin_row(DevicePart& part, const Hyper& hyper, Py_ssize_t group, DTy
   written_addresses_ = addresses;
 }
 
+void Walk::check_memory(const at::Tensor& param, const at::Tensor& grad, const StateNames& names, const ParamStates& states,
+                        const Place& place) const {
+  const auto check = [&](const at::Tensor& tensor, auto* what) {
+    if (!is_ordinary(tensor.unsafeGetTensorImpl())) return;
+    const auto item = static_cast<int64_t>(tensor.itemsize());
+    const bool dense = tensor.is_non_overlapping_and_dense();
+    data_of(tensor, item, dense || tensor.numel() == 0 ? item * tensor.numel() : item, what, place);
+  };
+  check(param, "");
+  check(grad, "gradient");
+  for (int s = 0; s < names.count; ++s) {
+    if (states.arrays[s]) check(*states.arrays[s], names.arrays[s]);
+  }
+  if (states.master) check(*states.master, names.master);
+  if (states.step) check(*states.step, names.step);
+}
+
 // Makes the states that there are not, and says whether the kernels take those that there are.
 [[gnu::flatten]] bool Walk::cover_states(const Group& group, const Held& held, const at::Tensor& param, const at::Tensor& like,
                                          const Place& place, const StateNames& names, ParamStates& states) {
@@ -254,8 +271,8 @@ void Walk::add_shard(const Group& group, const StateNames& names, const Place& p
       const at::Tensor& whole_grad = THPVariable_Unpack(grad->whole.object);
       add_covered(group, names, place, shard.whole, states, shard.local(), grad->local(), whole_grad);
       borrowed_.write(param);
-      shard.keep_in(borrowed_);
-      grad->keep_in(borrowed_);
+      std::move(shard).keep_in(borrowed_);
+      std::move(*grad).keep_in(borrowed_);
       borrowed_.all_are_kept();
     }
   }
@@ -272,10 +289,13 @@ void Walk::add_covered(const Group& group, const StateNames& names, const Place&
   Momentum momentum = Momentum::none;
   if (names.any) {
     if (rule_ == Rule::sgd && names.count > 0) momentum = states.arrays[0] ? Momentum::running : Momentum::first;
-    if (!cover_states(group, held, param, like, place, names, states)) return;
+    if (!cover_states(group, held, param, like, place, names, states)) {
+      return check_memory(param, grad, names, states, place);
+    }
   }
   if (group.lr_tensor.object && THPVariable_Unpack(group.lr_tensor.object).device() != param.device()) {
-    return not_covered(place.text() + " is on another device than lr");
+    not_covered(place.text() + " is on another device than lr");
+    return check_memory(param, grad, names, states, place);
   }
   if (grad.numel() > 0 || states.step) add_tensor(&param, grad, names, states, momentum, group.hyper, place);
 }
@@ -341,14 +361,14 @@ void Walk::add_grads(PyObject* params, const Hyper& hyper, const NormClip& norm_
     if (!whole.defined() || !seen.insert(whole.unsafeGetTensorImpl()).second) continue;
     auto grad_shard = shard ? shard_of_grad(whole, *shard, place) : std::nullopt;
     if (shard && !grad_shard) continue;
-    const at::Tensor& grad = shard ? grad_shard->local() : whole;
+    const at::Tensor& grad = shard ? grad_shard->local() : whole;  // Python ran: p.grad may be another by now
     if (const char* why_not = why_not_covered(grad, place)) {
       not_covered("the gradient of " + place.text() + " " + why_not);
     } else if (grad.numel() > 0) {
       add_tensor(nullptr, grad, {}, {}, Momentum::none, hyper, place);
       if (!shard) continue;
-      borrowed_.write(whole);
-      grad_shard->keep_in(borrowed_);
+      borrowed_.write(THPVariable_Unpack(grad_shard->whole.object));
+      std::move(*grad_shard).keep_in(borrowed_);
       borrowed_.all_are_kept();
     }
   }

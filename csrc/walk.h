@@ -64,6 +64,9 @@ class Walk {
   [[gnu::always_inline]] inline void add_covered(const Group& group, const StateNames& names, const Place& place,
                                                  const Held& held, ParamStates& states, const at::Tensor& param,
                                                  const at::Tensor& grad, const at::Tensor& like);
+  // Before a step is left to plain torch, which does not look.
+  [[gnu::noinline]] void check_memory(const at::Tensor& param, const at::Tensor& grad, const StateNames& names,
+                                      const ParamStates& states, const Place& place) const;
   [[gnu::noinline]] bool cover_states(const Group& group, const Held& held, const at::Tensor& param, const at::Tensor& like,
                                       const Place& place, const StateNames& names, ParamStates& states);
   [[gnu::noinline]] DevicePart& part_of(c10::Device device, PyObject* reduction);
@@ -72,9 +75,9 @@ class Walk {
   std::vector<DevicePart> parts_;
   DevicePart* part_ = nullptr;             // the last one
   PyObject* reduction_ = nullptr;          // of the parameter, where a norm is asked for
-  Shards shards_;
   size_t parameter_ = 0;                   // the position, over all groups
   Borrowed borrowed_;
+  Shards shards_{borrowed_};
   States states_{borrowed_, shards_};
   uint64_t written_addresses_ = 0;         // a hash of all that this step writes,
   uint64_t disjoint_addresses_ = 0;        // and of the last ones found not to overlap

@@ -35,7 +35,7 @@ def is_made_by_zero():
     module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
     frame = sys._getframe() if module else None
     while frame:
-        if isinstance(frame.f_locals.get("self"), module.ZeroRedundancyOptimizer):
+        if frame.f_globals is vars(module):
             return True
         frame = frame.f_back
     return False

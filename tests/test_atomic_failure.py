@@ -386,3 +386,21 @@ def test_freed_memory_is_refused(freed):
                 print("parameter 1 of group 0 ('p')" in str(error), first.tolist())
     """)
     assert result.stdout == "True [-1.0, -1.0, -1.0, -1.0]\n", (result.returncode, result.stderr)
+
+
+@pytest.mark.parametrize("freed", ["p", "p.grad"])
+def test_freed_memory_is_refused_where_a_state_takes_the_step_to_plain_torch(freed):
+    result = run_script(f"""if True:
+        import torch, fastclip
+        p = torch.zeros(4, 4, requires_grad=True)
+        opt = fastclip.SGD([("p", p)], lr=1.0, momentum=0.9)
+        p.grad = torch.ones(4, 4)
+        opt.step()
+        opt.state[p]["momentum_buffer"] = torch.ones(4, 4).t()
+        {freed}.untyped_storage().resize_(0)
+        try:
+            opt.step()
+        except RuntimeError as error:
+            print("parameter 0 of group 0 ('p') has no memory" in str(error))
+    """)
+    assert result.stdout == "True\n", (result.returncode, result.stderr)
