@@ -2,6 +2,7 @@
 #include <ATen/record_function.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/Dtype.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include "plan.h"
@@ -38,6 +39,16 @@ py::object clip_grad_norm(Plan& plan, const py::list& params, const py::object& 
                           const py::object& norm_type) {
   const NormClip clip = read_norm_clip(max_norm.ptr(), norm_type.ptr(), "");
   return reason(plan.clip_grads(params.ptr(), -HUGE_VAL, HUGE_VAL, clip));
+}
+
+// (low, high) of a value clip, as it acts on gradients of a dtype.
+std::pair<double, double> clip_bounds(const py::object& clip_value, const py::object& dtype) {
+  const auto scalar_type = reinterpret_cast<THPDtype*>(dtype.ptr())->scalar_type;
+  double low, high;
+  read_clip_value(clip_value.ptr(), "", &low, &high);
+  if (!has_kernel_dtype(scalar_type)) return {low, high};
+  const auto of_gradients = static_cast<DType>(kDTypes[static_cast<size_t>(scalar_type)]);
+  return {rounded_bound(of_gradients, low), rounded_bound(of_gradients, high)};
 }
 
 }  // namespace
@@ -83,5 +94,6 @@ PYBIND11_MODULE(_C, module) {
 
   // Whether a profiler, or anything else that records torch's operations, is on.
   module.def("is_recording", [] { return at::hasCallbacks(); });
+  module.def("clip_bounds", clip_bounds);
   module.def("cpu_capability", cpu::capability);
 }

@@ -28,27 +28,47 @@ std::string repr(PyObject* value) {
 
 std::string type_name(PyObject* value) { return Py_TYPE(value)->tp_name; }
 
+[[noreturn]] void raise_no_number(PyObject* value, const char* name, const std::string& where) {
+  raise(PyExc_TypeError, std::string(name) + where + " must be a number, got " + repr(value) + " of type " + type_name(value));
+}
+
 // Numbers as torch takes them: float, int, numpy scalars, one-element tensors. Not bool strings, not
 // str, though float("0.1") would work: torch would fail later, in the middle of a step.
+std::optional<double> number_in(PyObject* value) {
+  const double number = PyFloat_AsDouble(value);
+  if (number != -1.0 || !PyErr_Occurred()) return number;
+  PyErr_Clear();
+  return {};
+}
+
 double read_number(PyObject* value, const char* name, const std::string& where) {
   if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
   const Held held(value);
-  double number = PyFloat_AsDouble(value);
-  if (number == -1.0 && PyErr_Occurred()) {
-    PyErr_Clear();
-    raise(PyExc_TypeError, std::string(name) + where + " must be a number, got " + repr(value) +
-                               " of type " + type_name(value));
+  const auto number = number_in(value);
+  if (!number) raise_no_number(value, name, where);
+  return *number;
+}
+
+double non_negative(double number, PyObject* value, const char* name, const std::string& where) {
+  if (!(number >= 0)) {
+    raise(PyExc_ValueError, std::string(name) + where + " must not be negative or NaN, got " + repr(value));
   }
   return number;
 }
 
-double read_non_negative(PyObject* value, const char* name, const std::string& where) {
-  const double number = read_number(value, name, where);
-  if (!(number >= 0)) {
-    raise(PyExc_ValueError,
-          std::string(name) + where + " must not be negative or NaN, got " + repr(value));
+bool is_sequence(PyObject* value) { return (PySequence_Check(value) && !PyUnicode_Check(value)) || THPVariable_Check(value); }
+
+// The items of a tuple, a list, or another sequence of two: an array, a tensor, a configuration's list. `where()` is
+// built only where it is none.
+template <class Where>
+std::pair<Held, Held> read_pair(PyObject* value, const char* name, const char* expected, const Where& where) {
+  const Held held(value);
+  const Held items = Held::stolen(is_sequence(value) ? PySequence_Fast(value, "") : nullptr);
+  PyErr_Clear();
+  if (!items.object || PySequence_Fast_GET_SIZE(items.object) != 2) {
+    raise(PyExc_ValueError, std::string(name) + where() + " must be " + expected + ", got " + repr(value));
   }
-  return number;
+  return {Held(PySequence_Fast_GET_ITEM(items.object, 0)), Held(PySequence_Fast_GET_ITEM(items.object, 1))};
 }
 
 uint32_t read_seed(PyObject* value, const std::string& where) {
@@ -127,23 +147,18 @@ void read_clip_value(PyObject* value, const std::string& where, double* low, dou
   *high = kInfinity;
   if (value == Py_None) return;
   const Held held(value);
-  if (PyTuple_Check(value) || PyList_Check(value)) {
-    PyObject* pair = PySequence_Fast(value, "");
-    if (PySequence_Fast_GET_SIZE(pair) != 2) {
-      Py_DECREF(pair);
-      raise(PyExc_ValueError, "clip_value" + where + " must be a number or (low, high), got " + repr(value));
-    }
-    const Held items[2] = {Held(PySequence_Fast_GET_ITEM(pair, 0)), Held(PySequence_Fast_GET_ITEM(pair, 1))};
-    Py_DECREF(pair);
-    *low = read_number(items[0].object, "clip_value[0]", where);
-    *high = read_number(items[1].object, "clip_value[1]", where);
-    if (!(*low <= *high)) {  // refuses NaN, too
-      raise(PyExc_ValueError, "clip_value" + where + " must have low <= high, got " + repr(value));
-    }
+  if (const auto number = number_in(value)) {
+    *high = non_negative(*number, value, "clip_value", where);
+    *low = -*high;
     return;
   }
-  *high = read_non_negative(value, "clip_value", where);
-  *low = -*high;
+  if (!is_sequence(value)) raise_no_number(value, "clip_value", where);
+  const auto [first, second] = read_pair(value, "clip_value", "a number or (low, high)", [&] { return where; });
+  *low = read_number(first.object, "clip_value[0]", where);
+  *high = read_number(second.object, "clip_value[1]", where);
+  if (!(*low <= *high)) {  // refuses NaN, too
+    raise(PyExc_ValueError, "clip_value" + where + " must have low <= high, got " + repr(value));
+  }
 }
 
 NormClip read_norm_clip(PyObject* max_norm, PyObject* norm_type, const std::string& where) {
@@ -160,7 +175,7 @@ NormClip read_norm_clip(PyObject* max_norm, PyObject* norm_type, const std::stri
   }
   if (max_norm == Py_None) return clip;
   clip.norm = order == 2 ? Norm::two : Norm::inf;
-  clip.max_norm = read_non_negative(max_norm, "max_norm", where);
+  clip.max_norm = non_negative(read_number(max_norm, "max_norm", where), max_norm, "max_norm", where);
   return clip;
 }
 
@@ -183,6 +198,14 @@ Group read_group(PyObject* object, Py_ssize_t index, Rule rule) {
     return number;
   };
   const auto number = [&](const Key& key) { return checked(reader.required(key), key.name); };
+  // With 1, the correction of the averages divides by 0.
+  const auto checked_beta = [&](PyObject* value, const char* name) {
+    const double beta = checked(value, name);
+    if (!(beta >= 0 && beta < 1)) {
+      raise(PyExc_ValueError, name + reader.where() + " must be at least 0 and below 1, got " + repr(value));
+    }
+    return beta;
+  };
 
   Group group{};
   PyObject* params = reader.required(kParams);
@@ -218,12 +241,9 @@ Group read_group(PyObject* object, Py_ssize_t index, Rule rule) {
     hyper.nesterov = reader.flag(kNesterov);
   } else if (!group.differentiable) {
     PyObject* betas = reader.required(kBetas);
-    if ((!PyTuple_Check(betas) && !PyList_Check(betas)) || PySequence_Fast_GET_SIZE(betas) != 2) {
-      raise(PyExc_ValueError, "betas" + reader.where() + " must be a pair of numbers, got " + repr(betas));
-    }
-    const Held both[2] = {Held(PySequence_Fast_GET_ITEM(betas, 0)), Held(PySequence_Fast_GET_ITEM(betas, 1))};
-    hyper.beta1 = checked(both[0].object, "betas[0]");
-    hyper.beta2 = checked(both[1].object, "betas[1]");
+    const auto [beta1, beta2] = read_pair(betas, "betas", "a pair of numbers", [&] { return reader.where(); });
+    hyper.beta1 = checked_beta(beta1.object, "betas[0]");
+    hyper.beta2 = checked_beta(beta2.object, "betas[1]");
     hyper.eps = number(kEps);
     hyper.amsgrad = reader.flag(kAmsgrad);
     hyper.decoupled_weight_decay = reader.flag(kDecoupledWeightDecay);

@@ -72,6 +72,7 @@ std::string Plan::step(PyObject* groups, PyObject* state, PyObject* grad_scale, 
   const NormClip norm_clip = groups_.empty() ? NormClip{} : groups_.front().norm_clip;
   if (walk_.reason().empty() && walk_.shares_memory()) walk_.not_covered("two parameters or buffers share memory");
   if (!walk_.reason().empty()) return walk_.reason();
+  warn_of_undone();
 
   if (states.has_new()) {  // a replay would make them anew each time
     for (const DevicePart& part : walk_.parts()) {
@@ -104,6 +105,18 @@ std::string Plan::clip_grads(PyObject* params, double low, double high, NormClip
   return walk_.reason();
 }
 
+// Once: whoever does it does it at every step.
+void Plan::warn_of_undone() {
+  if (walk_.undone().empty() || warned_of_undone_) return;
+  warned_of_undone_ = true;
+  const std::string message =
+      walk_.undone() + " was written to since the last step, and this step changes it back: with master_weights the " +
+      "float32 copy in the state is what is updated. To keep what was written, delete " +
+      "optimizer.state[p]['master_param'] of each such parameter p; the next step makes it of the parameter";
+  constexpr int kCallerOfStep = 4;
+  if (PyErr_WarnEx(PyExc_UserWarning, message.c_str(), kCallerOfStep) != 0) throw PythonError{};
+}
+
 void Plan::remember(const NormClip& norm_clip, bool skipped_by_host) {
   last_ = {norm_clip, false, false, skipped_by_host, walk_.first_device()};
   for (const Group& group : groups_) last_.clamps |= clips_value(group.hyper);
@@ -125,7 +138,7 @@ void Plan::run(Rule rule, const NormClip& asked, const Amp& amp) {
   if (asks_all_ranks(asked)) walk_.borrowed().hold();  // Python adds up
   run_parts(parts, rule, norm_clip, amp, walk_.shards());
   remember(asked, /*skipped_by_host=*/false);
-  walk_.borrowed().bump_versions();
+  walk_.end_step();
 }
 
 bool Plan::asks_all_ranks(const NormClip& norm_clip) const {
@@ -147,7 +160,7 @@ const DevicePart* Plan::first_stepped() const {
 // Copies, here and below: the next step writes over what it was, and whoever logs may look later.
 at::Tensor Plan::total_norm() const {
   if (last_.norm_clip.norm == Norm::none) return {};
-  if (last_.skipped_by_host) return at::full({}, HUGE_VAL, at::kDouble);
+  if (last_.skipped_by_host) return at::full({}, HUGE_VAL, at::TensorOptions().dtype(at::kDouble).device(last_.device.value_or(at::kCPU)));
   if (const DevicePart* part = first_stepped()) return part->total_norm().clone();
   if (!last_.device) return {};
   return at::zeros({}, at::TensorOptions().dtype(at::kDouble).device(*last_.device));  // of no gradients
@@ -182,7 +195,7 @@ Plan::ClipStats Plan::clip_stats() const {
 }
 
 at::Tensor Plan::skipped_steps() const {
-  at::Tensor count = at::full({}, skipped_by_host_, at::kLong);
+  at::Tensor count = at::full({}, skipped_by_host_, at::TensorOptions().dtype(at::kLong).device(last_.device.value_or(at::kCPU)));
   for (const auto& part : walk_.parts()) {
     const at::Tensor counted = part.skipped_steps();
     if (counted.defined()) count = counted.add(count.to(counted.device(), /*non_blocking=*/counted.is_cuda()));

@@ -62,6 +62,7 @@ class Plan {
 
   void run(Rule rule, const NormClip& asked, const Amp& amp);
   void remember(const NormClip& norm_clip, bool skipped_by_host);
+  void warn_of_undone();
   bool asks_all_ranks(const NormClip& norm_clip) const;
   bool was_skipped() const;
   const DevicePart* first_stepped() const;
@@ -72,6 +73,7 @@ class Plan {
   LastStep last_;
   int64_t skipped_by_host_ = 0;
   bool busy_ = false;
+  bool warned_of_undone_ = false;
 };
 
 }  // namespace fastclip

@@ -88,6 +88,7 @@ PyObject* States::entry_of(PyObject* param, size_t position) {
   Py_ssize_t next = places_[position];
   if (PyDict_Next(state_, &next, &key, &entry) && key == param) return entry;
 
+  ran_python_ = true;
   borrowed_.hold();
   entry = PyDict_GetItemWithError(state_, param);
   if (!entry && PyErr_Occurred()) throw PythonError{};
@@ -125,6 +126,7 @@ const at::Tensor* States::shard_in(const at::Tensor* state, PyObject* name, cons
 [[gnu::flatten]] ParamStates States::find(const Place& place, size_t position, const StateNames& names,
                                           const Shard* param_shard) {
   ParamStates found;
+  ran_python_ = false;
   PyObject* entry = entry_of(place.param, position);
   if (!entry) return found;
   if (!PyDict_Check(entry)) raise(PyExc_TypeError, "the state of " + place.text() + " must be a dict");

@@ -50,6 +50,7 @@ class States {
   // Looks up what there is of the parameter at `position` among all. May run Python, with other threads. Of a sharded
   // parameter, shards are found and made.
   ParamStates find(const Place& place, size_t position, const StateNames& names, const Shard* param_shard);
+  bool ran_python() const { return ran_python_; }  // in the last `find`
 
   // Notes a state that the step makes; it gets into the dict by `store`. The pointer holds until `end`.
   [[gnu::noinline]] const at::Tensor* make(const Held& param, PyObject* name, at::Tensor tensor);
@@ -80,6 +81,7 @@ class States {
   Shards& shards_;
   PyObject* state_ = nullptr;
   std::vector<Py_ssize_t> places_;  // of each parameter's entry in the state: a hint
+  bool ran_python_ = false;
   std::deque<New> new_;
 };
 

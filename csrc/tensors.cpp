@@ -42,6 +42,7 @@ bool same_order(const at::Tensor& a, const at::Tensor& b) {
 }
 
 const char* why_not_ordinary(const at::Tensor& tensor) {
+  if (tensor.is_nested()) return "is nested";
   if (tensor.layout() != at::kStrided) return "is sparse";
   if (tensor.key_set().has(DispatchKey::Python)) return "is a tensor subclass";
   if (tensor.is_complex()) return "is complex";
@@ -78,6 +79,17 @@ bool allows_grad_dtype(PyObject* param, const at::Tensor& grad) {
 const uint64_t kOtherKeys = ~ordinary_keys();
 const at::Tensor kNoGradient;
 
+double rounded_bound(DType dtype, double bound) {
+  const auto narrow = static_cast<float>(bound);
+  switch (dtype) {
+    case DType::float32: return narrow;
+    case DType::bfloat16: return static_cast<float>(c10::BFloat16(narrow));
+    case DType::float16: return static_cast<float>(c10::Half(narrow));
+    case DType::float64: break;
+  }
+  return bound;
+}
+
 std::string Place::text() const {
   std::string text = "parameter " + std::to_string(index);
   if (in_optimizer) text += " of group " + std::to_string(group);
@@ -91,7 +103,7 @@ std::string Place::text() const {
   return text;
 }
 
-const char* why_not_covered(const at::Tensor& param, const at::Tensor& grad, const Place& place) {
+std::string why_not_covered(const at::Tensor& param, const at::Tensor& grad, const Place& place) {
   const bool ordinary = is_ordinary(param) && is_ordinary(grad);
   const auto dtype = param.scalar_type();
   // A subclass may have sizes of its own kind: what it holds is for plain torch to judge.
@@ -106,13 +118,14 @@ const char* why_not_covered(const at::Tensor& param, const at::Tensor& grad, con
   if (param.is_inference() && !c10::InferenceMode::is_enabled()) {
     raise(PyExc_RuntimeError, place.text() + " is an inference tensor: it can't be updated in place outside InferenceMode");
   }
-  if (!ordinary) return why_not_ordinary(is_ordinary(grad) ? param : grad);
+  if (!is_ordinary(param)) return why_not_ordinary(param);
+  if (!ordinary) return std::string("has a gradient that ") + why_not_ordinary(grad);
   if (!has_kernel_dtype(dtype)) return "has a dtype that the kernels do not cover";
   if (!same_order(param, grad)) return "has a gradient of another memory layout, or memory with gaps or overlaps";
-  return nullptr;
+  return {};
 }
 
-const char* why_not_covered(const at::Tensor& grad, const Place& place) {
+std::string why_not_covered(const at::Tensor& grad, const Place& place) {
   if (grad.is_inference() && !c10::InferenceMode::is_enabled()) {
     raise(PyExc_RuntimeError, "the gradient of " + place.text() +
                                   " is an inference tensor: it can't be changed in place outside InferenceMode");
@@ -120,7 +133,7 @@ const char* why_not_covered(const at::Tensor& grad, const Place& place) {
   if (!is_ordinary(grad)) return why_not_ordinary(grad);
   if (!has_kernel_dtype(grad.scalar_type())) return "has a dtype that the kernels do not cover";
   if (!grad.is_non_overlapping_and_dense()) return "has memory with gaps or overlaps";
-  return nullptr;
+  return {};
 }
 
 bool same_memory_layout(const at::Tensor& a, const at::Tensor& b) {

@@ -58,6 +58,9 @@ inline DType dtype_of(const at::Tensor& covered) {
   return static_cast<DType>(kDTypes[static_cast<size_t>(covered.scalar_type())]);
 }
 
+// Bounds as clamp_ has them: rounded to the tensor's dtype.
+double rounded_bound(DType dtype, double bound);
+
 // Of ordinary tensors, the keys tell it without a call.
 [[gnu::always_inline]] inline bool on_cpu(c10::TensorImpl* tensor) {
   return tensor->key_set().has_backend(c10::BackendComponent::CPUBit);
@@ -89,13 +92,13 @@ inline DType dtype_of(const at::Tensor& covered) {
          is_like(grad.unsafeGetTensorImpl(), p);
 }
 
-// nullptr where the kernels can step `param` by `grad`; otherwise why they can't, and plain torch
+// "" where the kernels can step `param` by `grad`; otherwise why they can't, and plain torch
 // has to. Raises where the two don't belong together, which plain torch would broadcast, promote or
 // find out in the middle of a step.
-const char* why_not_covered(const at::Tensor& param, const at::Tensor& grad, const Place& place);
+std::string why_not_covered(const at::Tensor& param, const at::Tensor& grad, const Place& place);
 
 // The same question about a gradient alone, to be clipped in place.
-const char* why_not_covered(const at::Tensor& grad, const Place& place);
+std::string why_not_covered(const at::Tensor& grad, const Place& place);
 
 // Same device, sizes and element order, and dtypes that one loop takes: what a state needs.
 bool same_memory_layout(const at::Tensor& a, const at::Tensor& b);

@@ -10,13 +10,6 @@
 namespace fastclip {
 namespace {
 
-// Bounds as clamp_ has them: rounded to the tensor's dtype.
-double round_to(DType dtype, double bound) {
-  if (dtype == DType::bfloat16) return static_cast<float>(c10::BFloat16(static_cast<float>(bound)));
-  if (dtype == DType::float16) return static_cast<float>(c10::Half(static_cast<float>(bound)));
-  return bound;
-}
-
 // `what` is of the parameter: its gradient, a state; or "" for itself.
 [[noreturn, gnu::noinline]] void raise_no_memory(const char* what, const Place& place) {
   const std::string of = *what ? std::string("the ") + what + " of " : "";
@@ -36,6 +29,15 @@ template <class What>
   const int64_t begin = impl->storage_offset_default() * item_size;
   if (begin + bytes > static_cast<int64_t>(storage->nbytes()) && bytes > 0) raise_no_memory(what, place);
   return static_cast<char*>(storage->mutable_data()) + begin;
+}
+
+[[noreturn, gnu::noinline]] void raise_negative_count(const Place& place) {
+  raise(PyExc_ValueError, "the step of " + place.text() + " must be a count of steps, and is negative or NaN");
+}
+
+// Whether another tensor may lie in the same memory.
+[[gnu::always_inline]] inline bool shares_storage(const at::Tensor& tensor) {
+  return tensor.unsafeGetTensorImpl()->unsafe_storage().use_count() > 1;
 }
 
 // The common case of what follows, without a call.
@@ -61,9 +63,11 @@ const char* why_step_not_covered(const at::Tensor& step, const at::Tensor& param
 
 void Walk::begin() {
   for (auto& part : parts_) part.clear();
-  written_addresses_ = 0;
+  addresses_ = 0;
   parameter_ = 0;
   reason_.clear();
+  undone_.clear();
+  masters_.begin();
   first_device_.reset();
   part_ = nullptr;
   reduction_ = nullptr;
@@ -75,8 +79,14 @@ void Walk::end() {
   borrowed_.clear();
 }
 
+void Walk::end_step() {
+  borrowed_.bump_versions();
+  masters_.remember();
+}
+
 void Walk::not_covered(const std::string& reason) {
   if (reason_.empty()) reason_ = reason;
+  masters_.forget();  // nobody looks at versions in plain torch
 }
 
 DevicePart& Walk::part_of(c10::Device device, PyObject* reduction) {
@@ -89,8 +99,8 @@ DevicePart& Walk::part_of(c10::Device device, PyObject* reduction) {
 // Tensors of a group and dtype share a row of hyperparameters, and all that `blank` has.
 void Walk::begin_row(DevicePart& part, const Hyper& hyper, Py_ssize_t group, DType dtype) {
   Hyper& row = part.step.hypers.emplace_back(hyper);
-  row.clip_low = round_to(dtype, hyper.clip_low);
-  row.clip_high = round_to(dtype, hyper.clip_high);
+  row.clip_low = rounded_bound(dtype, hyper.clip_low);
+  row.clip_high = rounded_bound(dtype, hyper.clip_high);
   part.group = group;
   part.clamps = clips_value(hyper);
   part.blank = {};
@@ -120,45 +130,54 @@ void Walk::begin_row(DevicePart& part, const Hyper& hyper, Py_ssize_t group, DTy
   step.elements += numel;
   if (part.clamps) step.clampable += numel;
 
-  uint64_t addresses = written_addresses_;  // in a register
-  const auto write = [&](const at::Tensor& tensor, const void* data) __attribute__((always_inline)) {
-    addresses = (addresses ^ reinterpret_cast<uintptr_t>(data) ^ numel) * 0x9e3779b97f4a7c15u;
+  uint64_t addresses = addresses_;  // in a register
+  const auto hash = [&](const void* data, int64_t size) __attribute__((always_inline)) {
+    addresses = (addresses ^ reinterpret_cast<uintptr_t>(data) ^ size * 0xd6e8feb86659fd93u) * 0x9e3779b97f4a7c15u;
+  };
+  const auto write = [&](const at::Tensor& tensor, const void* data, int64_t size) __attribute__((always_inline)) {
+    hash(data, size);
     borrowed_.write(tensor);
   };
   const int64_t item = item_size(dtype), bytes = numel * item;
   bool uniform = true;
   const auto add = [&](const at::Tensor& tensor, auto* what, void*& data, DType& stored) __attribute__((always_inline)) {
+    int64_t size = bytes;
     if (tensor.dtype() == grad.dtype()) {
-      data = data_of(tensor, item, bytes, what, place);
+      data = data_of(tensor, item, size, what, place);
     } else {
       uniform = false;
       stored = dtype_of(tensor);
-      data = data_of(tensor, item_size(stored), numel * item_size(stored), what, place);
+      size = numel * item_size(stored);
+      data = data_of(tensor, item_size(stored), size, what, place);
     }
-    write(tensor, data);
+    write(tensor, data, size);
   };
   entry.grad = data_of(grad, item, bytes, "gradient", place);
   if (!param) {
-    write(grad, entry.grad);
+    write(grad, entry.grad, bytes);
   } else {
     borrowed_.read(grad);
+    if (shares_storage(grad)) hash(entry.grad, bytes);  // others' addresses change at every step
     if (!states.master) {
       add(*param, "", entry.param, entry.dtype);
     } else {
       add(*states.master, names.master, entry.param, entry.dtype);
       add(*param, "", entry.rounded, entry.rounded_dtype);
+      if (!param->is_inference() && masters_.add(parameter_, *param, *states.master) && undone_.empty()) undone_ = place.text();
     }
     for (int s = 0; s < names.count; ++s) add(*states.arrays[s], names.arrays[s], entry.states[s], entry.state_dtypes[s]);
     if (states.step) {
       entry.step_is_float64 = states.step->scalar_type() == at::kDouble;
       const int64_t item_of_step = entry.step_is_float64 ? 8 : 4;
       entry.step = data_of(*states.step, item_of_step, item_of_step, names.step, place);
-      write(*states.step, entry.step);
+      // The corrections of Adam's averages divide by 0 where this step is number 0.
+      if (part.device.is_cpu() && !(steps_seen(entry.step, entry.step_is_float64) >= 0)) raise_negative_count(place);
+      write(*states.step, entry.step, item_of_step);
       step.counts_steps = true;
     }
     entry.uniform = uniform && !(hyper.stochastic_rounding && item == 2);
   }
-  written_addresses_ = addresses;
+  addresses_ = addresses;
 }
 
 void Walk::check_memory(const at::Tensor& param, const at::Tensor& grad, const StateNames& names, const ParamStates& states,
@@ -239,6 +258,7 @@ void Walk::add_param(const Group& group, const StateNames& names, Py_ssize_t gro
   }
   const at::Tensor& grad = grad_of(param);
   if (grad.defined()) add_covered(group, names, place, held, states, param, grad, grad);
+  if (held.object && states_.ran_python()) borrowed_.keep(std::move(held));  // another thread may have dropped it meanwhile
 }
 
 // Every rank takes part in the norm, whatever it has itself.
@@ -282,9 +302,8 @@ void Walk::add_shard(const Group& group, const StateNames& names, const Place& p
 void Walk::add_covered(const Group& group, const StateNames& names, const Place& place, const Held& held, ParamStates& states,
                        const at::Tensor& param, const at::Tensor& grad, const at::Tensor& like) {
   if (!is_plainly_covered(param, grad)) {
-    if (const char* why_not = why_not_covered(param, grad, place)) {
-      return not_covered(place.text() + " " + why_not);
-    }
+    const std::string why_not = why_not_covered(param, grad, place);
+    if (!why_not.empty()) return not_covered(place.text() + " " + why_not);
   }
   Momentum momentum = Momentum::none;
   if (names.any) {
@@ -319,14 +338,17 @@ void Walk::add_covered(const Group& group, const StateNames& names, const Place&
 
 // Looked at only where an address is new.
 bool Walk::shares_memory() {
-  if (written_addresses_ == disjoint_addresses_) return false;
-  std::vector<std::pair<uintptr_t, uintptr_t>> ranges;
+  if (addresses_ == disjoint_addresses_) return false;
+  using Ranges = std::vector<std::pair<uintptr_t, uintptr_t>>;
+  Ranges ranges, read;
   for (const auto& part : parts_) {
     for (const auto& tensor : part.step.tensors) {
-      const auto add = [&](const void* written, int64_t bytes) {
-        const auto begin = reinterpret_cast<uintptr_t>(written);
-        if (written && bytes > 0) ranges.emplace_back(begin, begin + bytes);
+      const auto add_to = [](Ranges& to, const void* data, int64_t bytes) {
+        const auto begin = reinterpret_cast<uintptr_t>(data);
+        if (data && bytes > 0) to.emplace_back(begin, begin + bytes);
       };
+      const auto add = [&](const void* written, int64_t bytes) { add_to(ranges, written, bytes); };
+      if (tensor.param) add_to(read, tensor.grad, tensor.numel * item_size(tensor.grad_dtype));
       add(tensor.param ? tensor.param : tensor.grad, tensor.numel * item_size(tensor.dtype));
       add(tensor.rounded, tensor.numel * item_size(tensor.rounded_dtype));
       for (int s = 0; s < kMaxStates; ++s) add(tensor.states[s], tensor.numel * item_size(tensor.state_dtypes[s]));
@@ -337,7 +359,11 @@ bool Walk::shares_memory() {
   for (size_t i = 1; i < ranges.size(); ++i) {
     if (ranges[i].first < ranges[i - 1].second) return true;
   }
-  disjoint_addresses_ = written_addresses_;
+  for (const auto& [begin, end] : read) {
+    const auto after = std::lower_bound(ranges.begin(), ranges.end(), std::pair(end, uintptr_t{0}));
+    if (after != ranges.begin() && std::prev(after)->second > begin) return true;
+  }
+  disjoint_addresses_ = addresses_;
   return false;
 }
 
@@ -362,7 +388,8 @@ void Walk::add_grads(PyObject* params, const Hyper& hyper, const NormClip& norm_
     auto grad_shard = shard ? shard_of_grad(whole, *shard, place) : std::nullopt;
     if (shard && !grad_shard) continue;
     const at::Tensor& grad = shard ? grad_shard->local() : whole;  // Python ran: p.grad may be another by now
-    if (const char* why_not = why_not_covered(grad, place)) {
+    const std::string why_not = why_not_covered(grad, place);
+    if (!why_not.empty()) {
       not_covered("the gradient of " + place.text() + " " + why_not);
     } else if (grad.numel() > 0) {
       add_tensor(nullptr, grad, {}, {}, Momentum::none, hyper, place);

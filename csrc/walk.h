@@ -11,6 +11,7 @@
 #include "borrowed.h"
 #include "device_part.h"
 #include "groups.h"
+#include "masters.h"
 #include "shards.h"
 #include "states.h"
 #include "tensors.h"
@@ -24,6 +25,7 @@ class Walk {
   explicit Walk(Rule rule) : rule_(rule) {}
 
   void begin();
+  void end_step();  // all is written
   void end();
 
   // All parameters of a group that have gradients. Raises for what can't be stepped, and nothing was changed.
@@ -34,8 +36,10 @@ class Walk {
   // The first reason why the kernels do not cover the step, or "".
   const std::string& reason() const { return reason_; }
   [[gnu::noinline]] void not_covered(const std::string& reason);
-  // Whether two of the arrays that this step writes overlap: then the order of the tensors matters, which the
-  // kernels do not keep.
+  // A parameter that somebody wrote to since the last step, and that its master weights will change back; or "".
+  const std::string& undone() const { return undone_; }
+  // Whether an array that this step writes overlaps another that it writes or reads: then the order of the tensors
+  // matters, which the kernels do not keep.
   bool shares_memory();
 
   std::vector<DevicePart>& parts() { return parts_; }
@@ -79,9 +83,11 @@ class Walk {
   Borrowed borrowed_;
   Shards shards_{borrowed_};
   States states_{borrowed_, shards_};
-  uint64_t written_addresses_ = 0;         // a hash of all that this step writes,
+  uint64_t addresses_ = 0;                 // a hash of all that this step writes, and of gradients in shared storages,
   uint64_t disjoint_addresses_ = 0;        // and of the last ones found not to overlap
   std::string reason_;
+  Masters masters_;
+  std::string undone_;
   std::optional<c10::Device> first_device_;
 };
 

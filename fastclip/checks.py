@@ -4,6 +4,9 @@ The kernels' own checks are in csrc; these are for the tensors that they do not 
 """
 
 import torch
+from torch.optim.optimizer import _device_dtype_check_for_fused
+
+from .values import KNOWN_DTYPES, item_of
 
 
 def check(groups, state):
@@ -13,6 +16,7 @@ def check(groups, state):
             if param.grad is None:
                 continue
             where = name_of(group, index, i)
+            check_dtypes(group, param, where)
             check_gradient(group, param, where)
             check_states(group, param, state, where)
             if overlaps(param):
@@ -25,6 +29,21 @@ def name_of(group, group_index, index):
     return f"parameter {index} of group {group_index}" + (f" ('{names[index]}')" if index < len(names) else "")
 
 
+def check_dtypes(group, param, where):
+    """Which tensors an optimizer steps on at all."""
+    if group.get("fused"):
+        _device_dtype_check_for_fused(param)
+    for tensor, what in ((param, where), (param.grad, f"the gradient of {where}")):
+        if tensor.dtype not in KNOWN_DTYPES:
+            raise TypeError(
+                f"{what} is {tensor.dtype}: a step needs floating-point or complex numbers of 16 bits or more"
+            )
+    if group["momentum_dtype"] and state_names(group) and param.is_complex():
+        raise TypeError(
+            f"momentum_dtype can't be applied to {where}, which is complex: give it a group with momentum_dtype=None"
+        )
+
+
 def check_gradient(group, param, where):
     """Clips and weight decay, which not every kind of gradient has."""
     grad = param.grad
@@ -34,7 +53,7 @@ def check_gradient(group, param, where):
     sparse = grad.layout != torch.strided
     if sparse and "betas" in group:
         raise RuntimeError(f"Adam does not support sparse gradients, as that of {where}: SparseAdam does")
-    if sparse and isinstance(group["weight_decay"], (int, float)) and group["weight_decay"] != 0:
+    if sparse and (isinstance(group["weight_decay"], torch.Tensor) or group["weight_decay"] != 0):
         raise TypeError(f"weight_decay can't be applied to the sparse gradient of {where}")
     if sparse and clips:
         raise TypeError(f"{clips[0]} can't be applied to the sparse gradient of {where}")
@@ -57,12 +76,13 @@ def check_states(group, param, state, where):
     names = state_names(group)
     if names and not isinstance(entry, dict):
         raise TypeError(f"the state of {where} must be a dict, got {type(entry).__name__}")
+    belong_together = "betas" in group and any(entry.get(name) is not None for name in (*names, "step"))
     for name in names:
         if entry.get(name) is not None:
             check_state(group, param, entry[name], name, where)
-        elif "betas" in group and entry:
+        elif belong_together:
             raise KeyError(f"the state of {where} has no {name}, but others that belong to it")
-    if "betas" in group and entry:
+    if belong_together:
         check_count(entry.get("step"), where)
 
 
@@ -73,6 +93,8 @@ def check_count(step, where):
         raise TypeError(f"the step of {where} must be a tensor, got {type(step).__name__}")
     if step.numel() != 1:
         raise ValueError(f"the step of {where} must be a 1-element tensor, got {[*step.shape]}")
+    if not item_of(step, unknown=0) >= 0:  # Adam would divide by 0 at step 0
+        raise ValueError(f"the step of {where} must be a count of steps, and is negative or NaN")
 
 
 def check_state(group, param, tensor, name, where):
@@ -100,7 +122,8 @@ def check_clip(name, parameters):
         grad = param.grad
         if grad is None:
             continue
-        if grad.layout != torch.strided or (grad.is_complex() and name == "clip_value"):
+        known = grad.layout == torch.strided and grad.dtype in KNOWN_DTYPES
+        if not known or (grad.is_complex() and name == "clip_value"):
             raise TypeError(f"{name} can't be applied to the gradient of parameter {i}: {grad.dtype}, {grad.layout}")
         if overlaps(grad):
             raise RuntimeError(

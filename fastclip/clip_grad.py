@@ -25,6 +25,14 @@ def _named(parameters):
     return [(p, f"parameter {i}") for i, p in enumerate(parameters)]
 
 
+def _as_number(value, name):
+    """A threshold as torch's functions take it: also the text of a number, which YAML makes of 1e-3."""
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError(f"{name} must be a number, got {value!r}") from None
+
+
 def _in_kernels(plan, clip, *arguments):
     """Whether the kernels have clipped. Gradients that are placed otherwise than their parameters are moved there."""
     why_not = clip(*arguments)
@@ -55,6 +63,8 @@ def clip_grad_value_(parameters, clip_value, foreach=None):
         >>> fastclip.clip_grad_value_(model.parameters(), 0.01)
     """
     parameters = _as_list(parameters)
+    if isinstance(clip_value, str):
+        clip_value = _as_number(clip_value, "clip_value")
     plan = _C.Plan()
     if _in_kernels(plan, plan.clip_grad_value_, parameters, clip_value):
         return
@@ -90,13 +100,17 @@ def clip_grad_norm_(parameters, max_norm, norm_type=2.0, error_if_nonfinite=Fals
         >>> grad_norm = fastclip.clip_grad_norm_(model.parameters(), 5.0)
     """
     parameters = _as_list(parameters)
-    max_norm, norm_type = float(max_norm), float(norm_type)
+    max_norm, norm_type = _as_number(max_norm, "max_norm"), _as_number(norm_type, "norm_type")
     if not max_norm >= 0:
         raise ValueError(f"max_norm must not be negative or NaN, got {max_norm}")
     if error_if_nonfinite:
         norm = clip_grad_norm_(parameters, math.inf, norm_type)
         if not norm.isfinite():
-            raise RuntimeError(f"the total norm of order {norm_type} of the gradients is {norm.item()}")
+            raise RuntimeError(
+                f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be "
+                "clipped. To disable this error and scale the gradients by the non-finite norm anyway, set "
+                f"`error_if_nonfinite=False`. The norm is {norm.item()}"
+            )
     plan = _C.Plan()
     if norm_type in (2.0, math.inf) and _in_kernels(plan, plan.clip_grad_norm_, parameters, max_norm, norm_type):
         norm = plan.total_norm()

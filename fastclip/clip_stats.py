@@ -6,6 +6,7 @@ import torch
 
 from .checks import name_of
 from .distributed import local_of, on_any_rank
+from .values import values_of
 
 
 class ClipStats(NamedTuple):
@@ -36,11 +37,6 @@ class ClipStats(NamedTuple):
     clamped_fraction: torch.Tensor | None
     skipped: torch.Tensor
     skipped_steps: torch.Tensor
-
-
-def values_of(grad):
-    """The values that a gradient holds: of a sparse one, those it stores."""
-    return grad.coalesce().values() if grad.layout == torch.sparse_coo else grad
 
 
 @torch.no_grad()

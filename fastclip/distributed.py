@@ -90,7 +90,7 @@ def total_measure(reductions, measures, norm_type, found_inf=None):
     for reduction, measure in measures:
         of_class.setdefault(reduction or Reduction(), []).append(measure)
     rows = {r: _sum(list_, norm_type, _device_of(r, list_)) for r, list_ in of_class.items()}
-    flag = torch.zeros(0) if found_inf is None else found_inf.detach().reshape(1)
+    flag = torch.zeros(0, device="cpu") if found_inf is None else found_inf.detach().reshape(1)
     for group, device_type in dict.fromkeys((group, r.device_type) for r in reductions for group in r.groups):
         members = [r for r in rows if group in r.groups and r.device_type == device_type]
         own = torch.cat([*(rows[r] for r in members), flag.to(rows[members[0]])])

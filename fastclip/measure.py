@@ -13,7 +13,7 @@ BIG, SCALE_BIG = 2.0**480, 2.0**-600
 def measure_of(grads, norm_type=2.0):
     """Sums of the squares of small, medium and big magnitudes, float64 [3] on the first gradient's device; for the inf
     norm the largest magnitude, in the middle."""
-    device = grads[0].device if grads else torch.device("cpu")
+    device = next((grad.device for grad in grads), torch.device("cpu"))
     total = torch.zeros(3, dtype=torch.float64, device=device)
     for grad in grads:
         if grad.numel() > 0:

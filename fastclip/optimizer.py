@@ -1,6 +1,7 @@
 """The base of the optimizers: what a clip adds to a torch.optim optimizer, and the way to the kernels."""
 
 import inspect
+import sys
 import warnings
 
 import torch
@@ -8,22 +9,11 @@ from torch.optim import optimizer as torch_optimizer
 
 from . import clip_stats
 from ._extension import _C
+from .checkpoints import OWN_SETTINGS, complete, groups_in_file, is_flat_loader, restore_dtypes
 from .checks import name_of
 from .distributed import gradients_placed_as, is_dtensor, is_made_by_zero, reduction_of, step_on_shards
-from .precision import state_dtype
 
 SHARED_SETTINGS = ("max_norm", "norm_type", "skip_nonfinite")  # the same in all groups
-# What the groups hold besides torch's settings, with the values that mean torch's own step.
-OWN_SETTINGS = {
-    "clip_value": None,
-    "max_norm": None,
-    "norm_type": 2.0,
-    "skip_nonfinite": False,
-    "master_weights": False,
-    "stochastic_rounding": False,
-    "rounding_seed": 0,
-    "momentum_dtype": None,
-}
 
 
 class ClippedOptimizer(torch.optim.Optimizer):
@@ -41,6 +31,22 @@ class ClippedOptimizer(torch.optim.Optimizer):
         super().__init__(*positional, **named)
         del self._own_defaults  # from now on a new group takes max_norm from those there are
 
+    @property
+    def param_groups(self):
+        """As in torch: a list of dicts, each with its `params` and its settings, those of fastclip among them.
+
+        Example:
+            >>> opt = fastclip.SGD(model.parameters(), lr=0.1, clip_value=0.01)
+            >>> opt.param_groups[0]["clip_value"] = 0.02  # from the next step on
+        """
+        frame = sys._getframe(1)
+        groups = self.__dict__["param_groups"]
+        return groups_in_file(groups, frame) if is_flat_loader(frame) else groups
+
+    @param_groups.setter
+    def param_groups(self, groups):
+        self.__dict__["param_groups"] = groups
+
     def add_param_group(self, param_group):
         """As in torch; a group may have a `clip_value` of its own. Refuses duplicates and bad values.
 
@@ -54,7 +60,9 @@ class ClippedOptimizer(torch.optim.Optimizer):
         if isinstance(param_group, dict):
             if not isinstance(param_group["params"], (torch.Tensor, set)):
                 param_group["params"] = list(param_group["params"])  # a generator can be read once
-            if "_own_defaults" not in self.__dict__:  # the groups' settings may have been loaded, or changed
+            if (
+                "_own_defaults" not in self.__dict__ and self.param_groups
+            ):  # their settings may have been loaded, or changed
                 for name in SHARED_SETTINGS:
                     param_group.setdefault(name, self.param_groups[0][name])
             self._check_group({**self.defaults, **param_group})
@@ -71,8 +79,6 @@ class ClippedOptimizer(torch.optim.Optimizer):
         params = group["params"] if isinstance(group["params"], (list, set)) else [group["params"]]
         self._plan.check_group({**group, "params": []}, index)
         tensors = [p[1] if isinstance(p, tuple) else p for p in params]
-        if len({id(p) for p in tensors}) != len(tensors):
-            raise ValueError(f"param_groups[{index}] holds the same parameter twice")
         of_all_ranks = [name for name in ("max_norm", "skip_nonfinite") if group[name] not in (None, False)]
         if of_all_ranks and any(hasattr(p, "_fsdp_flattened") for p in tensors):
             raise TypeError(
@@ -109,9 +115,9 @@ class ClippedOptimizer(torch.optim.Optimizer):
             self._start()
         # A checkpoint of plain torch knows of no clip: this optimizer's own settings stay.
         for index, group in enumerate(self.param_groups):
-            own = own_groups[index] if index < len(own_groups) else self.defaults
-            for name, none in OWN_SETTINGS.items():
-                group.setdefault(name, own.get(name, none))
+            complete(group, own_groups[index] if index < len(own_groups) else self.defaults)
+        if "_loading" in self.__dict__:
+            restore_dtypes(self, self._loading)
 
     def load_state_dict(self, state_dict):
         """As in torch, but that states keep the dtypes that this optimizer gives them: torch rounds all to the
@@ -121,16 +127,13 @@ class ClippedOptimizer(torch.optim.Optimizer):
             >>> opt = fastclip.AdamW(model.bfloat16().parameters(), master_weights=True)
             >>> opt.load_state_dict(torch.load("optimizer.pt"))
         """
-        super().load_state_dict(state_dict)
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        pairs = [(group, param) for group in self.param_groups for param in group["params"]]
-        for key, (group, param) in zip(saved, pairs, strict=True):
-            loaded = self.state.get(param, {})
-            for name, value in state_dict["state"].get(key, {}).items():
-                if name != "step" and isinstance(loaded.get(name), torch.Tensor) and value.is_floating_point():
-                    dtype = state_dtype(group, param, name)
-                    if loaded[name].dtype != dtype:
-                        loaded[name] = value.to(device=loaded[name].device, dtype=dtype)
+        self._loading = {}  # what is loaded, as the last of the hooks leaves it; for __setstate__, before others' hooks
+        last = self.register_load_state_dict_pre_hook(lambda _, hooked: self._loading.update(hooked))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
+            del self._loading
 
     @property
     def total_norm(self):
@@ -160,7 +163,8 @@ class ClippedOptimizer(torch.optim.Optimizer):
             >>> opt.step()
             >>> log({"skipped": opt.skipped_steps})
         """
-        return self._plan.skipped_steps() + self._reference_skips
+        device = next((param.device for group in self.param_groups for param in group["params"]), "cpu")
+        return (self._plan.skipped_steps().to(device) + self._reference_skips).to(device)
 
     def clip_stats(self):
         """What clipping did in the last step, to log: norm, coefficient, fraction of elements clamped, steps skipped.
@@ -207,14 +211,14 @@ class ClippedOptimizer(torch.optim.Optimizer):
                 changed then.
         """
         # torch wraps every step to run hooks and to show in profiles, which costs as much as all of a small model's
-        # update: here only where somebody listens. A subclass with a step of its own was wrapped by torch already.
+        # update: here only where somebody listens. The step of a subclass may have been wrapped by torch already.
         listened = (
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
             or torch_optimizer._global_optimizer_pre_hooks
             or torch_optimizer._global_optimizer_post_hooks
             or _C.is_recording()
-        ) and type(self).step is ClippedOptimizer.step
+        ) and not _is_in_hooked_step(self)
         try:
             if not listened and not positional:
                 return self._step(closure)
@@ -245,15 +249,26 @@ class ClippedOptimizer(torch.optim.Optimizer):
             if not self._in_backward.leaves_a_step():
                 return loss
         if type(found_inf) is int:  # GradScaler's sum over no gradients at all; other ranks may have some
-            found_inf = torch.zeros(())
-        self._update(self.param_groups, grad_scale, found_inf)
+            found_inf = torch.zeros((), device="cpu")
+        self._update(attributes["param_groups"], grad_scale, found_inf)
         return loss
 
     def _update(self, groups, grad_scale=None, found_inf=None):
         """A step over `groups`, in form of `param_groups`, without hooks."""
-        why_not = self._plan.step(groups, self.state, grad_scale, found_inf)
+        try:
+            why_not = self._plan.step(groups, self.state, grad_scale, found_inf)
+        except KeyError:
+            if not self._complete(groups):
+                raise
+            why_not = self._plan.step(groups, self.state, grad_scale, found_inf)
         taken = why_not is None
         self._reference_stats = None if taken else self._step_elsewhere(groups, why_not, grad_scale, found_inf)
+
+    def _complete(self, groups):
+        """Gives groups that were made by hand, of torch's settings only, what `add_param_group` would. Returns whether
+        there are such."""
+        own = {**self.defaults, **{name: groups[0][name] for name in SHARED_SETTINGS if name in groups[0]}}
+        return any([complete(group, own) for group in groups])
 
     def _step_elsewhere(self, groups, why_not, *amp):
         """What the kernels did not take: with gradients in the right places, or in plain torch."""
@@ -276,3 +291,14 @@ class ClippedOptimizer(torch.optim.Optimizer):
 
 
 _hooked_step = torch.optim.Optimizer.profile_hook_step(ClippedOptimizer._step)
+
+
+def _is_in_hooked_step(optimizer):
+    """Whether torch's wrapper is at work on this optimizer. No mark on a class tells: what `functools.wraps` makes of a
+    step bears the marks of the step."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _hooked_step.__code__ and frame.f_locals.get("self") is optimizer:
+            return True
+        frame = frame.f_back
+    return False

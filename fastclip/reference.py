@@ -8,11 +8,13 @@ from torch.optim.adam import adam
 from torch.optim.optimizer import _get_scalar_dtype
 from torch.optim.sgd import sgd
 
+from ._extension import _C
 from .checks import check
-from .clip_stats import ClipStats, values_of
+from .clip_stats import ClipStats
 from .distributed import total_measure
 from .measure import measure_of, norm_of
 from .precision import SIXTEEN_BIT, Rounding, compute_dtype, has_master, state_dtype
+from .values import item_of, number_of, overlap_in_part, values_of
 
 
 def clip_coefficient(norm, max_norm):
@@ -29,25 +31,37 @@ def scale_(grads, coefficient):
         grad.mul_(coefficient.to(grad.device, grad.real.dtype))
 
 
-def bounds(clip_value):
-    """(low, high) of a value clip given as a number or as a pair."""
-    return tuple(clip_value) if isinstance(clip_value, (tuple, list)) else (-clip_value, clip_value)
+def bounds(clip_value, dtype=torch.float64):
+    """(low, high) of a value clip given as a number or as a pair, rounded to the gradients' dtype."""
+    return _C.clip_bounds(clip_value, dtype)
 
 
 def clips_value(group):
     """Whether the value clip of a group bounds anything."""
-    return group["clip_value"] is not None and any(math.isfinite(bound) for bound in bounds(group["clip_value"]))
+    return any(map(math.isfinite, bounds(group["clip_value"])))
 
 
-def unscaled(grad, inverse_scale, dtype):
-    """`grad` in the type it is computed in, divided by the scale of AMP; `grad` itself is left alone."""
-    grad = grad.to(dtype) if grad.dtype in SIXTEEN_BIT else grad
+NUMBERS = ("lr", "momentum", "dampening", "weight_decay", "eps", "max_norm")
+
+
+def in_plain_numbers(group):
+    """A group whose settings torch takes, whatever its numbers were given as."""
+    plain = {name: number_of(group[name]) for name in NUMBERS if group.get(name) is not None}
+    if "betas" in group:
+        plain["betas"] = tuple(map(number_of, group["betas"]))
+    return {**group, **plain}
+
+
+def unscaled(param, inverse_scale):
+    """The gradient in the type it is computed in, divided by the scale of AMP; `param.grad` itself is left alone."""
+    grad = param.grad.clone() if overlap_in_part(param, param.grad) else param.grad
+    grad = grad.to(compute_dtype(param)) if grad.dtype in SIXTEEN_BIT else grad
     return grad if inverse_scale is None else grad * inverse_scale.to(grad.device)
 
 
 def clamped(grad, clip_value, dtype):
     """`grad` clamped to bounds that are rounded to `dtype`, as clamp_ does, and how many elements that moved."""
-    low, high = torch.tensor(bounds(clip_value), dtype=torch.float64, device="cpu").to(dtype).double().tolist()
+    low, high = bounds(clip_value, dtype)
     return grad.clamp(low, high), ((grad < low) | (grad > high)).detach().sum()
 
 
@@ -69,6 +83,7 @@ def step_adam(groups, state, grad_scale=None, found_inf=None, reductions=None):
 def step(update, groups, state, grad_scale, found_inf, reductions):
     """What the optimizers have in common: clips, then calls update(group, clipped gradients, state, first) for each
     group, `first` being the place of its first parameter among those of all groups."""
+    groups = [in_plain_numbers(group) for group in groups]
     check(groups, state)
     params = [p for group in groups for p in group["params"] if p.grad is not None]
     max_norm, skip_nonfinite = groups[0]["max_norm"], groups[0]["skip_nonfinite"]
@@ -78,9 +93,7 @@ def step(update, groups, state, grad_scale, found_inf, reductions):
     with torch.set_grad_enabled(any(group["differentiable"] for group in groups)):
         grads = []
         for group in groups:
-            of_group = [
-                unscaled(p.grad, inverse_scale, compute_dtype(p)) for p in group["params"] if p.grad is not None
-            ]
+            of_group = [unscaled(p, inverse_scale) for p in group["params"] if p.grad is not None]
             if clips_value(group):
                 dtypes = [p.grad.dtype for p in group["params"] if p.grad is not None]
                 pairs = [clamped(g, group["clip_value"], dtype) for g, dtype in zip(of_group, dtypes, strict=True)]
@@ -90,15 +103,16 @@ def step(update, groups, state, grad_scale, found_inf, reductions):
             grads.append(of_group)
         norm = None
         if max_norm is not None or skip_nonfinite:
-            flat = [g for of_group in grads for g in of_group]
+            flat = [values_of(g) for of_group in grads for g in of_group]
             if skip_nonfinite:  # a value clip would hide what it has to see
                 raw = [values_of(p.grad) for p in params]
-                flat = flat if all(g.isfinite().all() for g in raw) else raw
-            measure, found_inf = measure_of_all(params, flat, norm_type, found_inf, reductions)
+                flat = flat if all(item_of(g.isfinite().all(), unknown=True) for g in raw) else raw
+            of_params = dict(zip(params, flat, strict=True))  # one that is given twice counts once
+            measure, found_inf = measure_of_all(of_params, of_params.values(), norm_type, found_inf, reductions)
             norm = norm_of(measure, norm_type)
-        if found_inf is not None and found_inf.item() != 0:
-            return stats_of(groups, torch.tensor(math.inf, dtype=torch.float64), skipped=True)
-        if skip_nonfinite and not measure.isfinite().all():
+        if found_inf is not None and item_of(found_inf, unknown=0) != 0:
+            return stats_of(groups, math.inf, skipped=True)
+        if skip_nonfinite and not item_of(measure.isfinite().all(), unknown=True):
             return stats_of(groups, norm, skipped=True)
         if max_norm is not None:
             coefficient = clip_coefficient(norm, max_norm)
@@ -124,13 +138,14 @@ def measure_of_all(params, grads, norm_type, found_inf, reductions):
 def stats_of(groups, norm, moved=0, looked_at=0, skipped=False):
     """ClipStats of a step in which the value clip moved so many of the elements that it looked at."""
     max_norm = groups[0]["max_norm"]
-    device = next((p.device for group in groups for p in group["params"]), None)
+    device = next((p.device for group in groups for p in group["params"]), torch.device("cpu"))
+    norm = None if max_norm is None else torch.as_tensor(norm, dtype=torch.float64, device=device).detach()
     fraction = None
     if any(map(clips_value, groups)):
         fraction = torch.as_tensor(moved, dtype=torch.float64, device=device) / max(looked_at, 1)
     return ClipStats(
-        total_norm=None if max_norm is None else norm.detach(),
-        clip_coefficient=None if max_norm is None else clip_coefficient(norm.detach(), max_norm),
+        total_norm=norm,
+        clip_coefficient=None if norm is None else clip_coefficient(norm, max_norm),
         clamped_fraction=fraction,
         skipped=torch.tensor(skipped, device=device),
         skipped_steps=torch.tensor(int(skipped), device=device),
@@ -145,7 +160,9 @@ def update_sgd(group, grads, state, first=0):
         grads = [g.clone() for g in grads]  # torch then adds the decay in place
     wide = wide_params(group, params, state)
     # One that is wider than the parameter keeps its precision, as in torch.
-    wide_buffers = [b.float() if b is not None and b.dtype in SIXTEEN_BIT else b for b in buffers]
+    wide_buffers = [
+        b.to(w.dtype) if b is not None and b.dtype in SIXTEEN_BIT else b for b, w in zip(buffers, wide, strict=True)
+    ]
     sgd(
         wide,
         grads,
@@ -157,7 +174,7 @@ def update_sgd(group, grads, state, first=0):
     )
     if group["stochastic_rounding"]:
         for p in params:
-            state[p].setdefault("step", torch.zeros((), dtype=_get_scalar_dtype(), device=p.device))
+            state[p].setdefault("step", new_count())
             state[p]["step"] += 1
     roundings = store_params(group, params, wide, state, first)
     for p, rounding, b, wb in zip(params, roundings, buffers, wide_buffers, strict=True):
@@ -172,6 +189,12 @@ def update_sgd(group, grads, state, first=0):
             rounding.store(1, b, wb)
 
 
+def new_count():
+    """On the CPU, where the host reads it; the kernels move it to the parameter's device. Of a literal, whose value is
+    known of fake tensors, too."""
+    return torch.tensor(0.0, dtype=_get_scalar_dtype(), device="cpu")
+
+
 STATES_OF_ADAM = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")  # the last with amsgrad only
 
 
@@ -181,12 +204,12 @@ def update_adam(group, grads, state, first=0):
     names = STATES_OF_ADAM if group["amsgrad"] else STATES_OF_ADAM[:2]
     for p in params:
         if "step" not in state[p]:
-            state[p]["step"] = torch.zeros((), dtype=_get_scalar_dtype(), device=p.device)
+            state[p]["step"] = new_count()
             state[p].update({name: torch.zeros_like(p, dtype=state_dtype(group, p, name)) for name in names})
     kept = {name: [state[p][name] for p in params] for name in names}
     wide = wide_params(group, params, state)
     grads = [g.to(w.dtype) for g, w in zip(grads, wide, strict=True)]  # `p.grad_dtype` allows others
-    wide_kept = {name: [t.float() if t.dtype in SIXTEEN_BIT else t for t in kept[name]] for name in names}
+    wide_kept = {name: [t.to(w.dtype) for t, w in zip(kept[name], wide, strict=True)] for name in names}
     settings = ("amsgrad", "lr", "weight_decay", "eps", "maximize", "differentiable", "decoupled_weight_decay")
     adam(
         wide,

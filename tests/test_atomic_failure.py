@@ -1,7 +1,9 @@
 """A step that raises names what is wrong and has changed nothing, also where it goes through plain torch."""
 
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
@@ -117,7 +119,20 @@ def state_that_is_no_dict(optimizer, p):
     optimizer.state[p] = "momentum"
 
 
+def tensors_of(dtype):
+    def replaced(optimizer, p):
+        p.requires_grad_(False)
+        p.data, p.grad = torch.ones(4, 3).to(dtype), None
+        p.grad = torch.ones(4, 3).to(dtype)
+        optimizer.state.pop(p, None)
+
+    return replaced
+
+
 CASES = {
+    "float8": (tensors_of(torch.float8_e4m3fn), TypeError, f"{B} is torch.float8_e4m3fn"),
+    "integers": (tensors_of(torch.int64), TypeError, f"{B} is torch.int64"),
+    "booleans": (tensors_of(torch.bool), TypeError, f"{B} is torch.bool"),
     "gradient's shape": (gradient_of_another_shape, ValueError, f"gradient of {B} has another shape"),
     "gradient broadcasts": (gradient_that_would_broadcast, ValueError, f"gradient of {B} has another shape"),
     "gradient's dtype": (gradient_of_another_dtype, ValueError, f"gradient of {B} has another dtype"),
@@ -217,6 +232,18 @@ CASES_OF_ADAM = {
     "one beta": of_groups("betas", (0.9,), ValueError, "betas"),
     "NaN beta": of_groups("betas", (0.9, math.nan), ValueError, r"betas\[1\]"),
     "beta in words": of_groups("betas", ("0.9", 0.9), TypeError, r"betas\[0\]"),
+    "beta of 1": of_groups("betas", (1.0, 0.999), ValueError, r"betas\[0\]"),
+    "second beta of 1": of_groups("betas", (0.9, 1), ValueError, r"betas\[1\]"),
+    "negative beta": of_groups("betas", (-0.1, 0.999), ValueError, r"betas\[0\]"),
+    "negative count": (buffer(lambda: torch.tensor(-1.0), "step"), ValueError, f"step of {B} must be a count"),
+    "negative count, float64": (
+        buffer(lambda: torch.tensor(-1.0, dtype=torch.float64), "step"),
+        ValueError,
+        f"step of {B} must be a count",
+    ),
+    "count of -inf": (buffer(lambda: torch.tensor(-math.inf), "step"), ValueError, f"step of {B} must be a count"),
+    "float8": CASES["float8"],
+    "integers": CASES["integers"],
     "NaN eps": of_groups("eps", math.nan, ValueError, "eps"),
     "beta of two": of_groups("betas", (torch.ones(2), 0.9), (ValueError, TypeError), r"betas\[0\]"),
 }
@@ -231,7 +258,7 @@ def test_also_in_adam(case, way):
     broken(optimizer, params[2])
     if way == "plain torch":
         params[0].grad = torch.randn(4, 6)[:, ::2]
-    elif way == "the parameter itself" and case != "sparse gradient":
+    elif way == "the parameter itself" and case not in ("sparse gradient", "float8", "integers"):
         shape = params[2].shape
         params[2].grad = torch.randn(shape[0], 2 * shape[1])[:, ::2]
     before = everything(optimizer)
@@ -284,6 +311,33 @@ def test_sparse_gradients_with_a_dense_buffer_and_nesterov():
     params[2].grad = torch.ones(4, 3).to_sparse(1)
     before = everything(optimizer)
     with pytest.raises(TypeError, match=f"nesterov.* sparse gradient of {B}"):
+        optimizer.step()
+    assert everything(optimizer) == before
+
+
+@falls_back
+@pytest.mark.parametrize(
+    "weight_decay", [torch.tensor(0.1), np.float32(0.1), Fraction(1, 10)], ids=lambda n: type(n).__name__
+)
+def test_sparse_gradients_with_a_weight_decay_of_any_kind(weight_decay):
+    optimizer, params = make(max_norm=None)
+    optimizer.param_groups[1]["weight_decay"] = weight_decay
+    params[2].grad = torch.ones(4, 3).to_sparse(1)
+    before = everything(optimizer)
+    with pytest.raises(TypeError, match=f"weight_decay .* sparse gradient of {B}"):
+        optimizer.step()
+    assert everything(optimizer) == before
+
+
+@falls_back
+@pytest.mark.parametrize("cls", [fastclip.SGD, fastclip.AdamW])
+def test_a_momentum_dtype_would_drop_the_imaginary_part_of_complex_parameters(cls):
+    p, q = torch.ones(3, requires_grad=True), torch.ones(3, dtype=torch.complex64, requires_grad=True)
+    momentum = {"momentum": 0.9} if cls is fastclip.SGD else {}
+    optimizer = cls([p, q], lr=0.1, momentum_dtype=torch.bfloat16, **momentum)
+    p.grad, q.grad = torch.ones(3), torch.full((3,), 1 + 2j)
+    before = everything(optimizer)
+    with pytest.raises(TypeError, match="momentum_dtype can't be applied to parameter 1 of group 0, which is complex"):
         optimizer.step()
     assert everything(optimizer) == before
 

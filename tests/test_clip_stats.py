@@ -231,6 +231,48 @@ def test_sparse_gradients_are_looked_through():
         assert optimizer.first_nonfinite() == found
 
 
+@pytest.fixture
+def another_default_device():
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_device(None)
+
+
+# How the last step was taken: found_inf of AMP, and whether in plain torch.
+LAST_STEPS = {"taken": (0.0, False), "skipped": (1.0, False), "plain torch": (0.0, True), "both": (1.0, True)}
+
+
+@falls_back
+@pytest.mark.parametrize("momentum", [0, 0.9])
+@pytest.mark.parametrize("steps_before", [0, 1])
+@pytest.mark.parametrize("last", [None, "no gradients", "int", *LAST_STEPS])
+def test_all_is_on_the_parameters_device(last, steps_before, momentum, device, another_default_device):
+    """Whatever the last step was, and whatever torch's default device is."""
+    params = [torch.zeros(4, 3, device=device, requires_grad=True) for _ in range(2)]
+    optimizer = fastclip.SGD(params, lr=0.1, momentum=momentum, clip_value=0.5, max_norm=1.0)
+    for p in params:
+        p.grad = torch.ones(4, 3, device=device)
+    for _ in range(steps_before):
+        optimizer.step()
+    if last == "no gradients":
+        optimizer.zero_grad()
+        optimizer.step()
+    elif last == "int":  # GradScaler's sum over no gradients
+        optimizer.zero_grad()
+        optimizer.grad_scale, optimizer.found_inf = torch.ones((), device=device), 0
+        optimizer.step()
+    elif last is not None:
+        found_inf, in_plain_torch = LAST_STEPS[last]
+        if in_plain_torch:
+            params[1].grad = torch.ones(3, 4, device=device).t()
+        optimizer.grad_scale = torch.ones((), device=device)
+        optimizer.found_inf = torch.tensor(found_inf, device=device)
+        optimizer.step()
+    numbers = [optimizer.skipped_steps, optimizer.total_norm, *optimizer.clip_stats()]
+    assert {number.device.type for number in numbers if number is not None} == {device}
+    assert optimizer.skipped_steps == (last in ("skipped", "both"))
+
+
 @pytest.mark.cuda
 def test_nothing_waits_for_the_device():
     if not torch.cuda.is_available():

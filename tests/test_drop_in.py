@@ -1,11 +1,13 @@
 """fastclip.SGD where torch.optim.SGD was: state, hooks, schedulers, copies."""
 
 import copy
+import functools
 import io
 import pickle
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import fastclip
 
@@ -178,6 +180,43 @@ def test_hooks_of_a_subclass_with_its_own_step_run_once():
     opt.register_step_post_hook(lambda *args: seen.append("post"))
     opt.step()
     assert seen == ["pre", "post"]
+
+
+def wrapped(step):
+    @functools.wraps(step)
+    def own(self, *positional, **named):
+        return step(self, *positional, **named)
+
+    return own
+
+
+@pytest.mark.parametrize("by", [wrapped, torch.no_grad(), lambda step: lambda *given, **named: step(*given, **named)])
+@pytest.mark.parametrize("levels", [1, 2])
+def test_hooks_run_once_where_a_subclass_wraps_the_step(by, levels):
+    """functools.wraps copies the mark by which torch knows that a step has been wrapped to run hooks."""
+    seen, runs = {}, {}
+    for module in (torch.optim, fastclip):
+        names = seen[module] = []
+        cls = module.SGD
+        cls([torch.ones(1)], lr=0.1)  # makes torch wrap the step of its class
+        for _ in range(levels):
+            cls = type("Wrapping", (cls,), {"step": by(cls.step)})
+        p = torch.ones(1, requires_grad=True)
+        optimizer = cls([p], lr=0.1)
+        optimizer.register_step_pre_hook(lambda *_, names=names: names.append("pre"))
+        optimizer.register_step_post_hook(lambda *_, names=names: names.append("post"))
+        everywhere = register_optimizer_step_pre_hook(lambda *_, names=names: names.append("global"))
+        p.grad = torch.ones(1)
+        optimizer.step()
+        everywhere.remove()
+        runs[module] = p.item()
+        with torch.profiler.profile() as profile:
+            optimizer.step()
+        assert "Optimizer.step#Wrapping.step" in {event.key for event in profile.key_averages()}
+    assert seen[fastclip][:3] == ["global", "pre", "post"]
+    if by is wrapped:  # torch wraps a step without the mark once more, and its hooks run twice
+        assert seen[fastclip] == seen[torch.optim]
+    assert runs[fastclip] == runs[torch.optim]
 
 
 def test_a_training_step_under_torch_compile():

@@ -66,10 +66,8 @@ def test_bad_parameters_are_refused(params, error, words):
         fastclip.SGD(params, lr=0.1)
 
 
-def test_duplicates_are_refused():
-    p, q = make_params([(2,), (3,)])
-    with pytest.raises(ValueError, match="same parameter twice"):
-        fastclip.SGD([p, q, p], lr=0.1)
+def test_a_parameter_in_two_groups_is_refused():
+    p, _ = make_params([(2,), (3,)])
     opt = fastclip.SGD([p], lr=0.1)
     with pytest.raises(ValueError, match="more than one parameter group"):
         opt.add_param_group({"params": [p]})

@@ -6,7 +6,18 @@ import torch
 import fastclip
 from fastclip.reference import STATES_OF_ADAM
 
-from .cases import CLIPS, RULES, Loop, assert_same_bits, exact_square_roots, give_grads, pair, param, step_both
+from .cases import (
+    CLIPS,
+    RULES,
+    Loop,
+    assert_close,
+    assert_same_bits,
+    exact_square_roots,
+    give_grads,
+    pair,
+    param,
+    step_both,
+)
 
 falls_back = pytest.mark.falls_back
 ADAM = {"optimizer": "AdamW", "amsgrad": True}
@@ -198,6 +209,77 @@ def test_parameters_that_share_memory_are_updated_in_order(clip):
             loop.step()
         fastclip.SGD([a, b, c], lr=1.0, weight_decay=0.5, **CLIPS[clip]).step()
         torch.testing.assert_close(a.detach(), loop.params[0].detach(), rtol=1e-6, atol=0)
+
+
+@falls_back
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
+@pytest.mark.parametrize("steps_before", [0, 1])
+@pytest.mark.parametrize("shift", [-1, 1, 700])
+def test_a_gradient_in_the_memory_of_its_own_parameter(shift, steps_before, optimizer):
+    """It is read as it was before the step: torch's momentum copies it first, too."""
+    momentum = {"momentum": 0.9} if optimizer == "SGD" else {}
+    values = torch.randn(5400)
+    theirs, ours = torch.zeros(4000, requires_grad=True), torch.zeros(4000, requires_grad=True)
+    loop = getattr(torch.optim, optimizer)([theirs], lr=0.1, foreach=False, **momentum)
+    fused = getattr(fastclip, optimizer)([ours], lr=0.1, **momentum)
+    for _ in range(steps_before):
+        give_grads([theirs], [ours])
+        step_both(loop, None, fused, None)
+    for p in (theirs, ours):
+        memory = values.clone()
+        p.data, p.grad = memory[700:4700], None
+        p.grad = memory[700 + shift : 4700 + shift].clone() if p is theirs else memory[700 + shift : 4700 + shift]
+    step_both(loop, None, fused, None)
+    assert_close([theirs], [ours], 1e-6)
+
+
+@falls_back
+def test_a_shifted_gradient_without_momentum():
+    """torch raises here."""
+    memory = torch.arange(5000.0)
+    p = memory[1:].requires_grad_()
+    p.grad = memory.detach()[:-1]
+    fastclip.SGD([p], lr=1.0).step()
+    assert torch.equal(p.detach(), torch.ones(4999))
+
+
+@falls_back
+def test_a_gradient_in_the_memory_of_another_parameter_is_read_after_its_update():
+    """As in torch's loop, which goes by the order of the parameters. With two threads the kernels would not."""
+    torch.set_num_threads(2)
+    trained = []
+    for module in (torch.optim, fastclip):
+        a, b = param(65536, 1.0), param(65536, 1.0)
+        optimizer = module.SGD([a, b], lr=0.5, foreach=False)
+        optimizer.step()
+        b.grad = a.detach()
+        optimizer.step()
+        trained.append([a.detach(), b.detach()])
+    assert all(map(torch.equal, *trained))
+
+
+@falls_back
+@pytest.mark.parametrize("moved", ["to an address that makes up for the size", "to a wider dtype"])
+def test_memory_that_is_shared_from_some_step_on(moved):
+    """Its addresses were looked at before, and were fine."""
+    memory = torch.zeros(8192)
+    memory = memory[128 if memory.data_ptr() & 512 else 0 :]
+    a, b = memory[:1024].requires_grad_(), memory[1024:2048].detach().requires_grad_()
+    optimizer = fastclip.SGD([a, b], lr=1.0)
+    a.grad, b.grad = torch.ones(1024), torch.ones(1024)
+    optimizer.step()
+    a.grad = b.grad = None
+    if moved == "to a wider dtype":
+        a.data = torch.frombuffer(memory.numpy(), dtype=torch.float64, count=1024)  # up to where b ends
+    else:  # address ^ size stays as it was
+        offset = ((memory.data_ptr() ^ 1024 ^ 1536) - memory.data_ptr()) // 4
+        assert offset == 128
+        a.data = memory[offset : offset + 1536]
+    memory.zero_()
+    a.grad, b.grad = torch.ones_like(a), torch.ones_like(b)
+    with pytest.warns(UserWarning, match="share memory"):
+        optimizer.step()
+    assert memory.sum() != 0
 
 
 @falls_back

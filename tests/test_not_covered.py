@@ -1,5 +1,7 @@
 """What the kernels do not cover: plain torch with the same answer, or an error before anything is changed."""
 
+import math
+
 import pytest
 import torch
 
@@ -36,6 +38,43 @@ def test_sparse_gradients_step_as_in_torch_and_clips_of_them_are_refused():
         with pytest.raises(TypeError, match="sparse gradient of parameter 0 of group 0"):
             fastclip.SGD(model.parameters(), lr=0.1, **clip).step()
         assert torch.equal(model.weight, before)
+
+
+def nested_gradient():
+    p = torch.nn.Parameter(torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged))
+    return p, torch.ones_like(p)
+
+
+@falls_back
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: (param(4), torch.ones(4).to_sparse()), r"parameter 0 of group 0 has a gradient that is sparse"),
+        (lambda: (param(4), torch.ones(4).to(torch.complex64).conj().imag), "has a gradient that is a lazily negated"),
+        (nested_gradient, "parameter 0 of group 0 is nested"),
+    ],
+    ids=["sparse", "negated", "nested"],
+)
+def test_the_warning_says_which_tensor_is_of_which_kind(make, words):
+    p, grad = make()
+    p.grad = grad
+    with pytest.warns(UserWarning, match=words):
+        fastclip.SGD([p], lr=1.0).step()
+
+
+@falls_back
+@pytest.mark.parametrize("value", [1.0, math.inf, math.nan])
+def test_skip_nonfinite_looks_at_the_values_of_sparse_gradients(value):
+    embedding, p = torch.nn.Embedding(6, 2, sparse=True), param(3)
+    optimizer = fastclip.SGD([embedding.weight, p], lr=0.1, skip_nonfinite=True)
+    before = embedding.weight.detach().clone()
+    (embedding(torch.tensor([1, 4, 4])) * torch.tensor([1.0, value])).sum().backward()
+    expected = before - 0.1 * embedding.weight.grad.to_dense()
+    optimizer.step()
+    skipped = not math.isfinite(value)
+    assert optimizer.skipped_steps == skipped and optimizer.clip_stats().skipped == skipped
+    torch.testing.assert_close(embedding.weight.detach(), before if skipped else expected, rtol=1e-6, atol=0)
+    assert torch.equal(p.detach(), torch.full((3,), 0.0 if skipped else -0.1))
 
 
 @falls_back

@@ -275,6 +275,28 @@ def test_parameters_dropped_while_a_state_is_looked_up(call, run_in_look_up):
         assert torch.equal(values, torch.full_like(values, -1.0 if found else 0.0))
 
 
+@pytest.mark.parametrize("call", range(3))
+@pytest.mark.parametrize(
+    "settings", [{"master_weights": True}, {"stochastic_rounding": True}], ids=lambda s: next(iter(s))
+)
+def test_parameters_without_a_state_dropped_while_it_is_looked_up(settings, call, run_in_look_up):
+    """Nothing is made of the parameter that could hold it."""
+    optimizer = fastclip.SGD([param(1000) for _ in range(3)], lr=1.0, **settings)
+    params = optimizer.param_groups[0]["params"]
+    memory = [p.detach() for p in params]
+    garbage = []
+
+    def drop():
+        params.clear()
+        garbage.extend(param(1000) for _ in range(6))
+
+    run_in_look_up(optimizer, call, drop)
+    for index, values in enumerate(memory):
+        found = index <= call
+        assert torch.equal(values, torch.full_like(values, -1.0 if found else 0.0))
+    assert all(torch.equal(p, torch.zeros(1000)) and p._version == 0 for p in garbage)
+
+
 # What happens to the groups, and what is left of a step of two groups.
 CHANGES = {
     "another list of parameters": (lambda optimizer, group: group.update(params=[]), [-1, -1]),

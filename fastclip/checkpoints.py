@@ -1,0 +1,56 @@
+"""What loading a checkpoint has to keep: the dtypes of states, and settings that the file does not know."""
+
+import torch
+
+from .precision import state_dtype
+
+# What the groups hold besides torch's settings, with the values that mean torch's own step.
+OWN_SETTINGS = {
+    "clip_value": None,
+    "max_norm": None,
+    "norm_type": 2.0,
+    "skip_nonfinite": False,
+    "master_weights": False,
+    "stochastic_rounding": False,
+    "rounding_seed": 0,
+    "momentum_dtype": None,
+}
+
+
+def complete(group, own):
+    """Gives a group the settings that it lacks: those of `own`. Returns whether it lacked any."""
+    missing = OWN_SETTINGS.keys() - group.keys()
+    group.update({name: own.get(name, OWN_SETTINGS[name]) for name in OWN_SETTINGS if name in missing})
+    return bool(missing)
+
+
+def restore_dtypes(optimizer, state_dict):
+    """Gives states that were just loaded the dtypes in which the optimizer makes them. torch has cast them to those of
+    the parameters; `state_dict` holds them as they were."""
+    saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+    pairs = [(group, param) for group in optimizer.param_groups for param in group["params"]]
+    for key, (group, param) in zip(saved, pairs, strict=True):
+        loaded = optimizer.state.get(param, {})
+        for name, value in state_dict["state"].get(key, {}).items():
+            if name != "step" and isinstance(loaded.get(name), torch.Tensor) and value.is_floating_point():
+                dtype = state_dtype(group, param, name)
+                if loaded[name].dtype != dtype:
+                    loaded[name] = value.to(device=loaded[name].device, dtype=dtype)
+
+
+def is_flat_loader(frame):
+    """Whether this is the frame in which torch.distributed.checkpoint reads a flattened optimizer."""
+    return frame.f_code.co_name == "_unflatten_optim_state_dict"
+
+
+def groups_in_file(groups, frame):
+    """The groups without those of our settings that the file lacks: it is from plain torch, or from a fastclip that had
+    fewer. The loader says KeyError for each key of a group that is not in the file; `load_state_dict` later keeps what
+    the optimizer has."""
+    state_dict, names = frame.f_locals["state_dict"], frame.f_locals["info"].fqn_param_mapping
+
+    def is_saved(group, setting):
+        keys = (f"param_groups.{name}.{setting}" for param in group["params"] for name in names[param])
+        return setting not in OWN_SETTINGS or any(key in state_dict for key in keys)
+
+    return [{key: value for key, value in group.items() if is_saved(group, key)} for group in groups]

@@ -1,0 +1,57 @@
+"""Reads the values of tensors: those that a gradient stores, and numbers that plain torch decides by."""
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+KNOWN_DTYPES = (
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+    torch.complex64,
+    torch.complex128,
+)
+
+
+def values_of(grad):
+    """The values that a gradient holds: of a sparse or nested one, those it stores."""
+    if grad.layout == torch.strided:
+        return grad
+    return grad.coalesce().values() if grad.layout == torch.sparse_coo else grad.values()
+
+
+def item_of(tensor, unknown):
+    """`tensor.item()`, or `unknown` where nobody knows it: on meta, of fake tensors, while operations are traced."""
+    if tensor.is_meta or (isinstance(tensor, FakeTensor) and tensor.constant is None):
+        return unknown
+    try:
+        return tensor.item()
+    except RuntimeError:
+        if torch._C._len_torch_dispatch_stack() == 0:
+            raise
+        return unknown
+
+
+def number_of(value):
+    """A setting as a plain number, which torch takes everywhere: a Fraction or an array would fail in some steps only.
+    A tensor that the step is to be differentiated by stays one."""
+    if not isinstance(value, torch.Tensor):
+        return float(value)
+    return value if value.requires_grad else item_of(value, unknown=value)
+
+
+def span_of(tensor):
+    """(begin, end) of the memory that a tensor lies in; (0, 0) where it has none of its own."""
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided or tensor.is_meta:
+        return 0, 0
+    if tensor.numel() == 0:
+        return 0, 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def overlap_in_part(a, b):
+    """Whether two tensors share memory, and not element by element."""
+    (begin_a, end_a), (begin_b, end_b) = span_of(a), span_of(b)
+    alike = (begin_a, a.shape, a.stride(), a.dtype) == (begin_b, b.shape, b.stride(), b.dtype)
+    return max(begin_a, begin_b) < min(end_a, end_b) and not alike
