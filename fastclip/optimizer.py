@@ -6,10 +6,11 @@ import warnings
 import torch
 from torch.optim import optimizer as torch_optimizer
 
-from . import clip_stats
+from . import amp, clip_stats
 from ._extension import _C
 from .checks import name_of
 from .distributed import gradients_placed_as, is_dtensor, is_made_by_zero, reduction_of, step_on_shards
+from .pieces import Given
 from .precision import state_dtype
 
 SHARED_SETTINGS = ("max_norm", "norm_type", "skip_nonfinite")  # the same in all groups
@@ -33,8 +34,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
     what a step is in plain torch.
     """
 
-    # GradScaler then leaves unscaling and skipping to the step, in `self.grad_scale` and `self.found_inf`.
-    _step_supports_amp_scaling = True
+    _step_supports_amp_scaling = amp.SupportsAmpScaling()
 
     def __init__(self, *positional, **named):
         self._own_defaults = {name: named.pop(name) for name in OWN_SETTINGS}
@@ -65,6 +65,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
             except BaseException:
                 self.param_groups.pop()
                 raise
+        self._given.add(self.param_groups[-1]["params"])
 
     def _check_group(self, group):
         index = len(self.param_groups)
@@ -97,6 +98,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
     def _start(self):
         """What is not state: made anew for a new or copied optimizer."""
         self._plan = _C.Plan(self._rule)
+        self._given = Given()
         self._reference_stats = None  # of the last step, if it was in plain torch
         self._in_backward = None  # see step_in_backward
         self._reference_skips = 0
@@ -107,6 +109,8 @@ class ClippedOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         if "_plan" not in self.__dict__:  # else a checkpoint is loaded: a CUDA graph may hold memory of the plan's
             self._start()
+            for group in self.param_groups:
+                self._given.add(group["params"])
         # A checkpoint of plain torch knows of no clip: this optimizer's own settings stay.
         for index, group in enumerate(self.param_groups):
             own = own_groups[index] if index < len(own_groups) else self.defaults
@@ -238,14 +242,12 @@ class ClippedOptimizer(torch.optim.Optimizer):
         grad_scale, found_inf = attributes.get("grad_scale"), attributes.get("found_inf")
         if self._in_backward is not None:
             if found_inf is not None:
-                raise RuntimeError(
-                    "step_in_backward has stepped on gradients that GradScaler had scaled, and the parameters are "
-                    "wrong: load them anew, and train without one of the two (bfloat16 needs no GradScaler)"
-                )
+                raise RuntimeError(amp.IN_BACKWARD)
             if not self._in_backward.leaves_a_step():
                 return loss
         if type(found_inf) is int:  # GradScaler's sum over no gradients at all; other ranks may have some
             found_inf = torch.zeros(())
+        self._given.check(self.param_groups)
         self._update(self.param_groups, grad_scale, found_inf)
         return loss
 

@@ -9,7 +9,7 @@ if not torch.distributed.is_available():
 import fastclip
 
 from .cases import param
-from .distributed import checkpoints, disagreement, models, placements
+from .distributed import checkpoints, disagreement, models, pieces, placements, scalers
 from .distributed.compare import CASES
 from .distributed.worker import PASSED, start_ranks
 
@@ -55,6 +55,16 @@ def test_ranks_that_see_something_else(results, case, ranks):
 
 @cases_of(checkpoints)
 def test_checkpoints(results, case, ranks):
+    assert_passed(results[ranks][case])
+
+
+@cases_of(pieces)
+def test_groups_that_were_exchanged(results, case, ranks):
+    assert_passed(results[ranks][case])
+
+
+@cases_of(scalers)
+def test_scalers_whose_verdict_is_their_own(results, case, ranks):
     assert_passed(results[ranks][case])
 
 
