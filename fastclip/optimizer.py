@@ -9,7 +9,7 @@ from torch.optim import optimizer as torch_optimizer
 from . import amp, clip_stats
 from ._extension import _C
 from .checks import name_of
-from .distributed import gradients_placed_as, is_dtensor, is_made_by_zero, reduction_of, step_on_shards
+from .distributed import gradients_placed_as, is_dtensor, reduction_of, step_on_shards, who_shares_out
 from .pieces import Given
 from .precision import state_dtype
 
@@ -80,9 +80,9 @@ class ClippedOptimizer(torch.optim.Optimizer):
                 f"{of_all_ranks[0]} can't be applied to param_groups[{index}]: each rank of FullyShardedDataParallel "
                 "sees its own shard only; its clip_grad_norm_ takes the norm of all"
             )
-        if of_all_ranks and is_made_by_zero():
+        if of_all_ranks and (zero := who_shares_out()):
             raise TypeError(
-                f"{of_all_ranks[0]} can't be applied under ZeroRedundancyOptimizer: each rank steps on some of the "
+                f"{of_all_ranks[0]} can't be applied under {zero}: each rank steps on some of the "
                 "parameters only; fastclip.clip_grad_norm_ over all of them, before the step, takes the norm of all"
             )
         for i, tensor in enumerate(tensors):
