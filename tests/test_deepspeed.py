@@ -9,7 +9,12 @@ if not importlib.util.find_spec("deepspeed"):
 
 from .distributed.worker import PASSED, start_ranks
 
-CASES = ["deepspeed_clips", "fastclip_clips_what_is_whole", "a_norm_of_a_piece_is_refused"]
+CASES = [
+    "deepspeed_clips",
+    "fastclip_clips_what_is_whole",
+    "a_norm_of_a_piece_is_refused",
+    "the_recipe_ends_where_the_loop_ends",
+]
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import os
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import fastclip
 
@@ -14,14 +15,14 @@ STEPS, CLIP = 4, 0.1
 RULES = {"SGD": {"lr": 0.1, "momentum": 0.9}, "AdamW": {"lr": 0.01}}
 
 
-def initialize(**arguments):
-    """`deepspeed.initialize` without its all-reduce in shared memory, which takes a minute to compile."""
+def import_deepspeed():
+    """Without its all-reduce in shared memory, which takes a minute to compile."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
-    return deepspeed.initialize(**arguments)[0]
+    return deepspeed
 
 
 def make_engine(library, kind, stage, groups=1, config=None, **settings):
@@ -31,7 +32,7 @@ def make_engine(library, kind, stage, groups=1, config=None, **settings):
         list(model.parameters()) if groups == 1 else [{"params": list(m.parameters())} for m in (model[0], model[2])]
     )
     optimizer = getattr(library, kind)(params, **RULES[kind], **settings)
-    return initialize(
+    engine, *_ = import_deepspeed().initialize(
         model=model,
         optimizer=optimizer,
         config={
@@ -42,6 +43,7 @@ def make_engine(library, kind, stage, groups=1, config=None, **settings):
             **(config or {}),
         },
     )
+    return engine
 
 
 def pass_back(engine, step):
@@ -113,3 +115,23 @@ def a_norm_of_a_piece_is_refused():
     for stage in (1, 2, 3):
         for settings in ({"max_norm": CLIP}, {"skip_nonfinite": True}):
             assert_refused(next(iter(settings)), stage, groups, **settings)
+
+
+@on_ranks()
+def the_recipe_ends_where_the_loop_ends():
+    """Each rank takes its share of the utterances: together those of a batch that is so many times larger."""
+    import_deepspeed()
+    from ..trainers import MAX_NORM, norm_clip, options, plain_loop, recipe
+
+    ranks, settings = dist.get_world_size(), []
+
+    def after_step(optimizer, *_):
+        settings.append({name: optimizer.param_groups[0][name] for name in ("lr", "momentum")})
+
+    hook = register_optimizer_step_post_hook(after_step)
+    model, log = recipe("with_deepspeed").train(options("--max-norm", str(MAX_NORM)))
+    hook.remove()
+    assert len(settings) == len(log.stats) == 8 / ranks and settings[0]["lr"] > settings[-1]["lr"]
+    expected, norms = plain_loop(options("--batch", str(4 * ranks)), settings, norm_clip)
+    assert min(norms) > MAX_NORM
+    assert_same(list(model.parameters()), expected, rtol=1e-5)
