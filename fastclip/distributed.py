@@ -29,16 +29,24 @@ def is_dtensor(tensor):
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def is_made_by_zero():
-    """Whether a ZeroRedundancyOptimizer is making an optimizer for this rank's share of the parameters. Nothing that it
-    hands over tells, so its frame has to."""
-    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
-    frame = sys._getframe() if module else None
+# What shares whole parameters out, each rank making an optimizer for its own: their modules, and their names.
+_SHARE_OUT = {
+    "torch.distributed.optim.zero_redundancy_optimizer": "ZeroRedundancyOptimizer",
+    "fairscale.optim.oss": "FairScale's OSS",
+}
+
+
+def who_shares_out():
+    """The name of what is making an optimizer for this rank's share of the parameters, or None. Nothing that it hands
+    over tells, so its frame has to."""
+    loaded = {name: vars(sys.modules[module]) for module, name in _SHARE_OUT.items() if module in sys.modules}
+    frame = sys._getframe() if loaded else None
     while frame:
-        if frame.f_globals is vars(module):
-            return True
+        for name, its_globals in loaded.items():
+            if frame.f_globals is its_globals:
+                return name
         frame = frame.f_back
-    return False
+    return None
 
 
 def local_of(tensor):

@@ -7,11 +7,12 @@ import warnings
 import torch
 from torch.optim import optimizer as torch_optimizer
 
-from . import clip_stats
+from . import amp, clip_stats
 from ._extension import _C
 from .checkpoints import OWN_SETTINGS, complete, groups_in_file, is_flat_loader, restore_dtypes
 from .checks import name_of
-from .distributed import gradients_placed_as, is_dtensor, is_made_by_zero, reduction_of, step_on_shards
+from .distributed import gradients_placed_as, is_dtensor, reduction_of, step_on_shards, who_shares_out
+from .pieces import Given
 
 SHARED_SETTINGS = ("max_norm", "norm_type", "skip_nonfinite")  # the same in all groups
 
@@ -23,8 +24,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
     what a step is in plain torch.
     """
 
-    # GradScaler then leaves unscaling and skipping to the step, in `self.grad_scale` and `self.found_inf`.
-    _step_supports_amp_scaling = True
+    _step_supports_amp_scaling = amp.SupportsAmpScaling()
 
     def __init__(self, *positional, **named):
         self._own_defaults = {name: named.pop(name) for name in OWN_SETTINGS}
@@ -73,6 +73,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
             except BaseException:
                 self.param_groups.pop()
                 raise
+        self._given.add(self.param_groups[-1]["params"])
 
     def _check_group(self, group):
         index = len(self.param_groups)
@@ -85,9 +86,9 @@ class ClippedOptimizer(torch.optim.Optimizer):
                 f"{of_all_ranks[0]} can't be applied to param_groups[{index}]: each rank of FullyShardedDataParallel "
                 "sees its own shard only; its clip_grad_norm_ takes the norm of all"
             )
-        if of_all_ranks and is_made_by_zero():
+        if of_all_ranks and (zero := who_shares_out()):
             raise TypeError(
-                f"{of_all_ranks[0]} can't be applied under ZeroRedundancyOptimizer: each rank steps on some of the "
+                f"{of_all_ranks[0]} can't be applied under {zero}: each rank steps on some of the "
                 "parameters only; fastclip.clip_grad_norm_ over all of them, before the step, takes the norm of all"
             )
         for i, tensor in enumerate(tensors):
@@ -103,6 +104,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
     def _start(self):
         """What is not state: made anew for a new or copied optimizer."""
         self._plan = _C.Plan(self._rule)
+        self._given = Given()
         self._reference_stats = None  # of the last step, if it was in plain torch
         self._in_backward = None  # see step_in_backward
         self._reference_skips = 0
@@ -113,6 +115,8 @@ class ClippedOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         if "_plan" not in self.__dict__:  # else a checkpoint is loaded: a CUDA graph may hold memory of the plan's
             self._start()
+            for group in self.param_groups:
+                self._given.add(group["params"])
         # A checkpoint of plain torch knows of no clip: this optimizer's own settings stay.
         for index, group in enumerate(self.param_groups):
             complete(group, own_groups[index] if index < len(own_groups) else self.defaults)
@@ -242,15 +246,14 @@ class ClippedOptimizer(torch.optim.Optimizer):
         grad_scale, found_inf = attributes.get("grad_scale"), attributes.get("found_inf")
         if self._in_backward is not None:
             if found_inf is not None:
-                raise RuntimeError(
-                    "step_in_backward has stepped on gradients that GradScaler had scaled, and the parameters are "
-                    "wrong: load them anew, and train without one of the two (bfloat16 needs no GradScaler)"
-                )
+                raise RuntimeError(amp.IN_BACKWARD)
             if not self._in_backward.leaves_a_step():
                 return loss
         if type(found_inf) is int:  # GradScaler's sum over no gradients at all; other ranks may have some
             found_inf = torch.zeros((), device="cpu")
-        self._update(attributes["param_groups"], grad_scale, found_inf)
+        groups = attributes["param_groups"]
+        self._given.check(groups)
+        self._update(groups, grad_scale, found_inf)
         return loss
 
     def _update(self, groups, grad_scale=None, found_inf=None):
@@ -260,6 +263,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
         except KeyError:
             if not self._complete(groups):
                 raise
+            self._given.check(groups)  # which now say whether there is a norm
             why_not = self._plan.step(groups, self.state, grad_scale, found_inf)
         taken = why_not is None
         self._reference_stats = None if taken else self._step_elsewhere(groups, why_not, grad_scale, found_inf)

@@ -244,3 +244,81 @@ def test_a_skipped_step_has_an_infinite_norm():
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(1.0)
     optimizer.step()
     assert optimizer.total_norm.item() == float("inf") and torch.equal(p.detach(), torch.zeros(2))
+
+
+def with_own(*names):
+    """A scaler whose methods of these names are its own, and do what torch's do."""
+
+    def method(name):
+        def call(self, *args, **kwargs):
+            return getattr(super(cls, self), name)(*args, **kwargs)
+
+        return call
+
+    cls = type("Own", (torch.amp.GradScaler,), {name: method(name) for name in names})
+    return cls
+
+
+SCALERS = {
+    "torch's": (torch.amp.GradScaler, True),
+    "torch's for the CPU": (lambda _: torch.cpu.amp.GradScaler(), True),
+    "own update, scale and state": (with_own("update", "scale", "get_scale", "state_dict"), True),
+    "own step": (with_own("step"), False),
+    "own unscale_": (with_own("unscale_"), False),
+    "own _unscale_grads_": (with_own("_unscale_grads_"), False),
+    "own _maybe_opt_step": (with_own("_maybe_opt_step"), False),
+}
+
+
+def is_left_to_the_step(scaler, **settings):
+    """Whether the step of an optimizer gets what it has to unscale by; it is right in any case."""
+    p, seen = param(3), []
+    optimizer = fastclip.SGD([p], lr=1.0, max_norm=math.inf, **settings)
+    optimizer.register_step_pre_hook(lambda opt, *_: seen.append(hasattr(opt, "found_inf")))
+    p.grad = scaler.scale(p.grad)
+    scaler.step(optimizer)
+    scaler.update()
+    assert p.tolist() == [-1] * 3 and optimizer.total_norm.item() == math.sqrt(3)
+    return seen[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.cpu.amp.GradScaler:FutureWarning")
+@pytest.mark.parametrize("settings", [{}, {"fused": True}], ids=["plain", "fused"])
+@pytest.mark.parametrize("name", SCALERS)
+def test_a_scaler_with_methods_of_its_own_unscales_itself(name, settings):
+    kind, left = SCALERS[name]
+    assert is_left_to_the_step(kind("cpu"), **settings) == left
+
+
+@pytest.mark.parametrize("owner", [lambda scaler: scaler, type], ids=["the scaler's", "torch's class's"])
+@pytest.mark.parametrize("name", ["step", "unscale_", "_unscale_grads_", "_maybe_opt_step"])
+def test_a_method_that_was_exchanged_is_called(name, owner, monkeypatch):
+    scaler, called = torch.amp.GradScaler("cpu"), []
+    torchs = getattr(owner(scaler), name)
+    monkeypatch.setattr(owner(scaler), name, lambda *args, **kwargs: called.append(name) or torchs(*args, **kwargs))
+    assert not is_left_to_the_step(scaler)
+    assert called == [name]
+
+
+def test_a_step_that_a_scaler_does_not_take_leaves_the_last_statistics():
+    """As torch's optimizers, this one is not called then, and hears of nothing."""
+    p, scaler = param(3), with_own("_maybe_opt_step")("cpu")
+    optimizer = fastclip.SGD([p], lr=1.0, max_norm=1.0)
+    for grad in (torch.ones(3), torch.full((3,), math.inf)):
+        p.grad = scaler.scale(grad)
+        scaler.step(optimizer)
+        scaler.update()
+    assert optimizer.total_norm.item() == math.sqrt(3) and optimizer.skipped_steps.item() == 0
+    assert not optimizer.clip_stats().skipped and p.isfinite().all()
+
+
+def test_whoever_else_asks_is_told_that_the_step_unscales():
+    """Lightning asks, and refuses to clip. Who sets the attribute has the last word."""
+    optimizer = fastclip.SGD([param(2)], lr=0.1)
+    assert optimizer._step_supports_amp_scaling and fastclip.SGD._step_supports_amp_scaling
+    optimizer._step_supports_amp_scaling = False
+    scaler, seen = torch.amp.GradScaler("cpu"), []
+    optimizer.register_step_pre_hook(lambda opt, *_: seen.append(hasattr(opt, "found_inf")))
+    scaler.scale(torch.ones(()))
+    scaler.step(optimizer)
+    assert seen == [False] and not optimizer._step_supports_amp_scaling

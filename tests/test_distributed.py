@@ -1,5 +1,8 @@
 """Data parallel, sharded and tensor parallel models on 1, 2 and 4 ranks, each a process of its own."""
 
+import sys
+import types
+
 import pytest
 import torch
 
@@ -9,7 +12,7 @@ if not torch.distributed.is_available():
 import fastclip
 
 from .cases import param
-from .distributed import checkpoints, disagreement, models, placements
+from .distributed import checkpoints, disagreement, models, pieces, placements, scalers
 from .distributed.compare import CASES
 from .distributed.worker import PASSED, start_ranks
 
@@ -58,6 +61,16 @@ def test_checkpoints(results, case, ranks):
     assert_passed(results[ranks][case])
 
 
+@cases_of(pieces)
+def test_groups_that_were_exchanged(results, case, ranks):
+    assert_passed(results[ranks][case])
+
+
+@cases_of(scalers)
+def test_scalers_whose_verdict_is_their_own(results, case, ranks):
+    assert_passed(results[ranks][case])
+
+
 def test_a_rank_that_fails_or_does_not_come_is_told(tmp_path):
     """The tests above can fail: an error of one rank reaches them, and what could not run after it."""
     outcomes = start_ranks(2, tmp_path, ["fails_on_rank_1", "passes"])
@@ -94,3 +107,17 @@ def test_a_norm_of_the_parameters_of_one_rank_is_refused():
         assert p.tolist() == q.tolist() == [-0.5] * 3
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_a_norm_under_fairscale_is_refused(monkeypatch):
+    """A module of that name, which makes an optimizer for a share as FairScale's OSS does."""
+    oss = types.ModuleType("fairscale.optim.oss")
+    exec("def share(optim, params, **settings):\n    return optim(params[:1], **settings)", vars(oss))
+    monkeypatch.setitem(sys.modules, oss.__name__, oss)
+    params = [param(3), param(3)]
+    for settings in ({"max_norm": 1.0}, {"skip_nonfinite": True}):
+        with pytest.raises(TypeError, match=f"{next(iter(settings))} can't be applied under FairScale's OSS"):
+            oss.share(fastclip.SGD, params, lr=0.1, **settings)
+        fastclip.SGD(params, lr=0.1, **settings)
+    oss.share(fastclip.SGD, params, lr=1.0, clip_value=0.5).step()
+    assert [p.tolist() for p in params] == [[-0.5] * 3, [0.0] * 3]

@@ -50,14 +50,24 @@ def test_what_needs_all_gradients(name):
         assert not torch.equal(before.weight, model.weight)
 
 
-def test_grad_scaler():
+class OwnScaler(torch.amp.GradScaler):
+    """Without gradients torch's `unscale_` finds nothing, and raises in `step`; FSDP's finds no infinity."""
+
+    def unscale_(self, optimizer):
+        super().unscale_(optimizer)
+        self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = {torch.device("cpu"): torch.zeros(())}
+
+
+@pytest.mark.parametrize("kind", [torch.amp.GradScaler, OwnScaler])
+def test_grad_scaler(kind):
     model, optimizer, loss = linear()
     fastclip.step_in_backward(model, optimizer)
-    scaler = torch.amp.GradScaler("cpu")
+    scaler = kind("cpu")
     scaler.scale(loss).backward()
     with pytest.raises(RuntimeError, match="gradients that GradScaler had scaled"):
         scaler.step(optimizer)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    assert optimizer._step_supports_amp_scaling  # for a trainer that asks whether it may clip
+    scaler = kind("cpu", enabled=False)
     scaler.scale(model(torch.randn(2, 4)).sum()).backward()
     scaler.step(optimizer)
     scaler.update()

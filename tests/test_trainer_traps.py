@@ -1,6 +1,7 @@
 """What the recipes of examples/trainers warn of, shown to happen in the trainers that are installed."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -67,6 +68,41 @@ def test_lightning_with_a_scaler_gives_the_bits_of_the_loop(monkeypatch):
     assert_same_bits(expected, list(model.parameters()))
     assert 0 < log.stats[-1].skipped_steps < given.steps
     assert raw[-1] > 100 * norms[-1]  # a part of the gradient, in that hook: still scaled
+
+
+class OwnScaler(torch.amp.GradScaler):
+    """Of the kind that asks other ranks whether to step."""
+
+    def _maybe_opt_step(self, *args, **kwargs):
+        return super()._maybe_opt_step(*args, **kwargs)
+
+
+def test_lightning_and_accelerate_with_a_scaler_that_decides_itself():
+    """As with torch's SGD: no step is called where it has found an infinity, and Accelerate hears of it."""
+    plugins = pytest.importorskip("lightning_fabric.plugins")
+    AcceleratedOptimizer = pytest.importorskip("accelerate.optimizer").AcceleratedOptimizer
+    recipe("with_accelerate").Accelerator(cpu=True)
+    ends = []
+    with Watch():
+        for make in (partial(torch.optim.SGD, foreach=False), partial(fastclip.SGD, max_norm=math.inf)):
+            params = [torch.ones(3, requires_grad=True) for _ in range(2)]
+            optimizers = [make([p], lr=0.1, momentum=0.9) for p in params]
+            of_lightning = plugins.MixedPrecision(
+                "16-mixed", "cpu", OwnScaler("cpu", init_scale=8.0, growth_interval=2)
+            )
+            prepared = AcceleratedOptimizer(optimizers[1], scaler=OwnScaler("cpu", init_scale=8.0, growth_interval=2))
+            scales, skipped = [], []
+            for factor in (math.inf, 1.0, 1.0, math.inf, 1.0):
+                for p, scaler in zip(params, (of_lightning.scaler, prepared.scaler), strict=True):
+                    p.grad = None
+                    scaler.scale((p * p).sum() * factor).backward()
+                of_lightning.optimizer_step(optimizers[0])
+                prepared.step()
+                scales.append((of_lightning.scaler.get_scale(), prepared.scaler.get_scale()))
+                skipped.append(prepared.step_was_skipped)
+            ends.append((scales, skipped, params))
+    assert ends[0][:2] == ends[1][:2] and skipped == [True, False, False, True, False]
+    assert_same_bits(ends[0][2], ends[1][2])
 
 
 def test_transformers_takes_a_norm_only_to_log(monkeypatch):

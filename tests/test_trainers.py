@@ -9,6 +9,7 @@ import torch
 from tests.cases import assert_close, assert_same_bits
 from tests.trainers import (
     CLIP_VALUE,
+    ELSEWHERE,
     LOOPS,
     MAX_NORM,
     TRAINERS,
@@ -125,7 +126,7 @@ def test_readme_has_a_row_for_each_recipe_that_says_what_the_recipe_does():
     rows = re.findall(
         r"^\| \[.+\]\(examples/trainers/(\w+)\.py\) (.+)$", (root / "README.md").read_text(), re.MULTILINE
     )
-    assert sorted(name for name, _ in rows) == sorted(LOOPS + TRAINERS)
+    assert sorted(name for name, _ in rows) == sorted(LOOPS + TRAINERS + ELSEWHERE)
     for name, row in rows:
         text = " ".join((root / "examples" / "trainers" / f"{name}.py").read_text().split())
         for code in re.findall(r"`(.+?)`", row):

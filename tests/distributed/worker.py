@@ -87,7 +87,7 @@ def run_cases(cases, store, save):
 
 
 def main():
-    from . import checkpoints, disagreement, models, placements  # noqa: F401  which fill CASES
+    from . import checkpoints, disagreement, in_deepspeed, models, pieces, placements, scalers  # noqa: F401  which fill CASES
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", choices=["gloo", "nccl"], default="gloo")

@@ -1,0 +1,56 @@
+"""Wrappers that exchange the parameters in an optimizer's groups for pieces: what tells a piece from the whole."""
+
+import operator
+
+import torch
+
+_is_initialized = torch.distributed.is_initialized if torch.distributed.is_available() else bool
+
+
+class Given:
+    """What an optimizer was given: its tensors, by identity and size, and how many elements of them are trained."""
+
+    def __init__(self):
+        self._sizes = {}  # by id: a weak reference would stand in the way of torch.utils.swap_tensors
+        self._trained = 0
+        self._checked = [], []  # the lists that were the whole at the last look, and their lengths
+
+    def add(self, params):
+        """The parameters of a group. Frozen ones are not summed, as wrappers leave them out."""
+        self._sizes.update((id(param), param.numel()) for param in params)
+        self._trained += sum(_numel(param) for param in params if param.requires_grad)
+
+    def check(self, groups):
+        """Refuses a norm, or a verdict, over tensors that were not given and have fewer elements than those that were.
+
+        Looks at tensors only where the groups hold other lists than at the last look, or of other lengths.
+
+        Raises:
+            TypeError: DeepSpeed's ZeRO, or another wrapper, has left a piece on this rank.
+        """
+        if not groups or not _is_initialized():
+            return
+        of_all = [name for name in ("max_norm", "skip_nonfinite") if groups[0].get(name) not in (None, False)]
+        if not of_all:
+            return
+        lists = [group["params"] for group in groups]
+        lengths = list(map(len, lists))
+        if lengths == self._checked[1] and all(map(operator.is_, lists, self._checked[0])):
+            return
+        here = [param for params in lists for param in params]
+        if any(self._sizes.get(id(param)) != param.numel() for param in here):
+            elements = sum(map(_numel, here))
+            if elements < self._trained:
+                raise TypeError(
+                    f"{of_all[0]} can't be applied: param_groups no longer holds the tensors that the optimizer was "
+                    f"given, but others with {elements} of their {self._trained} elements. DeepSpeed's ZeRO exchanges "
+                    "them so, and each rank would clip or skip by its own piece: leave the setting out, and set "
+                    "gradient_clipping in DeepSpeed's configuration. If this is all that is trained, make the "
+                    "optimizer from these tensors"
+                )
+        self._checked = lists, lengths
+
+
+def _numel(param):
+    """Of all ranks: a DTensor counts them itself, DeepSpeed's ZeRO-3 leaves empty tensors and a note."""
+    return getattr(param, "ds_numel", None) or param.numel()
