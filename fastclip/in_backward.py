@@ -21,6 +21,10 @@ def step_in_backward(model, optimizer, *, bucket_cap_mb=4.0):
     `torch.compile` hands over all gradients of a graph at once: the same bits, and no memory saved; its compiled
     autograd, an option of it, raises.
 
+    A pass steps on all parameters of the optimizer that get a gradient. The loss of a GAN's generator goes through the
+    discriminator, and steps on it, too: call `discriminator.requires_grad_(False)` before that loss is computed; or
+    `backward()` under the discriminator's `accumulate()`, and its optimizer's `zero_grad()` afterwards.
+
     Args:
         model (torch.nn.Module): holds all parameters of the optimizer. Those that the optimizer does not hold keep
             their gradients, as ever.

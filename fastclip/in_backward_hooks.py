@@ -23,7 +23,7 @@ class Hooks:
         if optimizer is None:
             self.remove()
             raise RuntimeError(
-                "the optimizer of step_in_backward is gone, and nothing has updated this model: keep a reference to it, "
+                "the optimizer of step_in_backward is gone, and nothing has updated this model: keep a reference to it "
                 "or to what step_in_backward returned. This is told once: another optimizer may take over from now on, "
                 "after zero_grad(). To drop an optimizer on purpose, call remove() on what step_in_backward returned"
             )
