@@ -38,7 +38,8 @@ def step_in_backward(model, optimizer, *, bucket_cap_mb=4.0):
 
     Raises:
         ValueError: `max_norm` or `skip_nonfinite` is set, now or (raised in `backward()`) later; the optimizer is not
-            the model's; a parameter is stepped in the backward pass by another optimizer; a negative bucket_cap_mb.
+            the model's; a parameter is stepped in the backward pass by another optimizer, or shares memory with another
+            parameter; a negative bucket_cap_mb.
         TypeError: parameters of `DistributedDataParallel` or `FullyShardedDataParallel`, DTensors; an optimizer with a
             `step` of its own.
         RuntimeError: in `backward()`: `create_graph=True`, a reentrant `torch.utils.checkpoint`, an optimizer that is

@@ -37,8 +37,13 @@ class Hooks:
         for group_index, index, param in new:
             check_parameter(param, groups[group_index], group_index, index)
             _take_over(param, name_of(groups[group_index], group_index, index))
-        for _, _, param in new:
-            self._hook(param)
+        try:
+            for _, _, param in new:
+                self._hook(param)
+        except BaseException:
+            for _, _, param in new:
+                self._let_go(id(param))
+            raise
         self._places = {id(param): (group_index, index) for group_index, index, param in placed}
         for key in self._hooked.keys() - self._places.keys():
             self._let_go(key)

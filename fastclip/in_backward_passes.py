@@ -18,11 +18,10 @@ class Passes:
     def __init__(self, optimizer, bucket_cap_mb):
         self._reference = weakref.ref(optimizer)  # it is freed with its last owner, and not by the garbage collector
         self._cap = bucket_cap_mb * 2**20
-        self._lock = threading.Lock()  # autograd has a thread for each device
+        self._lock = threading.RLock()  # autograd has a thread for each device; a step may run any Python
         self.accumulating = False
         self._checked = False
-        self._pass = None  # autograd's number of the pass under way; where one raises, nothing tells that it is over
-        self._buckets = defaultdict(_Bucket)  # of each stream
+        self._last = None  # a weak reference to the last _Pass
         self._clamped = []  # of the steps of this pass but the last: (fraction, of how many elements)
         self._clampable = 0  # elements under a value clip in the last one
         self._hooks = Hooks(optimizer)
@@ -69,28 +68,31 @@ class Passes:
         with self._lock:
             if self._hooks.place_of(param, optimizer.param_groups) is None:
                 return
-            self._begin(optimizer, torch._C._current_graph_task_id())
+            buckets = self._pass_under_way(optimizer).buckets
             # A gradient may be read on the stream it was computed on; at the end of the pass, on any.
             stream = torch.cuda.current_stream(param.device) if param.is_cuda else None
-            bucket = self._buckets[stream]
+            bucket = buckets[stream]
             bucket.parameters.append(param)
             bucket.bytes += grad.numel() * grad.element_size()
             if bucket.bytes >= self._cap:
-                self._step_bucket(optimizer, self._buckets.pop(stream).parameters)
+                self._step_bucket(optimizer, buckets.pop(stream).parameters)
 
-    def _begin(self, optimizer, this_pass):
-        if self._pass == this_pass:
-            return
+    def _pass_under_way(self, optimizer):
+        number = torch._C._current_graph_task_id()
+        last = self._last and self._last()
+        if last is not None and last.number == number:
+            return last
         check_pass(optimizer)
         if not self._checked:
             check_not_replicated(optimizer)
         self._checked = True
-        self._buckets.clear()
         self._clamped.clear()
         self._clampable = 0
-        # Until then it holds the optimizer, which may be dropped meanwhile.
-        torch.autograd.Variable._execution_engine.queue_callback(partial(self._end, optimizer, this_pass))
-        self._pass = this_pass
+        begun = _Pass(number)
+        self._last = weakref.ref(begun)
+        # Autograd frees the callback where the pass is over, also where it raises. Until then the optimizer is there.
+        torch.autograd.Variable._execution_engine.queue_callback(partial(self._end, optimizer, begun))
+        return begun
 
     def _step_bucket(self, optimizer, parameters):
         # Each in its place and nothing in the others', so that errors name it as ever.
@@ -106,9 +108,8 @@ class Passes:
     def _end(self, optimizer, this_pass):
         """Steps on all that is left: buckets, and what `accumulate` has left on parameters that this pass left out."""
         with self._lock:
-            if self._pass != this_pass or optimizer._in_backward is not self:
+            if self._last() is not this_pass or optimizer._in_backward is not self:
                 return
-            self._buckets.clear()
             groups = optimizer.param_groups
             left = [
                 (group_index, index, param)
@@ -135,6 +136,14 @@ class Passes:
         self._clampable = sum(param.numel() for group_index, _, param in placed if clips[group_index])
         for _, _, param in placed:
             param.grad = None
+
+
+class _Pass:
+    """What is kept of a backward pass until it is over."""
+
+    def __init__(self, number):
+        self.number = number  # autograd's
+        self.buckets = defaultdict(_Bucket)  # of each stream
 
 
 class _Bucket:

@@ -156,6 +156,22 @@ def test_parameters_that_were_exchanged_are_freed(exchange, no_collector):
         assert sum(not storage.expired() for storage in memory) == 1
 
 
+def test_a_pass_that_raised_keeps_nothing(no_collector):
+    """Not even what it had collected."""
+    model = linears(3)
+    opt = fastclip.SGD(model.parameters(), lr=0.1)
+    fastclip.step_in_backward(model, opt)
+    fails = model[0].weight.register_hook(lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        backward(model)
+    collected = model[1:].parameters()
+    memory = storages(collected)
+    assert any(p.grad is not None for p in model[1:].parameters())
+    del fails, collected, opt.param_groups[0]["params"][1:]
+    model = model[:1]
+    assert len(memory) == 2 and all(storage.expired() for storage in memory)
+
+
 def hooks(model):
     return [len(p._post_accumulate_grad_hooks or ()) for p in model.parameters()]
 
