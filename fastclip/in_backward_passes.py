@@ -102,8 +102,7 @@ class Passes:
         placed = [(*place, param) for param, place in places if place is not None]
         for group_index, index, param in placed:
             groups[group_index]["params"][index] = param
-        if placed:
-            self._step(optimizer, groups, placed)
+        self._step(optimizer, groups, placed)
 
     def _end(self, optimizer, this_pass):
         """Steps on all that is left: buckets, and what `accumulate` has left on parameters that this pass left out."""

@@ -36,8 +36,8 @@ def linears(count=3, complex_too=False):
     return model
 
 
-def backward(model):
-    sum(layer(torch.ones(2, 8, dtype=layer.weight.dtype)).abs().square().sum() for layer in model).backward()
+def backward(model, **how):
+    sum(layer(torch.ones(2, 8, dtype=layer.weight.dtype)).abs().square().sum() for layer in model).backward(**how)
 
 
 def storages(tensors):
@@ -115,6 +115,10 @@ def test_a_step_that_raises_keeps_nothing(no_collector):
 # ---- parameters that leave an optimizer which steps in the backward pass -------------------------
 
 
+def hooks(model):
+    return [len(p._post_accumulate_grad_hooks or ()) for p in model.parameters()]
+
+
 def replace(optimizer, new):
     optimizer.param_groups[-1]["params"][0] = new
 
@@ -151,6 +155,7 @@ def test_parameters_that_were_exchanged_are_freed(exchange, no_collector):
             before = model[-1].weight.detach().clone()
             backward(model)
             assert model[-1].weight.grad is None and not torch.equal(before, model[-1].weight)
+            assert hooks(model) == [1, 1]
         memory += storages([model[-1].weight])
         before = None
         assert sum(not storage.expired() for storage in memory) == 1
@@ -172,20 +177,17 @@ def test_a_pass_that_raised_keeps_nothing(no_collector):
     assert len(memory) == 2 and all(storage.expired() for storage in memory)
 
 
-def hooks(model):
-    return [len(p._post_accumulate_grad_hooks or ()) for p in model.parameters()]
-
-
 @pytest.mark.parametrize("used", [False, True])
-def test_a_parameter_that_left_is_let_go(used):
+@pytest.mark.parametrize("place", [0, 2])
+def test_a_parameter_that_left_is_let_go(place, used):
     """It keeps its gradient, for another optimizer of any kind."""
     model = linears(3)
     opt = fastclip.SGD(model.parameters(), lr=0.1)
     fastclip.step_in_backward(model, opt)
-    left = opt.param_groups[0]["params"].pop(0)
+    left = opt.param_groups[0]["params"].pop(place)
     before = left.detach().clone()
-    backward(model if used else model[1:])
-    assert hooks(model) == [0, 1, 1]
+    backward(model if used else [layer for layer in model if layer.weight is not left])
+    assert hooks(model) == [int(layer.weight is not left) for layer in model]
     assert torch.equal(before, left) and (left.grad is not None) == used
     other = fastclip.SGD([left], lr=0.1)
     fastclip.step_in_backward(model, other)
@@ -194,9 +196,28 @@ def test_a_parameter_that_left_is_let_go(used):
     del opt
     with pytest.raises(RuntimeError, match="optimizer of step_in_backward is gone"):
         backward(model)
-    assert hooks(model) == [1, 0, 0]
+    assert hooks(model) == [int(layer.weight is left) for layer in model]
 
 
+def test_a_parameter_in_the_memory_of_one_that_is_gone():
+    """It is another one, though Python gives it the same id."""
+    model = linears(2)
+    opt = fastclip.SGD(model.parameters(), lr=0.1)
+    fastclip.step_in_backward(model, opt)
+    data, new = torch.ones(8, 8), []
+    gone, model[1].weight = id(model[1].weight), None
+    del opt.param_groups[0]["params"][1]
+    while not new or id(new[-1]) != gone:
+        assert len(new) < 1000
+        new.append(torch.nn.Parameter(data))
+    model[1].weight = new[-1]
+    opt.add_param_group({"params": [new[-1]]})
+    assert hooks(model) == [1, 1]
+    backward(model)
+    assert model[1].weight.grad is None and not (data == 1).all()
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.* with create_graph=True")
 def test_groups_cleared_then_filled():
     model = linears(3)
     opt = fastclip.SGD(model.parameters(), lr=0.1)
@@ -204,7 +225,7 @@ def test_groups_cleared_then_filled():
     group = opt.param_groups[0]
     opt.param_groups.clear()
     before = [p.detach().clone() for p in model.parameters()]
-    backward(model)
+    backward(model, create_graph=True)  # which a pass that steps can't be
     assert hooks(model) == [0, 0, 0]
     assert all(p.grad is not None and torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     opt.param_groups.append({**group, "params": [model[0].weight]})

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -125,6 +126,28 @@ def test_a_parameter_leaves_while_a_pass_is_under_way(bucket_cap_mb, when, leave
             assert torch.equal(param, before[name]) and torch.equal(param.grad, gradients[name]), name
         assert (param.grad is None) >= (id(param) in held), name
     assert model.norm.bias.grad is None or id(model.norm.bias) not in held
+
+
+def test_a_group_added_by_what_a_step_reads():
+    """Python code that a step runs may change the optimizer, which must not wait for itself."""
+    (_, (model, optimizer)), _ = pair()
+    late = torch.nn.Linear(3, 3)
+
+    class Lr:
+        def __float__(self):
+            if len(optimizer.param_groups) == 2:
+                optimizer.add_param_group({"params": late.parameters()})
+            return 0.1
+
+    optimizer.param_groups[0]["lr"] = Lr()
+    before = copy.deepcopy(model)
+    thread = threading.Thread(target=lambda: losses(1)[0](model).backward(), daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert not torch.equal(before.twice.weight, model.twice.weight)
+    late(torch.ones(3)).sum().backward()
+    assert late.weight.grad is None
 
 
 def test_two_models_that_share_parameters():

@@ -40,7 +40,9 @@ class Change(NamedTuple):
 passes = st.builds(Pass, st.integers(0, 99), st.booleans(), st.sampled_from([False, False, True]), st.booleans())
 changes = st.builds(
     Change,
-    st.sampled_from(["freeze", "leave", "join", "add", "swap", "drop a group", "set", "load", "restart", "replace"]),
+    st.sampled_from(
+        ["freeze", "leave", "join", "add", "swap", "exchange", "drop a group", "set", "load", "restart", "replace"]
+    ),
     st.integers(0, PARAMETERS - 1),
     st.integers(0, 3),
     st.sampled_from([(name, value) for name, values in SETTINGS.items() for value in values]),
@@ -77,6 +79,10 @@ class Training:
             self.optimizer.add_param_group({"params": [param]})
         elif change.what == "swap":
             lists.append(lists.pop(0))
+        elif change.what == "exchange" and held and group["params"]:
+            there, *_ = ((g, i) for g in lists for i, p in enumerate(g["params"]) if p is param)
+            index = change.param % len(group["params"])
+            there[0]["params"][there[1]], group["params"][index] = group["params"][index], param
         elif change.what == "drop a group" and len(lists) > 1:
             lists.remove(group)
             for p in group["params"]:
@@ -127,9 +133,7 @@ def test_same_bits_as_ordinary_steps_whatever_happens_between_passes(optimizer, 
     for event in events:
         for training in (ordinary, stepped):
             training.run(event) if isinstance(event, Pass) else training.change(event)
-        assert_same_bits(
-            ordinary.model.parameters(), stepped.model.parameters(), ordinary.optimizer, stepped.optimizer
-        )
+        assert_same_bits(ordinary.model.parameters(), stepped.model.parameters(), ordinary.optimizer, stepped.optimizer)
         for p, q in zip(ordinary.model.parameters(), stepped.model.parameters(), strict=True):
             assert (p.grad is None) == (q.grad is None) and (p.grad is None or torch.equal(p.grad, q.grad))
     done = Pass(0, True, False, False)
