@@ -21,6 +21,10 @@ def test_parameters_frozen_thawed_added_and_moved_between_groups():
     def thaw(model, optimizer):
         model.norm.requires_grad_(True)
 
+    def exchange(model, optimizer):
+        first, second = (group["params"] for group in optimizer.param_groups)
+        first[1], second[1] = second[1], first[1]
+
     def move(model, optimizer):
         first, second = optimizer.param_groups
         second["params"].insert(0, first["params"].pop())
@@ -38,7 +42,7 @@ def test_parameters_frozen_thawed_added_and_moved_between_groups():
         model.sometimes.register_forward_hook(lambda _, x, y: y + model.late(x[0]))
         optimizer.add_param_group({"params": model.late.parameters(), "clip_value": None})
 
-    for change in (freeze, thaw, move, drop_a_group, add):
+    for change in (freeze, thaw, exchange, move, drop_a_group, add):
         for model, optimizer in (ordinary, stepped):
             change(model, optimizer)
         for loss in losses(3):
