@@ -29,7 +29,8 @@ def step_in_backward(model, optimizer, *, bucket_cap_mb=4.0):
         model (torch.nn.Module): holds all parameters of the optimizer. Those that the optimizer does not hold keep
             their gradients, as ever.
         optimizer (fastclip.SGD): any of fastclip's. Keep it, or what this returns, for as long as the model is trained:
-            once it is gone, the next `backward()` raises. Parameters that it no longer holds are let go.
+            once it is gone, the next `backward()` raises. Parameters that it no longer holds are let go; new ones come
+            by `add_param_group` (by hand, from the end of the next pass over others on, or the next `step()`).
         bucket_cap_mb (float): gradients of so many MiB are collected and stepped in one call, which takes less time
             than a call each. 0 for a call each.
 

@@ -41,10 +41,11 @@ class Passes:
 
     def leaves_a_step(self):
         """Whether there are gradients for `optimizer.step()`, whose statistics are then the last ones."""
-        left = any(param.grad is not None for group in self._optimizer.param_groups for param in group["params"])
+        with self._lock:
+            left = self._left(self._optimizer.param_groups)
         if left:
             self._clamped.clear()
-        return left
+        return bool(left)
 
     def clip_stats(self):
         """ClipStats of the whole pass; None where it took one step, which the optimizer knows of."""
@@ -110,20 +111,25 @@ class Passes:
             if self._last() is not this_pass or optimizer._in_backward is not self:
                 return
             groups = optimizer.param_groups
-            left = [
-                (group_index, index, param)
-                for group_index, group in enumerate(groups)
-                for index, param in enumerate(group["params"])
-                if param.grad is not None
-            ]
-            if not self._hooks.follows(groups, [param for *_, param in left]):
-                self._hooks.follow(groups)
+            left = self._left(groups)
             for _, _, param in left:
                 if param.is_cuda:  # freed on this stream, and maybe computed on another
                     param.grad.record_stream(torch.cuda.current_stream(param.device))
             if left:
                 self._step(optimizer, groups, left)
             optimizer._opt_called = True  # else schedulers warn that step() was never called
+
+    def _left(self, groups):
+        """(group, index, parameter) of all that have a gradient; who joined or left the groups is noticed here."""
+        left = [
+            (group_index, index, param)
+            for group_index, group in enumerate(groups)
+            for index, param in enumerate(group["params"])
+            if param.grad is not None
+        ]
+        if not self._hooks.follows(groups, [param for *_, param in left]):
+            self._hooks.follow(groups)
+        return left
 
     def _step(self, optimizer, groups, placed):
         """Steps on `placed`, all of `groups` that have a gradient, and frees these."""

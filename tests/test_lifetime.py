@@ -199,6 +199,23 @@ def test_a_parameter_that_left_is_let_go(place, used):
     assert hooks(model) == [int(layer.weight is left) for layer in model]
 
 
+def test_all_parameters_replaced_by_hand():
+    """No hook tells; the next step() sees it."""
+    model = linears(2)
+    opt = fastclip.SGD(model.parameters(), lr=0.1)
+    fastclip.step_in_backward(model, opt)
+    model = linears(3)
+    opt.param_groups[0]["params"] = list(model.parameters())
+    for waits in (True, False):
+        before = [p.detach().clone() for p in model.parameters()]
+        backward(model)
+        assert all((p.grad is not None) == waits for p in model.parameters())
+        opt.step()
+        opt.zero_grad()
+        assert hooks(model) == [1, 1, 1]
+        assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
 def test_a_parameter_in_the_memory_of_one_that_is_gone():
     """It is another one, though Python gives it the same id."""
     model = linears(2)
