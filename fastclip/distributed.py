@@ -25,8 +25,8 @@ class Reduction(NamedTuple):
 
 def is_dtensor(tensor):
     """Without an import that takes seconds: where nobody has made it, there is no DTensor."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+    kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)  # another thread may be importing it
+    return kind is not None and isinstance(tensor, kind)
 
 
 # What shares whole parameters out, each rank making an optimizer for its own: their modules, and their names.

@@ -1,6 +1,7 @@
 """What `fastclip.step_in_backward` refuses, and why: there a step would be wrong, and nothing would tell."""
 
 import gc
+import itertools
 import math
 import sys
 
@@ -34,6 +35,7 @@ def check_arguments(model, optimizer, bucket_cap_mb):
         raise ValueError("this optimizer steps in the backward pass already")
     check_settings(optimizer)
     check_not_replicated(optimizer)
+    check_memory(model, optimizer)
     of_model = set(map(id, model.parameters()))
     for index, group in enumerate(optimizer.param_groups):
         for i, param in enumerate(group["params"]):
@@ -42,6 +44,25 @@ def check_arguments(model, optimizer, bucket_cap_mb):
                     f"{name_of(group, index, i)} is not a parameter of the model: were the model's replaced after the "
                     "optimizer was made? Several models can be given as a torch.nn.ModuleList"
                 )
+
+
+def check_memory(model, optimizer):
+    """Autograd notices that a parameter which it still needs was updated, but not by way of another parameter."""
+    stepped = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    ends = []  # of the memory of each, from where it begins
+    for name, param in model.named_parameters():
+        if torch.nn.parameter.is_lazy(param) or param.layout != torch.strided or hasattr(param, "full_tensor"):
+            continue
+        begin, bytes_ = param.data_ptr(), param.numel() * param.element_size()
+        if begin and bytes_ and torch.ops.aten.is_non_overlapping_and_dense(param):
+            ends.append((begin, begin + bytes_, name, id(param) in stepped))
+    ends.sort()
+    for (_, end, first, first_is_stepped), (begin, _, second, second_is_stepped) in itertools.pairwise(ends):
+        if begin < end and (first_is_stepped or second_is_stepped):
+            raise ValueError(
+                f"step_in_backward can't step '{first}' and '{second}', which share memory: one would change while the "
+                "backward pass needs the other. To tie weights, let both modules have the same torch.nn.Parameter"
+            )
 
 
 def check_settings(optimizer):

@@ -20,6 +20,10 @@ def test_parameters_frozen_thawed_added_and_moved_between_groups():
     def thaw(model, optimizer):
         model.norm.requires_grad_(True)
 
+    def exchange(model, optimizer):
+        first, second = (group["params"] for group in optimizer.param_groups)
+        first[1], second[1] = second[1], first[1]
+
     def move(model, optimizer):
         first, second = optimizer.param_groups
         second["params"].insert(0, first["params"].pop())
@@ -37,7 +41,7 @@ def test_parameters_frozen_thawed_added_and_moved_between_groups():
         model.sometimes.register_forward_hook(lambda _, x, y: y + model.late(x[0]))
         optimizer.add_param_group({"params": model.late.parameters(), "clip_value": None})
 
-    for change in (freeze, thaw, move, drop_a_group, add):
+    for change in (freeze, thaw, exchange, move, drop_a_group, add):
         for model, optimizer in (ordinary, stepped):
             change(model, optimizer)
         for loss in losses(3):
@@ -102,6 +106,48 @@ def test_a_pass_that_raises_is_over():
     step_as_ever(*ordinary)
     second(stepped[0]).backward()
     assert_same(ordinary, stepped)
+
+
+@pytest.mark.parametrize("bucket_cap_mb", [0, 4])
+@pytest.mark.parametrize(
+    ("name", "bad"), [("lr", "much"), ("clip_value", -1.0), ("momentum", None)], ids=["lr", "clip_value", "momentum"]
+)
+def test_a_bad_setting_between_passes(name, bad, bucket_cap_mb):
+    """Told before anything is updated, and forgotten when it is mended: by a pass, or by step() on what is there."""
+    (ordinary, stepped), _ = pair(bucket_cap_mb)
+    model, optimizer = stepped
+    first, second = losses(2)
+    good, optimizer.param_groups[1][name] = optimizer.param_groups[1][name], bad
+    before = copy.deepcopy(model)
+    with pytest.raises((TypeError, ValueError), match=rf"{name} in param_groups\[1\]"):
+        first(model).backward()
+    assert_same_bits(before.parameters(), model.parameters())
+    optimizer.param_groups[1][name] = good
+    if bucket_cap_mb > 0:  # all gradients are there
+        optimizer.step()
+        first(ordinary[0]).backward()
+        step_as_ever(*ordinary)
+    optimizer.zero_grad()
+    second(ordinary[0]).backward()
+    step_as_ever(*ordinary)
+    second(model).backward()
+    assert_same(ordinary, stepped)
+
+
+@pytest.mark.parametrize("bucket_cap_mb", [0, 4])
+def test_gradients_of_some_inputs_only(bucket_cap_mb):
+    """torch.autograd.grad accumulates nothing, and is no pass; backward(inputs=) is one of these parameters."""
+    (ordinary, stepped), _ = pair(bucket_cap_mb)
+    for loss in losses(2):
+        for model, optimizer in (ordinary, stepped):
+            before = copy.deepcopy(model)
+            torch.autograd.grad(loss(model), list(model.parameters()))
+            assert_same_bits(before.parameters(), model.parameters())
+            loss(model).backward(inputs=[model.out.bias, *model.norm.parameters()])
+            if optimizer is ordinary[1]:
+                step_as_ever(model, optimizer)
+            assert torch.equal(before.twice.weight, model.twice.weight)
+        assert_same(ordinary, stepped)
 
 
 def test_checkpointed_and_compiled_models():

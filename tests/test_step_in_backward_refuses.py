@@ -152,6 +152,57 @@ def test_a_backward_pass_within_another():
     assert torch.equal(before.weight.grad, model.weight.grad)
 
 
+def test_parameters_that_share_memory():
+    """Tied by their data: one would be updated before the pass has gone through the other. Neighbours are fine."""
+    reason = "can't step '0.weight' and '1.weight', which share memory"
+    for stepped in (slice(0, 2), slice(0, 1), slice(1, 2)):
+        model = torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(2)])
+        model[1].weight.data = model[0].weight.data[2:] if stepped == slice(0, 1) else model[0].weight.data
+        optimizer = fastclip.SGD(model[stepped].parameters(), lr=0.1)
+        with pytest.raises(ValueError, match=reason):
+            fastclip.step_in_backward(model, optimizer)
+        assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    flat = torch.randn(32)
+    model[0].weight.data, model[1].weight.data = flat[:16].view(4, 4), flat[16:].view(4, 4)
+    fastclip.step_in_backward(model, optimizer)
+    model(torch.randn(2, 4)).sum().backward()
+    assert model[1].weight.grad is None
+
+
+def test_a_graph_that_needs_a_parameter_which_was_updated():
+    """torch notices, also where the graph has it by way of detach(); under accumulate() there is no such thing."""
+    model, optimizer, _ = linear()
+    other = torch.nn.Linear(4, 4)
+    optimizer.add_param_group({"params": other.parameters()})
+    in_backward = fastclip.step_in_backward(torch.nn.ModuleList([model, other]), optimizer, bucket_cap_mb=0)
+
+    def loss():  # the gradient of model.weight is there before that of `other` is computed
+        return (other(torch.ones(2, 4)) @ model.weight.detach()).sum() + model.weight.square().sum()
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss().backward()
+    optimizer.zero_grad()
+    before = copy.deepcopy(other)
+    with in_backward.accumulate():
+        loss().backward()
+    optimizer.step()
+    assert not torch.equal(before.weight, other.weight)
+
+
+def test_a_parameter_that_takes_no_hook():
+    """None is left behind, and training goes on without."""
+    model, _, _ = linear()
+    with torch.inference_mode():
+        scale = torch.nn.Parameter(torch.ones(4), requires_grad=False)
+    model.scale = scale
+    optimizer = fastclip.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(RuntimeError, match="inference tensor"):
+        fastclip.step_in_backward(model, optimizer)
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    other = fastclip.SGD([model.weight, model.bias], lr=0.1)
+    fastclip.step_in_backward(model, other)
+
+
 def test_shards_of_fully_sharded_data_parallel():
     model, optimizer, _ = linear()
     model.bias._fsdp_flattened = True

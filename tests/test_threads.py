@@ -4,6 +4,7 @@ import collections
 import math
 import sys
 import threading
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -197,6 +198,20 @@ def test_gradients_replaced_meanwhile(sizes, make, frequent_switches):
     steps = steps_beside(replace, lambda: make(params).step())
     for p in params:
         assert torch.equal(p.detach(), torch.full_like(p, -steps))
+
+
+def test_steps_while_another_thread_imports_what_knows_dtensors(monkeypatch):
+    """Whoever makes the first optimizer does, which takes seconds. Meanwhile the module is there, without a DTensor."""
+    fastclip.SGD([param(3)])  # torch's own imports want it whole
+    monkeypatch.setitem(sys.modules, "torch.distributed.tensor", types.ModuleType("torch.distributed.tensor"))
+    p = param(3)
+    optimizer = fastclip.SGD([p], lr=1.0, max_norm=10.0)
+    optimizer.step()
+    optimizer.add_param_group({"params": [param(3)]})
+    assert optimizer.first_nonfinite() is None
+    fastclip.clip_grad_value_([p], 0.5)
+    fastclip.clip_grad_norm_([p], 10.0, norm_type=1.0)
+    assert torch.equal(p.detach(), torch.full((3,), -1.0)) and torch.equal(p.grad, torch.full((3,), 0.5))
 
 
 # ---- Python that runs in the middle of a step --------------------------------------------------

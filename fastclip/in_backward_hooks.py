@@ -1,0 +1,101 @@
+"""The hooks of `step_in_backward`: on the parameters that its optimizer holds, and soon on no others."""
+
+import weakref
+
+from .checks import name_of
+from .in_backward_checks import check_parameter
+
+
+class Hooks:
+    """What autograd calls when a gradient is ready: hands it to what steps `optimizer` in the backward pass.
+
+    Parameters own their hooks, and with these all that is here. So parameters and optimizer are referred to weakly: the
+    garbage collector does not see what autograd's hooks hold, and would free neither.
+    """
+
+    def __init__(self, optimizer):
+        self._optimizer = weakref.ref(optimizer)
+        self._hooked = {}  # id of a parameter: (handle, weak reference)
+        self._places = {}  # id of a parameter: (group, index), where it was last
+
+    def __call__(self, param):
+        optimizer = self._optimizer()
+        if optimizer is None:
+            self.remove()
+            raise RuntimeError(
+                "the optimizer of step_in_backward is gone, and nothing has updated this model: keep a reference to it "
+                "or to what step_in_backward returned. This is told once: another optimizer may take over from now on, "
+                "after zero_grad(). To drop an optimizer on purpose, call remove() on what step_in_backward returned"
+            )
+        if optimizer._in_backward is not None:
+            optimizer._in_backward.gradient_is_ready(optimizer, param)
+
+    def follow(self, groups):
+        """Hooks the parameters of `groups`, and lets go of those that have left them. Raises before any is hooked."""
+        placed = [(g, i, param) for g, group in enumerate(groups) for i, param in enumerate(group["params"])]
+        new = [place for place in placed if not self._has(place[2])]
+        for group_index, index, param in new:
+            check_parameter(param, groups[group_index], group_index, index)
+            _take_over(param, name_of(groups[group_index], group_index, index))
+        try:
+            for _, _, param in new:
+                self._hook(param)
+        except BaseException:
+            for _, _, param in new:
+                self._let_go(id(param))
+            raise
+        self._places = {id(param): (group_index, index) for group_index, index, param in placed}
+        for key in self._hooked.keys() - self._places.keys():
+            self._let_go(key)
+
+    def follows(self, groups, params):
+        """Whether nothing has left or joined `groups`, as far as a look at these of their parameters tells."""
+        return len(self._places) == sum(len(group["params"]) for group in groups) and all(map(self._has, params))
+
+    def place_of(self, param, groups):
+        """(group, index) of a parameter that is hooked; None where it has left `groups`."""
+        group_index, index = self._places.get(id(param), (len(groups), 0))
+        params = groups[group_index]["params"] if group_index < len(groups) else []
+        if index >= len(params) or params[index] is not param:
+            self.follow(groups)
+        return self._places.get(id(param))
+
+    def remove(self):
+        for key in list(self._hooked):
+            self._let_go(key)
+
+    def _has(self, param):
+        _, reference = self._hooked.get(id(param), (None, None))
+        return reference is not None and reference() is param  # ids are used again
+
+    def _hook(self, param):
+        if not (param.is_floating_point() or param.is_complex()):
+            return  # never has a gradient
+        frozen = not param.requires_grad
+        if frozen:  # it may be thawed later, and autograd takes no hook for one that is frozen
+            param.requires_grad_(True)
+        # torch.utils.swap_tensors would take the hook away, and refuses a tensor that is referred to weakly.
+        self._hooked[id(param)] = param.register_post_accumulate_grad_hook(self), weakref.ref(param)
+        if frozen:
+            param.requires_grad_(False)
+
+    def _let_go(self, key):
+        handle, _ = self._hooked.pop(key, (None, None))
+        if handle is not None:
+            handle.remove()
+
+    def _steps(self, param):
+        optimizer = self._optimizer()
+        return optimizer is not None and any(param is p for group in optimizer.param_groups for p in group["params"])
+
+
+def _take_over(param, where):
+    """Removes the hooks of optimizers that are gone, or that the parameter has left."""
+    hooks = (param._post_accumulate_grad_hooks or {}).values()
+    for other in [hook for hook in hooks if isinstance(hook, Hooks)]:
+        if other._steps(param):
+            raise ValueError(
+                f"{where} is stepped in the backward pass by another optimizer: call remove() on what step_in_backward "
+                "returned for that one, or drop both"
+            )
+        other._let_go(id(param))

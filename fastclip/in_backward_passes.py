@@ -1,0 +1,159 @@
+"""One backward pass after another: collects gradients, steps on them and frees them."""
+
+import threading
+import weakref
+from collections import defaultdict
+from functools import partial
+
+import torch
+
+from .in_backward_checks import check_not_replicated, check_pass
+from .in_backward_hooks import Hooks
+from .reference import clips_value
+
+
+class Passes:
+    """Owned by an optimizer, and by what `step_in_backward` has returned for it."""
+
+    def __init__(self, optimizer, bucket_cap_mb):
+        self._reference = weakref.ref(optimizer)  # it is freed with its last owner, and not by the garbage collector
+        self._cap = bucket_cap_mb * 2**20
+        self._lock = threading.RLock()  # autograd has a thread for each device; a step may run any Python
+        self.accumulating = False
+        self._checked = False
+        self._last = None  # a weak reference to the last _Pass
+        self._clamped = []  # of the steps of this pass but the last: (fraction, of how many elements)
+        self._clampable = 0  # elements under a value clip in the last one
+        self._hooks = Hooks(optimizer)
+        self._hooks.follow(optimizer.param_groups)
+        optimizer._in_backward = self
+
+    @property
+    def _optimizer(self):
+        return self._reference()
+
+    def remove(self):
+        self._hooks.remove()
+        optimizer = self._optimizer
+        if optimizer._in_backward is self:
+            optimizer._reference_stats = self.clip_stats() or optimizer._reference_stats
+            optimizer._in_backward = None
+
+    def leaves_a_step(self):
+        """Whether there are gradients for `optimizer.step()`, whose statistics are then the last ones."""
+        with self._lock:
+            left = self._left(self._optimizer.param_groups)
+        if left:
+            self._clamped.clear()
+        return bool(left)
+
+    def clip_stats(self):
+        """ClipStats of the whole pass; None where it took one step, which the optimizer knows of."""
+        if not self._clamped:
+            return None
+        last = self._optimizer._stats_of_call()
+        device = last.skipped.device
+        steps = [*self._clamped, (last.clamped_fraction, self._clampable)] if self._clampable else self._clamped
+        clamped = sum((fraction * count).round().to(device) for fraction, count in steps)
+        return last._replace(clamped_fraction=clamped / sum(count for _, count in steps))
+
+    def add_group(self, _):
+        """A group was added to the optimizer; raises before anything is hooked."""
+        with self._lock:
+            self._hooks.follow(self._optimizer.param_groups)
+
+    def gradient_is_ready(self, optimizer, param):
+        grad = param.grad
+        if self.accumulating or grad is None:
+            return
+        with self._lock:
+            if self._hooks.place_of(param, optimizer.param_groups) is None:
+                return
+            buckets = self._pass_under_way(optimizer).buckets
+            # A gradient may be read on the stream it was computed on; at the end of the pass, on any.
+            stream = torch.cuda.current_stream(param.device) if param.is_cuda else None
+            bucket = buckets[stream]
+            bucket.parameters.append(param)
+            bucket.bytes += grad.numel() * grad.element_size()
+            if bucket.bytes >= self._cap:
+                self._step_bucket(optimizer, buckets.pop(stream).parameters)
+
+    def _pass_under_way(self, optimizer):
+        number = torch._C._current_graph_task_id()
+        last = self._last and self._last()
+        if last is not None and last.number == number:
+            return last
+        check_pass(optimizer)
+        if not self._checked:
+            check_not_replicated(optimizer)
+        self._checked = True
+        self._clamped.clear()
+        self._clampable = 0
+        begun = _Pass(number)
+        self._last = weakref.ref(begun)
+        # Autograd frees the callback where the pass is over, also where it raises. Until then the optimizer is there.
+        torch.autograd.Variable._execution_engine.queue_callback(partial(self._end, optimizer, begun))
+        return begun
+
+    def _step_bucket(self, optimizer, parameters):
+        # Each in its place and nothing in the others', so that errors name it as ever.
+        nothing = torch.empty(0, device=parameters[0].device)
+        places = [(param, self._hooks.place_of(param, optimizer.param_groups)) for param in parameters]
+        groups = [{**group, "params": [nothing] * len(group["params"])} for group in optimizer.param_groups]
+        placed = [(*place, param) for param, place in places if place is not None]
+        for group_index, index, param in placed:
+            groups[group_index]["params"][index] = param
+        self._step(optimizer, groups, placed)
+
+    def _end(self, optimizer, this_pass):
+        """Steps on all that is left: buckets, and what `accumulate` has left on parameters that this pass left out."""
+        with self._lock:
+            if self._last() is not this_pass or optimizer._in_backward is not self:
+                return
+            groups = optimizer.param_groups
+            left = self._left(groups)
+            for _, _, param in left:
+                if param.is_cuda:  # freed on this stream, and maybe computed on another
+                    param.grad.record_stream(torch.cuda.current_stream(param.device))
+            if left:
+                self._step(optimizer, groups, left)
+            optimizer._opt_called = True  # else schedulers warn that step() was never called
+
+    def _left(self, groups):
+        """(group, index, parameter) of all that have a gradient; who joined or left the groups is noticed here."""
+        left = [
+            (group_index, index, param)
+            for group_index, group in enumerate(groups)
+            for index, param in enumerate(group["params"])
+            if param.grad is not None
+        ]
+        if not self._hooks.follows(groups, [param for *_, param in left]):
+            self._hooks.follow(groups)
+        return left
+
+    def _step(self, optimizer, groups, placed):
+        """Steps on `placed`, all of `groups` that have a gradient, and frees these."""
+        if self._clampable:
+            self._clamped.append((optimizer._stats_of_call().clamped_fraction, self._clampable))
+            self._clampable = 0
+        optimizer._update(groups)
+        clips = [clips_value(group) for group in groups]
+        self._clampable = sum(param.numel() for group_index, _, param in placed if clips[group_index])
+        for _, _, param in placed:
+            param.grad = None
+
+
+class _Pass:
+    """What is kept of a backward pass until it is over."""
+
+    def __init__(self, number):
+        self.number = number  # autograd's
+        self.buckets = defaultdict(_Bucket)  # of each stream
+
+
+class _Bucket:
+    """Parameters whose gradients wait to be stepped in one call."""
+
+    def __init__(self):
+        self.parameters = []
+        self.bytes = 0
