@@ -67,6 +67,7 @@ def check_memory(model, optimizer):
 
 def check_settings(optimizer):
     """What a step decides over all gradients; asked at each pass, as settings can be changed, and loaded."""
+    optimizer._complete(optimizer.param_groups)
     for index, group in enumerate(optimizer.param_groups):
         if group["max_norm"] is not None:
             raise ValueError(

@@ -33,6 +33,7 @@ class Hooks:
     def follow(self, groups):
         """Hooks the parameters of `groups`, and lets go of those that have left them. Raises before any is hooked."""
         placed = [(g, i, param) for g, group in enumerate(groups) for i, param in enumerate(group["params"])]
+        self._check_each_is_there_once(groups, placed)
         new = [place for place in placed if not self._has(place[2])]
         for group_index, index, param in new:
             check_parameter(param, groups[group_index], group_index, index)
@@ -47,6 +48,15 @@ class Hooks:
         self._places = {id(param): (group_index, index) for group_index, index, param in placed}
         for key in self._hooked.keys() - self._places.keys():
             self._let_go(key)
+
+    def _check_each_is_there_once(self, groups, placed):
+        places = {id(param): place for *place, param in placed}
+        for *place, param in placed:
+            if places[id(param)] != place:
+                raise ValueError(
+                    f"step_in_backward can't step {name_of(groups[place[0]], *place)}: it is given twice, and ordinary "
+                    "steps update it twice by one gradient. Give it once, as model.parameters() does"
+                )
 
     def follows(self, groups, params):
         """Whether nothing has left or joined `groups`, as far as a look at these of their parameters tells."""

@@ -271,7 +271,8 @@ class ClippedOptimizer(torch.optim.Optimizer):
     def _complete(self, groups):
         """Gives groups that were made by hand, of torch's settings only, what `add_param_group` would. Returns whether
         there are such."""
-        own = {**self.defaults, **{name: groups[0][name] for name in SHARED_SETTINGS if name in groups[0]}}
+        first = groups[0] if groups else {}
+        own = {**self.defaults, **{name: first[name] for name in SHARED_SETTINGS if name in first}}
         return any([complete(group, own) for group in groups])
 
     def _step_elsewhere(self, groups, why_not, *amp):

@@ -251,3 +251,26 @@ def test_dtensors(process_group):
     optimizer = fastclip.SGD(model.parameters(), lr=0.1)
     with pytest.raises(TypeError, match="parameter 0 of group 0: it is a DTensor"):
         fastclip.step_in_backward(model, optimizer)
+
+
+def test_a_parameter_that_is_given_twice():
+    """Ordinary steps update it twice, by one gradient, which is freed after the first update here."""
+    model = torch.nn.Linear(2, 2)
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        optimizer = fastclip.SGD([*model.named_parameters(), ("tied", model.weight)], lr=0.1)
+    with pytest.raises(ValueError, match=r"parameter 0 of group 0 \('weight'\): it is given twice"):
+        fastclip.step_in_backward(model, optimizer)
+    assert optimizer._in_backward is None and not model.weight._post_accumulate_grad_hooks
+
+
+def test_max_norm_in_force_for_a_group_that_was_appended_by_hand():
+    model = torch.nn.Linear(2, 2)
+    optimizer = fastclip.SGD([model.weight], lr=0.1, clip_value=0.5)
+    fastclip.step_in_backward(model, optimizer)
+    by_hand = torch.optim.SGD([model.bias], lr=0.1).param_groups[0]
+    optimizer.param_groups.append(by_hand)
+    for _ in range(2):  # it is hooked where a pass over others ends
+        model.bias.data.zero_()
+        model(torch.ones(1, 2)).sum().backward()
+    assert by_hand["clip_value"] == 0.5 and model.bias.grad is None
+    assert torch.equal(model.bias.detach(), torch.full((2,), -0.05))
