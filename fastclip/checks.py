@@ -55,6 +55,8 @@ def check_gradient(group, param, where):
         raise RuntimeError(f"Adam does not support sparse gradients, as that of {where}: SparseAdam does")
     if sparse and (isinstance(group["weight_decay"], torch.Tensor) or group["weight_decay"] != 0):
         raise TypeError(f"weight_decay can't be applied to the sparse gradient of {where}")
+    if sparse and group["stochastic_rounding"] and state_names(group):
+        raise TypeError(f"stochastic_rounding can't be applied to the sparse momentum of {where}")
     if sparse and clips:
         raise TypeError(f"{clips[0]} can't be applied to the sparse gradient of {where}")
     if grad.is_complex() and not param.is_complex():

@@ -54,7 +54,7 @@ def in_plain_numbers(group):
 
 def unscaled(param, inverse_scale):
     """The gradient in the type it is computed in, divided by the scale of AMP; `param.grad` itself is left alone."""
-    grad = param.grad.clone() if overlap_in_part(param, param.grad) else param.grad
+    grad = param.grad.clone() if overlap_in_part(param, param.grad) else param.grad.resolve_conj()
     grad = grad.to(compute_dtype(param)) if grad.dtype in SIXTEEN_BIT else grad
     return grad if inverse_scale is None else grad * inverse_scale.to(grad.device)
 

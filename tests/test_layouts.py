@@ -192,6 +192,13 @@ def test_lazily_negated_and_conjugated_gradients():
     assert q.grad.is_conj()
     fastclip.SGD([q], lr=1.0, max_norm=1e9).step()
     assert torch.equal(q.detach(), -z.conj().resolve_conj())
+    values = []
+    for grad in (z.conj(), z.conj().resolve_conj()):  # torch's Adam raises for the first
+        q = torch.zeros(5, dtype=torch.complex64, requires_grad=True)
+        q.grad = grad
+        fastclip.AdamW([q], lr=1.0).step()
+        values.append(q.detach())
+    assert torch.equal(*values)
 
 
 @falls_back
