@@ -1,4 +1,4 @@
-"""Every kind of parameter with every kind of gradient: a step is taken, or it names the parameter and changes nothing."""
+"""Every kind of parameter with every kind of gradient: a step is taken, or names the parameter and changes nothing."""
 
 import warnings
 
