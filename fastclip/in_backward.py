@@ -9,6 +9,7 @@ from functools import partial
 import torch
 
 from .checks import name_of
+from .eager import eager
 from .in_backward_checks import check_arguments, check_not_replicated, check_parameter, check_pass
 from .reference import clips_value
 
@@ -204,6 +205,7 @@ class StepInBackward:
             groups[group_index]["params"][index] = param
         self._step(groups, parameters)
 
+    @eager
     def _end(self, this_pass):
         """Steps on all that is left: buckets, and what `accumulate` has left on parameters that this pass left out."""
         with self._lock:
@@ -244,6 +246,7 @@ class _Bucket:
         self.bytes = 0
 
 
+@eager
 def _gradient_is_ready(reference, group_index, index, param):
     in_backward = reference()
     if in_backward is not None:

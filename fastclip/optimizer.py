@@ -10,6 +10,7 @@ from . import clip_stats
 from ._extension import _C
 from .checks import name_of
 from .distributed import gradients_placed_as, is_dtensor, is_made_by_zero, reduction_of, step_on_shards
+from .eager import eager
 from .precision import state_dtype
 
 SHARED_SETTINGS = ("max_norm", "norm_type", "skip_nonfinite")  # the same in all groups
@@ -195,6 +196,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
         """
         return clip_stats.first_nonfinite(self.param_groups)
 
+    @eager
     def step(self, *positional, closure=None):
         """Clips and updates all parameters that have a gradient; the gradients are left as they are.
 
