@@ -1,6 +1,7 @@
 """Builds fastclip._C: the CPU half always, the CUDA half whenever nvcc is found.
 
-FASTCLIP_CUDA=0 leaves CUDA out; TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX" narrows its architectures.
+FASTCLIP_CUDA=0 leaves CUDA out; TORCH_CUDA_ARCH_LIST="8.0;Hopper" narrows its architectures, as in torch.
+MAX_JOBS bounds how many compilers run at a time; NVCC_THREADS how many of nvcc's.
 FASTCLIP_CXX_FLAGS="-g -O1" is added to the flags of the C++ compiler.
 torch.utils.cpp_extension refuses .cu files beside a CPU-only torch, so nvcc is called here: the
 CUDA half includes nothing of torch, and links the CUDA runtime statically.
@@ -8,12 +9,16 @@ CUDA half includes nothing of torch, and links the CUDA runtime statically.
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
+from unittest import mock
 
 import torch
 from setuptools import setup
+from setuptools.errors import PlatformError
+from torch.utils import cpp_extension
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 CXX_FLAGS = [
@@ -26,7 +31,6 @@ CXX_FLAGS = [
     "-fvisibility=hidden",
     "-fvisibility-inlines-hidden",
     "-fno-plt",
-    "-fopenmp",  # for at::parallel_for; torch brings the runtime, so it is not linked again
     # Only the fma that is written: the bits must not depend on what a compiler contracts.
     "-ffp-contract=off",
     # Comparisons may become selects, and fma its instruction.
@@ -55,18 +59,68 @@ def output(*command):
     return subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
 
 
+def cuda_error(problem, way_out="Mend that, name another toolkit by CUDA_HOME"):
+    return PlatformError(f"{problem}\n{way_out}, or leave CUDA out: FASTCLIP_CUDA=0")
+
+
+def ask(nvcc, pattern, *arguments):
+    """All that matches `pattern` in what nvcc says."""
+    try:
+        said = output(nvcc, *arguments)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise cuda_error(f"{error}\n{getattr(error, 'stdout', '')}".strip()) from error
+    found = re.findall(pattern, said, re.M)
+    if not found:
+        raise cuda_error(
+            f"{shlex.join((nvcc, *arguments))} does not say what it should, but:\n{said.strip() or 'nothing'}"
+        )
+    return found
+
+
 def cuda_architectures(nvcc):
     """Those asked for, e.g. ["8.0", "9.0+PTX"]; else those the toolkit has, PTX of the newest."""
-    asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    known = ask(nvcc, r"^compute_(\d+)$", "--list-gpu-arch")
+    entries = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    asked = {entry: architectures_of(entry) for entry in entries}
+    for entry, architectures in asked.items():
+        for architecture in architectures:
+            if number_of(architecture).rstrip("af") not in known:
+                raise bad_entry(entry, f"{nvcc} does not know {architecture}")
     if asked:
-        return asked.replace(";", " ").split()
-    known = re.findall(r"compute_(\d+)", output(nvcc, "--list-gpu-arch"))
-    architectures = [a for a in ARCHITECTURES if a.replace(".", "") in known]
+        return list(dict.fromkeys(sum(asked.values(), [])))
+    architectures = [a for a in ARCHITECTURES if number_of(a) in known]
+    if not architectures:
+        raise cuda_error(
+            f"{nvcc} is too old, or too new: it knows none of the architectures {', '.join(ARCHITECTURES)}"
+        )
     return architectures[:-1] + [architectures[-1] + "+PTX"]
 
 
+def architectures_of(entry):
+    """Of an entry of TORCH_CUDA_ARCH_LIST: a number as "8.6+PTX" or "9.0a", or a name that torch knows, as "Ampere"."""
+    if re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", entry):
+        return [entry]
+    try:
+        with mock.patch.dict(os.environ, TORCH_CUDA_ARCH_LIST=entry):
+            flags = " ".join(cpp_extension._get_cuda_arch_flags())
+    except (ValueError, IndexError) as error:
+        raise bad_entry(entry, "no GPU is here" if entry == "native" else error) from error
+    native, ptx = (re.findall(rf"code={kind}_(\d+)(\d)", flags) for kind in ("sm", "compute"))
+    return [".".join(number) + "+PTX" * (number in ptx) for number in sorted(native, key=lambda n: tuple(map(int, n)))]
+
+
+def bad_entry(entry, problem):
+    return cuda_error(
+        f"TORCH_CUDA_ARCH_LIST holds {entry!r}: {problem}", "Write numbers and names as in '8.0;9.0+PTX;Blackwell'"
+    )
+
+
+def number_of(architecture):
+    return architecture.removesuffix("+PTX").replace(".", "")
+
+
 def gencode(architecture):
-    number = architecture.removesuffix("+PTX").replace(".", "")
+    number = number_of(architecture)
     flags = [f"-gencode=arch=compute_{number},code=sm_{number}"]
     if architecture.endswith("+PTX"):
         flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
@@ -75,9 +129,18 @@ def gencode(architecture):
 
 def cuda_libraries(nvcc):
     """The folder of libcudart_static.a."""
-    top = Path(re.search(r"^#\$ TOP=(.+)$", output(nvcc, "--dryrun", "-E", "-x", "cu", os.devnull), re.M)[1])
+    top = Path(ask(nvcc, r"^#\$ TOP=(.+)$", "--dryrun", "-E", "-x", "cu", os.devnull)[0])
     folders = [top / "lib64", top / "lib", *top.glob("targets/*/lib")]
-    return next(str(f) for f in folders if (f / "libcudart_static.a").exists())
+    found = [str(f) for f in folders if (f / "libcudart_static.a").exists()]
+    if not found:
+        raise cuda_error(f"libcudart_static.a of {nvcc} is in none of {', '.join(map(str, folders))}")
+    return found[0]
+
+
+def nvcc_threads():
+    """How many architectures nvcc compiles at a time."""
+    limits = (os.environ.get(name, "") for name in ("NVCC_THREADS", "MAX_JOBS"))
+    return next((limit for limit in limits if limit.isdigit()), str(os.cpu_count()))
 
 
 class Build(BuildExtension):
@@ -102,11 +165,11 @@ class Build(BuildExtension):
         sources = [Path("csrc/step_cuda.cu"), *Path("csrc").glob("*.h"), *Path("csrc").glob("*.cuh"), Path(__file__)]
         target = folder / f"step_cuda_{'_'.join(architectures).replace('.', '')}.o"
         if self.force or not target.exists() or any(s.stat().st_mtime > target.stat().st_mtime for s in sources):
-            flags = [flag for architecture in architectures for flag in gencode(architecture)]
+            flags = dict.fromkeys(flag for architecture in architectures for flag in gencode(architecture))
             command = [
                 nvcc,
                 *NVCC_FLAGS,
-                f"--threads={os.cpu_count()}",
+                f"--threads={nvcc_threads()}",
                 *flags,
                 "-c",
                 str(sources[0]),
@@ -114,7 +177,8 @@ class Build(BuildExtension):
                 str(target),
             ]
             print(" ".join(command), flush=True)
-            subprocess.run(command, check=True)
+            if (code := subprocess.run(command).returncode) != 0:
+                raise cuda_error(f"{nvcc} could not compile {sources[0]} and has returned {code}: see above")
         return str(target)
 
     def write_build_info(self):
@@ -123,9 +187,9 @@ class Build(BuildExtension):
         folder = Path("fastclip") if self.inplace else Path(self.build_lib) / "fastclip"
         info = {
             "torch": torch.__version__,
-            "cuda": re.search(r"release ([\d.]+)", output(nvcc, "--version"))[1] if nvcc else None,
+            "cuda": ask(nvcc, r"release ([\d.]+)", "--version")[0] if nvcc else None,
             "cuda_architectures": cuda_architectures(nvcc) if nvcc else [],
-            "compiler": output(os.environ.get("CXX", "c++"), "--version").splitlines()[0],
+            "compiler": output(*shlex.split(os.environ.get("CXX", "c++")), "--version").splitlines()[0],
         }
         (folder / "_build_info.py").write_text(f'"""Written by setup.py."""\n\nBUILD_INFO = {info!r}\n')
 
@@ -146,7 +210,7 @@ if __name__ == "__main__":
                     "csrc/groups.cpp",
                     "csrc/step_cpu.cpp",
                 ],
-                depends=sorted(map(str, Path("csrc").glob("*.h"))),
+                depends=sorted(map(str, Path("csrc").iterdir())),  # of a change, and what an sdist takes along
                 extra_compile_args=CXX_FLAGS + os.environ.get("FASTCLIP_CXX_FLAGS", "").split(),
             )
         ],

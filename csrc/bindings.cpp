@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Dtype.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include "plan.h"
@@ -54,13 +55,16 @@ std::pair<double, double> clip_bounds(const py::object& clip_value, const py::ob
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  py::register_exception_translator([](std::exception_ptr exception) {
+  // Of calls into this module alone: a translator of the whole process would come before torch's own.
+  py::register_local_exception_translator([](std::exception_ptr exception) {
     try {
       if (exception) std::rethrow_exception(exception);
     } catch (const PythonError&) {
       // Already set.
-    } catch (const c10::Error& error) {
-      PyErr_SetString(PyExc_RuntimeError, error.what_without_backtrace());
+    } catch (const c10::Error&) {
+      torch::translate_exception_to_python(exception);
+    } catch (const python_error&) {
+      torch::translate_exception_to_python(exception);
     }
   });
 

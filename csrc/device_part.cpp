@@ -6,6 +6,7 @@
 #include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
+#include <torch/csrc/stable/c/shim.h>
 
 #include <cstddef>
 #include <string>
@@ -25,10 +26,17 @@ struct ReleasedGil {
   }
 };
 
+// By a call into torch: `at::parallel_for` would be compiled here, by clang for an OpenMP runtime that torch has not loaded.
 void run_on_torch_threads(int count, void (*work)(void*), void* context) {
-  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) work(context);
-  });
+  struct Call {
+    void (*work)(void*);
+    void* context;
+  } call{work, context};
+  const auto run = [](int64_t begin, int64_t end, void* context) {
+    const Call& call = *static_cast<Call*>(context);
+    for (int64_t i = begin; i < end; ++i) call.work(call.context);
+  };
+  TORCH_CHECK(torch_parallel_for(0, count, 1, run, &call) == AOTI_TORCH_SUCCESS, "torch's threads could not be started");
 }
 
 // The CPU computes with it right away, so there the copy has to be waited for.

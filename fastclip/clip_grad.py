@@ -9,6 +9,7 @@ from . import reference
 from ._extension import _C
 from .checks import check_clip
 from .distributed import is_dtensor, local_shards, place_gradients
+from .eager import eager
 from .measure import norm_of
 
 
@@ -44,6 +45,7 @@ def _in_kernels(plan, clip, *arguments):
     return why_not is None
 
 
+@eager
 def clip_grad_value_(parameters, clip_value, foreach=None):
     """Clamps the gradients of `parameters` to [-clip_value, clip_value], in place.
 
@@ -75,6 +77,7 @@ def clip_grad_value_(parameters, clip_value, foreach=None):
             p.grad.clamp_(*reference.bounds(clip_value))
 
 
+@eager
 def clip_grad_norm_(parameters, max_norm, norm_type=2.0, error_if_nonfinite=False, foreach=None):
     """Scales the gradients of `parameters` so that their total norm is at most `max_norm`, in place; returns the norm.
 

@@ -122,7 +122,7 @@ def check_pass(optimizer):
         )
     frame = sys._getframe()
     while frame is not None:
-        if frame.f_code in _FUNCTION_BACKWARD:
+        if any(frame.f_code is code for code in _FUNCTION_BACKWARD):  # torch.compile's code has no hash
             raise RuntimeError(
                 "step_in_backward can't step in a backward pass within a backward pass, as the outer one may add to "
                 "its gradients: use torch.utils.checkpoint with use_reentrant=False"

@@ -3,6 +3,7 @@
 import weakref
 
 from .checks import name_of
+from .eager import eager
 from .in_backward_checks import check_parameter
 
 
@@ -18,6 +19,7 @@ class Hooks:
         self._hooked = {}  # id of a parameter: (handle, weak reference)
         self._places = {}  # id of a parameter: (group, index), where it was last
 
+    @eager
     def __call__(self, param):
         optimizer = self._optimizer()
         if optimizer is None:

@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from .eager import eager
 from .in_backward_checks import check_not_replicated, check_pass
 from .in_backward_hooks import Hooks
 from .reference import clips_value
@@ -105,6 +106,7 @@ class Passes:
             groups[group_index]["params"][index] = param
         self._step(optimizer, groups, placed)
 
+    @eager
     def _end(self, optimizer, this_pass):
         """Steps on all that is left: buckets, and what `accumulate` has left on parameters that this pass left out."""
         with self._lock:

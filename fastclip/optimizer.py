@@ -12,6 +12,7 @@ from ._extension import _C
 from .checkpoints import OWN_SETTINGS, complete, groups_in_file, is_flat_loader, restore_dtypes
 from .checks import name_of
 from .distributed import gradients_placed_as, is_dtensor, reduction_of, step_on_shards, who_shares_out
+from .eager import eager
 from .pieces import Given
 
 SHARED_SETTINGS = ("max_norm", "norm_type", "skip_nonfinite")  # the same in all groups
@@ -203,6 +204,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
         """
         return clip_stats.first_nonfinite(self.param_groups)
 
+    @eager
     def step(self, *positional, closure=None):
         """Clips and updates all parameters that have a gradient; the gradients are left as they are.
 
