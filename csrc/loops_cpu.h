@@ -197,7 +197,7 @@ constexpr int kStreams = 4;
 // What a norm is taken of: gradients as they are, after unscaling and value clip, or so but for inf and NaN.
 enum class Seen { raw, clipped, clipped_or_nonfinite };
 
-template <class Stored, Norm kNorm, Seen kSeen>
+template <class Set, class Stored, Norm kNorm, Seen kSeen>
 FASTCLIP_HD void measure_loop(const TensorEntry& tensor, int64_t begin, int64_t size, const Clip<double>& of_group,
                               Measure& result) {
   using T = ComputeType<Stored>;
@@ -208,9 +208,13 @@ FASTCLIP_HD void measure_loop(const TensorEntry& tensor, int64_t begin, int64_t 
   double small[kWide] = {}, medium[kLanes] = {}, big[kWide] = {};
   const auto add = [&](const Stored* from) __attribute__((always_inline)) {
     T x[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) {
-      x[lane] = load(from[lane]);
-      if constexpr (kSeen != Seen::raw) x[lane] = clip.measured(x[lane], kSeen == Seen::clipped_or_nonfinite);
+    if constexpr (std::is_same_v<Stored, Float16>) {
+      Set::Halves::read(from, kLanes, x);
+    } else {
+      for (int lane = 0; lane < kLanes; ++lane) x[lane] = load(from[lane]);
+    }
+    if constexpr (kSeen != Seen::raw) {
+      for (int lane = 0; lane < kLanes; ++lane) x[lane] = clip.measured(x[lane], kSeen == Seen::clipped_or_nonfinite);
     }
     for (int lane = 0; lane < kLanes; ++lane) {
       measure<kNorm, kFloat64>(small[lane % kWide], medium[lane], big[lane % kWide], double{x[lane]});
@@ -300,14 +304,14 @@ struct LoopTable {
     }                                                                                                                  \
     template <class Stored, Norm kNorm, Seen kSeen>                                                                    \
     TARGET static void measure(const TensorEntry& t, int64_t begin, int64_t size, const Clip<double>& c, Measure& m) { \
-      measure_loop<Stored, kNorm, kSeen>(t, begin, size, c, m);                                                        \
+      measure_loop<NAME, Stored, kNorm, kSeen>(t, begin, size, c, m);                                                  \
     }                                                                                                                  \
   };
 
 FASTCLIP_INSTRUCTION_SET(Baseline, PortableHalves, )
 #if defined(__x86_64__)
 FASTCLIP_INSTRUCTION_SET(Avx2, F16c, __attribute__((target("avx2,fma,f16c"))))
-FASTCLIP_INSTRUCTION_SET(Avx512, F16c, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,prefer-vector-width=512"))))
+FASTCLIP_INSTRUCTION_SET(Avx512, Avx512Halves, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,prefer-vector-width=512"))))
 #endif
 
 template <class Set, Storage kStorage, Momentum kMomentum>
