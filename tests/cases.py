@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 import fastclip
+from fastclip import reference
 
 CHUNK = 4096  # kChunk in csrc/step.h
 
@@ -100,6 +101,23 @@ def exact_square_roots():
             _users[0] -= 1
             if _users[0] == 0:
                 torch.Tensor.sqrt = OWN_SQRT
+
+
+def reference_step(optimizer):
+    """One in plain torch."""
+    step = reference.step_sgd if isinstance(optimizer, fastclip.SGD) else reference.step_adam
+    with exact_square_roots():
+        step(optimizer.param_groups, optimizer.state)
+
+
+@contextmanager
+def flush_denormal(flush=True):
+    """What the calling thread does with subnormal numbers: with True they are 0."""
+    assert torch.set_flush_denormal(flush), "this CPU can't"
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def clip_in_place(params, clip_value=None, max_norm=None, norm_type=2.0):
