@@ -5,6 +5,8 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "dtypes.h"
@@ -71,6 +73,36 @@ struct Avx512Halves {
 };
 #undef FASTCLIP_F16C
 #undef FASTCLIP_AVX512
+using BaselineHalves = PortableHalves;
+
+#elif defined(__aarch64__)
+// Every AArch64 has these.
+struct Neon {
+  static void read(const Float16* from, int64_t size, float* to) {
+    int64_t i = 0;
+    for (; i + 4 <= size; i += 4) vst1q_f32(to + i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&from[i].bits))));
+    if (i == size) return;
+    uint16_t halves[4] = {};
+    float values[4];
+    for (int64_t k = 0; i + k < size; ++k) halves[k] = from[i + k].bits;
+    vst1q_f32(values, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(halves))));
+    for (int64_t k = 0; i + k < size; ++k) to[i + k] = values[k];
+  }
+  static void write(Float16* to, int64_t size, const float* from) {
+    int64_t i = 0;
+    for (; i + 4 <= size; i += 4) vst1_u16(&to[i].bits, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(from + i))));
+    if (i == size) return;
+    float values[4] = {};
+    uint16_t halves[4];
+    for (int64_t k = 0; i + k < size; ++k) values[k] = from[i + k];
+    vst1_u16(halves, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(values))));
+    for (int64_t k = 0; i + k < size; ++k) to[i + k].bits = halves[k];
+  }
+};
+using BaselineHalves = Neon;
+
+#else
+using BaselineHalves = PortableHalves;
 #endif
 
 }  // namespace

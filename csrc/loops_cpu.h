@@ -319,7 +319,7 @@ struct LoopTable {
     }                                                                                                                  \
   };
 
-FASTCLIP_INSTRUCTION_SET(Baseline, PortableHalves, )
+FASTCLIP_INSTRUCTION_SET(Baseline, BaselineHalves, )
 #if defined(__x86_64__)
 FASTCLIP_INSTRUCTION_SET(Avx2, F16c, __attribute__((target("avx2,fma,f16c"))))
 FASTCLIP_INSTRUCTION_SET(Avx512, Avx512Halves,

@@ -49,7 +49,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
         self.__dict__["param_groups"] = groups
 
     def add_param_group(self, param_group):
-        """As in torch; a group may have a `clip_value` of its own. Refuses duplicates and bad values.
+        """As in torch; a group may have a `clip_value` of its own. Refuses bad values.
 
         Example:
             >>> opt = fastclip.SGD([torch.zeros(3)], clip_value=0.01)
@@ -61,9 +61,8 @@ class ClippedOptimizer(torch.optim.Optimizer):
         if isinstance(param_group, dict):
             if not isinstance(param_group["params"], (torch.Tensor, set)):
                 param_group["params"] = list(param_group["params"])  # a generator can be read once
-            if (
-                "_own_defaults" not in self.__dict__ and self.param_groups
-            ):  # their settings may have been loaded, or changed
+            self._complete(self.param_groups)
+            if "_own_defaults" not in self.__dict__ and self.param_groups:  # may have been loaded, or changed
                 for name in SHARED_SETTINGS:
                     param_group.setdefault(name, self.param_groups[0][name])
             self._check_group({**self.defaults, **param_group})
@@ -132,13 +131,14 @@ class ClippedOptimizer(torch.optim.Optimizer):
             >>> opt = fastclip.AdamW(model.bfloat16().parameters(), master_weights=True)
             >>> opt.load_state_dict(torch.load("optimizer.pt"))
         """
-        self._loading = {}  # what is loaded, as the last of the hooks leaves it; for __setstate__, before others' hooks
-        last = self.register_load_state_dict_pre_hook(lambda _, hooked: self._loading.update(hooked))
+        loading = {}  # what is loaded, as the last of the hooks leaves it; for __setstate__, before others' hooks
+        last = self.register_load_state_dict_pre_hook(lambda _, hooked: loading.update(hooked))
+        self._loading = loading
         try:
             super().load_state_dict(state_dict)
         finally:
             last.remove()
-            del self._loading
+            self.__dict__.pop("_loading", None)  # a hook may have loaded, too
 
     @property
     def total_norm(self):
