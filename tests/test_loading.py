@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -175,6 +176,25 @@ def test_a_flattened_file_of_two_optimizers_of_which_one_is_torchs():
     other, second = model_and_optimizer("SGD", fastclip, clip_value=8.0)
     set_optimizer_state_dict(torch.nn.ModuleDict({"a": model, "b": other}), [first, second], flat, options=FLAT)
     assert [group["clip_value"] for o in (first, second) for group in o.param_groups] == [0.1, 0.1, 8.0, 8.0]
+
+
+@pytest.mark.parametrize("options", [None, FLAT], ids=["nested", "flat"])
+def test_checkpoints_of_torch_by_distributed_checkpoint(options, tmp_path):
+    """It is told to load what there is: our settings are asked for, and not in the file."""
+    model, saved = model_and_optimizer("AdamW", torch.optim)
+    train(model, saved)
+    file = {"optimizer": get_optimizer_state_dict(model, saved, options=options)}
+    dcp.save(file, checkpoint_id=tmp_path, no_dist=True)
+    model, optimizer = model_and_optimizer("AdamW", fastclip, clip_value=0.5)
+    template = {"optimizer": get_optimizer_state_dict(model, optimizer, options=options)}
+    with pytest.raises(dcp.api.CheckpointException, match="clip_value"):
+        dcp.load(template, checkpoint_id=tmp_path, no_dist=True)
+    dcp.load(template, checkpoint_id=tmp_path, no_dist=True, planner=dcp.DefaultLoadPlanner(allow_partial_load=True))
+    set_optimizer_state_dict(model, optimizer, template["optimizer"], options=options)
+    assert [group["clip_value"] for group in optimizer.param_groups] == [0.5, 0.5]
+    for group, theirs in zip(optimizer.param_groups, saved.param_groups, strict=True):
+        for p, q in zip(group["params"], theirs["params"], strict=True):
+            assert all(torch.equal(optimizer.state[p][name], value) for name, value in saved.state[q].items())
 
 
 def test_a_setting_of_torch_that_the_file_lacks_is_torchs_error():
