@@ -85,6 +85,7 @@ PYBIND11_MODULE(_C, module) {
              for (const Held& param : plan.take_misplaced()) params.append(py::handle(param.object));
              return params;
            })
+      .def("warn_of_undone", &Plan::warn_of_undone)
       .def("clip_grad_value_", clip_grad_value)
       .def("clip_grad_norm_", clip_grad_norm)
       .def("total_norm", [](const Plan& plan) { return wrap(plan.total_norm()); })

@@ -3,7 +3,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/equal.h>
+#include <ATen/ops/isclose.h>
 
 #include <vector>
 
@@ -13,16 +13,20 @@ class Masters {
  public:
   void begin() { now_.clear(); }
 
-  // Notes the parameter at `position` among all, and its master weights. Returns whether somebody has changed the
-  // parameter since the last step; a GPU would have to be waited for to compare, so there it is whether somebody wrote.
+  // Notes the parameter at `position` among all, and its master weights. Returns whether they differ, which is looked at
+  // where somebody wrote to the parameter since the last step, and where no step is known: after a checkpoint was loaded.
+  // A GPU would have to be waited for, so there it is whether somebody wrote.
   bool add(size_t position, const at::Tensor& param, const at::Tensor& master) {
     if (seen_.size() <= position) seen_.resize(position + 1);
     c10::TensorImpl* const impl = param.unsafeGetTensorImpl();
     const void* const of_master = master.unsafeGetTensorImpl();
     now_.push_back({position, impl, of_master});
     const Seen& seen = seen_[position];
-    if (seen.param != impl || seen.master != of_master || seen.version == version_of(impl)) return false;
-    return !param.is_cpu() || !at::equal(master.to(param.scalar_type()), param);
+    const bool known = seen.param == impl && seen.master == of_master;
+    if (known && seen.version == version_of(impl)) return false;
+    if (!param.is_cpu()) return known;
+    const at::Tensor rounded = master.to(param.scalar_type());
+    return !at::isclose(rounded, param, /*rtol=*/0, /*atol=*/0, /*equal_nan=*/true).all().item<bool>();
   }
 
   // A step was taken: the versions it leaves.

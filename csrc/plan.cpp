@@ -72,7 +72,8 @@ std::string Plan::step(PyObject* groups, PyObject* state, PyObject* grad_scale, 
   const NormClip norm_clip = groups_.empty() ? NormClip{} : groups_.front().norm_clip;
   if (walk_.reason().empty() && walk_.shares_memory()) walk_.not_covered("two parameters or buffers share memory");
   if (!walk_.reason().empty()) return walk_.reason();
-  warn_of_undone();
+  constexpr int kCallerOfStep = 4;
+  warn_of_undone(walk_.undone(), kCallerOfStep);
 
   if (states.has_new()) {  // a replay would make them anew each time
     for (const DevicePart& part : walk_.parts()) {
@@ -106,15 +107,14 @@ std::string Plan::clip_grads(PyObject* params, double low, double high, NormClip
 }
 
 // Once: whoever does it does it at every step.
-void Plan::warn_of_undone() {
-  if (walk_.undone().empty() || warned_of_undone_) return;
+void Plan::warn_of_undone(const std::string& param, int stack_level) {
+  if (param.empty() || warned_of_undone_) return;
   warned_of_undone_ = true;
   const std::string message =
-      walk_.undone() + " was written to since the last step, and this step changes it back: with master_weights the " +
-      "float32 copy in the state is what is updated. To keep what was written, delete " +
-      "optimizer.state[p]['master_param'] of each such parameter p; the next step makes it of the parameter";
-  constexpr int kCallerOfStep = 4;
-  if (PyErr_WarnEx(PyExc_UserWarning, message.c_str(), kCallerOfStep) != 0) throw PythonError{};
+      param + " was written to, and this step changes it back: with master_weights the float32 copy in the state is " +
+      "what is updated. To keep what was written, delete optimizer.state[p]['master_param'] of each such parameter p; " +
+      "the next step makes it of the parameter";
+  if (PyErr_WarnEx(PyExc_UserWarning, message.c_str(), stack_level) != 0) throw PythonError{};
 }
 
 void Plan::remember(const NormClip& norm_clip, bool skipped_by_host) {

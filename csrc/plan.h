@@ -26,6 +26,9 @@ class Plan {
   // it, and nothing was changed. Raises for bad input, and nothing was changed.
   std::string step(PyObject* groups, PyObject* state, PyObject* grad_scale, PyObject* found_inf);
 
+  // Warns, once, that a step undoes what somebody wrote to a parameter that has master weights; `param` names it, or is "".
+  void warn_of_undone(const std::string& param, int stack_level);
+
   // Clips the gradients of `params` (a list) in place. Returns as step does.
   std::string clip_grads(PyObject* params, double low, double high, NormClip norm_clip);
 
@@ -62,7 +65,6 @@ class Plan {
 
   void run(Rule rule, const NormClip& asked, const Amp& amp);
   void remember(const NormClip& norm_clip, bool skipped_by_host);
-  void warn_of_undone();
   bool asks_all_ranks(const NormClip& norm_clip) const;
   bool was_skipped() const;
   const DevicePart* first_stepped() const;

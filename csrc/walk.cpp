@@ -4,6 +4,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
+#include <cmath>
 #include <unordered_set>
 #include <utility>
 
@@ -31,8 +32,8 @@ template <class What>
   return static_cast<char*>(storage->mutable_data()) + begin;
 }
 
-[[noreturn, gnu::noinline]] void raise_negative_count(const Place& place) {
-  raise(PyExc_ValueError, "the step of " + place.text() + " must be a count of steps, and is negative or NaN");
+[[noreturn, gnu::noinline]] void raise_no_count(const Place& place) {
+  raise(PyExc_ValueError, "the step of " + place.text() + " must be a count of steps, and is negative, infinite or NaN");
 }
 
 // Whether another tensor may lie in the same memory.
@@ -171,7 +172,10 @@ void Walk::begin_row(DevicePart& part, const Hyper& hyper, Py_ssize_t group, DTy
       const int64_t item_of_step = entry.step_is_float64 ? 8 : 4;
       entry.step = data_of(*states.step, item_of_step, item_of_step, names.step, place);
       // The corrections of Adam's averages divide by 0 where this step is number 0.
-      if (part.device.is_cpu() && !(steps_seen(entry.step, entry.step_is_float64) >= 0)) raise_negative_count(place);
+      if (part.device.is_cpu()) {
+        const double count = steps_seen(entry.step, entry.step_is_float64);
+        if (!(count >= 0 && count < HUGE_VAL)) raise_no_count(place);
+      }
       write(*states.step, entry.step, item_of_step);
       step.counts_steps = true;
     }

@@ -3,19 +3,27 @@
 The kernels' own checks are in csrc; these are for the tensors that they do not cover.
 """
 
+import math
+
 import torch
 from torch.optim.optimizer import _device_dtype_check_for_fused
 
-from .values import KNOWN_DTYPES, item_of
+from .precision import has_master
+from .values import KNOWN_DTYPES, KNOWN_LAYOUTS, is_sparse, item_of
 
 
 def check(groups, state):
     """Raises for what a step over `groups` with `state` can't be taken with, and names the parameter."""
+    of_all = any(group["max_norm"] is not None or group["skip_nonfinite"] for group in groups)
+    kinds = {}  # of devices: with values, and without
     for index, group in enumerate(groups):
         for i, param in enumerate(group["params"]):
             if param.grad is None:
                 continue
             where = name_of(group, index, i)
+            kinds.setdefault(param.is_meta, where)
+            if of_all and len(kinds) > 1:
+                raise TypeError(f"{kinds[True]} is on meta, and {kinds[False]} is not: they have no norm together")
             check_dtypes(group, param, where)
             check_gradient(group, param, where)
             check_states(group, param, state, where)
@@ -34,6 +42,8 @@ def check_dtypes(group, param, where):
     if group.get("fused"):
         _device_dtype_check_for_fused(param)
     for tensor, what in ((param, where), (param.grad, f"the gradient of {where}")):
+        if tensor.layout not in KNOWN_LAYOUTS:
+            raise TypeError(f"{what} has the layout {tensor.layout}, which no step is made for")
         if tensor.dtype not in KNOWN_DTYPES:
             raise TypeError(
                 f"{what} is {tensor.dtype}: a step needs floating-point or complex numbers of 16 bits or more"
@@ -50,7 +60,9 @@ def check_gradient(group, param, where):
     clips = [name for name in ("clip_value", "max_norm") if group[name] is not None]
     if hasattr(grad, "full_tensor"):  # of a DTensor parameter, a step in plain torch sees the shard
         raise TypeError(f"the gradient of {where} is a DTensor, and the parameter is not")
-    sparse = grad.layout != torch.strided
+    sparse = is_sparse(grad)
+    if grad.is_nested and "betas" in group:
+        raise RuntimeError(f"Adam does not support nested gradients, as that of {where}; SGD does")
     if sparse and "betas" in group:
         raise RuntimeError(f"Adam does not support sparse gradients, as that of {where}: SparseAdam does")
     if sparse and (isinstance(group["weight_decay"], torch.Tensor) or group["weight_decay"] != 0):
@@ -95,8 +107,8 @@ def check_count(step, where):
         raise TypeError(f"the step of {where} must be a tensor, got {type(step).__name__}")
     if step.numel() != 1:
         raise ValueError(f"the step of {where} must be a 1-element tensor, got {[*step.shape]}")
-    if not item_of(step, unknown=0) >= 0:  # Adam would divide by 0 at step 0
-        raise ValueError(f"the step of {where} must be a count of steps, and is negative or NaN")
+    if not 0 <= item_of(step, unknown=0) < math.inf:  # Adam would divide by 0 at step 0
+        raise ValueError(f"the step of {where} must be a count of steps, and is negative, infinite or NaN")
 
 
 def check_state(group, param, tensor, name, where):
@@ -109,13 +121,30 @@ def check_state(group, param, tensor, name, where):
         raise ValueError(f"{what} is on another device than the parameter: {tensor.device}, {param.device}")
     if not (torch.can_cast(param.dtype, tensor.dtype) and torch.can_cast(tensor.dtype, param.dtype)):
         raise ValueError(f"{what} has another dtype than the parameter: {tensor.dtype}, {param.dtype}")
-    sparse_tensor, sparse_grad = (t.layout != torch.strided for t in (tensor, param.grad))
+    sparse_tensor, sparse_grad = map(is_sparse, (tensor, param.grad))
     if sparse_tensor and not sparse_grad:
         raise TypeError(f"{what} is sparse, and its gradient is not")
     if group.get("nesterov") and sparse_grad and not sparse_tensor:
         raise TypeError(f"nesterov can't be applied to the sparse gradient of {where}: its {name} is dense")
     if overlaps(tensor):
         raise ValueError(f"{what} holds several elements at one address")
+
+
+def undone(groups, state):
+    """(group, index) of the first parameter that somebody wrote to, and that its master weights change back; or None.
+
+    Looks at what is here of a sharded parameter: other ranks may not ask.
+    """
+    for group_index, group in enumerate(groups):
+        for index, param in enumerate(group["params"]):
+            entry = state.get(param) if has_master(group, param) and param.grad is not None else None
+            master = entry.get("master_param") if isinstance(entry, dict) else None
+            if isinstance(master, torch.Tensor) and master.shape == param.shape:
+                here, rounded = (getattr(tensor, "_local_tensor", tensor).detach() for tensor in (param, master))
+                same = torch.isclose(rounded.to(param.dtype), here, rtol=0, atol=0, equal_nan=True).all()
+                if not item_of(same, unknown=True):
+                    return group_index, index
+    return None
 
 
 def check_clip(name, parameters):

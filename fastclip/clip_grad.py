@@ -131,7 +131,9 @@ def clip_grad_norm_(parameters, max_norm, norm_type=2.0, error_if_nonfinite=Fals
                 )
                 norm = norm.full_tensor() if is_dtensor(norm) else norm
                 norm = norm.to(torch.promote_types(norm.dtype, torch.float32))
-            reference.scale_(grads, reference.scaling_of(norm, max_norm))
+            factors = reference.scaling_of(norm, max_norm)
+            for grad in grads:
+                reference.scaled(grad, factors, in_place=True)
     if norm is None:  # not one parameter
         return torch.zeros(())
     return norm.to(

@@ -10,7 +10,7 @@ from torch.optim import optimizer as torch_optimizer
 from . import amp, clip_stats
 from ._extension import _C
 from .checkpoints import OWN_SETTINGS, complete, groups_in_file, is_flat_loader, restore_dtypes
-from .checks import name_of
+from .checks import name_of, undone
 from .distributed import gradients_placed_as, is_dtensor, reduction_of, step_on_shards, who_shares_out
 from .eager import eager
 from .pieces import Given
@@ -40,13 +40,22 @@ class ClippedOptimizer(torch.optim.Optimizer):
             >>> opt = fastclip.SGD(model.parameters(), lr=0.1, clip_value=0.01)
             >>> opt.param_groups[0]["clip_value"] = 0.02  # from the next step on
         """
+        try:
+            groups = self.__dict__["param_groups"]
+        except KeyError:
+            raise AttributeError("param_groups") from None
+        if torch.compiler.is_compiling():  # which traces no frames
+            return groups
         frame = sys._getframe(1)
-        groups = self.__dict__["param_groups"]
         return groups_in_file(groups, frame) if is_flat_loader(frame) else groups
 
     @param_groups.setter
     def param_groups(self, groups):
         self.__dict__["param_groups"] = groups
+
+    @param_groups.deleter
+    def param_groups(self):
+        self.__dict__.pop("param_groups", None)
 
     def add_param_group(self, param_group):
         """As in torch; a group may have a `clip_value` of its own. Refuses bad values.
@@ -105,6 +114,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
         """What is not state: made anew for a new or copied optimizer."""
         self._plan = _C.Plan(self._rule)
         self._given = Given()
+        self._loading = None
         self._reference_stats = None  # of the last step, if it was in plain torch
         self._in_backward = None  # see step_in_backward
         self._reference_skips = 0
@@ -120,7 +130,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
         # A checkpoint of plain torch knows of no clip: this optimizer's own settings stay.
         for index, group in enumerate(self.param_groups):
             complete(group, own_groups[index] if index < len(own_groups) else self.defaults)
-        if "_loading" in self.__dict__:
+        if self._loading is not None:
             restore_dtypes(self, self._loading)
 
     def load_state_dict(self, state_dict):
@@ -132,13 +142,14 @@ class ClippedOptimizer(torch.optim.Optimizer):
             >>> opt.load_state_dict(torch.load("optimizer.pt"))
         """
         loading = {}  # what is loaded, as the last of the hooks leaves it; for __setstate__, before others' hooks
-        last = self.register_load_state_dict_pre_hook(lambda _, hooked: loading.update(hooked))
-        self._loading = loading
+        hooks = self._optimizer_load_state_dict_pre_hooks
+        outer, self._loading = self._loading, loading  # a hook may load, too
+        self._optimizer_load_state_dict_pre_hooks = {**hooks, "last": lambda _, hooked: loading.update(hooked)}
         try:
             super().load_state_dict(state_dict)
         finally:
-            last.remove()
-            self.__dict__.pop("_loading", None)  # a hook may have loaded, too
+            self._optimizer_load_state_dict_pre_hooks = hooks
+            self._loading = outer
 
     @property
     def total_norm(self):
@@ -273,8 +284,9 @@ class ClippedOptimizer(torch.optim.Optimizer):
     def _complete(self, groups):
         """Gives groups that were made by hand, of torch's settings only, what `add_param_group` would. Returns whether
         there are such."""
-        first = groups[0] if groups else {}
-        own = {**self.defaults, **{name: first[name] for name in SHARED_SETTINGS if name in first}}
+        own = dict(self.defaults)
+        for name in SHARED_SETTINGS:
+            own[name] = next((group[name] for group in groups if name in group), own[name])
         return any([complete(group, own) for group in groups])
 
     def _step_elsewhere(self, groups, why_not, *amp):
@@ -292,6 +304,8 @@ class ClippedOptimizer(torch.optim.Optimizer):
         if why_not not in self._warned and not self.defaults["differentiable"]:
             self._warned.add(why_not)
             warnings.warn(f"fastclip steps in plain torch, which is slower: {why_not}", stacklevel=6)
+        if (place := undone(groups, self.state)) is not None:
+            self._plan.warn_of_undone(name_of(groups[place[0]], *place), 6)
         stats = step_on_shards(self._reference_step, groups, self.state, *amp)
         self._reference_skips = stats.skipped_steps + self._reference_skips
         return stats
@@ -307,5 +321,7 @@ def _is_in_hooked_step(optimizer):
     while frame is not None:
         if frame.f_code is _hooked_step.__code__ and frame.f_locals.get("self") is optimizer:
             return True
+        if frame.f_code is ClippedOptimizer._step.__code__ and frame.f_locals.get("self") is optimizer:
+            return False  # in a closure of another step
         frame = frame.f_back
     return False

@@ -29,12 +29,12 @@ def scaling_of(norm, max_norm):
     return unit, torch.clamp(threshold / (total * unit), max=1.0)
 
 
-@torch.no_grad()
-def scale_(grads, factors):
-    """Multiplies gradients in place by scalar tensors, one after the other."""
-    for grad in grads:
-        for factor in factors:
-            grad.mul_(factor.to(grad.device, grad.real.dtype))
+def scaled(grad, factors, in_place=False):
+    """The gradient times scalar tensors, one after the other."""
+    for factor in factors:
+        factor = factor.to(grad.device, grad.real.dtype)
+        grad = grad.mul_(factor) if in_place else grad * factor
+    return grad
 
 
 def bounds(clip_value, dtype=torch.float64):
@@ -58,11 +58,15 @@ def in_plain_numbers(group):
     return {**group, **plain}
 
 
+def widened(grad, param):
+    """A gradient in the type that it is computed in."""
+    return grad.to(compute_dtype(param)) if grad.dtype in SIXTEEN_BIT else grad
+
+
 def unscaled(param, inverse_scale):
-    """The gradient in the type it is computed in, divided by the scale of AMP; `param.grad` itself is left alone."""
+    """The gradient divided by the scale of AMP; `param.grad` itself is left alone."""
     grad = param.grad.clone() if overlap_in_part(param, param.grad) else param.grad.resolve_conj()
-    grad = grad.to(compute_dtype(param)) if grad.dtype in SIXTEEN_BIT else grad
-    return grad if inverse_scale is None else grad * inverse_scale.to(grad.device)
+    return grad if inverse_scale is None else widened(grad, param) * inverse_scale.to(grad.device)
 
 
 def clamped(grad, clip_value, dtype):
@@ -91,18 +95,20 @@ def step(update, groups, state, grad_scale, found_inf, reductions):
     group, `first` being the place of its first parameter among those of all groups."""
     groups = [in_plain_numbers(group) for group in groups]
     check(groups, state)
-    params = [p for group in groups for p in group["params"] if p.grad is not None]
+    stepped = [[p for p in group["params"] if p.grad is not None] for group in groups]
+    params = [p for of_group in stepped for p in of_group]
     max_norm, skip_nonfinite = groups[0]["max_norm"], groups[0]["skip_nonfinite"]
     norm_type = math.inf if max_norm is None else float(groups[0]["norm_type"])
     inverse_scale = None if grad_scale is None else grad_scale.double().reciprocal().float()
     moved, looked_at = 0, 0
     with torch.set_grad_enabled(any(group["differentiable"] for group in groups)):
         grads = []
-        for group in groups:
-            of_group = [unscaled(p, inverse_scale) for p in group["params"] if p.grad is not None]
+        for group, of_params in zip(groups, stepped, strict=True):
+            of_group = [unscaled(p, inverse_scale) for p in of_params]
             if clips_value(group):
-                dtypes = [p.grad.dtype for p in group["params"] if p.grad is not None]
-                pairs = [clamped(g, group["clip_value"], dtype) for g, dtype in zip(of_group, dtypes, strict=True)]
+                pairs = [
+                    clamped(g, group["clip_value"], p.grad.dtype) for g, p in zip(of_group, of_params, strict=True)
+                ]
                 of_group = [grad for grad, _ in pairs]
                 moved = sum((count.to(pairs[0][1].device) for _, count in pairs), start=moved)
                 looked_at += sum(g.numel() for g in of_group)
@@ -121,8 +127,11 @@ def step(update, groups, state, grad_scale, found_inf, reductions):
         if skip_nonfinite and not item_of(measure.isfinite().all(), unknown=True):
             return stats_of(groups, norm, skipped=True)
         if max_norm is not None:
-            for factor in scaling_of(norm, max_norm):
-                grads = [[g * factor.to(g.device, g.real.dtype) for g in of_group] for of_group in grads]
+            factors = scaling_of(norm, max_norm)
+            grads = [
+                [scaled(widened(g, p), factors) for g, p in zip(*of_group, strict=True)]
+                for of_group in zip(grads, stepped, strict=True)
+            ]
         first = 0
         for group, of_group in zip(groups, grads, strict=True):
             update(group, of_group, state, first)
@@ -159,40 +168,49 @@ def stats_of(groups, norm, moved=0, looked_at=0, skipped=False):
 
 
 def update_sgd(group, grads, state, first=0):
-    """`torch.optim.SGD`'s update of one group by the given gradients."""
+    """`torch.optim.SGD`'s update of one group by the given gradients.
+
+    One parameter after the other, as torch does it: they may share memory.
+    """
     params = [p for p in group["params"] if p.grad is not None]
     buffers = [state[p].get("momentum_buffer") if group["momentum"] != 0 else None for p in params]
-    if isinstance(group["weight_decay"], torch.Tensor) and group["weight_decay"].requires_grad:
-        grads = [g.clone() for g in grads]  # torch then adds the decay in place
-    wide = wide_params(group, params, state)
-    # One that is wider than the parameter keeps its precision, as in torch.
-    wide_buffers = [
-        b.to(w.dtype) if b is not None and b.dtype in SIXTEEN_BIT else b for b, w in zip(buffers, wide, strict=True)
-    ]
-    sgd(
-        wide,
-        grads,
-        wide_buffers,
-        has_sparse_grad=any(g.is_sparse for g in grads),
-        foreach=False,
-        fused=False,
-        **{key: group[key] for key in ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize")},
-    )
-    if group["stochastic_rounding"]:
-        for p in params:
+    for p, grad, buffer, place in zip(params, grads, buffers, places_of(group, first), strict=True):
+        wide, grad = wide_param(group, p, state), widened(grad, p)
+        if isinstance(group["weight_decay"], torch.Tensor) and group["weight_decay"].requires_grad:
+            grad = grad.clone()  # torch then adds the decay in place
+        # A buffer that is wider than the parameter keeps its precision, as in torch.
+        narrow = buffer is not None and buffer.dtype in SIXTEEN_BIT
+        wide_buffers = [buffer.to(wide.dtype) if narrow else buffer]
+        sgd(
+            [wide],
+            [grad],
+            wide_buffers,
+            has_sparse_grad=grad.is_sparse,
+            foreach=False,
+            fused=False,
+            **{key: group[key] for key in ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize")},
+        )
+        if group["stochastic_rounding"]:
             state[p].setdefault("step", new_count())
             state[p]["step"] += 1
-    roundings = store_params(group, params, wide, state, first)
-    for p, rounding, b, wb in zip(params, roundings, buffers, wide_buffers, strict=True):
+        rounding = store_param(group, p, wide, state, place)
         if group["momentum"] == 0:
             continue
-        if b is None:  # of the type that torch's has where `p.grad_dtype` allows another one than the parameter's
-            dtype = torch.promote_types(p.grad.dtype, p.dtype) if group["weight_decay"] != 0 else p.grad.dtype
-            if has_master(group, p) or group["momentum_dtype"]:
-                dtype = state_dtype(group, p, "momentum_buffer")
-            b = state[p]["momentum_buffer"] = wb if wb.dtype == dtype else torch.empty_like(wb, dtype=dtype)
-        if wb is not b:
-            rounding.store(1, b, wb)
+        (wide_buffer,) = wide_buffers
+        if buffer is None:
+            dtype = dtype_of_first_buffer(group, p)
+            same = wide_buffer.dtype == dtype
+            buffer = state[p]["momentum_buffer"] = wide_buffer if same else torch.empty_like(wide_buffer, dtype=dtype)
+        if wide_buffer is not buffer:
+            rounding.store(1, buffer, wide_buffer)
+
+
+def dtype_of_first_buffer(group, param):
+    """That of torch's, where `param.grad_dtype` allows another one than the parameter's; or the one asked for."""
+    if has_master(group, param) or group["momentum_dtype"]:
+        return state_dtype(group, param, "momentum_buffer")
+    dtype = param.grad.dtype
+    return torch.promote_types(dtype, param.dtype) if group["weight_decay"] != 0 else dtype
 
 
 def new_count():
@@ -205,53 +223,55 @@ STATES_OF_ADAM = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")  # the last with am
 
 
 def update_adam(group, grads, state, first=0):
-    """`torch.optim.Adam`'s update of one group by the given gradients; AdamW's, with `decoupled_weight_decay`."""
+    """`torch.optim.Adam`'s update of one group by the given gradients, as `update_sgd`; AdamW's, with
+    `decoupled_weight_decay`."""
     params = [p for p in group["params"] if p.grad is not None]
     names = STATES_OF_ADAM if group["amsgrad"] else STATES_OF_ADAM[:2]
-    for p in params:
-        if "step" not in state[p]:
-            state[p]["step"] = new_count()
-            state[p].update({name: torch.zeros_like(p, dtype=state_dtype(group, p, name)) for name in names})
-    kept = {name: [state[p][name] for p in params] for name in names}
-    wide = wide_params(group, params, state)
-    grads = [g.to(w.dtype) for g, w in zip(grads, wide, strict=True)]  # `p.grad_dtype` allows others
-    wide_kept = {name: [t.to(w.dtype) for t, w in zip(kept[name], wide, strict=True)] for name in names}
     settings = ("amsgrad", "lr", "weight_decay", "eps", "maximize", "differentiable", "decoupled_weight_decay")
-    adam(
-        wide,
-        grads,
-        *(wide_kept.get(name, []) for name in STATES_OF_ADAM),
-        [state[p]["step"] for p in params],
-        foreach=False,
-        fused=False,
-        capturable=False,
-        has_complex=any(p.is_complex() for p in params),
-        beta1=group["betas"][0],
-        beta2=group["betas"][1],
-        **{key: group[key] for key in settings},
-    )
-    roundings = store_params(group, params, wide, state, first)
-    for array, name in enumerate(names, start=1):
-        for rounding, to, values in zip(roundings, kept[name], wide_kept[name], strict=True):
-            if values is not to:
-                rounding.store(array, to, values)
+    for p, grad, place in zip(params, grads, places_of(group, first), strict=True):
+        own = state[p]
+        if "step" not in own:
+            own["step"] = new_count()
+            own.update({name: torch.zeros_like(p, dtype=state_dtype(group, p, name)) for name in names})
+        wide = wide_param(group, p, state)
+        wide_states = [own[name].to(wide.dtype) for name in names]
+        adam(
+            [wide],
+            [grad.to(wide.dtype)],  # `p.grad_dtype` allows others
+            *([values] for values in wide_states),
+            *([] for _ in range(len(STATES_OF_ADAM) - len(names))),
+            [own["step"]],
+            foreach=False,
+            fused=False,
+            capturable=False,
+            has_complex=p.is_complex(),
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            **{key: group[key] for key in settings},
+        )
+        rounding = store_param(group, p, wide, state, place)
+        for array, (name, values) in enumerate(zip(names, wide_states, strict=True), start=1):
+            if values is not own[name]:
+                rounding.store(array, own[name], values)
 
 
-def wide_params(group, params, state):
+def places_of(group, first):
+    """Of each parameter with a gradient, its place among those of all groups."""
+    return [first + i for i, p in enumerate(group["params"]) if p.grad is not None]
+
+
+def wide_param(group, param, state):
     """What a rule updates: the parameter itself, or in float32 a 16-bit one, or its master weights."""
-    wide = []
-    for p in params:
-        if has_master(group, p) and "master_param" not in state[p]:
-            state[p]["master_param"] = p.detach().float()
-        wide.append(state[p]["master_param"] if has_master(group, p) else p.to(compute_dtype(p)))
-    return wide
+    if not has_master(group, param):
+        return param.to(compute_dtype(param))
+    if "master_param" not in state[param]:
+        state[param]["master_param"] = param.detach().float()
+    return state[param]["master_param"]
 
 
-def store_params(group, params, wide, state, first):
-    """Rounds what a rule has updated to the 16-bit parameters. Returns how their states are to be rounded, too."""
-    places = {p: first + i for i, p in enumerate(group["params"])}
-    roundings = [Rounding(group, places[p], state[p].get("step") if p in state else None) for p in params]
-    for p, values, rounding in zip(params, wide, roundings, strict=True):
-        if values is not p:
-            rounding.store(0, p, values)
-    return roundings
+def store_param(group, param, wide, state, place):
+    """Rounds what a rule has updated to a 16-bit parameter. Returns how its states are to be rounded, too."""
+    rounding = Rounding(group, place, state[param].get("step") if param in state else None)
+    if wide is not param:
+        rounding.store(0, param, wide)
+    return rounding

@@ -12,6 +12,13 @@ KNOWN_DTYPES = (
     torch.complex128,
 )
 
+SPARSE_LAYOUTS = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+KNOWN_LAYOUTS = (torch.strided, torch.jagged, *SPARSE_LAYOUTS)
+
+
+def is_sparse(tensor):
+    return tensor.layout in SPARSE_LAYOUTS
+
 
 def values_of(grad):
     """The values that a gradient holds: of a sparse or nested one, those it stores."""

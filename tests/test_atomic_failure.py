@@ -242,6 +242,7 @@ CASES_OF_ADAM = {
         f"step of {B} must be a count",
     ),
     "count of -inf": (buffer(lambda: torch.tensor(-math.inf), "step"), ValueError, f"step of {B} must be a count"),
+    "infinite count": (buffer(lambda: torch.tensor(math.inf), "step"), ValueError, f"step of {B} must be a count"),
     "float8": CASES["float8"],
     "integers": CASES["integers"],
     "NaN eps": of_groups("eps", math.nan, ValueError, "eps"),

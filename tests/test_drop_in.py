@@ -219,6 +219,35 @@ def test_hooks_run_once_where_a_subclass_wraps_the_step(by, levels):
     assert runs[fastclip] == runs[torch.optim]
 
 
+def test_hooks_of_a_step_within_the_closure_of_another():
+    seen = {}
+    for module in (torch.optim, fastclip):
+        names = seen[module] = []
+        p = torch.ones(1, requires_grad=True)
+        optimizer = module.SGD([p], lr=0.1)
+        optimizer.register_step_post_hook(lambda *_, names=names: names.append("post"))
+
+        def closure(optimizer=optimizer, p=p):
+            p.grad = torch.ones(1)
+            if not seen.get(optimizer):
+                seen[optimizer] = True
+                optimizer.step()
+            return p.sum()
+
+        optimizer.step(closure)
+    assert seen[fastclip] == seen[torch.optim] == ["post", "post"]
+
+
+def test_param_groups_is_an_attribute_like_others():
+    optimizer = fastclip.SGD([torch.ones(1)], lr=0.1)
+    groups = optimizer.param_groups
+    assert optimizer.param_groups is groups and vars(optimizer)["param_groups"] is groups
+    optimizer.param_groups = list(groups)
+    assert optimizer.param_groups == groups and optimizer.param_groups is not groups
+    del optimizer.param_groups
+    assert not hasattr(optimizer, "param_groups") and not hasattr(fastclip.SGD.__new__(fastclip.SGD), "param_groups")
+
+
 def test_a_training_step_under_torch_compile():
     """The graph breaks at the step, as at torch's own."""
     trained = []

@@ -1,13 +1,14 @@
 """A parameter that is given twice in one group: tied weights, as `[*encoder.parameters(), *decoder.parameters()]`."""
 
 import math
+import warnings
 
 import pytest
 import torch
 
 import fastclip
 
-from .cases import Loop, assert_same_bits, copy_params, give_grads, make_params
+from .cases import Loop, assert_same_bits, copy_params, exact_square_roots, give_grads, make_params
 
 RULES = {"SGD": {"momentum": 0.9, "weight_decay": 0.01}, "Adam": {"amsgrad": True}, "AdamW": {}}
 every_rule = pytest.mark.parametrize("rule", RULES)
@@ -54,6 +55,55 @@ def test_its_gradient_counts_once_in_the_norm(rule, norm_type):
     optimizer.step()
     torch.testing.assert_close(optimizer.total_norm, norm.double(), rtol=1e-6, atol=0)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+# What makes copies in a wider dtype, which must not be made before the first update of the two.
+WIDER = {
+    "bfloat16": (torch.bfloat16, {}),
+    "float16": (torch.float16, {}),
+    "narrow momentum": (torch.float32, {"momentum_dtype": torch.bfloat16}),
+    "narrow momentum, float64": (torch.float64, {"momentum_dtype": torch.bfloat16}),
+}
+
+
+@falls_back
+@every_rule
+@pytest.mark.parametrize("alias", [False, True], ids=["twice", "two views"])
+@pytest.mark.parametrize("kind", WIDER)
+def test_it_is_stepped_twice_also_where_wider_copies_are_made(rule, alias, kind):
+    """As its two updates in two optimizers, one after the other."""
+    dtype, settings = WIDER[kind]
+    cls, momentum = getattr(fastclip, rule), {k: v for k, v in RULES[rule].items() if k != "weight_decay"}
+    p = torch.randn(20).to(dtype).requires_grad_()
+    q = p.detach().requires_grad_() if alias else p
+    given = [p, q]
+    expected = p.detach().clone().requires_grad_()
+    twin, other = (cls([expected], lr=0.25, **momentum, **settings) for _ in range(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer = cls(given, lr=0.25, **momentum, **settings)
+    for number in range(3):
+        p.grad = torch.randn(20).to(dtype)
+        q.grad = p.grad
+        expected.grad = p.grad.clone()
+        if not alias and number > 0:  # one state serves both updates
+            other = twin
+        if not alias and rule != "SGD":  # from the first on; of SGD's first buffers both are the gradient
+            other = twin
+        with exact_square_roots():
+            optimizer.step()
+            twin.step()
+            other.step()
+        assert torch.equal(p, expected), number
+
+
+@falls_back
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gradient_in_the_memory_of_another_parameter_is_read_in_its_turn(dtype):
+    p, q = torch.ones(8, dtype=dtype, requires_grad=True), torch.ones(8, dtype=dtype, requires_grad=True)
+    p.grad, q.grad = torch.ones(8, dtype=dtype), p.detach()
+    fastclip.SGD([p, q], lr=0.5).step()
+    assert p.tolist() == [0.5] * 8 and q.tolist() == [0.75] * 8
 
 
 @falls_back

@@ -89,6 +89,25 @@ def test_what_a_hook_resets_after_loading_stays_reset(rule):
     assert not any(value.any() for name, value in kept.items() if name not in ("step", "master_param"))
 
 
+@pytest.mark.parametrize("when", ["pre", "post"])
+def test_a_hook_that_loads_itself(when):
+    """Another file instead, say. The states of both keep their dtypes."""
+    saved, params = trained("AdamW", [(3,)], master_weights=True)
+    optimizer, ours = trained("AdamW", [(3,)], master_weights=True)
+    seen = []
+
+    def load_another(loading, *_):
+        if not seen:
+            seen.append(True)
+            loading.load_state_dict(copy.deepcopy(saved.state_dict()))
+
+    getattr(optimizer, f"register_load_state_dict_{when}_hook")(load_another)
+    optimizer.load_state_dict(copy.deepcopy(saved.state_dict()))
+    for name, value in saved.state[params[0]].items():
+        loaded = optimizer.state[ours[0]][name]
+        assert loaded.dtype == value.dtype and torch.equal(loaded, value)
+
+
 def test_hooks_are_as_they_were_also_after_an_error():
     optimizer, _ = trained("SGD", [(3,)])
     with pytest.raises(ValueError, match="different number of parameter groups"):
@@ -226,6 +245,18 @@ def test_a_group_of_torchs_settings_only_that_was_appended_by_hand(rule):
     del plain["lr"]
     with pytest.raises(KeyError, match=r"lr in param_groups\[1\] is missing"):
         optimizer.step()
+
+
+def test_a_group_of_torchs_settings_only_that_was_put_first():
+    p, q = make_params([(3,)] * 2, torch.float32)
+    optimizer = fastclip.SGD([p], lr=0.01, max_norm=1e9)
+    optimizer.param_groups[0]["max_norm"] = 1e8
+    optimizer.param_groups.insert(0, torch.optim.SGD([q], lr=0.01).param_groups[0])
+    give_grads([p, q])
+    optimizer.step()
+    assert [group["max_norm"] for group in optimizer.param_groups] == [1e8, 1e8]
+    optimizer.add_param_group({"params": make_params([(2,)])})
+    assert optimizer.param_groups[2]["max_norm"] == 1e8
 
 
 def test_groups_that_were_cleared_and_added_again():

@@ -63,6 +63,33 @@ def test_the_warning_says_which_tensor_is_of_which_kind(make, words):
 
 
 @falls_back
+@pytest.mark.parametrize("settings", [{}, {"momentum": 0.9, "weight_decay": 0.1}])
+def test_nested_parameters_step_as_in_torch(settings):
+    trained = []
+    for module in (torch.optim, fastclip):
+        p, p.grad = nested_gradient()
+        optimizer = module.SGD([p], lr=0.1, **settings)
+        optimizer.step()
+        optimizer.step()
+        trained.append(p.detach().values())
+    assert torch.equal(*trained)
+
+
+@falls_back
+def test_clips_of_nested_parameters_and_adam():
+    """torch's Adam finds out in the middle of a step."""
+    p, p.grad = nested_gradient()
+    norm = 5**0.5
+    optimizer = fastclip.SGD([p], lr=1.0, clip_value=0.5, max_norm=norm / 4)
+    optimizer.step()
+    torch.testing.assert_close(p.detach().values(), torch.full((5,), 0.75), rtol=1e-5, atol=0)
+    p, p.grad = nested_gradient()
+    with pytest.raises(RuntimeError, match="does not support nested gradients, as that of parameter 0 of group 0"):
+        fastclip.AdamW([p], lr=1.0).step()
+    assert torch.equal(p.detach().values(), torch.ones(5))
+
+
+@falls_back
 @pytest.mark.parametrize("value", [1.0, math.inf, math.nan])
 def test_skip_nonfinite_looks_at_the_values_of_sparse_gradients(value):
     embedding, p = torch.nn.Embedding(6, 2, sparse=True), param(3)

@@ -277,6 +277,27 @@ def test_weights_that_are_loaded_back_under_master_weights_are_told():
     torch.testing.assert_close(optimizer.state[params[0]]["master_param"].bfloat16(), params[0].detach())
 
 
+@pytest.mark.falls_back
+@pytest.mark.parametrize("in_plain_torch", [False, True])
+@pytest.mark.parametrize("when", ["between steps", "after loading"])
+def test_it_is_told_on_every_way(when, in_plain_torch):
+    optimizer, params = model_with_masters()
+    if when == "after loading":
+        saved = copy.deepcopy(optimizer.state_dict())
+        optimizer, params = model_with_masters()
+        optimizer.load_state_dict(saved)
+        with torch.no_grad():
+            for p in params:
+                p.copy_(optimizer.state[p]["master_param"])
+    if in_plain_torch:
+        params[0].grad = params[0].grad.t().contiguous().t()
+    with torch.no_grad():
+        params[1].fill_(3.0)
+    with pytest.warns(UserWarning, match=r"\('bias'\) was written to") as caught:
+        optimizer.step()
+    assert [warning.filename for warning in caught] == [__file__] * len(caught)
+
+
 def test_the_way_out_that_is_told_works(no_warning):
     optimizer, params = model_with_masters()
     with torch.no_grad():
@@ -297,9 +318,6 @@ def test_what_does_not_change_a_parameter_is_not_told(what):
             params[1].copy_(params[1].clone())
     elif what == "copy":
         optimizer = copy.deepcopy(optimizer)
-        params = optimizer.param_groups[0]["params"]
-        with torch.no_grad():
-            params[1].zero_()  # of which this optimizer has not taken a step
     elif what == "reload":
         optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     elif what == "skip":

@@ -66,6 +66,21 @@ def test_compiled_loop_bodies_train_as_plain_ones(case):
     assert plain[2] == compiled[2]
 
 
+@pytest.mark.parametrize("module", [torch.optim, fastclip])
+def test_settings_are_read_within_a_graph(module):
+    """As torch's, which need no break: a graph is made anew where one has changed."""
+    model = torch.nn.Linear(2, 2)
+    optimizer = module.SGD(model.parameters(), lr=0.5)
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def scaled(x):
+        return model(x) * optimizer.param_groups[0]["lr"]
+
+    first = scaled(torch.ones(1, 2))
+    optimizer.param_groups[0]["lr"] = 0.25
+    assert torch.equal(scaled(torch.ones(1, 2)), first / 2)
+
+
 def test_no_step_is_compiled():
     """Neither it nor what it calls: guards over an optimizer's every attribute would cost more than a step."""
     torch.compiler.reset()
