@@ -107,28 +107,39 @@ FASTCLIP_HD double total_norm(Norm norm, const Measure& m) {
   return sqrt(m.medium);
 }
 
+// What a norm clip multiplies by is the product of the two. A coefficient below the normal numbers of float32, as of a
+// norm of 1e38 that is clipped to 1, would lose its digits, and be 0 under torch.set_flush_denormal. So gradients are
+// then taken in units of 2^-100: before the value clip, and its bounds with them, so that it costs nothing per element.
+struct Scaling {
+  double coefficient = 1.0;
+  double unit = 1.0;
+
+  FASTCLIP_HD double product() const { return coefficient * unit; }
+};
+
 // clip_grad_norm_: gradients are scaled by min(1, max_norm / (norm + 1e-6)), and by NaN if the norm
 // is NaN. max_norm = inf asks for the norm only.
-FASTCLIP_HD double clip_coefficient(double norm, double max_norm) {
-  if (max_norm == HUGE_VAL) return 1.0;
+FASTCLIP_HD Scaling scaling_of(double norm, double max_norm) {
+  if (max_norm == HUGE_VAL) return {};
   const double coefficient = max_norm / (norm + 1e-6);
-  return coefficient > 1.0 ? 1.0 : coefficient;
+  if (coefficient < 0x1p-126 && max_norm > 0) return {max_norm / ((norm + 1e-6) * 0x1p-100), 0x1p-100};
+  return {coefficient > 1.0 ? 1.0 : coefficient, 1.0};
 }
 
 // What the measured gradients mean for a step.
 struct Decision {
   double total_norm;
-  double coefficient;
+  Scaling scaling;
   bool skip;
 };
 // Of a step that AMP found to be skipped.
-FASTCLIP_HD Decision skipped(double max_norm) { return {HUGE_VAL, clip_coefficient(HUGE_VAL, max_norm), true}; }
+FASTCLIP_HD Decision skipped(double max_norm) { return {HUGE_VAL, scaling_of(HUGE_VAL, max_norm), true}; }
 
 FASTCLIP_HD Decision decide(Norm norm, const Measure& sum, double max_norm, bool skip_nonfinite) {
   // No sum of finite gradients overflows, so this is true exactly where one is not finite.
   const double zero = (sum.small - sum.small) + (sum.medium - sum.medium) + (sum.big - sum.big);
   const double total = total_norm(norm, sum);
-  return {total, clip_coefficient(total, max_norm), skip_nonfinite && zero != 0};
+  return {total, scaling_of(total, max_norm), skip_nonfinite && zero != 0};
 }
 
 // What a step leaves behind, in the memory of its device: read by whoever asks, never waited for.
@@ -146,7 +157,7 @@ struct Outcome {
 
 FASTCLIP_HD void record(Outcome& outcome, const Decision& decision, bool counts) {
   outcome.total_norm = decision.total_norm;
-  outcome.coefficient = decision.coefficient;
+  outcome.coefficient = decision.scaling.product();
   outcome.skipped = decision.skip;
   outcome.skipped_steps += decision.skip && counts;
 }

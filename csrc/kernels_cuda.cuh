@@ -201,25 +201,25 @@ __global__ void __launch_bounds__(kThreads, min_blocks(kDTypes))
     meet_and_sum<kDTypes>(header);
   }
   if (!header.update) return;
-  double coefficient = 1.0;
+  Scaling scaling;
   if (header.sums) {
     const Decision& decision = decide_for_block(header);
     if (decision.skip) return;
-    coefficient = decision.coefficient;
-    if (kKernel == Kernel::clip_grad && coefficient == 1.0) return;
+    scaling = decision.scaling;
+    if (kKernel == Kernel::clip_grad && scaling.coefficient == 1.0) return;
   }
   uint32_t clamped = 0;
   for_each_tile<kKernel, kDTypes>(arguments, keep, keep, [&](uint32_t, const Hyper& hyper, const EntryOf<kKernel, kDTypes>& entry,
                                                     int64_t begin, int size, const uint4* slot) {
     if constexpr (kMixed<kKernel, kDTypes>) {
       if (kDTypes == DTypes::mixed || !entry.uniform) {
-        clamped += update_mixed_tile<kKernel>(header, hyper, entry, begin, size, coefficient, slot);
+        clamped += update_mixed_tile<kKernel>(header, hyper, entry, begin, size, scaling, slot);
         return;
       }
     }
     if constexpr (kDTypes != DTypes::mixed) {
       with_dtype<kDTypes>(entry.dtype, [&](auto stored) {
-        clamped += update_tile<kKernel, decltype(stored)>(header, hyper, entry, begin, size, coefficient, slot);
+        clamped += update_tile<kKernel, decltype(stored)>(header, hyper, entry, begin, size, scaling, slot);
       });
     }
   });

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "halves_cpu.h"
 #include "step.h"
 
 namespace fastclip::cpu {
@@ -128,13 +129,13 @@ template <class Set>
 void read_any(DType dtype, const void* from, int64_t at, int64_t size, float* to) {
   if (dtype == DType::float32) return Set::template read_as<float>(from, at, size, to);
   if (dtype == DType::bfloat16) return Set::template read_as<BFloat16>(from, at, size, to);
-  Set::template read_as<Float16>(from, at, size, to);
+  Set::Halves::read(static_cast<const Float16*>(from) + at, size, to);
 }
 template <class Set>
 void write_any(DType dtype, void* to, int64_t at, int64_t size, const float* from) {
   if (dtype == DType::float32) return Set::template write_as<float>(to, at, size, from);
   if (dtype == DType::bfloat16) return Set::template write_as<BFloat16>(to, at, size, from);
-  Set::template write_as<Float16>(to, at, size, from);
+  Set::Halves::write(static_cast<Float16*>(to) + at, size, from);
 }
 template <class Set>
 void round_any(DType dtype, void* to, int64_t at, int64_t size, const float* from, uint32_t key) {
@@ -171,11 +172,21 @@ FASTCLIP_HD int64_t update_staged(const TensorEntry& tensor, int64_t begin, int6
   return clamped;
 }
 
-template <class Stored>
+template <class Set, class Stored>
 FASTCLIP_HD void clip_loop(const TensorEntry& tensor, int64_t begin, int64_t size, const Clip<double>& of_group) {
   const auto clip = convert<ComputeType<Stored>>(of_group);
   auto* const grads = static_cast<Stored*>(tensor.grad) + begin;
-  for (int64_t i = 0; i < size; ++i) store(grads[i], clip(load(grads[i])));
+  if constexpr (std::is_same_v<Stored, Float16>) {
+    alignas(kCacheLine) float block[kBlock];
+    for (int64_t at = 0; at < size; at += kBlock) {
+      const int64_t count = size - at < kBlock ? size - at : kBlock;
+      Set::Halves::read(grads + at, count, block);
+      for (int64_t i = 0; i < count; ++i) block[i] = clip(block[i]);
+      Set::Halves::write(grads + at, count, block);
+    }
+  } else {
+    for (int64_t i = 0; i < size; ++i) store(grads[i], clip(load(grads[i])));
+  }
 }
 
 // A chunk is summed in this many lanes, on every instruction set, and so to the same bits.
@@ -186,7 +197,7 @@ constexpr int kStreams = 4;
 // What a norm is taken of: gradients as they are, after unscaling and value clip, or so but for inf and NaN.
 enum class Seen { raw, clipped, clipped_or_nonfinite };
 
-template <class Stored, Norm kNorm, Seen kSeen>
+template <class Set, class Stored, Norm kNorm, Seen kSeen>
 FASTCLIP_HD void measure_loop(const TensorEntry& tensor, int64_t begin, int64_t size, const Clip<double>& of_group,
                               Measure& result) {
   using T = ComputeType<Stored>;
@@ -197,9 +208,13 @@ FASTCLIP_HD void measure_loop(const TensorEntry& tensor, int64_t begin, int64_t 
   double small[kWide] = {}, medium[kLanes] = {}, big[kWide] = {};
   const auto add = [&](const Stored* from) __attribute__((always_inline)) {
     T x[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) {
-      x[lane] = load(from[lane]);
-      if constexpr (kSeen != Seen::raw) x[lane] = clip.measured(x[lane], kSeen == Seen::clipped_or_nonfinite);
+    if constexpr (std::is_same_v<Stored, Float16>) {
+      Set::Halves::read(from, kLanes, x);
+    } else {
+      for (int lane = 0; lane < kLanes; ++lane) x[lane] = load(from[lane]);
+    }
+    if constexpr (kSeen != Seen::raw) {
+      for (int lane = 0; lane < kLanes; ++lane) x[lane] = clip.measured(x[lane], kSeen == Seen::clipped_or_nonfinite);
     }
     for (int lane = 0; lane < kLanes; ++lane) {
       measure<kNorm, kFloat64>(small[lane % kWide], medium[lane], big[lane % kWide], double{x[lane]});
@@ -262,8 +277,9 @@ struct LoopTable {
 };
 
 // The loops above are inlined into the members of each set, and so compiled for its target.
-#define FASTCLIP_INSTRUCTION_SET(NAME, TARGET)                                                                         \
+#define FASTCLIP_INSTRUCTION_SET(NAME, HALVES, TARGET)                                                                 \
   struct NAME {                                                                                                        \
+    using Halves = HALVES;                                                                                             \
     template <class Stored>                                                                                            \
     TARGET static void read_as(const void* from, int64_t at, int64_t size, float* to) {                                \
       size == kBlock ? read_block<Stored>(from, at, kBlock, to) : read_block<Stored>(from, at, size, to);              \
@@ -284,18 +300,18 @@ struct LoopTable {
     }                                                                                                                  \
     template <class Stored>                                                                                            \
     TARGET static void clip(const TensorEntry& t, int64_t begin, int64_t size, const Clip<double>& c) {                \
-      clip_loop<Stored>(t, begin, size, c);                                                                            \
+      clip_loop<NAME, Stored>(t, begin, size, c);                                                                      \
     }                                                                                                                  \
     template <class Stored, Norm kNorm, Seen kSeen>                                                                    \
     TARGET static void measure(const TensorEntry& t, int64_t begin, int64_t size, const Clip<double>& c, Measure& m) { \
-      measure_loop<Stored, kNorm, kSeen>(t, begin, size, c, m);                                                        \
+      measure_loop<NAME, Stored, kNorm, kSeen>(t, begin, size, c, m);                                                  \
     }                                                                                                                  \
   };
 
-FASTCLIP_INSTRUCTION_SET(Baseline, )
+FASTCLIP_INSTRUCTION_SET(Baseline, PortableHalves, )
 #if defined(__x86_64__)
-FASTCLIP_INSTRUCTION_SET(Avx2, __attribute__((target("avx2,fma"))))
-FASTCLIP_INSTRUCTION_SET(Avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512"))))
+FASTCLIP_INSTRUCTION_SET(Avx2, F16c, __attribute__((target("avx2,fma,f16c"))))
+FASTCLIP_INSTRUCTION_SET(Avx512, Avx512Halves, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,prefer-vector-width=512"))))
 #endif
 
 template <class Set, Storage kStorage, Momentum kMomentum>
@@ -361,9 +377,10 @@ const InstructionSet& instruction_set() {
 #if defined(__x86_64__)
       {"AVX512",
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"),
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && F16c::supported(),
        make_loops<Avx512>()},
-      {"AVX2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), make_loops<Avx2>()},
+      {"AVX2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && F16c::supported(),
+       make_loops<Avx2>()},
 #endif
       {"baseline", true, make_loops<Baseline>()},
   };

@@ -93,11 +93,11 @@ __device__ __forceinline__ uint4 pack(const float (&values)[kElements], DType dt
 // Returns how many elements of this lane the value clip moved.
 template <Kernel kKernel, class OneEntry>
 __device__ __noinline__ uint32_t update_mixed_tile(const Header& header, const Hyper& hyper, const OneEntry& entry,
-                                                   int64_t begin, int size, double coefficient, const uint4* slot) {
+                                                   int64_t begin, int size, Scaling scaling, const uint4* slot) {
   using Rule = RuleOf<kKernel, float>;
   constexpr int kStates = kStatesOf<kKernel>, kRoom = kStates > 0 ? kStates : 1;
   constexpr int kAtOnce = kInFlight<2 + kStates>;
-  const Clip<float> clip = clip_of<float>(header, hyper, coefficient);
+  const Clip<float> clip = clip_of<float>(header, hyper, scaling);
   const double step = this_step(entry);
   const Rule rule(hyper, lr_of(hyper), step);
   const Terms terms = terms_of<kKernel>(hyper, entry);

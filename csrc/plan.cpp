@@ -177,7 +177,7 @@ Plan::ClipStats Plan::clip_stats() const {
     stats.skipped = at::full({}, last_.skipped_by_host, options.dtype(at::kBool));
   }
   if (stats.total_norm.defined()) {
-    const double of_none = clip_coefficient(last_.skipped_by_host ? HUGE_VAL : 0, last_.norm_clip.max_norm);
+    const double of_none = scaling_of(last_.skipped_by_host ? HUGE_VAL : 0, last_.norm_clip.max_norm).product();
     stats.coefficient = first ? first->coefficient().clone() : at::full({}, of_none, options.dtype(at::kDouble));
   }
   if (last_.clamps) {

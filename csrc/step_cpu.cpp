@@ -1,6 +1,7 @@
 // A step on the CPU: chunks over threads.
 #include <algorithm>
 #include <atomic>
+#include <cfenv>
 #include <cmath>
 
 #include "loops_cpu.h"
@@ -30,6 +31,21 @@ void for_each_run(const Step& step, int64_t first_chunk, int64_t last_chunk, con
   }
 }
 
+// Computes as the calling thread does, while this is there. torch.set_flush_denormal is about one thread only: whether a
+// subnormal number counts would depend on the thread that happens to fetch it.
+class FloatingPointMode {
+ public:
+  explicit FloatingPointMode(const std::fenv_t& wanted) {
+    std::fegetenv(&own_);
+    std::fesetenv(&wanted);
+  }
+  ~FloatingPointMode() { std::fesetenv(&own_); }
+  FloatingPointMode(const FloatingPointMode&) = delete;
+
+ private:
+  std::fenv_t own_;
+};
+
 // One parallel region: calls body(first chunk, last chunk) until every chunk was fetched. `backwards`
 // starts where the pass before it ended, on what is still in the cache.
 template <class Body>
@@ -43,29 +59,38 @@ void for_each_chunk(const Step& step, const ThreadPool& pool, bool backwards, co
     const int64_t chunks;
     const bool backwards;
     std::atomic<int64_t> fetched{0};
-  } work{body, step.chunks, backwards};
-  const auto fetch_and_run = [](void* context) {
-    auto& work = *static_cast<Work*>(context);
-    for (;;) {
-      const int64_t begin = work.fetched.fetch_add(kChunksPerFetch, std::memory_order_relaxed);
-      if (begin >= work.chunks) return;
-      const int64_t end = std::min(begin + kChunksPerFetch, work.chunks);
-      work.backwards ? work.body(work.chunks - end, work.chunks - begin) : work.body(begin, end);
+    std::fenv_t mode{};
+
+    void fetch_and_run() {
+      for (;;) {
+        const int64_t begin = fetched.fetch_add(kChunksPerFetch, std::memory_order_relaxed);
+        if (begin >= chunks) return;
+        const int64_t end = std::min(begin + kChunksPerFetch, chunks);
+        backwards ? body(chunks - end, chunks - begin) : body(begin, end);
+      }
     }
+  } work{body, step.chunks, backwards};
+  if (threads == 1) return work.fetch_and_run();
+  std::fegetenv(&work.mode);
+  const auto run_in_mode = [](void* context) {
+    auto& work = *static_cast<Work*>(context);
+    const FloatingPointMode mode(work.mode);
+    work.fetch_and_run();
   };
-  threads == 1 ? fetch_and_run(&work) : pool.run(threads, fetch_and_run, &work);
+  pool.run(threads, run_in_mode, &work);
 }
 
-Clip<double> clip_of(const Step& step, const Hyper& hyper, double coefficient) {
+Clip<double> clip_of(const Step& step, const Hyper& hyper, const Scaling& scaling) {
   // As GradScaler.unscale_ does it: one reciprocal in double, rounded to float, then products.
   const double unscale = step.grad_scale ? static_cast<float>(1.0 / *step.grad_scale) : 1.0;
-  return {unscale, hyper.clip_low, hyper.clip_high, hyper.maximize ? -coefficient : coefficient};
+  return {unscale * scaling.unit, hyper.clip_low * scaling.unit, hyper.clip_high * scaling.unit,
+          hyper.maximize ? -scaling.coefficient : scaling.coefficient};
 }
 
 // `count` is this step, by which Adam corrects its averages.
-Constants constants_of(const Step& step, const Hyper& hyper, double coefficient, double count) {
+Constants constants_of(const Step& step, const Hyper& hyper, const Scaling& scaling, double count) {
   Constants c;
-  c.clip = clip_of(step, hyper, coefficient);
+  c.clip = clip_of(step, hyper, scaling);
   if (step.rule == Rule::adam) {
     c.adam = Adam<double>(hyper, hyper.lr, count);
   } else {
@@ -83,7 +108,7 @@ void measure_all(const Step& step, const ThreadPool& pool, const LoopTable& loop
     for_each_run(step, first_chunk, last_chunk, [&](const TensorEntry& tensor, int64_t begin,
                                                     int64_t size) {
       const Hyper& hyper = step.hypers[tensor.hyper];
-      const Clip<double> clip = clip_of(step, hyper, 1.0);
+      const Clip<double> clip = clip_of(step, hyper, {});
       const bool clips = clip.unscale != 1 || clips_value(hyper);
       const Seen seen = !clips ? Seen::raw : step.skip_nonfinite ? Seen::clipped_or_nonfinite : Seen::clipped;
       const MeasureLoop loop = loops.measure[static_cast<int>(tensor.grad_dtype)][inf][static_cast<int>(seen)];
@@ -108,7 +133,7 @@ Decision decide_for(const Step& step) {
   return decide(step.norm, sum, step.max_norm, step.skip_nonfinite);
 }
 
-void update_all(const Step& step, const ThreadPool& pool, const LoopTable& loops, double coefficient) {
+void update_all(const Step& step, const ThreadPool& pool, const LoopTable& loops, const Scaling& scaling) {
   const bool normed = step.norm != Norm::none;
   std::atomic<int64_t> all_clamped{0};
   for_each_chunk(step, pool, normed, [&](int64_t first_chunk, int64_t last_chunk) {
@@ -120,11 +145,11 @@ void update_all(const Step& step, const ThreadPool& pool, const LoopTable& loops
                                                     int64_t size) {
       const Hyper& hyper = step.hypers[tensor.hyper];
       if (step.rule == Rule::clip_grad) {
-        return loops.clip[static_cast<int>(tensor.grad_dtype)](tensor, begin, size, clip_of(step, hyper, coefficient));
+        return loops.clip[static_cast<int>(tensor.grad_dtype)](tensor, begin, size, clip_of(step, hyper, scaling));
       }
       const double count = steps_seen(tensor.step, tensor.step_is_float64) + 1;
       if (current != tensor.hyper || current_count != count) {
-        constants = constants_of(step, hyper, coefficient, count);
+        constants = constants_of(step, hyper, scaling, count);
         current = tensor.hyper;
         current_count = count;
       }
@@ -145,17 +170,17 @@ void run(const Step& step, const ThreadPool& pool) {
     return;
   }
   const LoopTable& loops = instruction_set().loops;
-  double coefficient = 1.0;
+  Scaling scaling;
   if (step.norm != Norm::none) {
     if (step.passes != Passes::update) measure_all(step, pool, loops);
     if (step.passes == Passes::measure) return;
     const Decision decision = decide_for(step);
     record(*step.outcome, decision, step.counts);
     if (decision.skip) return;
-    coefficient = decision.coefficient;
-    if (step.rule == Rule::clip_grad && coefficient == 1.0) return;
+    scaling = decision.scaling;
+    if (step.rule == Rule::clip_grad && scaling.coefficient == 1.0) return;
   }
-  update_all(step, pool, loops, coefficient);
+  update_all(step, pool, loops, scaling);
 }
 
 const char* capability() { return instruction_set().name; }

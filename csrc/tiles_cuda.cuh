@@ -78,9 +78,11 @@ __device__ __forceinline__ void for_tile(bool aligned, int size, const Body& bod
 }
 
 template <class T>
-__device__ __forceinline__ Clip<T> clip_of(const Header& header, const Hyper& hyper, double coefficient) {
+__device__ __forceinline__ Clip<T> clip_of(const Header& header, const Hyper& hyper, const Scaling& scaling) {
   const float unscale = header.grad_scale ? static_cast<float>(1.0 / *header.grad_scale) : 1.0f;
-  return {T(unscale), T(hyper.clip_low), T(hyper.clip_high), T(hyper.maximize ? -coefficient : coefficient)};
+  const T unit = T(scaling.unit);
+  return {unit * unscale, unit * T(hyper.clip_low), unit * T(hyper.clip_high),
+          T(hyper.maximize ? -scaling.coefficient : scaling.coefficient)};
 }
 
 __device__ __forceinline__ double lr_of(const Hyper& hyper) {
@@ -101,7 +103,7 @@ __device__ __noinline__ Measure measure_tile(const Header& header, const Hyper& 
   using Sum = std::conditional_t<kNorm == Norm::inf, T, double>;  // a largest value needs no double
   constexpr bool kFloat64 = sizeof(Stored) == sizeof(double);
   constexpr int kAtOnce = kInFlight<1>;
-  const Clip<T> clip = clip_of<T>(header, hyper, 1.0);
+  const Clip<T> clip = clip_of<T>(header, hyper, {});
   const bool see_nonfinite = header.skip_nonfinite;
   const auto* const grads = static_cast<const Stored*>(entry.grad) + begin;
   double small = 0, big = 0;
@@ -153,13 +155,13 @@ __device__ __forceinline__ double this_step(const Entry<kStates, kCounts, kMixed
 // Returns how many elements of this lane the value clip moved.
 template <Kernel kKernel, class Stored, class OneEntry>
 __device__ __noinline__ uint32_t update_tile(const Header& header, const Hyper& hyper, const OneEntry& entry,
-                                             int64_t begin, int size, double coefficient, const uint4* slot) {
+                                             int64_t begin, int size, Scaling scaling, const uint4* slot) {
   using T = ComputeType<Stored>;
   using Rule = RuleOf<kKernel, T>;
   constexpr bool kRule = kKernel != Kernel::clip_grad;
   constexpr int kStates = kStatesOf<kKernel>;
   constexpr int kAtOnce = kInFlight<1 + kRule + kStates>;
-  const Clip<T> clip = clip_of<T>(header, hyper, coefficient);
+  const Clip<T> clip = clip_of<T>(header, hyper, scaling);
   const Rule rule(hyper, lr_of(hyper), this_step(entry));
   const Terms terms = terms_of<kKernel>(hyper, entry);
   const int reads = Rule::reads(terms), writes = Rule::writes(terms);  // not the same in every group

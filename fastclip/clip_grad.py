@@ -127,7 +127,8 @@ def clip_grad_norm_(parameters, max_norm, norm_type=2.0, error_if_nonfinite=Fals
                     [p.grad for p in _with_unique_grads(parameters)], norm_type, foreach=foreach
                 )
                 norm = norm.full_tensor() if is_dtensor(norm) else norm
-            reference.scale_(grads, reference.clip_coefficient(norm, max_norm))
+                norm = norm.to(torch.promote_types(norm.dtype, torch.float32))
+            reference.scale_(grads, reference.scaling_of(norm, max_norm))
     if norm is None:  # not one parameter
         return torch.zeros(())
     return norm.to(

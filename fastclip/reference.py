@@ -17,18 +17,24 @@ from .precision import SIXTEEN_BIT, Rounding, compute_dtype, has_master, state_d
 from .values import item_of, number_of, overlap_in_part, values_of
 
 
-def clip_coefficient(norm, max_norm):
-    """What `clip_grad_norm_` multiplies by; `max_norm=inf` asks for the norm only."""
+def scaling_of(norm, max_norm):
+    """What `clip_grad_norm_` multiplies by, as two factors: (unit, coefficient); `max_norm=inf` asks for the norm only.
+
+    The unit is 1, and 2^-100 where the coefficient alone would be subnormal in float32, and lose its digits.
+    """
     if max_norm == math.inf:
-        return torch.ones_like(norm)
-    return torch.clamp(torch.full_like(norm, max_norm) / (norm + 1e-6), max=1.0)  # number / tensor rounds twice
+        return torch.ones_like(norm), torch.ones_like(norm)
+    threshold, total = torch.full_like(norm, max_norm), norm + 1e-6  # number / tensor rounds twice
+    unit = torch.ones_like(norm).masked_fill((threshold / total < 2.0**-126) & (max_norm > 0), 2.0**-100)
+    return unit, torch.clamp(threshold / (total * unit), max=1.0)
 
 
 @torch.no_grad()
-def scale_(grads, coefficient):
-    """Multiplies gradients in place by a scalar tensor."""
+def scale_(grads, factors):
+    """Multiplies gradients in place by scalar tensors, one after the other."""
     for grad in grads:
-        grad.mul_(coefficient.to(grad.device, grad.real.dtype))
+        for factor in factors:
+            grad.mul_(factor.to(grad.device, grad.real.dtype))
 
 
 def bounds(clip_value, dtype=torch.float64):
@@ -115,8 +121,8 @@ def step(update, groups, state, grad_scale, found_inf, reductions):
         if skip_nonfinite and not item_of(measure.isfinite().all(), unknown=True):
             return stats_of(groups, norm, skipped=True)
         if max_norm is not None:
-            coefficient = clip_coefficient(norm, max_norm)
-            grads = [[g * coefficient.to(g.device, g.real.dtype) for g in of_group] for of_group in grads]
+            for factor in scaling_of(norm, max_norm):
+                grads = [[g * factor.to(g.device, g.real.dtype) for g in of_group] for of_group in grads]
         first = 0
         for group, of_group in zip(groups, grads, strict=True):
             update(group, of_group, state, first)
@@ -141,11 +147,12 @@ def stats_of(groups, norm, moved=0, looked_at=0, skipped=False):
     device = next((p.device for group in groups for p in group["params"]), torch.device("cpu"))
     norm = None if max_norm is None else torch.as_tensor(norm, dtype=torch.float64, device=device).detach()
     fraction = None
+    unit, coefficient = (None, None) if norm is None else scaling_of(norm, max_norm)
     if any(map(clips_value, groups)):
         fraction = torch.as_tensor(moved, dtype=torch.float64, device=device) / max(looked_at, 1)
     return ClipStats(
         total_norm=norm,
-        clip_coefficient=None if norm is None else clip_coefficient(norm, max_norm),
+        clip_coefficient=None if norm is None else coefficient * unit,
         clamped_fraction=fraction,
         skipped=torch.tensor(skipped, device=device),
         skipped_steps=torch.tensor(int(skipped), device=device),

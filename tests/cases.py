@@ -102,6 +102,16 @@ def exact_square_roots():
                 torch.Tensor.sqrt = OWN_SQRT
 
 
+@contextmanager
+def flush_denormal(flush=True):
+    """What the calling thread does with subnormal numbers: with True they are 0."""
+    assert torch.set_flush_denormal(flush), "this CPU can't"
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def clip_in_place(params, clip_value=None, max_norm=None, norm_type=2.0):
     """The clipping that goes before `optimizer.step()` in plain code. Returns the norm."""
     grads = [p.grad for p in params if p.grad is not None and p.grad.numel()]

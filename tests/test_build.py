@@ -156,6 +156,7 @@ def test_sources_keep_to_their_layers():
             "step",
             "step_cpu",
             "loops_cpu",
+            "halves_cpu",
             "step_cuda",
             "kernels_cuda",
             "tiles_cuda",

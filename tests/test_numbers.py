@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import fastclip
+from fastclip import reference
 
-from .cases import CLIPS, RULES, assert_same_bits, give_grads, pair, step_both
+from .cases import CLIPS, RULES, assert_same_bits, flush_denormal, give_grads, pair, step_both
 from .scripts import run_script
 
 
@@ -87,6 +88,50 @@ def test_finite_gradients_of_1e20_do_not_vanish(device):
     p.grad = torch.tensor([3e20, 4e20], device=device)
     fastclip.SGD([p], lr=1.0, max_norm=1.0).step()
     torch.testing.assert_close(p.detach(), torch.tensor([-0.6, -0.8], device=device))
+
+
+# Two gradients, and the norm that they are clipped to. The coefficients are subnormal, in float32 or float64.
+SMALL_COEFFICIENTS = [
+    (torch.float32, (6e37, -8e37), 0.5),
+    (torch.float32, (1.8e38, -2.4e38), 1e-25),
+    (torch.bfloat16, (6e37, -8e37), 0.5),
+    (torch.float64, (6e307, -8e307), 0.5),
+    (torch.float64, (6e307, -8e307), 1e-10),
+]
+
+
+@pytest.mark.parametrize("flush", [False, True], ids=["", "flush"])
+@pytest.mark.parametrize(("dtype", "grads", "max_norm"), SMALL_COEFFICIENTS, ids=str)
+def test_a_small_coefficient_keeps_its_digits(dtype, grads, max_norm, flush, device):
+    """Whatever is clipped before, in either direction, by a step, the clip function and the specification."""
+    p, q, r = (torch.zeros(2, dtype=dtype, device=device, requires_grad=True) for _ in range(3))
+    for param in (p, q, r):
+        param.grad = torch.tensor(grads, dtype=dtype, device=device)
+    exact = p.grad.double().cpu() / math.hypot(*p.grad.tolist()) * max_norm
+    infinite = torch.finfo(dtype).max
+    settings = {"lr": 1.0, "max_norm": max_norm, "maximize": True, "clip_value": (-infinite, infinite)}
+    with flush_denormal(flush):
+        optimizer = fastclip.SGD([p], **settings)
+        optimizer.step()
+        coefficient = optimizer.clip_stats().clip_coefficient
+        fastclip.clip_grad_norm_([q], max_norm)
+        other = fastclip.SGD([r], **settings)
+        expected_coefficient = reference.step_sgd(other.param_groups, other.state).clip_coefficient
+    for found in (p, q.grad, r):
+        torch.testing.assert_close(found.detach().cpu(), exact.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=0)
+    assert torch.equal(p, r)
+    assert coefficient == expected_coefficient
+
+
+@pytest.mark.parametrize("flush", [False, True], ids=["", "flush"])
+@pytest.mark.parametrize("norm_type", [2.0, math.inf, 1.0])
+def test_a_small_coefficient_in_plain_torch(norm_type, flush):
+    """Where the kernels do not cover a gradient, and for other norms."""
+    p = torch.zeros(2, 2, requires_grad=True)
+    p.grad = torch.full((2, 4), 5e37)[:, ::2]
+    with flush_denormal(flush):
+        norm = fastclip.clip_grad_norm_([p], 0.25, norm_type)
+    torch.testing.assert_close(p.grad * (norm / 5e37), torch.full((2, 2), 0.25), rtol=1e-6, atol=0)
 
 
 def test_a_norm_of_16_bit_gradients_does_not_overflow(device):
