@@ -28,7 +28,7 @@ def complete(group, own):
 
 @contextmanager
 def counts_in(states):
-    """For a `with` block, each of these dicts has a step: torch's Adam looks for it when it is loaded or copied, also in
+    """For a `with` block, each of these dicts has a step: torch's Adam looks for it when it loads or copies, also in
     a dict that holds nothing but states of others."""
     without = [entry for entry in states.values() if isinstance(entry, dict) and "step" not in entry]
     for entry in without:

@@ -150,11 +150,11 @@ class Playback:
     def scaled(self, step):
         """Whether the step goes through a scaler: None, "in place" where that writes to gradients, or "by the step"."""
         dtypes = {spec.dtype for place, spec in enumerate(self.specs) if place not in step.missing}
-        if not (self.scalers and step.scaled and dtypes):  # torch's raises where there are no gradients
+        if not (step.scaled and dtypes):  # torch's raises where there are no gradients
             return None
-        if self.around.scaler == "torch's" and not step.unscale:
-            return "by the step"
-        return None if torch.float16 in dtypes else "in place"  # torch's refuses to unscale float16
+        # torch's refuses to unscale float16 in place.
+        left = self.around.scaler == "torch's" and (torch.float16 in dtypes or not step.unscale)
+        return "by the step" if left else "in place"
 
     def give_grads(self, step, scale):
         """[(gradient, its memory, what that was)] of fastclip's parameters."""

@@ -156,7 +156,7 @@ def groups(draw, optimizer):
 @st.composite
 def events(draw, optimizer, now):
     """What happens before a step to the groups there are `now`, a list that it changes."""
-    kind = draw(st.sampled_from(["set", "set", "reload", "freeze", "add", "cast", "note"]))
+    kind = draw(st.sampled_from(["set", "set", "reload", "reload", "freeze", "add", "cast", "note"]))
     places = st.integers(0, sum(len(g.params) for g in now) - 1)
     if kind == "add":
         now.append(draw(groups(optimizer)))
@@ -177,15 +177,15 @@ def events(draw, optimizer, now):
 
 @st.composite
 def surrounded(draw):
-    def one_of(table, plain=None):
-        return draw(st.sampled_from([name for name in table if name != plain])) if rarely(draw) else plain
+    def one_of(names, plain=None):
+        return draw(st.sampled_from([name for name in names if name != plain])) if rarely(draw) else plain
 
     step = one_of(surroundings.STEPS, "plain")
     return Around(
         step,
         one_of(surroundings.NUMBERS, "plain"),
         one_of(surroundings.PARAMS, "tensors"),
-        one_of(surroundings.SCALERS),
+        one_of([*surroundings.SCALERS, "torch's"]),
         hooks=rarely(draw, 8 if step == "plain" else 2),
         profiled=rarely(draw, 16),
         flush=rarely(draw),
@@ -215,7 +215,7 @@ def scenarios(draw):
                 before,
                 draw(st.frozensets(places, max_size=2)),
                 None if elsewhere is None else {elsewhere: draw(layouts(tensors[elsewhere].shape, not scaled))},
-                draw(st.none() | st.tuples(places, st.sampled_from(SPECIAL + NONFINITE))),
+                draw(st.none() | st.tuples(places, st.sampled_from(NONFINITE if scaled else SPECIAL + NONFINITE))),
                 scaled,
                 scaled and draw(st.booleans()),
                 draw(st.sampled_from([None, "skip", "take"])) if scaled else None,

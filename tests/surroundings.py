@@ -88,14 +88,14 @@ def mode(around):
 # ---- gradient scalers --------------------------------------------------------------------------
 
 
-class Unscales(torch.amp.GradScaler):
-    """One with a method of its own, which does what torch's does."""
+class UnscalesHalves(torch.amp.GradScaler):
+    """Also float16 gradients, as FSDP's does, and as fastclip's step."""
 
-    def unscale_(self, optimizer):
-        return super().unscale_(optimizer)
+    def _unscale_grads_(self, optimizer, inv_scale, found_inf, allow_fp16):
+        return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16=True)
 
 
-class Decides(torch.amp.GradScaler):
+class Decides(UnscalesHalves):
     """One that decides itself whether a step is taken: "skip", "take", or None for what torch would."""
 
     verdict = None
@@ -106,19 +106,12 @@ class Decides(torch.amp.GradScaler):
         return optimizer.step(*args, **kwargs) if self.verdict == "take" else None
 
 
-SCALERS = {"torch's": torch.amp.GradScaler, "own unscale_": Unscales, "own verdict": Decides}
-
-
-class OfTheLoop(torch.amp.GradScaler):
-    """Beside torch's scaler, which leaves unscaling to fastclip's step: unscales float16, too, as that step does."""
-
-    def _unscale_grads_(self, optimizer, inv_scale, found_inf, allow_fp16):
-        return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16=True)
+SCALERS = {"torch's": torch.amp.GradScaler, "own unscaling": UnscalesHalves, "own verdict": Decides}
 
 
 def scalers(name):
     """(fastclip's, the loop's), which have the same scales: powers of two."""
-    pair = SCALERS[name], OfTheLoop if name == "torch's" else SCALERS[name]
+    pair = SCALERS[name], UnscalesHalves if name == "torch's" else SCALERS[name]
     made = [kind("cpu", init_scale=2.0**10, growth_interval=2) for kind in pair]
     for scaler in made:
         scaler.scale(torch.zeros(()))  # which makes its tensors

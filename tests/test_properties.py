@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("hypothesis")
 
-from hypothesis import Phase, given, seed, settings  # noqa: E402  after the check
+from hypothesis import Phase, given, seed, settings, strategies  # noqa: E402  after the check
 
 import fastclip  # noqa: E402
 from fastclip import amp, optimizer, reference  # noqa: E402
@@ -53,7 +53,9 @@ def test_a_planted_error_is_found_and_shrunk(monkeypatch, capsys):
 OURS = optimizer.ClippedOptimizer
 LOADING = "super().load_state_dict(state_dict)"
 LOST = "self._optimizer_load_state_dict_{}_hooks.clear(); " + LOADING
-ROUNDED = "[{**g, 'lr': g['lr'] if type(g['lr']) is float else torch.tensor(float(g['lr'])).item()} for g in groups]"
+ROUNDED = (
+    "[{**g, 'lr': g['lr'] if type(g['lr']) is float else torch.tensor(float(g['lr'])).half().item()} for g in groups]"
+)
 # What goes wrong: (where, the function, a line of it, what is put in its place).
 FAULTS = {
     "hooks run twice where a subclass wraps the step": (OURS, "step", "and not _is_in_hooked_step(self)", ""),
@@ -73,8 +75,13 @@ FAULTS = {
     "what a load hook resets stays": (OURS, "load_state_dict", LOADING, LOST.format("post")),
     "loading rounds states": (optimizer, "restore_dtypes", "!= dtype", "is None"),
     "a scaler's verdict is ignored": (amp, "_is_torchs", "all(", "any("),
-    "what a scaler has found is ignored": (OURS, "_step", "grad_scale, found_inf)", "grad_scale, None)"),
-    "gradients stay scaled": (OURS, "_step", "_update(groups, grad_scale,", "_update(groups, None,"),
+    "what a scaler has found is ignored": (
+        OURS,
+        "_update",
+        "scale, found_inf)\n    except",
+        "scale, None)\n    except",
+    ),
+    "gradients stay scaled": (OURS, "_update", "self.state, grad_scale,", "self.state, None,"),
     "numbers lose digits": (
         OURS,
         "_update",
@@ -103,10 +110,12 @@ def with_fault(where, name, line, instead):
 @pytest.mark.falls_back
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_found(fault, monkeypatch):
+    """Where odd things are drawn as often as not: `make fuzz` needs about 200 examples for each, at times 1,000."""
     found = []
+    monkeypatch.setattr(scenarios, "rarely", lambda draw, one_in=None: draw(strategies.booleans()))
 
     @seed(1)
-    @settings(settings.get_profile("fuzz"), max_examples=500, phases=[Phase.generate], report_multiple_bugs=False)
+    @settings(settings.get_profile("fuzz"), max_examples=1500, phases=[Phase.generate], report_multiple_bugs=False)
     @given(scenarios.scenarios())
     def run(scenario):
         try:
