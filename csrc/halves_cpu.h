@@ -13,10 +13,10 @@ namespace fastclip::cpu {
 namespace {
 
 struct PortableHalves {
-  static void read(const Float16* from, int64_t size, float* to) {
+  FASTCLIP_HD static void read(const Float16* from, int64_t size, float* to) {
     for (int64_t i = 0; i < size; ++i) to[i] = load(from[i]);
   }
-  static void write(Float16* to, int64_t size, const float* from) {
+  FASTCLIP_HD static void write(Float16* to, int64_t size, const float* from) {
     for (int64_t i = 0; i < size; ++i) store(to[i], from[i]);
   }
 };

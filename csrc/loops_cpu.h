@@ -208,13 +208,11 @@ FASTCLIP_HD void measure_loop(const TensorEntry& tensor, int64_t begin, int64_t 
   double small[kWide] = {}, medium[kLanes] = {}, big[kWide] = {};
   const auto add = [&](const Stored* from) __attribute__((always_inline)) {
     T x[kLanes];
-    if constexpr (std::is_same_v<Stored, Float16>) {
-      Set::Halves::read(from, kLanes, x);
-    } else {
-      for (int lane = 0; lane < kLanes; ++lane) x[lane] = load(from[lane]);
-    }
-    if constexpr (kSeen != Seen::raw) {
-      for (int lane = 0; lane < kLanes; ++lane) x[lane] = clip.measured(x[lane], kSeen == Seen::clipped_or_nonfinite);
+    constexpr bool kHalves = std::is_same_v<Stored, Float16>;
+    if constexpr (kHalves) Set::Halves::read(from, kLanes, x);
+    for (int lane = 0; lane < kLanes; ++lane) {
+      if constexpr (!kHalves) x[lane] = load(from[lane]);
+      if constexpr (kSeen != Seen::raw) x[lane] = clip.measured(x[lane], kSeen == Seen::clipped_or_nonfinite);
     }
     for (int lane = 0; lane < kLanes; ++lane) {
       measure<kNorm, kFloat64>(small[lane % kWide], medium[lane], big[lane % kWide], double{x[lane]});

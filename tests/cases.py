@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 import fastclip
+from fastclip import reference
 
 CHUNK = 4096  # kChunk in csrc/step.h
 
@@ -100,6 +101,13 @@ def exact_square_roots():
             _users[0] -= 1
             if _users[0] == 0:
                 torch.Tensor.sqrt = OWN_SQRT
+
+
+def reference_step(optimizer):
+    """One in plain torch."""
+    step = reference.step_sgd if isinstance(optimizer, fastclip.SGD) else reference.step_adam
+    with exact_square_roots():
+        step(optimizer.param_groups, optimizer.state)
 
 
 @contextmanager

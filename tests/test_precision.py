@@ -9,10 +9,9 @@ import pytest
 import torch
 
 import fastclip
-from fastclip import reference
 from fastclip.precision import Rounding
 
-from .cases import LARGE, SHAPES, copy_params, exact_square_roots, give_grads, make_params
+from .cases import LARGE, SHAPES, copy_params, give_grads, make_params, reference_step
 
 SIXTEEN_BIT = [torch.bfloat16, torch.float16]
 RULES = {
@@ -26,12 +25,6 @@ WAYS = {
     "master": {"master_weights": True},
     "stochastic": {"stochastic_rounding": True, "rounding_seed": 7},
 }
-
-
-def reference_step(optimizer):
-    step = reference.step_sgd if isinstance(optimizer, fastclip.SGD) else reference.step_adam
-    with exact_square_roots():
-        step(optimizer.param_groups, optimizer.state)
 
 
 def assert_same(ours, expected, our_state, expected_state):
