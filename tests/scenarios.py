@@ -48,7 +48,7 @@ class Step:
 
     seed: int
     scale: float
-    before: tuple = ()  # ("add", Group) | ("set", group, {...}) | ... : a method of `Playback`, and its arguments
+    before: tuple = ()  # ("add", Group) | ("set", group, {...}) | ... : a method of `Sides`, and its arguments
     missing: frozenset = frozenset()
     layouts: Any = None  # {place: Layout} where it is not the parameter's
     special: Any = None  # (place, value)

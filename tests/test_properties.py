@@ -75,13 +75,8 @@ FAULTS = {
     "what a load hook resets stays": (OURS, "load_state_dict", LOADING, LOST.format("post")),
     "loading rounds states": (optimizer, "restore_dtypes", "!= dtype", "is None"),
     "a scaler's verdict is ignored": (amp, "_is_torchs", "all(", "any("),
-    "what a scaler has found is ignored": (
-        OURS,
-        "_update",
-        "scale, found_inf)\n    except",
-        "scale, None)\n    except",
-    ),
-    "gradients stay scaled": (OURS, "_update", "self.state, grad_scale,", "self.state, None,"),
+    "what a scaler has found is ignored": (OURS, "_update", "try:", "found_inf = None\n    try:"),
+    "gradients stay scaled": (OURS, "_update", "try:", "grad_scale = None\n    try:"),
     "numbers lose digits": (
         OURS,
         "_update",
@@ -110,9 +105,9 @@ def with_fault(where, name, line, instead):
 @pytest.mark.falls_back
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_found(fault, monkeypatch):
-    """Where odd things are drawn as often as not: `make fuzz` needs about 200 examples for each, at times 1,000."""
+    """Where odd things are drawn more often: `make fuzz` needs about 200 examples for each, at times 1,000."""
     found = []
-    monkeypatch.setattr(scenarios, "rarely", lambda draw, one_in=None: draw(strategies.booleans()))
+    monkeypatch.setattr(scenarios, "rarely", lambda draw, one_in=None: draw(strategies.integers(0, 2)) == 2)
 
     @seed(1)
     @settings(settings.get_profile("fuzz"), max_examples=1500, phases=[Phase.generate], report_multiple_bugs=False)
