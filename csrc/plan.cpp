@@ -70,7 +70,10 @@ std::string Plan::step(PyObject* groups, PyObject* state, PyObject* grad_scale, 
   if (something_watches_operations()) walk_.not_covered("a dispatch mode or a functorch transform is active");
   for (size_t i = 0; i < groups_.size(); ++i) walk_.add_group(groups_[i], static_cast<Py_ssize_t>(i));
   const NormClip norm_clip = groups_.empty() ? NormClip{} : groups_.front().norm_clip;
-  if (walk_.reason().empty() && walk_.shares_memory()) walk_.not_covered("two parameters or buffers share memory");
+  // Empty tensors share no memory.
+  if (walk_.reason().empty() && (walk_.shares_memory() || states.makes_twice())) {
+    walk_.not_covered("two parameters or buffers share memory");
+  }
   if (!walk_.reason().empty()) return walk_.reason();
   constexpr int kCallerOfStep = 4;
   warn_of_undone(walk_.undone(), kCallerOfStep);

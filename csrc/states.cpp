@@ -8,6 +8,7 @@
 #include <c10/core/InferenceMode.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <algorithm>
 #include <utility>
 
 namespace fastclip {
@@ -179,6 +180,13 @@ void States::make_missing(Rule rule, const Group& group, const Held& held, const
   } else if (!states.master) {
     states.master = make(held, names.master, param.detach().to(at::kFloat));
   }
+}
+
+bool States::makes_twice() const {
+  std::vector<std::pair<PyObject*, PyObject*>> made;
+  for (const New& added : new_) made.emplace_back(added.param.object, added.name);
+  std::sort(made.begin(), made.end());
+  return std::adjacent_find(made.begin(), made.end()) != made.end();
 }
 
 void States::prepare() {

@@ -59,6 +59,8 @@ class States {
                                       const Place& place, const StateNames& names, ParamStates& states);
 
   bool has_new() const { return !new_.empty(); }
+  // Whether a parameter is given twice, and would get a second state in place of the first.
+  bool makes_twice() const;
   // All that can fail, or run Python, comes before the first byte is written; what `store` then does can only
   // fail where memory ends.
   void prepare();

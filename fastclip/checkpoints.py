@@ -1,5 +1,7 @@
 """What loading a checkpoint has to keep: the dtypes of states, and settings that the file does not know."""
 
+from contextlib import contextmanager
+
 import torch
 
 from .precision import state_dtype
@@ -22,6 +24,20 @@ def complete(group, own):
     missing = OWN_SETTINGS.keys() - group.keys()
     group.update({name: own.get(name, OWN_SETTINGS[name]) for name in OWN_SETTINGS if name in missing})
     return bool(missing)
+
+
+@contextmanager
+def counts_in(states):
+    """For a `with` block, each of these dicts has a step: torch's Adam looks for it when it loads or copies, also in
+    a dict that holds nothing but states of others."""
+    without = [entry for entry in states.values() if isinstance(entry, dict) and "step" not in entry]
+    for entry in without:
+        entry["step"] = torch.zeros(())
+    try:
+        yield
+    finally:
+        for entry in without:
+            del entry["step"]
 
 
 def restore_dtypes(optimizer, state_dict):

@@ -9,7 +9,7 @@ from torch.optim import optimizer as torch_optimizer
 
 from . import amp, clip_stats
 from ._extension import _C
-from .checkpoints import OWN_SETTINGS, complete, groups_in_file, is_flat_loader, restore_dtypes
+from .checkpoints import OWN_SETTINGS, complete, counts_in, groups_in_file, is_flat_loader, restore_dtypes
 from .checks import name_of, undone
 from .distributed import gradients_placed_as, is_dtensor, reduction_of, step_on_shards, who_shares_out
 from .eager import eager
@@ -122,7 +122,8 @@ class ClippedOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state):
         own_groups = self.__dict__.get("param_groups", [])
-        super().__setstate__(state)
+        with counts_in(state.get("state", {})):
+            super().__setstate__(state)
         if "_plan" not in self.__dict__:  # else a checkpoint is loaded: a CUDA graph may hold memory of the plan's
             self._start()
             for group in self.param_groups:

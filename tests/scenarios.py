@@ -1,6 +1,7 @@
-"""Random optimizers and random steps, for the property tests, and the plain loop that they are checked against.
+"""Random optimizers and random steps, for the property tests.
 
-A `Scenario` says all of it in small values that hypothesis can print and shrink; `check` plays one.
+A `Scenario` says all of it in small values that hypothesis can print and shrink; `playback.check` plays one. Most are
+simple: each of the odder things is drawn `rarely`.
 """
 
 import dataclasses
@@ -10,6 +11,10 @@ from typing import Any
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
+
+from . import surroundings
+from .surroundings import Around
+from .tensors import Layout
 
 # "test" is the same in every run; "fuzz" (make fuzz) draws anew, from a seed that it prints. No deadlines: a machine
 # may be busy.
@@ -23,16 +28,6 @@ NONFINITE = [math.inf, -math.inf, math.nan]
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """Where a tensor's elements lie: the order of its dimensions in memory, the gap between them, the first one."""
-
-    order: tuple = ()  # outermost first; () is the contiguous one
-    gap: int = 1
-    offset: int = 0
-    expanded: bool = False  # of gradients: the first dimension has stride 0
-
-
-@dataclasses.dataclass(frozen=True)
 class Param:
     shape: tuple
     dtype: torch.dtype
@@ -43,6 +38,8 @@ class Param:
 class Group:
     params: tuple
     settings: dict
+    twice: int | None = None  # the one of its parameters that it is given twice
+    together: bool = False  # parameters are views of one tensor, and their gradients of another
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +48,13 @@ class Step:
 
     seed: int
     scale: float
-    before: tuple = ()  # ("add", Group) | ("set", group, {...}) | ("freeze", place) | ("reload", how)
+    before: tuple = ()  # ("add", Group) | ("set", group, {...}) | ... : a method of `Sides`, and its arguments
     missing: frozenset = frozenset()
     layouts: Any = None  # {place: Layout} where it is not the parameter's
     special: Any = None  # (place, value)
+    scaled: bool = False  # through the scenario's gradient scaler, if it has one
+    unscale: bool = False  # which is told to unscale_ before
+    verdict: str | None = None  # of a scaler that decides itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +63,15 @@ class Scenario:
     groups: tuple
     shared: dict  # max_norm, norm_type, skip_nonfinite
     steps: tuple
+    around: Around = Around()
 
 
 # ---- drawing -----------------------------------------------------------------------------------
+
+
+def rarely(draw, one_in=8):
+    return draw(st.integers(0, one_in - 1)) == one_in - 1
+
 
 shapes = st.one_of(
     st.lists(st.integers(1, 5), max_size=4).map(tuple),
@@ -112,6 +118,16 @@ settings_of_adam = st.fixed_dictionaries(
 )
 
 
+sixteen = st.sampled_from(SIXTEEN_BIT)
+roundings = st.one_of(
+    st.just({"master_weights": True}),
+    st.builds(lambda seed: {"stochastic_rounding": True, "rounding_seed": seed}, st.integers(0, 2**32 - 1)),
+    st.builds(lambda dtype: {"momentum_dtype": dtype}, st.sampled_from([torch.float32, *SIXTEEN_BIT])),
+    st.builds(lambda dtype: {"master_weights": True, "momentum_dtype": dtype}, sixteen),
+    st.builds(lambda dtype: {"stochastic_rounding": True, "momentum_dtype": dtype}, sixteen),
+)
+
+
 @st.composite
 def own_settings(draw, optimizer):
     """Of one group."""
@@ -124,25 +140,56 @@ def own_settings(draw, optimizer):
     }
 
 
-def groups(optimizer):
-    return st.builds(Group, st.lists(params(), min_size=1, max_size=4).map(tuple), own_settings(optimizer))
+@st.composite
+def groups(draw, optimizer):
+    tensors = draw(st.lists(params(), min_size=1, max_size=4))
+    settings = draw(own_settings(optimizer))
+    if rarely(draw):
+        settings |= draw(roundings)
+    twice = draw(st.integers(0, len(tensors) - 1)) if rarely(draw, 16) else None
+    together = rarely(draw, 16)
+    if together:
+        tensors = [dataclasses.replace(p, dtype=tensors[0].dtype, layout=Layout()) for p in tensors]
+    return Group(tuple(tensors), settings, twice, together)
 
 
 @st.composite
 def events(draw, optimizer, now):
     """What happens before a step to the groups there are `now`, a list that it changes."""
-    kind = draw(st.sampled_from(["set", "set", "reload", "freeze", "add"]))
+    kind = draw(st.sampled_from(["set", "set", "reload", "reload", "freeze", "add", "cast", "note"]))
+    places = st.integers(0, sum(len(g.params) for g in now) - 1)
     if kind == "add":
         now.append(draw(groups(optimizer)))
         return kind, now[-1]
     if kind == "reload":
-        return kind, draw(st.sampled_from(["itself", "fresh", "file", "torch"]))
-    if kind == "freeze":
-        return kind, draw(st.integers(0, sum(len(g.params) for g in now) - 1))
+        how = draw(st.sampled_from(["itself", "fresh", "file", "torch"]))
+        hook = draw(st.just("renamed") | st.tuples(st.just("reset"), places)) if rarely(draw, 2) else None
+        return kind, how, hook
+    if kind in ("freeze", "note"):
+        return kind, draw(places)
+    if kind == "cast":
+        return kind, draw(places), draw(st.integers(0, 2)), draw(st.sampled_from([*WIDE, *SIXTEEN_BIT]))
     changed = draw(own_settings(optimizer))
     own = ["betas", "eps"] if "betas" in changed else []
     names = draw(st.sets(st.sampled_from(["lr", "weight_decay", "maximize", "clip_value", *own]), min_size=1))
     return kind, draw(st.integers(0, len(now) - 1)), {name: changed[name] for name in sorted(names)}
+
+
+@st.composite
+def surrounded(draw):
+    def one_of(names, plain=None):
+        return draw(st.sampled_from([name for name in names if name != plain])) if rarely(draw) else plain
+
+    step = one_of(surroundings.STEPS, "plain")
+    return Around(
+        step,
+        one_of(surroundings.NUMBERS, "plain"),
+        one_of(surroundings.PARAMS, "tensors"),
+        one_of([*surroundings.SCALERS, "torch's"]),
+        hooks=rarely(draw, 8 if step == "plain" else 2),
+        profiled=rarely(draw, 16),
+        flush=rarely(draw),
+    )
 
 
 @st.composite
@@ -153,63 +200,25 @@ def scenarios(draw):
     max_norm = draw(st.none() | thresholds)
     shared = {"max_norm": max_norm, "skip_nonfinite": draw(st.booleans())}
     shared["norm_type"] = draw(st.sampled_from([2.0, 2, math.inf, "inf"]))
+    around = draw(surrounded())
     steps = []
     for _ in range(draw(st.integers(1, 4))):
         before = tuple(draw(st.lists(events(optimizer, now), max_size=1)))
         tensors = [param for group in now for param in group.params]
         places = st.integers(0, len(tensors) - 1)
         elsewhere = draw(st.none() | places)
+        scaled = around.scaler is not None and not rarely(draw, 4)
         steps.append(
             Step(
                 draw(st.integers(0, 2**32 - 1)),
-                draw(st.sampled_from([1.0, 0.01, 1e3, 1e-20, 1e15])),
+                draw(st.sampled_from([1.0, 0.01, 1e3, 1e-20, 1e15, 1e-39])),
                 before,
                 draw(st.frozensets(places, max_size=2)),
-                None if elsewhere is None else {elsewhere: draw(layouts(tensors[elsewhere].shape, True))},
-                draw(st.none() | st.tuples(places, st.sampled_from(SPECIAL + NONFINITE))),
+                None if elsewhere is None else {elsewhere: draw(layouts(tensors[elsewhere].shape, not scaled))},
+                draw(st.none() | st.tuples(places, st.sampled_from(NONFINITE if scaled else SPECIAL + NONFINITE))),
+                scaled,
+                scaled and draw(st.booleans()),
+                draw(st.sampled_from([None, "skip", "take"])) if scaled else None,
             )
         )
-    return Scenario(optimizer, first, shared, tuple(steps))
-
-
-# ---- tensors -----------------------------------------------------------------------------------
-
-
-def placed(values, layout):
-    """(tensor, the memory it is a view of): `values` in a layout of memory that is full of sevens."""
-    sizes = list(values.shape)
-    if layout.expanded:
-        values = values[:1].expand(sizes)
-    strides, stride = [0] * len(sizes), layout.gap
-    for dim in reversed(layout.order or range(len(sizes))):
-        if not (layout.expanded and dim == 0):
-            strides[dim] = stride
-            stride *= max(sizes[dim], 1)
-    memory = torch.full((layout.offset + stride + 9,), 7.0, dtype=values.dtype)
-    view = memory.as_strided(sizes, strides, layout.offset)
-    (view[:1] if layout.expanded else view).copy_(values[:1] if layout.expanded else values)
-    return view, memory
-
-
-def bits(tensor):
-    """Its elements as integers: 0.0 and -0.0 differ. All NaN are one: which one an operation makes is not said."""
-    size = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    tensor = tensor.detach()
-    return torch.where(tensor.isnan(), torch.full_like(tensor, math.nan), tensor).contiguous().view(size)
-
-
-def raw(memory):
-    return memory.view(torch.uint8).clone()
-
-
-# ---- the plain loop ----------------------------------------------------------------------------
-
-
-def exact_norm(grads, norm_type):
-    """By Python's math.hypot, which is right to the last bit and neither overflows nor vanishes."""
-    values = [value for g in grads for value in g.double().flatten().tolist()]
-    if any(map(math.isnan, values)):
-        return math.nan
-    if float(norm_type) == math.inf:
-        return max(map(abs, values), default=0.0)
-    return math.hypot(*values)
+    return Scenario(optimizer, first, shared, tuple(steps), around)

@@ -107,6 +107,20 @@ def test_a_gradient_in_the_memory_of_another_parameter_is_read_in_its_turn(dtype
 
 
 @falls_back
+@pytest.mark.parametrize("rule", ["Adam", "AdamW"])
+def test_one_without_elements_counts_its_steps_as_any_other(rule):
+    """It shares no memory with itself."""
+    (theirs, their_params), (ours, params) = (
+        twice(rule, module, shapes=((0, 3), (7,))) for module in (torch.optim, fastclip)
+    )
+    for _ in range(2):
+        give_grads(their_params, params)
+        theirs.step()
+        ours.step()
+        assert [ours.state[p]["step"] for p in params] == [theirs.state[p]["step"] for p in their_params]
+
+
+@falls_back
 def test_checkpoints_and_copies_as_in_torch():
     theirs, their_params = twice("SGD", torch.optim)
     ours, params = twice("SGD", fastclip)

@@ -291,3 +291,23 @@ def test_states_of_others_beside_ours(transposed):
         twin.step()
     torch.testing.assert_close(p, q)
     assert ours.state[p].keys() == {"ema", *twin.state[q].keys()} and not ours.state[p]["ema"].any()
+
+
+@every_rule
+@pytest.mark.parametrize("way", ["load", "deepcopy"])
+def test_states_of_others_are_loaded_and_copied_where_there_are_none_of_ours(rule, way):
+    """torch's AdamW looks for a step in each entry."""
+    optimizer, (p, q) = trained(rule, [(3,), (4,)])
+    optimizer.state[p] = {"ema": torch.tensor([0.5, 2.0])}
+    if way == "load":
+        saved = copy.deepcopy(optimizer.state_dict())
+        optimizer.state.clear()
+        optimizer.load_state_dict(saved)
+    else:
+        optimizer = copy.deepcopy(optimizer)
+        p, q = optimizer.param_groups[0]["params"]
+    assert optimizer.state[p].keys() == {"ema"} and optimizer.state[p]["ema"].tolist() == [0.5, 2.0]
+    names = set(optimizer.state[q])
+    give_grads([p, q])
+    optimizer.step()
+    assert optimizer.state[p].keys() == {"ema", *names}
