@@ -193,4 +193,9 @@ class Playback(Sides):
             assert state.keys() == expected.keys(), f"{what}: state {state.keys()} instead of {expected.keys()}"
             for name in state:
                 assert state[name].dtype == expected[name].dtype, f"{name} of {what}: {state[name].dtype}"
-                assert torch.equal(bits(state[name]), bits(expected[name])), f"{name} of {what}"
+                a, b = state[name], expected[name]
+                # torch's first buffer is a copy of the gradient, fastclip's is computed: flushed. The next step takes
+                # both for 0.
+                if self.around.flush and name == "momentum_buffer":
+                    a, b = flushed(a), flushed(b)
+                assert torch.equal(bits(a), bits(b)), f"{name} of {what}"
