@@ -173,7 +173,7 @@ class Playback(Sides):
         assert (stats.clamped_fraction is None) == (not any(map(reference.clips_value, self.loop.groups)))
         expected = None if norm is None else coefficient(norm, self.shared["max_norm"])
         # Gradients that such a coefficient makes 0 in any case are 0 in the units in which they are clamped.
-        counted = norm is None or not 0 < expected < 2.0**-126
+        counted = norm is None or not (0 < expected < 2.0**-126)
         if stats.clamped_fraction is not None and counted:
             assert stats.clamped_fraction.item() == fraction, f"{where}{stats} instead of {fraction}"
         assert (stats.clip_coefficient is None) == (norm is None)
