@@ -122,7 +122,9 @@ struct Scaling {
 FASTCLIP_HD Scaling scaling_of(double norm, double max_norm) {
   if (max_norm == HUGE_VAL) return {};
   const double coefficient = max_norm / (norm + 1e-6);
-  if (coefficient < 0x1p-126 && max_norm > 0) return {max_norm / ((norm + 1e-6) * 0x1p-100), 0x1p-100};
+  if (coefficient < 0x1p-126 && max_norm > 0 && norm < HUGE_VAL) {
+    return {max_norm / ((norm + 1e-6) * 0x1p-100), 0x1p-100};
+  }
   return {coefficient > 1.0 ? 1.0 : coefficient, 1.0};
 }
 

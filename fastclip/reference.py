@@ -25,7 +25,8 @@ def scaling_of(norm, max_norm):
     if max_norm == math.inf:
         return torch.ones_like(norm), torch.ones_like(norm)
     threshold, total = torch.full_like(norm, max_norm), norm + 1e-6  # number / tensor rounds twice
-    unit = torch.ones_like(norm).masked_fill((threshold / total < 2.0**-126) & (max_norm > 0), 2.0**-100)
+    small = (threshold / total < 2.0**-126) & (max_norm > 0) & (norm < math.inf)
+    unit = torch.ones_like(norm).masked_fill(small, 2.0**-100)
     return unit, torch.clamp(threshold / (total * unit), max=1.0)
 
 

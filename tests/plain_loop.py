@@ -137,7 +137,7 @@ def without_own(settings):
 def factors(norm, max_norm):
     """What a norm clip multiplies by: two numbers, of which the first is 1 but for very large norms."""
     value = 1.0 if max_norm == math.inf else max_norm / (norm.item() + 1e-6)
-    unit = 2.0**-100 if 0 < value < 2.0**-126 else 1.0
+    unit = 2.0**-100 if value < 2.0**-126 and max_norm > 0 and norm < math.inf else 1.0
     if unit != 1:
         value = max_norm / ((norm.item() + 1e-6) * unit)
     return [torch.tensor(number, dtype=torch.float64) for number in (unit, 1.0 if value > 1.0 else value)]

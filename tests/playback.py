@@ -173,7 +173,7 @@ class Playback(Sides):
         assert (stats.clamped_fraction is None) == (not any(map(reference.clips_value, self.loop.groups)))
         expected = None if norm is None else coefficient(norm, self.shared["max_norm"])
         # Gradients that such a coefficient makes 0 in any case are 0 in the units in which they are clamped.
-        counted = norm is None or not 0 < expected < 2.0**-126
+        counted = norm is None or not (0 < expected < 2.0**-126)
         if stats.clamped_fraction is not None and counted:
             assert stats.clamped_fraction.item() == fraction, f"{where}{stats} instead of {fraction}"
         assert (stats.clip_coefficient is None) == (norm is None)
@@ -193,4 +193,9 @@ class Playback(Sides):
             assert state.keys() == expected.keys(), f"{what}: state {state.keys()} instead of {expected.keys()}"
             for name in state:
                 assert state[name].dtype == expected[name].dtype, f"{name} of {what}: {state[name].dtype}"
-                assert torch.equal(bits(state[name]), bits(expected[name])), f"{name} of {what}"
+                a, b = state[name], expected[name]
+                # torch's first buffer is a copy of the gradient, fastclip's is computed: flushed. The next step takes
+                # both for 0.
+                if self.around.flush and name == "momentum_buffer":
+                    a, b = flushed(a), flushed(b)
+                assert torch.equal(bits(a), bits(b)), f"{name} of {what}"

@@ -94,6 +94,22 @@ def test_the_fraction_is_of_the_groups_with_a_value_clip(device):
     assert optimizer.clip_stats().clamped_fraction is None, "of an earlier step"
 
 
+@falls_back
+@pytest.mark.parametrize("transposed", [False, True], ids=["kernels", "plain torch"])
+def test_clamped_elements_are_counted_under_an_infinite_norm(transposed, device):
+    """Gradients so small that they would vanish in the units that a small coefficient asks for."""
+    wild, tiny = make_params([(3, 2), (4, 5)], device=device)
+    wild.grad, tiny.grad = torch.full_like(wild, math.inf), torch.full_like(tiny, 1e-20)
+    tiny.grad[0] = 1e-31
+    if transposed:
+        tiny.grad = tiny.grad.t().contiguous().t()
+    optimizer = fastclip.SGD([{"params": [wild]}, {"params": [tiny], "clip_value": 1e-30}], lr=0.1, max_norm=1.0)
+    optimizer.step()
+    moved, of = count_clamped([tiny], -1e-30, 1e-30)
+    assert optimizer.total_norm.item() == math.inf and moved == 15
+    assert optimizer.clip_stats().clamped_fraction.item() == moved / of
+
+
 @pytest.mark.parametrize("clip", ["value", "norm", "value and norm"])
 def test_skipped_steps_say_so(clip, device):
     params = make_params(SHAPES, device=device)
