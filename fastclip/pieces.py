@@ -34,10 +34,10 @@ class Given:
         Raises:
             TypeError: DeepSpeed's ZeRO, or another wrapper, has left a piece on this rank.
         """
-        if not groups or not _is_initialized():
+        if not groups:
             return
-        of_all = [name for name in ("max_norm", "skip_nonfinite") if groups[0].get(name) not in (None, False)]
-        if not of_all:
+        max_norm = groups[0].get("max_norm")
+        if max_norm is None and not groups[0].get("skip_nonfinite") or not _is_initialized():
             return
         lists = [group["params"] for group in groups]
         lengths = list(map(len, lists))
@@ -48,7 +48,7 @@ class Given:
             elements = sum(map(_numel, here))
             if elements < self._trained:
                 raise TypeError(
-                    f"{of_all[0]} can't be applied: param_groups no longer holds the tensors that the optimizer was "
+                    f"{'skip_nonfinite' if max_norm is None else 'max_norm'} can't be applied: param_groups no longer holds the tensors that the optimizer was "
                     f"given, but others with {elements} of their {self._trained} elements. DeepSpeed's ZeRO exchanges "
                     "them so, and each rank would clip or skip by its own piece: leave the setting out, and set "
                     "gradient_clipping in DeepSpeed's configuration. If this is all that is trained, make the "
