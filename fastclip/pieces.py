@@ -47,8 +47,9 @@ class Given:
         if _may_be_pieces() and any(self._sizes.get(id(param)) != param.numel() for param in here):
             elements = sum(map(_numel, here))
             if elements < self._trained:
+                setting = "skip_nonfinite" if max_norm is None else "max_norm"
                 raise TypeError(
-                    f"{'skip_nonfinite' if max_norm is None else 'max_norm'} can't be applied: param_groups no longer holds the tensors that the optimizer was "
+                    f"{setting} can't be applied: param_groups no longer holds the tensors that the optimizer was "
                     f"given, but others with {elements} of their {self._trained} elements. DeepSpeed's ZeRO exchanges "
                     "them so, and each rank would clip or skip by its own piece: leave the setting out, and set "
                     "gradient_clipping in DeepSpeed's configuration. If this is all that is trained, make the "
