@@ -55,7 +55,7 @@ std::pair<double, double> clip_bounds(const py::object& clip_value, const py::ob
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  // Of calls into this module alone: a translator of the whole process would come before torch's own.
+  // For calls into this module alone: a translator of the whole process would come before torch's own.
   py::register_local_exception_translator([](std::exception_ptr exception) {
     try {
       if (exception) std::rethrow_exception(exception);

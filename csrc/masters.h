@@ -15,15 +15,15 @@ class Masters {
 
   // Notes the parameter at `position` among all, and its master weights. Returns whether they differ, which is looked at
   // where somebody wrote to the parameter since the last step, and where no step is known: after a checkpoint was loaded.
-  // A GPU would have to be waited for, so there it is whether somebody wrote.
-  bool add(size_t position, const at::Tensor& param, const at::Tensor& master) {
+  // A GPU would have to be waited for, so there it is whether somebody wrote. `is_new`: the step makes them of the parameter.
+  bool add(size_t position, const at::Tensor& param, const at::Tensor& master, bool is_new) {
     if (seen_.size() <= position) seen_.resize(position + 1);
     c10::TensorImpl* const impl = param.unsafeGetTensorImpl();
     const void* const of_master = master.unsafeGetTensorImpl();
     now_.push_back({position, impl, of_master});
     const Seen& seen = seen_[position];
     const bool known = seen.param == impl && seen.master == of_master;
-    if (known && seen.version == version_of(impl)) return false;
+    if (is_new || (known && seen.version == version_of(impl))) return false;
     if (!param.is_cpu()) return known;
     const at::Tensor rounded = master.to(param.scalar_type());
     return !at::isclose(rounded, param, /*rtol=*/0, /*atol=*/0, /*equal_nan=*/true).all().item<bool>();

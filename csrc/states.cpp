@@ -179,6 +179,7 @@ void States::make_missing(Rule rule, const Group& group, const Held& held, const
     states.master = nullptr;
   } else if (!states.master) {
     states.master = make(held, names.master, param.detach().to(at::kFloat));
+    states.master_is_new = true;
   }
 }
 

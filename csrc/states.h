@@ -29,6 +29,7 @@ struct ParamStates {
   const at::Tensor* arrays[kMaxStates] = {};
   const at::Tensor* step = nullptr;
   const at::Tensor* master = nullptr;
+  bool master_is_new = false;  // made of the parameter in this step
 
   // False also where `make_missing` has to find out what the parameter needs.
   bool has_all(const StateNames& names) const {

@@ -164,7 +164,9 @@ void Walk::begin_row(DevicePart& part, const Hyper& hyper, Py_ssize_t group, DTy
     } else {
       add(*states.master, names.master, entry.param, entry.dtype);
       add(*param, "", entry.rounded, entry.rounded_dtype);
-      if (!param->is_inference() && masters_.add(parameter_, *param, *states.master) && undone_.empty()) undone_ = place.text();
+      if (!param->is_inference() && masters_.add(parameter_, *param, *states.master, states.master_is_new) && undone_.empty()) {
+        undone_ = place.text();
+      }
     }
     for (int s = 0; s < names.count; ++s) add(*states.arrays[s], names.arrays[s], entry.states[s], entry.state_dtypes[s]);
     if (states.step) {

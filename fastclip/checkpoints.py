@@ -21,8 +21,8 @@ OWN_SETTINGS = {
 
 def complete(group, own):
     """Gives a group the settings that it lacks: those of `own`. Returns whether it lacked any."""
-    missing = OWN_SETTINGS.keys() - group.keys()
-    group.update({name: own.get(name, OWN_SETTINGS[name]) for name in OWN_SETTINGS if name in missing})
+    missing = {name: own.get(name, none) for name, none in OWN_SETTINGS.items() if name not in group}
+    group.update(missing)
     return bool(missing)
 
 

@@ -8,7 +8,6 @@ import math
 import torch
 from torch.optim.optimizer import _device_dtype_check_for_fused
 
-from .precision import has_master
 from .values import KNOWN_DTYPES, KNOWN_LAYOUTS, is_sparse, item_of
 
 
@@ -128,23 +127,6 @@ def check_state(group, param, tensor, name, where):
         raise TypeError(f"nesterov can't be applied to the sparse gradient of {where}: its {name} is dense")
     if overlaps(tensor):
         raise ValueError(f"{what} holds several elements at one address")
-
-
-def undone(groups, state):
-    """(group, index) of the first parameter that somebody wrote to, and that its master weights change back; or None.
-
-    Looks at what is here of a sharded parameter: other ranks may not ask.
-    """
-    for group_index, group in enumerate(groups):
-        for index, param in enumerate(group["params"]):
-            entry = state.get(param) if has_master(group, param) and param.grad is not None else None
-            master = entry.get("master_param") if isinstance(entry, dict) else None
-            if isinstance(master, torch.Tensor) and master.shape == param.shape:
-                here, rounded = (getattr(tensor, "_local_tensor", tensor).detach() for tensor in (param, master))
-                same = torch.isclose(rounded.to(param.dtype), here, rtol=0, atol=0, equal_nan=True).all()
-                if not item_of(same, unknown=True):
-                    return group_index, index
-    return None
 
 
 def check_clip(name, parameters):

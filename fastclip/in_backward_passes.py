@@ -58,7 +58,7 @@ class Passes:
         clamped = sum((fraction * count).round().to(device) for fraction, count in steps)
         return last._replace(clamped_fraction=clamped / sum(count for _, count in steps))
 
-    def add_group(self, _):
+    def add_group(self):
         """A group was added to the optimizer; raises before anything is hooked."""
         with self._lock:
             self._hooks.follow(self._optimizer.param_groups)

@@ -10,9 +10,10 @@ from torch.optim import optimizer as torch_optimizer
 from . import amp, clip_stats
 from ._extension import _C
 from .checkpoints import OWN_SETTINGS, complete, counts_in, groups_in_file, is_flat_loader, restore_dtypes
-from .checks import name_of, undone
+from .checks import name_of
 from .distributed import gradients_placed_as, is_dtensor, reduction_of, step_on_shards, who_shares_out
 from .eager import eager
+from .masters import undone
 from .pieces import Given
 
 SHARED_SETTINGS = ("max_norm", "norm_type", "skip_nonfinite")  # the same in all groups
@@ -70,15 +71,16 @@ class ClippedOptimizer(torch.optim.Optimizer):
         if isinstance(param_group, dict):
             if not isinstance(param_group["params"], (torch.Tensor, set)):
                 param_group["params"] = list(param_group["params"])  # a generator can be read once
-            self._complete(self.param_groups)
             if "_own_defaults" not in self.__dict__ and self.param_groups:  # may have been loaded, or changed
+                if not self.param_groups[0].keys() >= OWN_SETTINGS.keys():
+                    self._complete(self.param_groups)
                 for name in SHARED_SETTINGS:
                     param_group.setdefault(name, self.param_groups[0][name])
             self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         if self._in_backward is not None:
             try:
-                self._in_backward.add_group(len(self.param_groups) - 1)
+                self._in_backward.add_group()
             except BaseException:
                 self.param_groups.pop()
                 raise

@@ -59,5 +59,5 @@ class Given:
 
 
 def _numel(param):
-    """Of all ranks: a DTensor counts them itself, DeepSpeed's ZeRO-3 leaves empty tensors and a note."""
+    """The elements on all ranks: a DTensor counts them itself, DeepSpeed's ZeRO-3 leaves empty tensors and a note."""
     return getattr(param, "ds_numel", None) or param.numel()

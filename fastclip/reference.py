@@ -257,7 +257,7 @@ def update_adam(group, grads, state, first=0):
 
 
 def places_of(group, first):
-    """Of each parameter with a gradient, its place among those of all groups."""
+    """The place, among the parameters of all groups, of each one with a gradient."""
     return [first + i for i, p in enumerate(group["params"]) if p.grad is not None]
 
 
