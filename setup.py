@@ -162,7 +162,12 @@ class Build(BuildExtension):
         super().build_extensions()
 
     def compile_cuda(self, nvcc, architectures, folder):
-        sources = [Path("csrc/step_cuda.cu"), *Path("csrc").glob("*.h"), *Path("csrc").glob("*.cuh"), Path(__file__)]
+        sources = [
+            Path("csrc/cuda/step.cu"),
+            *Path("csrc").glob("**/*.h"),
+            *Path("csrc").glob("**/*.cuh"),
+            Path(__file__),
+        ]
         target = folder / f"step_cuda_{'_'.join(architectures).replace('.', '')}.o"
         if self.force or not target.exists() or any(s.stat().st_mtime > target.stat().st_mtime for s in sources):
             flags = dict.fromkeys(flag for architecture in architectures for flag in gencode(architecture))
@@ -199,18 +204,10 @@ if __name__ == "__main__":
         ext_modules=[
             CppExtension(
                 "fastclip._C",
-                sources=[
-                    "csrc/bindings.cpp",
-                    "csrc/plan.cpp",
-                    "csrc/walk.cpp",
-                    "csrc/states.cpp",
-                    "csrc/shards.cpp",
-                    "csrc/device_part.cpp",
-                    "csrc/tensors.cpp",
-                    "csrc/groups.cpp",
-                    "csrc/step_cpu.cpp",
-                ],
-                depends=sorted(map(str, Path("csrc").iterdir())),  # of a change, and what an sdist takes along
+                sources=sorted(map(str, [*Path("csrc/cpu").glob("*.cpp"), *Path("csrc/host").glob("*.cpp")])),
+                depends=sorted(
+                    str(path) for path in Path("csrc").rglob("*") if path.is_file()
+                ),  # of a change, and what an sdist takes along
                 extra_compile_args=CXX_FLAGS + os.environ.get("FASTCLIP_CXX_FLAGS", "").split(),
             )
         ],

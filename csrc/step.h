@@ -1,11 +1,11 @@
-// The contract between the plan and each device. Knows no torch and no Python.
+// The contract between the host and each device. Knows no torch and no Python.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
-#include "clip_rules.h"
-#include "update_rules.h"
+#include "rules/clip.h"
+#include "rules/rules.h"
 
 namespace fastclip {
 
@@ -14,15 +14,14 @@ namespace fastclip {
 // added in chunk order, so the norm has the same bits on any number of threads or blocks.
 constexpr int64_t kChunk = 4096;
 
-inline bool clips_value(const Hyper& hyper) { return hyper.clip_low > -HUGE_VAL || hyper.clip_high < HUGE_VAL; }
-
 // One tensor with a gradient. All its arrays have the same element order in memory.
 struct TensorEntry {
-  void* param;   // what the rule updates: the parameter, or its master weights,
-  void* rounded; // and then the parameter that these are rounded to, or nullptr
+  void* param;   // what the rule updates: the parameter, its master weights, or the gradient itself
+  void* rounded; // the parameter that master weights are rounded to, or nullptr
   void* grad;
   void* states[kMaxStates];  // nullptr where the rule, or the group, has none
-  void* step;                // how many steps this tensor has seen: read, and counted up by the step. Or nullptr
+  void* step;                // the number of steps this tensor has seen: read, and counted up by the step. Or nullptr
+  void* scalar;              // the rule's number: read, and replaced by the step. Or nullptr
   int64_t numel;
   int64_t first_chunk;
   int32_t hyper;
@@ -31,19 +30,37 @@ struct TensorEntry {
   DType rounded_dtype;
   DType grad_dtype;
   DType state_dtypes[kMaxStates];
-  Momentum momentum;
-  bool uniform;  // all arrays have the dtype of `param`, and nothing is rounded at random
+  bool is_first;  // the step fills its states
+  bool uniform;   // all arrays have the dtype of `param`, and nothing is rounded at random
   bool step_is_float64;
+  bool scalar_is_float64;
 };
 
-// A tensor's count of steps, as torch keeps it.
-FASTCLIP_HD double steps_seen(const void* step, bool is_float64) {
-  if (!step) return 0;
-  return is_float64 ? *static_cast<const double*>(step) : *static_cast<const float*>(step);
+// A number that is kept of a tensor in float32 or float64, as torch keeps its count of steps.
+FASTCLIP_HD double number_at(const void* number, bool is_float64) {
+  return is_float64 ? *static_cast<const double*>(number) : *static_cast<const float*>(number);
 }
-FASTCLIP_HD void count_step(void* step, bool is_float64) {
-  if (!step) return;
-  is_float64 ? *static_cast<double*>(step) += 1 : *static_cast<float*>(step) += 1;
+FASTCLIP_HD void store_number(void* number, bool is_float64, double value) {
+  is_float64 ? *static_cast<double*>(number) = value : *static_cast<float*>(number) = static_cast<float>(value);
+}
+
+// How far a tensor is in this step. Entry is a TensorEntry, or has the same members.
+template <class Entry>
+FASTCLIP_HD Progress progress_of(const Entry& tensor) {
+  return {tensor.step ? number_at(tensor.step, tensor.step_is_float64) + 1 : 0,
+          tensor.scalar ? number_at(tensor.scalar, tensor.scalar_is_float64) : 0};
+}
+
+// Notes that a tensor has taken its step. The scalar first, which is about the step before it is counted.
+template <class R, class Entry>
+FASTCLIP_HD void advance(const Entry& tensor, const Hyper& hyper) {
+  if constexpr (R::kScalar.name != nullptr) {
+    if (tensor.scalar) {
+      const double next = R::next_scalar(hyper.of<R>(), progress_of(tensor), tensor.scalar_is_float64);
+      store_number(tensor.scalar, tensor.scalar_is_float64, next);
+    }
+  }
+  if (tensor.step) store_number(tensor.step, tensor.step_is_float64, number_at(tensor.step, tensor.step_is_float64) + 1);
 }
 
 // Which passes a call makes. The two are called one by one where a norm is taken over several devices: in
@@ -51,7 +68,9 @@ FASTCLIP_HD void count_step(void* step, bool is_float64) {
 enum class Passes : uint8_t { all, measure, update };
 
 struct Step {
-  Rule rule = Rule::sgd;
+  explicit Step(Rules::Id of) : rule(of) {}
+
+  Rules::Id rule;
   Passes passes = Passes::all;
   Norm norm = Norm::none;  // none: gradients are read once, and nothing is measured
   double max_norm = 0;
@@ -61,23 +80,23 @@ struct Step {
   int64_t chunks = 0;
   int64_t elements = 0;
   int64_t clampable = 0;      // elements under a value clip
-  bool counts_steps = false;  // some tensor has a `step`: then there is an outcome
+  bool has_step_counts = false;  // some tensor has a `step`: then there is an outcome
   // Device memory, borrowed for the call.
   const float* grad_scale = nullptr;  // AMP: gradients are divided by it
   const float* found_inf = nullptr;   // AMP: not 0 means leave everything as it is
   Outcome* outcome = nullptr;
-  // How many elements the value clip moved, in parts, each set by every step that is not skipped: on the CPU one,
-  // on a GPU one of each block and 0 for the blocks there were not. nullptr where there is no value clip.
+  // Counts of the elements that the value clip moved: one on the CPU, one per block on a GPU, 0 for blocks that there were
+  // not. Written by every step that is not skipped. nullptr where there is no value clip.
   double* clamped = nullptr;
   Measure* measures = nullptr;  // scratch, where there is a norm: one per chunk on the CPU, cuda::measures()
-  const Measure* sums = nullptr;  // Passes::update: the `sum` of each device's outcome, in device memory,
-  int devices = 1;                // and how many they are
-  bool counts = true;  // of several devices, one counts the skipped steps
+  const Measure* sums = nullptr;  // Passes::update: the `sum` of each part's outcome, in device memory,
+  int parts = 1;                  // and how many they are
+  bool counts_skips = true;       // one part of a step counts the skipped steps
 };
 
 namespace cpu {
 
-// Runs work(context, i) for i in [0, count) on as many threads. Given by the plan: torch's pool.
+// Calls work(context) `count` times, on as many threads. The host gives torch's pool.
 struct ThreadPool {
   int threads;
   void (*run)(int count, void (*work)(void*), void* context);
@@ -96,10 +115,10 @@ struct DeviceTable {
   std::vector<unsigned char> uploaded;  // what is there
 };
 
-// As many blocks has a launch at the most, and as many parts Step::clamped.
+// The most blocks of a launch, and the length of Step::clamped.
 constexpr int kMaxBlocks = 4096;
 
-// What the plan has to allocate for a step.
+// What the host has to allocate for a step.
 struct Needs {
   int64_t measures;     // where there is a norm
   int64_t table_bytes;  // 0: the table fits into the kernel arguments
@@ -109,9 +128,9 @@ Needs needs(const Step& step);
 // Whether what is enqueued on the stream is captured by a CUDA graph.
 bool is_capturing(void* stream);
 
-// Enqueues one launch on `stream` of `device`, which is the current one, and waits for nothing: one more where a norm is taken and the device
-// can't run all blocks at once, and one per 32,000 bytes of a table in device memory that has changed.
-// Returns nullptr, or what went wrong.
+// Enqueues one launch on `stream` of `device`, which is the current one, and never blocks. A norm takes a second launch where
+// the device cannot run all blocks at once; a table in device memory that has changed, one per 32,000 bytes. Returns
+// nullptr, or what went wrong.
 const char* run(const Step& step, DeviceTable& table, int device, void* stream);
 
 }  // namespace cuda

@@ -1,9 +1,11 @@
 """torch.optim.Adam and AdamW with clipping, in one pass."""
 
 import torch
+from typing_extensions import Unpack
 
-from . import reference
 from .optimizer import ClippedOptimizer
+from .plain.rules import ADAM
+from .settings import ClipSettings, lists_clip_settings
 
 
 class Adam(ClippedOptimizer, torch.optim.Adam):
@@ -44,6 +46,9 @@ class Adam(ClippedOptimizer, torch.optim.Adam):
         >>> opt.step()
     """
 
+    _rule = ADAM
+
+    @lists_clip_settings
     def __init__(
         self,
         params,
@@ -59,14 +64,7 @@ class Adam(ClippedOptimizer, torch.optim.Adam):
         differentiable=False,
         fused=None,
         decoupled_weight_decay=False,
-        clip_value=None,
-        max_norm=None,
-        norm_type=2.0,
-        skip_nonfinite=False,
-        master_weights=False,
-        stochastic_rounding=False,
-        rounding_seed=0,
-        momentum_dtype=None,
+        **clip: Unpack[ClipSettings],
     ):
         super().__init__(
             params,
@@ -81,18 +79,8 @@ class Adam(ClippedOptimizer, torch.optim.Adam):
             differentiable=differentiable,
             fused=fused,
             decoupled_weight_decay=decoupled_weight_decay,
-            clip_value=clip_value,
-            max_norm=max_norm,
-            norm_type=norm_type,
-            skip_nonfinite=skip_nonfinite,
-            master_weights=master_weights,
-            stochastic_rounding=stochastic_rounding,
-            rounding_seed=rounding_seed,
-            momentum_dtype=momentum_dtype,
+            **clip,
         )
-
-    _rule = "adam"
-    _reference_step = staticmethod(reference.step_adam)
 
 
 class AdamW(ClippedOptimizer, torch.optim.AdamW):
@@ -125,6 +113,9 @@ class AdamW(ClippedOptimizer, torch.optim.AdamW):
         >>> opt.step()
     """
 
+    _rule = ADAM
+
+    @lists_clip_settings
     def __init__(
         self,
         params,
@@ -139,14 +130,7 @@ class AdamW(ClippedOptimizer, torch.optim.AdamW):
         capturable=False,
         differentiable=False,
         fused=None,
-        clip_value=None,
-        max_norm=None,
-        norm_type=2.0,
-        skip_nonfinite=False,
-        master_weights=False,
-        stochastic_rounding=False,
-        rounding_seed=0,
-        momentum_dtype=None,
+        **clip: Unpack[ClipSettings],
     ):
         super().__init__(
             params,
@@ -160,15 +144,5 @@ class AdamW(ClippedOptimizer, torch.optim.AdamW):
             capturable=capturable,
             differentiable=differentiable,
             fused=fused,
-            clip_value=clip_value,
-            max_norm=max_norm,
-            norm_type=norm_type,
-            skip_nonfinite=skip_nonfinite,
-            master_weights=master_weights,
-            stochastic_rounding=stochastic_rounding,
-            rounding_seed=rounding_seed,
-            momentum_dtype=momentum_dtype,
+            **clip,
         )
-
-    _rule = "adam"
-    _reference_step = staticmethod(reference.step_adam)

@@ -4,19 +4,8 @@ from contextlib import contextmanager
 
 import torch
 
-from .precision import state_dtype
-
-# What the groups hold besides torch's settings, with the values that mean torch's own step.
-OWN_SETTINGS = {
-    "clip_value": None,
-    "max_norm": None,
-    "norm_type": 2.0,
-    "skip_nonfinite": False,
-    "master_weights": False,
-    "stochastic_rounding": False,
-    "rounding_seed": 0,
-    "momentum_dtype": None,
-}
+from .plain.rounding import state_dtype
+from .settings import OWN_SETTINGS
 
 
 def complete(group, own):
@@ -27,20 +16,22 @@ def complete(group, own):
 
 
 @contextmanager
-def counts_in(states):
-    """For a `with` block, each of these dicts has a step: torch's Adam looks for it when it loads or copies, also in
-    a dict that holds nothing but states of others."""
-    without = [entry for entry in states.values() if isinstance(entry, dict) and "step" not in entry]
-    for entry in without:
-        entry["step"] = torch.zeros(())
+def numbers_in(states, names):
+    """For a `with` block, each of these dicts has the numbers of these names: torch's optimizers look for them when
+    they load or copy, also in a dict that holds nothing but states of others."""
+    missing = [
+        (entry, name) for entry in states.values() if isinstance(entry, dict) for name in names if name not in entry
+    ]
+    for entry, name in missing:
+        entry[name] = torch.zeros(())
     try:
         yield
     finally:
-        for entry in without:
-            del entry["step"]
+        for entry, name in missing:
+            del entry[name]
 
 
-def restore_dtypes(optimizer, state_dict):
+def restore_dtypes(optimizer, rule, state_dict):
     """Gives states that were just loaded the dtypes in which the optimizer makes them. torch has cast them to those of
     the parameters; `state_dict` holds them as they were."""
     saved = [i for group in state_dict["param_groups"] for i in group["params"]]
@@ -48,8 +39,12 @@ def restore_dtypes(optimizer, state_dict):
     for key, (group, param) in zip(saved, pairs, strict=True):
         loaded = optimizer.state.get(param, {})
         for name, value in state_dict["state"].get(key, {}).items():
-            if name != "step" and isinstance(loaded.get(name), torch.Tensor) and value.is_floating_point():
-                dtype = state_dtype(group, param, name)
+            if (
+                name not in rule.number_states
+                and isinstance(loaded.get(name), torch.Tensor)
+                and value.is_floating_point()
+            ):
+                dtype = state_dtype(rule, group, param, name)
                 if loaded[name].dtype != dtype:
                     loaded[name] = value.to(device=loaded[name].device, dtype=dtype)
 

@@ -5,12 +5,12 @@ import math
 
 import torch
 
-from . import reference
 from ._extension import _C
-from .checks import check_clip
-from .distributed import is_dtensor, local_shards, place_gradients
+from .distributed import is_dtensor, local_shards, place_gradients, reduction_of, total_measure
 from .eager import eager
-from .measure import norm_of
+from .plain.checks import check_clip
+from .plain.measure import norm_of
+from .plain.step import bounds, measure_of_all, scaled, scaling_of
 
 
 def _as_list(parameters):
@@ -34,15 +34,19 @@ def _as_number(value, name):
         raise ValueError(f"{name} must be a number, got {value!r}") from None
 
 
-def _in_kernels(plan, clip, *arguments):
-    """Whether the kernels have clipped. Gradients that are placed otherwise than their parameters are moved there."""
-    why_not = clip(*arguments)
-    if why_not is not None and (misplaced := plan.take_misplaced()):
-        place_gradients(misplaced)
-        why_not = clip(*arguments)
-        if plan.take_misplaced():
-            raise TypeError(why_not)
-    return why_not is None
+def _engine():
+    return _C.Engine("clip_grad", reduction_of, total_measure)
+
+
+def _in_kernels(clip, *arguments):
+    """Whether the kernels have clipped. Gradients with other placements than their parameters are moved to these."""
+    not_covered = clip(*arguments)
+    if not_covered is not None and not_covered.misplaced:
+        place_gradients(not_covered.misplaced)
+        not_covered = clip(*arguments)
+        if not_covered is not None and not_covered.misplaced:
+            raise TypeError(not_covered.reason)
+    return not_covered is None
 
 
 @eager
@@ -67,14 +71,13 @@ def clip_grad_value_(parameters, clip_value, foreach=None):
     parameters = _as_list(parameters)
     if isinstance(clip_value, str):
         clip_value = _as_number(clip_value, "clip_value")
-    plan = _C.Plan()
-    if _in_kernels(plan, plan.clip_grad_value_, parameters, clip_value):
+    if _in_kernels(_engine().clip_grad_value_, parameters, clip_value):
         return
     with torch.no_grad(), local_shards(_named(parameters)) as (local, _):
         shards = [local[p] for p in parameters]
         check_clip("clip_value", shards)
         for p in _with_unique_grads(shards):
-            p.grad.clamp_(*reference.bounds(clip_value))
+            p.grad.clamp_(*bounds(clip_value))
 
 
 @eager
@@ -114,16 +117,16 @@ def clip_grad_norm_(parameters, max_norm, norm_type=2.0, error_if_nonfinite=Fals
                 "clipped. To disable this error and scale the gradients by the non-finite norm anyway, set "
                 f"`error_if_nonfinite=False`. The norm is {norm.item()}"
             )
-    plan = _C.Plan()
-    if norm_type in (2.0, math.inf) and _in_kernels(plan, plan.clip_grad_norm_, parameters, max_norm, norm_type):
-        norm = plan.total_norm()
+    engine = _engine()
+    if norm_type in (2.0, math.inf) and _in_kernels(engine.clip_grad_norm_, parameters, max_norm, norm_type):
+        norm = engine.total_norm()
     else:
         with torch.no_grad(), local_shards(_named(parameters)) as (local, reductions):
             check_clip("max_norm", [local[p] for p in parameters])
             clipped = _with_unique_grads([local[p] for p in parameters])
             grads = [p.grad for p in clipped]
             if norm_type in (2.0, math.inf):
-                measure, _ = reference.measure_of_all(clipped, grads, norm_type, None, reductions)
+                measure, _ = measure_of_all(clipped, grads, norm_type, None, reductions)
                 norm = norm_of(measure, norm_type)
             else:
                 norm = torch.nn.utils.get_total_norm(
@@ -131,9 +134,9 @@ def clip_grad_norm_(parameters, max_norm, norm_type=2.0, error_if_nonfinite=Fals
                 )
                 norm = norm.full_tensor() if is_dtensor(norm) else norm
                 norm = norm.to(torch.promote_types(norm.dtype, torch.float32))
-            factors = reference.scaling_of(norm, max_norm)
+            factors = scaling_of(norm, max_norm)
             for grad in grads:
-                reference.scaled(grad, factors, in_place=True)
+                scaled(grad, factors, in_place=True)
     if norm is None:  # not one parameter
         return torch.zeros(())
     return norm.to(

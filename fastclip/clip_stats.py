@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import torch
 
-from .checks import name_of
 from .distributed import local_of, on_any_rank
-from .values import values_of
+from .plain.names import name_of
+from .plain.values import values_of
 
 
 class ClipStats(NamedTuple):

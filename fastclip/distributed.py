@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from .checks import name_of
-from .measure import combined
+from .plain.measure import combined
+from .plain.names import name_of
 
 
 class Reduction(NamedTuple):
@@ -86,7 +86,7 @@ def total_measure(reductions, measures, norm_type, found_inf=None):
 
     Args:
         reductions (list of Reduction): each once, as the parameters come.
-        measures (list of (Reduction or None, Tensor)): float64 [3] of csrc/clip_rules.h, of what is here.
+        measures (list of (Reduction or None, Tensor)): float64 [3] of csrc/rules/clip.h, of what is here.
         norm_type (float): 2 or inf.
         found_inf (Tensor, optional): AMP's; given on all ranks or on none.
 
@@ -192,8 +192,9 @@ def local_shards(named_params):
             local[param].grad = None
 
 
-def step_on_shards(step, groups, state, *amp):
-    """A step in plain torch, of reference.py: on what is here of each parameter, with the norm of all ranks."""
+def step_on_shards(step, numbers, groups, state, *amp):
+    """A step in plain torch: `step`, on what is here of each parameter, with the norm of all ranks. `numbers` are the
+    names of states that are single numbers."""
     if not any(is_dtensor(param) for group in groups for param in group["params"]):
         return step(groups, state, *amp)
     if any(group["differentiable"] for group in groups):
@@ -208,7 +209,7 @@ def step_on_shards(step, groups, state, *amp):
     for param, shard in local.items():
         for name, value in local_state.get(shard, {}).items():
             if state[param].get(name) is None:
-                state[param][name] = value if name == "step" else placed_as(param, value)
+                state[param][name] = value if name in numbers else placed_as(param, value)
     return stats
 
 

@@ -7,8 +7,8 @@ import sys
 
 import torch
 
-from .checks import name_of
 from .optimizer import ClippedOptimizer
+from .plain.names import name_of
 
 # What calls back a torch.autograd.Function.
 _FUNCTION_BACKWARD = {

@@ -2,9 +2,9 @@
 
 import weakref
 
-from .checks import name_of
 from .eager import eager
 from .in_backward_checks import check_parameter
+from .plain.names import name_of
 
 
 class Hooks:

@@ -10,7 +10,7 @@ import torch
 from .eager import eager
 from .in_backward_checks import check_not_replicated, check_pass
 from .in_backward_hooks import Hooks
-from .reference import clips_value
+from .plain.step import clips_value
 
 
 class Passes:

@@ -3,33 +3,33 @@
 import inspect
 import sys
 import warnings
+from functools import partial
 
 import torch
 from torch.optim import optimizer as torch_optimizer
 
 from . import amp, clip_stats
 from ._extension import _C
-from .checkpoints import OWN_SETTINGS, complete, counts_in, groups_in_file, is_flat_loader, restore_dtypes
-from .checks import name_of
-from .distributed import gradients_placed_as, is_dtensor, reduction_of, step_on_shards, who_shares_out
+from .checkpoints import complete, groups_in_file, is_flat_loader, numbers_in, restore_dtypes
+from .distributed import gradients_placed_as, is_dtensor, reduction_of, step_on_shards, total_measure, who_shares_out
 from .eager import eager
-from .masters import undone
 from .pieces import Given
-
-SHARED_SETTINGS = ("max_norm", "norm_type", "skip_nonfinite")  # the same in all groups
+from .plain import step as plain
+from .plain.masters import undone
+from .plain.names import name_of
+from .settings import OWN_SETTINGS, SHARED_SETTINGS
 
 
 class ClippedOptimizer(torch.optim.Optimizer):
     """Mixed in before an optimizer of `torch.optim`: takes over its `step`, and keeps everything else.
 
-    A subclass says by `_rule` which of the update rules in `csrc/update_rules.h` is its own, and in `_reference_step`
-    what a step is in plain torch.
+    A subclass says by `_rule` which row of the table in `plain/rules.py` is its own.
     """
 
     _step_supports_amp_scaling = amp.SupportsAmpScaling()
 
     def __init__(self, *positional, **named):
-        self._own_defaults = {name: named.pop(name) for name in OWN_SETTINGS}
+        self._own_defaults = {name: named.pop(name, none) for name, none in OWN_SETTINGS.items()}
         super().__init__(*positional, **named)
         del self._own_defaults  # from now on a new group takes max_norm from those there are
 
@@ -65,7 +65,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
             >>> opt = fastclip.SGD([torch.zeros(3)], clip_value=0.01)
             >>> opt.add_param_group({"params": [torch.zeros(2)], "clip_value": None})
         """
-        if "_plan" not in self.__dict__:  # torch's __init__ is at work
+        if "_engine" not in self.__dict__:  # torch's __init__ is at work
             self._start()
             self.defaults.update(self._own_defaults)
         if isinstance(param_group, dict):
@@ -89,7 +89,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
     def _check_group(self, group):
         index = len(self.param_groups)
         params = group["params"] if isinstance(group["params"], (list, set)) else [group["params"]]
-        self._plan.check_group({**group, "params": []}, index)
+        self._engine.check_group({**group, "params": []}, index)
         tensors = [p[1] if isinstance(p, tuple) else p for p in params]
         of_all_ranks = [name for name in ("max_norm", "skip_nonfinite") if group[name] not in (None, False)]
         if of_all_ranks and any(hasattr(p, "_fsdp_flattened") for p in tensors):
@@ -114,7 +114,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
 
     def _start(self):
         """What is not state: made anew for a new or copied optimizer."""
-        self._plan = _C.Plan(self._rule)
+        self._engine = _C.Engine(self._rule.name, reduction_of, total_measure)
         self._given = Given()
         self._loading = None
         self._reference_stats = None  # of the last step, if it was in plain torch
@@ -124,9 +124,9 @@ class ClippedOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state):
         own_groups = self.__dict__.get("param_groups", [])
-        with counts_in(state.get("state", {})):
+        with numbers_in(state.get("state", {}), self._rule.number_states):
             super().__setstate__(state)
-        if "_plan" not in self.__dict__:  # else a checkpoint is loaded: a CUDA graph may hold memory of the plan's
+        if "_engine" not in self.__dict__:  # else a checkpoint is loaded: a CUDA graph may hold memory of the engine's
             self._start()
             for group in self.param_groups:
                 self._given.add(group["params"])
@@ -134,7 +134,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
         for index, group in enumerate(self.param_groups):
             complete(group, own_groups[index] if index < len(own_groups) else self.defaults)
         if self._loading is not None:
-            restore_dtypes(self, self._loading)
+            restore_dtypes(self, self._rule, self._loading)
 
     def load_state_dict(self, state_dict):
         """As in torch, but that states keep the dtypes that this optimizer gives them: torch rounds all to the
@@ -168,7 +168,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
             >>> model(x).sum().backward(); opt.step()
             >>> log({"grad_norm": opt.total_norm})
         """
-        return self._reference_stats.total_norm if self._reference_stats else self._plan.total_norm()
+        return self._reference_stats.total_norm if self._reference_stats else self._engine.total_norm()
 
     @property
     def skipped_steps(self):
@@ -183,7 +183,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
             >>> log({"skipped": opt.skipped_steps})
         """
         device = next((param.device for group in self.param_groups for param in group["params"]), "cpu")
-        return (self._plan.skipped_steps().to(device) + self._reference_skips).to(device)
+        return (self._engine.skipped_steps().to(device) + self._reference_skips).to(device)
 
     def clip_stats(self):
         """What clipping did in the last step, to log: norm, coefficient, fraction of elements clamped, steps skipped.
@@ -202,7 +202,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
         return stats._replace(skipped_steps=self.skipped_steps)
 
     def _stats_of_call(self):
-        return self._reference_stats or clip_stats.ClipStats(*self._plan.clip_stats(), None)
+        return self._reference_stats or clip_stats.ClipStats(*self._engine.clip_stats(), None)
 
     def first_nonfinite(self):
         """Says which parameter is the first whose gradient holds an inf or NaN, as 'parameter 3 of group 0', with its
@@ -275,14 +275,14 @@ class ClippedOptimizer(torch.optim.Optimizer):
     def _update(self, groups, grad_scale=None, found_inf=None):
         """A step over `groups`, in form of `param_groups`, without hooks."""
         try:
-            why_not = self._plan.step(groups, self.state, grad_scale, found_inf)
+            not_covered = self._engine.step(groups, self.state, grad_scale, found_inf)
         except KeyError:
             if not self._complete(groups):
                 raise
             self._given.check(groups)  # which now say whether there is a norm
-            why_not = self._plan.step(groups, self.state, grad_scale, found_inf)
-        taken = why_not is None
-        self._reference_stats = None if taken else self._step_elsewhere(groups, why_not, grad_scale, found_inf)
+            not_covered = self._engine.step(groups, self.state, grad_scale, found_inf)
+        taken = not_covered is None
+        self._reference_stats = None if taken else self._step_elsewhere(groups, not_covered, grad_scale, found_inf)
 
     def _complete(self, groups):
         """Gives groups that were made by hand, of torch's settings only, what `add_param_group` would. Returns whether
@@ -292,24 +292,25 @@ class ClippedOptimizer(torch.optim.Optimizer):
             own[name] = next((group[name] for group in groups if name in group), own[name])
         return any([complete(group, own) for group in groups])
 
-    def _step_elsewhere(self, groups, why_not, *amp):
+    def _step_elsewhere(self, groups, not_covered, *amp):
         """What the kernels did not take: with gradients in the right places, or in plain torch."""
-        misplaced = self._plan.take_misplaced()
-        if not misplaced:
-            return self._step_in_plain_torch(groups, why_not, *amp)
-        with gradients_placed_as(misplaced):
-            why_not = self._plan.step(groups, self.state, *amp)
-            if self._plan.take_misplaced():
-                raise TypeError(why_not)
-            return None if why_not is None else self._step_in_plain_torch(groups, why_not, *amp)
+        if not not_covered.misplaced:
+            return self._step_in_plain_torch(groups, not_covered.reason, *amp)
+        with gradients_placed_as(not_covered.misplaced):
+            again = self._engine.step(groups, self.state, *amp)
+            if again is None:
+                return None
+            if again.misplaced:
+                raise TypeError(again.reason)
+            return self._step_in_plain_torch(groups, again.reason, *amp)
 
     def _step_in_plain_torch(self, groups, why_not, *amp):
         if why_not not in self._warned and not self.defaults["differentiable"]:
             self._warned.add(why_not)
             warnings.warn(f"fastclip steps in plain torch, which is slower: {why_not}", stacklevel=6)
         if (place := undone(groups, self.state)) is not None:
-            self._plan.warn_of_undone(name_of(groups[place[0]], *place), 6)
-        stats = step_on_shards(self._reference_step, groups, self.state, *amp)
+            self._engine.warn_of_undone(name_of(groups[place[0]], *place), 6)
+        stats = step_on_shards(partial(plain.step, self._rule), self._rule.number_states, groups, self.state, *amp)
         self._reference_skips = stats.skipped_steps + self._reference_skips
         return stats
 

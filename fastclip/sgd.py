@@ -1,9 +1,11 @@
 """torch.optim.SGD with clipping, in one pass."""
 
 import torch
+from typing_extensions import Unpack
 
-from . import reference
 from .optimizer import ClippedOptimizer
+from .plain.rules import SGD
+from .settings import ClipSettings, lists_clip_settings
 
 
 class SGD(ClippedOptimizer, torch.optim.SGD):
@@ -56,6 +58,9 @@ class SGD(ClippedOptimizer, torch.optim.SGD):
         >>> opt.step()
     """
 
+    _rule = SGD
+
+    @lists_clip_settings
     def __init__(
         self,
         params,
@@ -69,14 +74,7 @@ class SGD(ClippedOptimizer, torch.optim.SGD):
         foreach=None,
         differentiable=False,
         fused=None,
-        clip_value=None,
-        max_norm=None,
-        norm_type=2.0,
-        skip_nonfinite=False,
-        master_weights=False,
-        stochastic_rounding=False,
-        rounding_seed=0,
-        momentum_dtype=None,
+        **clip: Unpack[ClipSettings],
     ):
         super().__init__(
             params,
@@ -89,15 +87,5 @@ class SGD(ClippedOptimizer, torch.optim.SGD):
             foreach=foreach,
             differentiable=differentiable,
             fused=fused,
-            clip_value=clip_value,
-            max_norm=max_norm,
-            norm_type=norm_type,
-            skip_nonfinite=skip_nonfinite,
-            master_weights=master_weights,
-            stochastic_rounding=stochastic_rounding,
-            rounding_seed=rounding_seed,
-            momentum_dtype=momentum_dtype,
+            **clip,
         )
-
-    _rule = "sgd"
-    _reference_step = staticmethod(reference.step_sgd)

@@ -7,7 +7,7 @@
 #include <cstring>
 #include <vector>
 
-#include "../../csrc/halves_cpu.h"
+#include "../../csrc/cpu/halves.h"
 
 using namespace fastclip;
 

@@ -51,10 +51,10 @@ def test_a_conversion_through_subnormal_numbers_is_found(tmp_path):
     shutil.copytree(CSRC, csrc)
     (tmp_path / "tests/cpu").mkdir(parents=True)
     source = shutil.copy(SOURCE, tmp_path / "tests/cpu")
-    text = (csrc / "dtypes.h").read_text()
+    text = (csrc / "rules/dtypes.h").read_text()
     exact = "magnitude < 0x00800000u ? subnormal : normal"
     assert exact in text
-    (csrc / "dtypes.h").write_text(text.replace(exact, "bits_from_float(float_from_bits(magnitude) * 0x1p112f)"))
+    (csrc / "rules/dtypes.h").write_text(text.replace(exact, "bits_from_float(float_from_bits(magnitude) * 0x1p112f)"))
     program = built("g++", tmp_path, source)
     output = subprocess.run([program], text=True, stdout=subprocess.PIPE, check=False)
     assert output.returncode == 1 and "portable read, flushing: 00000001 became" in output.stdout

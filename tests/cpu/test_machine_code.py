@@ -34,12 +34,12 @@ class Function:
 
 @pytest.fixture(scope="module", params=["g++", "clang++"])
 def functions(request, tmp_path_factory):
-    """{instruction set: its functions} of csrc/step_cpu.cpp, compiled as setup.py does."""
+    """{instruction set: its functions} of csrc/cpu/step.cpp, compiled as setup.py does."""
     if not shutil.which(request.param):
         pytest.skip(f"needs {request.param}")
     target = tmp_path_factory.mktemp("machine_code") / "step_cpu.o"
     flags = ["-std=c++20", "-fPIC", *setup.CXX_FLAGS]
-    subprocess.run([request.param, *flags, "-c", CSRC / "step_cpu.cpp", "-o", target], check=True)
+    subprocess.run([request.param, *flags, "-c", CSRC / "cpu/step.cpp", "-o", target], check=True)
     return disassembled(target)
 
 
@@ -64,7 +64,7 @@ def check(functions, register):
     for function in functions:
         assert function.symbols <= COPIES, f"{function.name} calls {function.symbols - COPIES}"
         assert function.uses(register), f"{function.name} uses no {register}"
-        if "update<" in function.name:
+        if "update<" in function.name and "ClipGrad" not in function.name:
             fused = [i for i in function.instructions if re.search(rf"\bvfn?m(add|sub)\d+p[sd]\b.*%{register}", i)]
             assert fused, f"{function.name} multiplies and adds no {register} in one instruction"
 
@@ -83,8 +83,8 @@ def test_registers_stay_in_their_instruction_set(functions):
 
 def test_a_set_that_has_lost_its_target_is_found(functions):
     """It would have the machine code of the baseline."""
-    updates = [f for f in functions["Baseline"] if "update<" in f.name]
+    updates = [f for f in functions["Baseline"] if "update<" in f.name and "ClipGrad" not in f.name]
     with pytest.raises(AssertionError, match="calls {'fma"):
         check(updates, REGISTERS["Avx512"])
     with pytest.raises(AssertionError, match="uses no zmm"):
-        check([f for f in functions["Baseline"] if "clip<" in f.name], REGISTERS["Avx512"])
+        check([f for f in functions["Baseline"] if "measure<" in f.name], REGISTERS["Avx512"])

@@ -76,7 +76,7 @@ def compile_cubin(architecture, source, *flags):
 @functools.cache
 def compiled(architecture):
     """The CUDA half as setup.py compiles it; once per run of the tests."""
-    return compile_cubin(architecture, CSRC / "step_cuda.cu")
+    return compile_cubin(architecture, CSRC / "cuda/step.cu")
 
 
 # ---- what the source says ----------------------------------------------------------------------------
@@ -88,16 +88,38 @@ def source(name):
 
 
 def enumerators(enum):
-    text = "".join(map(source, ("table_cuda.cuh", "tiles_cuda.cuh", "clip_rules.h")))
+    text = "".join(map(source, ("cuda/table.cuh", "rules/clip.h")))
     return re.search(rf"enum class {enum} [^{{]*{{([^}}]*)}}", text)[1].replace(" ", "").split(",")
 
 
 def constant(name):
-    return int(re.search(rf"constexpr int {name} = (\d+);", source("table_cuda.cuh"))[1])
+    return int(re.search(rf"constexpr int {name} = (\d+);", source("cuda/table.cuh"))[1])
+
+
+@functools.cache
+def headers():
+    """Each rule of rules.h: the text of its header."""
+    names = re.search(r"using Rules = RuleList<([^>]*)>", source("rules/rules.h"))[1].replace(" ", "").split(",")
+    texts = [path.read_text() for path in sorted((CSRC / "rules").glob("*.h"))]
+    return {name: next(text for text in texts if f"struct {name} {{" in text) for name in names}
+
+
+def says(rule, member, pattern):
+    return re.search(rf"constexpr \w+ {member}(?:\[\])? = {pattern};", headers()[rule])[1]
+
+
+def variants(rule):
+    """A rule's kernels, by how many state arrays they have: "SGD 0", "SGD 1"."""
+    return [f"{rule} {states}" for states in says(rule, "kKernels", r"\{([\d, ]*)\}").split(", ")]
+
+
+def is_common(rule):
+    """Whether it has kernels of its own for float32 and bfloat16."""
+    return says(rule, "kIsCommon", "(true|false)") == "true"
 
 
 def packs_in_flight(arrays):
-    text = re.search(r"kInFlight = (.*);", source("tiles_cuda.cuh"))[1]
+    text = re.search(r"kInFlight = (.*);", source("cuda/tiles.cuh"))[1]
     limits = re.findall(r"kArrays > (\d+) \? (\d+) :", text)
     return next((int(packs) for limit, packs in limits if arrays > int(limit)), int(text.split()[-1]))
 
@@ -117,9 +139,17 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Kernel:
-    rule: str
+    variant: str
     dtypes: str
     table_bytes: int
+
+    @property
+    def rule(self):
+        return self.variant.split()[0]
+
+    @property
+    def clips_in_place(self):
+        return says(self.rule, "kClipsInPlace", "(true|false)") == "true"
 
 
 @dataclass(frozen=True)
@@ -132,15 +162,15 @@ class Tile:
 
     @property
     def states(self):
-        return {"sgd_momentum": 1, "adam": 2, "adam_amsgrad": 3}.get(self.variant, 0)
+        return int(self.variant.split()[1]) if self.work == "update" else 0
 
     @property
     def is_adam(self):
-        return self.states > 1
+        return self.variant.startswith("Adam ")
 
     @property
     def arrays_read(self):
-        return 1 if self.work == "measure" or self.variant == "clip_grad" else 2 + self.states
+        return 1 if self.work == "measure" or self.variant == "ClipGrad 0" else 2 + self.states
 
     @property
     def arrays_written(self):
@@ -180,23 +210,28 @@ class Function:
 
 
 DTYPES = {"f": "float32", "d": "float64", "BFloat16": "bfloat16", "Float16": "float16"}
-KERNEL = re.compile(r"step_kernelI.*?KernelE(\d)E.*?DTypesE(\d)ELi(\d+)E")
-TILE = re.compile(r"\$.*\$_.*(update|measure)_tileI.*?(Kernel|Norm)E(\d)E(?:NS\d*_\d)?(BFloat16|Float16|f|d)(?:E|NS)")
-MIXED_TILE = re.compile(r"\$.*\$_.*update_mixed_tileI.*?KernelE(\d)E")
+VARIANT = r"KernelI\w*?_\d+([A-Za-z]+)ELi(\d)EEE"
+DTYPE = r"(?:NS\d*_\d)?(BFloat16|Float16|f|d)(?:E|NS)"
+KERNEL = re.compile(rf"step_kernelI\w*?{VARIANT}\w*?DTypesE(\d)ELi(\d+)E")
+UPDATE_TILE = re.compile(rf"\$.*\$_.*update_tileI\w*?{VARIANT}{DTYPE}")
+MEASURE_TILE = re.compile(rf"\$.*\$_.*measure_tileI.*?NormE(\d)E{DTYPE}")
+MIXED_TILE = re.compile(rf"\$.*\$_.*update_mixed_tileI\w*?{VARIANT}")
 LABEL = re.compile(r"^([.$\w]+):$")
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
 
 
 def kernel_of(symbol):
     m = KERNEL.search(symbol)
-    return Kernel(enumerators("Kernel")[int(m[1])], enumerators("DTypes")[int(m[2])], int(m[3])) if m else None
+    return Kernel(f"{m[1]} {m[2]}", enumerators("DTypes")[int(m[3])], int(m[4])) if m else None
 
 
 def tile_of(symbol):
     if m := MIXED_TILE.search(symbol):
-        return Tile("update", enumerators("Kernel")[int(m[1])], "mixed")
-    m = TILE.search(symbol)
-    return Tile(m[1], enumerators(m[2])[int(m[3])], DTYPES[m[4]]) if m else None
+        return Tile("update", f"{m[1]} {m[2]}", "mixed")
+    if m := UPDATE_TILE.search(symbol):
+        return Tile("update", f"{m[1]} {m[2]}", DTYPES[m[3]])
+    m = MEASURE_TILE.search(symbol)
+    return Tile("measure", enumerators("Norm")[int(m[1])], DTYPES[m[2]]) if m else None
 
 
 def parse(text):
@@ -275,13 +310,13 @@ def table(architecture):
     ]
     tiles = [f for f in functions_of(architecture) if f.tile and f.kernel.table_bytes == small]
     for f in sorted(tiles, key=lambda f: (f.kernel.dtypes, str(f.tile))):
-        if f.tile.work == "measure" and f.kernel.rule != "sgd":
+        if f.tile.work == "measure" and f.kernel.variant != "SGD 0":
             continue
         loop = f.hot_loop()
         registers = usage[f.kernel]["REG"]
         opcodes = [i.opcode for i in loop if "128" in i.opcode.split(".")]
         cells = (
-            f"{f.kernel.rule}, {f.kernel.dtypes}",
+            f"{f.kernel.variant}, {f.kernel.dtypes}",
             registers,
             blocks_per_multiprocessor(registers),
             f"{f.tile.work} {f.tile.variant if f.tile.work == 'measure' else ''} {f.tile.dtype}".replace("  ", " "),

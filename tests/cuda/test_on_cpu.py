@@ -30,9 +30,9 @@ def check_program(tmp_path_factory):
     def build_program(sanitizer="plain", csrc=CSRC):
         folder = tmp_path_factory.mktemp("check_step")
         if sanitizer not in compiled:
-            rest = (build.HERE / "check_step.cpp", build.HERE / "cuda_on_cpu.cpp", CSRC / "step_cpu.cpp")
+            rest = (build.HERE / "check_step.cpp", build.HERE / "cuda_on_cpu.cpp", CSRC / "cpu/step.cpp")
             compiled[sanitizer] = build.objects(folder / "rest", sanitizer, *rest)
-        kernels = build.objects(folder, sanitizer, csrc / "step_cuda.cu", csrc=csrc)
+        kernels = build.objects(folder, sanitizer, csrc / "cuda/step.cu", csrc=csrc)
         build.compile_(sanitizer, *kernels, *compiled[sanitizer], "-o", folder / "check_step")
         return folder / "check_step"
 
@@ -86,98 +86,103 @@ def test_no_race_between_threads(check_program):
 # (file, what is right, what is planted, sanitizer, arguments of check_step)
 STEPS = (0, 0, 60)
 BUGS = {
-    "tail left out": ("tiles_cuda.cuh", "size - full * kFull;", "size - full * kFull - 1;", STEPS),
-    "tile of the next tensor": ("kernels_cuda.cuh", "rest < header.tile ? rest", "rest < 0 ? rest", STEPS),
-    "wrong tensor": ("table_cuda.cuh", "first_tile <= tile", "first_tile < tile", STEPS),
+    "tail left out": ("cuda/tiles.cuh", "size - full * kFull;", "size - full * kFull - 1;", STEPS),
+    "tile of the next tensor": ("cuda/kernels.cuh", "rest < header.tile ? rest", "rest < 0 ? rest", STEPS),
+    "wrong tensor": ("cuda/table.cuh", "first_tile <= tile", "first_tile < tile", STEPS),
     "first momentum damped": (
-        "tiles_cuda.cuh",
-        "fastclip::terms_of(hyper, entry.momentum);",
-        "fastclip::terms_of(hyper, entry.momentum == Momentum::none ? Momentum::none : Momentum::running);",
+        "cuda/tiles.cuh",
+        "terms_of(hyper, entry.is_first)",
+        "terms_of(hyper, false)",
         STEPS,
     ),
     "momentum of a group that has none": (
-        "tiles_cuda.cuh",
-        "writes = Rule::writes(terms);",
-        "writes = kStates;",
+        "cuda/tiles.cuh",
+        "writes = R::writes(terms);",
+        "writes = (1 << kStates) - 1;",
         STEPS,
     ),
     "aligned where it is not": (
-        "step_cuda.cu",
+        "cuda/step.cu",
         "entry.aligned = is_aligned(entry.param) && is_aligned(entry.grad);",
         "entry.aligned = is_aligned(entry.param) || is_aligned(entry.grad);",
         STEPS,
     ),
     "no barrier before the sum of a block": (
-        "kernels_cuda.cuh",
+        "cuda/kernels.cuh",
         "= sum;\n  __syncthreads();\n  if (threadIdx.x == 0) {\n    for",
         "= sum;\n  if (threadIdx.x == 0) {\n    for",
         STEPS,
     ),
     "no barrier before a block arrives": (
-        "kernels_cuda.cuh",
+        "cuda/kernels.cuh",
         "  __syncthreads();  // the block's tiles are measured\n",
         "",
         (2, 0, 200),
     ),
     "no barrier between decision and update": (
-        "kernels_cuda.cuh",
+        "cuda/kernels.cuh",
         "  __syncthreads();\n  return shared().decision;",
         "  return shared().decision;",
         (1, 0, 60),
     ),
     "no waiting for the grid": (
-        "kernels_cuda.cuh",
+        "cuda/kernels.cuh",
         "while (outcome.opened == opened) __nanosleep(64);",
         "",
         STEPS,
     ),
     "the largest square left out": (
-        "table_cuda.cuh",
-        "kKernel == Kernel::adam_amsgrad ? 3",
-        "kKernel == Kernel::adam_amsgrad ? 2",
+        "rules/adam.h",
+        "writes(Terms terms) { return reads(terms); }",
+        "writes(Terms terms) { return 3; }",
         STEPS,
     ),
     "steps counted while others update": (
-        "kernels_cuda.cuh",
+        "cuda/kernels.cuh",
         "    if (!shared().last) return;\n    const auto",
         "    if (blockIdx.x != 0) return;\n    const auto",
         (2, 0, 200),
     ),
-    "steps counted by head and rest": ("step_cuda.cu", "entry.counts = begin == 0;", "entry.counts = true;", STEPS),
+    "steps counted by head and rest": (
+        "cuda/step.cu",
+        "entry.first_of_tensor = begin == 0;",
+        "entry.first_of_tensor = true;",
+        STEPS,
+    ),
     "steps of a skipped step": (
-        "kernels_cuda.cuh",
+        "cuda/kernels.cuh",
         "    if (decision.skip) return;\n",
-        "    if (decision.skip) count_steps<kKernel, kDTypes>(arguments);\n    if (decision.skip) return;\n",
+        "    if (decision.skip) count_steps<K, kDTypes>(arguments);\n    if (decision.skip) return;\n",
         STEPS,
     ),
     "count of finished blocks not reset": (
-        "kernels_cuda.cuh",
+        "cuda/kernels.cuh",
         "atomicExch(&header.outcome->finished, 0u);",
         ";",
         STEPS,
     ),
-    "counter not reset": ("kernels_cuda.cuh", "atomicExch(&header.outcome->arrived, 0u);", "", STEPS),
+    "counter not reset": ("cuda/kernels.cuh", "atomicExch(&header.outcome->arrived, 0u);", "", STEPS),
     "counts of an earlier step": (
-        "kernels_cuda.cuh",
+        "cuda/kernels.cuh",
         "i < kMaxBlocks; i += kThreads * gridDim.x",
         "i < gridDim.x; i += kThreads * gridDim.x",
         STEPS,
     ),
-    "slot of another tile": ("kernels_cuda.cuh", "round * kWarps + warp;", "round * kWarps;", STEPS),
+    "slot of another tile": ("cuda/kernels.cuh", "round * kWarps + warp;", "round * kWarps;", STEPS),
     "more slots than there are": (
-        "kernels_cuda.cuh",
+        "cuda/kernels.cuh",
         "if (slots && slot < header.slots)",
         "if (slots)",
         (0, DEVICES["little shared memory"], 60),
     ),
     "32-bit offset": (
-        "kernels_cuda.cuh",
+        "cuda/kernels.cuh",
         "static_cast<int64_t>(tile - entry.first_tile) * header.tile",
         "static_cast<int32_t>(tile - entry.first_tile) * header.tile",
         ("huge",),
     ),
     "table not uploaded anew": (
-        "step_cuda.cu",
+        "cuda/step.cu",
         "if (bytes == table.uploaded) return cudaSuccess;",
         "return cudaSuccess;",
         STEPS,
@@ -210,10 +215,10 @@ def test_a_planted_bug_is_found(bug, found):
 def test_a_race_that_happens_to_go_well_is_found(tmp_path, check_program):
     """Under the schedule that hides it: the reader runs last anyway."""
     csrc = shutil.copytree(CSRC, tmp_path / "csrc")
-    kernels = (csrc / "kernels_cuda.cuh").read_text()
+    kernels = (csrc / "cuda/kernels.cuh").read_text()
     barrier = "= sum;\n  __syncthreads();\n  if (threadIdx.x == 0) {\n    for"
     assert kernels.count(barrier) == 1
-    (csrc / "kernels_cuda.cuh").write_text(kernels.replace(barrier, barrier.replace("  __syncthreads();\n", "")))
+    (csrc / "cuda/kernels.cuh").write_text(kernels.replace(barrier, barrier.replace("  __syncthreads();\n", "")))
     result = run(check_program("tsan", csrc), 1, DEVICES["little shared memory"], 4, 0)
     assert result.returncode != 0 and "data race" in result.stderr
     assert "0 different" in result.stdout, "the schedule gave it away: this shows nothing about races"

@@ -8,7 +8,7 @@ import torch
 from torch.optim import optimizer as torch_optimizer
 
 import fastclip
-from fastclip.optimizer import OWN_SETTINGS
+from fastclip.settings import OWN_SETTINGS
 from tests.support.cases import assert_same_bits, copy_params, make_params
 from tests.support.torch_optim_db import (
     ADAM,

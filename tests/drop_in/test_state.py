@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastclip
-from fastclip.optimizer import OWN_SETTINGS
+from fastclip.settings import OWN_SETTINGS
 from tests.support.cases import assert_close, copy_params, exact_square_roots, give_grads
 from tests.support.torch_optim_db import (
     ADAM,

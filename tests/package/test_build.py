@@ -14,7 +14,7 @@ import torch
 import fastclip
 from fastclip import _extension
 from tests.cuda.sass import compiled, nvcc
-from tests.support.project import ROOT, load_setup
+from tests.support.project import CSRC, ROOT, load_setup
 
 setup = load_setup()
 
@@ -145,24 +145,35 @@ def test_cuda_architectures(monkeypatch):
     ]
 
 
-def test_sources_keep_to_their_layers():
-    """Kernels know no torch, and only bindings.cpp knows pybind11."""
-    for path in (ROOT / "csrc").iterdir():
-        text = path.read_text()
-        if path.name != "bindings.cpp":
-            assert "pybind11/" not in text, path.name
-        if path.stem in (
-            "dtypes",
-            "clip_rules",
-            "update_rules",
-            "step",
-            "step_cpu",
-            "loops_cpu",
-            "halves_cpu",
-            "step_cuda",
-            "kernels_cuda",
-            "tiles_cuda",
-            "table_cuda",
-        ):
-            includes = re.findall(r"#include [<\"]([^>\"]+)", text)
-            assert not [i for i in includes if i.startswith(("torch/", "ATen/", "c10/", "Python"))], path.name
+INCLUDE = re.compile(r"#include [<\"]([^>\"]+)")
+OF_HOST = ("torch/", "ATen/", "c10/", "Python", "pybind11/")
+
+
+def includes_of(path):
+    return INCLUDE.findall(path.read_text())
+
+
+@pytest.mark.parametrize("layer", ["rules", "cpu", "cuda", "step.h"])
+def test_kernels_know_no_torch_and_no_python(layer):
+    """And nothing of the host, which includes both."""
+    paths = [p for p in (CSRC / layer).rglob("*") if p.is_file()] or [CSRC / layer]
+    assert paths[0].is_file()
+    for path in paths:
+        strange = [i for i in includes_of(path) if i.startswith(OF_HOST) or "host/" in i]
+        assert not strange, f"{path.relative_to(CSRC)} includes {strange}"
+
+
+def test_layers_are_included_downwards_only():
+    """host, cpu and cuda include step.h, which includes rules; cpu and cuda know nothing of each other."""
+    below = {"rules": [], "step.h": ["rules"], "cpu": ["rules", "step.h"], "cuda": ["rules", "step.h"]}
+    below["host"] = [*below, "cpu", "cuda"]
+    for path in [p for p in CSRC.rglob("*") if p.is_file()]:
+        layer = path.relative_to(CSRC).parts[0]
+        for include in includes_of(path):
+            if (target := (path.parent / include).resolve()).is_relative_to(CSRC) and target.exists():
+                other = target.relative_to(CSRC).parts[0]
+                assert other == layer or other in below[layer], f"{path.relative_to(CSRC)} includes {include}"
+
+
+def test_only_the_bindings_know_pybind11():
+    assert [p.name for p in CSRC.rglob("*.*") if "pybind11/" in p.read_text()] == ["bindings.cpp"]

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tarfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -138,7 +139,7 @@ def test_a_toolkit_without_a_runtime_is_named_with_the_way_out(fake_nvcc, tmp_pa
 
 def test_a_failing_compilation_is_named_with_the_way_out(fake_nvcc, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    with pytest.raises(PlatformError, match=r"step_cuda.cu and has returned 2(.|\n)*FASTCLIP_CUDA=0"):
+    with pytest.raises(PlatformError, match=r"step.cu and has returned 2(.|\n)*FASTCLIP_CUDA=0"):
         setup.Build.compile_cuda(SimpleNamespace(force=True), fake_nvcc("exit 2"), ["9.0"], tmp_path)
 
 
@@ -156,17 +157,44 @@ def test_an_installation_stops_with_the_message_alone(fake_nvcc, tmp_path):
 # ---- sdist -------------------------------------------------------------------------------------------------
 
 
-def test_an_sdist_holds_all_that_a_build_needs(tmp_path):
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory):
+    """The folder that an sdist unpacks to."""
+    tmp_path = tmp_path_factory.mktemp("sdist")
     command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", tmp_path, "sdist", "--dist-dir", tmp_path]
     subprocess.run([*map(str, command)], cwd=ROOT, check=True, capture_output=True)
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         tar.extractall(tmp_path, filter="data")
     (unpacked,) = (path.parent for path in tmp_path.glob("*/setup.py"))
+    return unpacked
+
+
+def test_an_sdist_holds_all_that_a_build_needs(unpacked):
     needed = [ROOT / name for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE")]
-    needed += [*(ROOT / "csrc").iterdir(), *(ROOT / "fastclip").glob("*.py")]
+    needed += [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    needed += (ROOT / "fastclip").rglob("*.py")
     needed.remove(ROOT / "fastclip" / "_build_info.py")
     for path in needed:
         copy = unpacked / path.relative_to(ROOT)
         assert copy.exists() and copy.read_bytes() == path.read_bytes(), path.relative_to(ROOT)
     assert not (unpacked / "fastclip" / "_build_info.py").exists()  # says what was built here
+
+
+def test_an_sdist_builds(unpacked):
+    """With CUDA where nvcc is, for one architecture; unoptimised, which is quicker."""
+    environment = {**os.environ, "FASTCLIP_CXX_FLAGS": "-O0", "TORCH_CUDA_ARCH_LIST": "9.0"}
+    built = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        cwd=unpacked,
+        env=environment,
+        text=True,
+        capture_output=True,
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    script = "import fastclip, torch; print(fastclip.__file__, fastclip.build_info()['cuda'])"
+    said = subprocess.run(
+        [sys.executable, "-c", script], cwd=unpacked, text=True, capture_output=True, check=True
+    ).stdout
+    file, cuda = said.split()
+    assert Path(file).is_relative_to(unpacked) and (cuda == "None") == (setup.find_nvcc() is None)

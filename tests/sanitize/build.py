@@ -84,20 +84,21 @@ class Sanitizer:
         return self.folder / "openmp.so"
 
     def object_of(self, source):
-        return self.folder / "objects" / "csrc" / f"{Path(source).stem}.o"
+        return (self.folder / "objects" / "csrc" / source).with_suffix(".o")
 
-    def build_variant(self, project, source, log):
-        """As `project`: the extension with `source` in place of the file of that name in csrc. Raises as build does."""
-        replaced = self.object_of(source)
+    def build_variant(self, project, original, source, log):
+        """As `project`: the extension with the file `source` in place of `original`, a path in csrc. Raises as build
+        does."""
+        replaced = self.object_of(original)
         target = project / replaced.name
         ninja = ["ninja", "-C", self.folder / "objects", "-t", "commands", replaced]
         command = subprocess.run(ninja, check=True, capture_output=True, text=True).stdout
         # Its headers are looked for beside the original.
         command = command.replace(str(replaced), str(target)).replace(
-            f" -c {ROOT / 'csrc' / source.name} ", f" -iquote {ROOT / 'csrc'} -c {source} "
+            f" -c {ROOT / 'csrc' / original} ", f" -iquote {(ROOT / 'csrc' / original).parent} -c {source} "
         )
         run(["sh", "-c", command], log)
-        objects = [o for o in sorted(replaced.parent.glob("*.o")) if o != replaced]
+        objects = [o for o in sorted((self.folder / "objects" / "csrc").rglob("*.o")) if o != replaced]
         libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"]
         copy_python(self.project, project)
         shutil.copy(self.project / "fastclip" / "_build_info.py", project / "fastclip")

@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 from tests.support.project import CSRC
 
@@ -22,7 +23,7 @@ BUGS = [
     Bug(
         "a write past the end",
         "address",
-        "device_part.cpp",
+        "host/part.cpp",
         "measures = at::empty({measures_needed * kDoubles}",
         "measures = at::empty({measures_needed * kDoubles - 1}",
         "tests/step/test_norm.py",
@@ -31,7 +32,7 @@ BUGS = [
     Bug(
         "memory that another thread may free",
         "address",
-        "plan.cpp",
+        "host/engine.cpp",
         "if (gil_is_released) walk_.borrowed().hold_all();",
         "",
         "tests/concurrency/test_threads.py::test_gradients_replaced_meanwhile[large-plain]",
@@ -40,7 +41,7 @@ BUGS = [
     Bug(
         "a misaligned address",
         "address",
-        "device_part.cpp",
+        "host/part.cpp",
         "static_cast<Outcome*>(outcome_.mutable_data_ptr())",
         "reinterpret_cast<Outcome*>(static_cast<char*>(outcome_.mutable_data_ptr()) + 4)",
         "tests/step/test_norm.py",
@@ -49,7 +50,7 @@ BUGS = [
     Bug(
         "a signed overflow",
         "address",
-        "device_part.cpp",
+        "host/part.cpp",
         "step.elements >= kElementsToReleaseGil",
         "step.elements * (int64_t{1} << 62) >= kElementsToReleaseGil",
         "tests/step/test_norm.py",
@@ -58,16 +59,16 @@ BUGS = [
     Bug(
         "a leak where an error is raised",
         "address",
-        "groups.cpp",
-        "  Py_DECREF(text);\n  return result;",
-        "  return result;",
+        "host/groups.cpp",
+        "const Held items = Held::stolen(",
+        "const Held items(",
         "tests/step/test_errors.py",
         "LeakSanitizer: detected memory leaks",
     ),
     Bug(
         "a counter that is not atomic",
         "thread",
-        "step_cpu.cpp",
+        "cpu/step.cpp",
         "std::atomic<int64_t> fetched{0};",
         "struct { int64_t i; int64_t fetch_add(int64_t n, std::memory_order) { return (i += n) - n; } } fetched{0};",
         STEP_BY_THREADS,
@@ -76,7 +77,7 @@ BUGS = [
     Bug(
         "a chunk that two threads take",
         "thread",
-        "step_cpu.cpp",
+        "cpu/step.cpp",
         "std::min(begin + kChunksPerFetch, chunks)",
         "std::min(begin + kChunksPerFetch + 1, chunks)",
         STEP_BY_THREADS,
@@ -85,7 +86,7 @@ BUGS = [
     Bug(
         "memory that all optimizers share",
         "thread",
-        "step_cpu.cpp",
+        "cpu/step.cpp",
         "  Measure sum = {};\n  for (int64_t chunk",
         "  static Measure sum;\n  sum = {};\n  for (int64_t chunk",
         STEP_BY_THREADS,
@@ -100,6 +101,6 @@ def plant(bug, sanitizer, folder):
     folder.mkdir(parents=True)
     text = (CSRC / bug.file).read_text()
     assert text.count(bug.right) == 1, f"{bug.name}: what is to be replaced is there {text.count(bug.right)} times"
-    source = folder / bug.file
+    source = folder / Path(bug.file).name
     source.write_text(text.replace(bug.right, bug.wrong))
-    sanitizer.build_variant(folder, source, folder / "build.log")
+    sanitizer.build_variant(folder, bug.file, source, folder / "build.log")

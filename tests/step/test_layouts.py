@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastclip
-from fastclip.reference import STATES_OF_ADAM
+from fastclip.plain import rules
 from tests.support.cases import (
     CLIPS,
     RULES,
@@ -35,7 +35,7 @@ def test_every_element_of_every_size_is_written(dtype, device):
     optimizer.step()
     for p in params:
         assert torch.equal(p.detach(), torch.full_like(p, -1.5))
-        for name, value in zip(STATES_OF_ADAM, (0.25, 0.0625, 0.0625), strict=True):
+        for name, value in zip(rules.ADAM.arrays, (0.25, 0.0625, 0.0625), strict=True):
             assert torch.equal(optimizer.state[p][name], torch.full_like(p, value))
 
 
@@ -51,7 +51,7 @@ def test_neighbours_of_unaligned_views_are_left_alone(dtype, device):
             expected[offset : offset + size] = -1
             assert torch.equal(memory, expected)
             optimizer = fastclip.Adam([p], lr=1.0, betas=(0.5, 0.75), eps=0.0)
-            memories = {name: torch.zeros_like(memory) for name in STATES_OF_ADAM[:2]}
+            memories = {name: torch.zeros_like(memory) for name in rules.ADAM.arrays[:2]}
             of_p = {name: of[offset : offset + size] for name, of in memories.items()}
             optimizer.state[p] = {"step": torch.zeros((), device=device), **of_p}
             optimizer.step()

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import fastclip
-from fastclip import reference
+from fastclip.plain import rules
+from fastclip.plain import step as reference
 from tests.support.cases import CLIPS, RULES, assert_same_bits, flush_denormal, give_grads, pair, step_both
 from tests.support.scripts import run_script
 
@@ -115,7 +116,7 @@ def test_a_small_coefficient_keeps_its_digits(dtype, grads, max_norm, flush, dev
         coefficient = optimizer.clip_stats().clip_coefficient
         fastclip.clip_grad_norm_([q], max_norm)
         other = fastclip.SGD([r], **settings)
-        expected_coefficient = reference.step_sgd(other.param_groups, other.state).clip_coefficient
+        expected_coefficient = reference.step(rules.SGD, other.param_groups, other.state).clip_coefficient
     for found in (p, q.grad, r):
         torch.testing.assert_close(found.detach().cpu(), exact.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=0)
     assert torch.equal(p, r)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastclip
-from fastclip.precision import Rounding
+from fastclip.plain.rounding import Rounding
 from tests.support.cases import LARGE, SHAPES, copy_params, give_grads, make_params, reference_step
 
 SIXTEEN_BIT = [torch.bfloat16, torch.float16]

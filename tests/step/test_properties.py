@@ -11,7 +11,8 @@ pytest.importorskip("hypothesis")
 from hypothesis import Phase, given, seed, settings, strategies  # noqa: E402  after the check
 
 import fastclip  # noqa: E402
-from fastclip import amp, optimizer, reference  # noqa: E402
+from fastclip import amp, optimizer  # noqa: E402
+from fastclip.plain import step as reference  # noqa: E402
 from tests.long import fuzz  # noqa: E402
 from tests.support import scenarios  # noqa: E402
 from tests.support.playback import check  # noqa: E402

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 import fastclip
-from fastclip import reference
+from fastclip.plain import step as reference
 
 CHUNK = 4096  # kChunk in csrc/step.h
 
@@ -105,9 +105,8 @@ def exact_square_roots():
 
 def reference_step(optimizer):
     """One in plain torch."""
-    step = reference.step_sgd if isinstance(optimizer, fastclip.SGD) else reference.step_adam
     with exact_square_roots():
-        step(optimizer.param_groups, optimizer.state)
+        reference.step(optimizer._rule, optimizer.param_groups, optimizer.state)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """The plain loop that the property tests check fastclip against: clips, then torch's optimizer with foreach=False.
 
-What torch would round otherwise is stepped by `fastclip/reference.py` instead.
+What torch would round otherwise is stepped by `fastclip/plain/step.py` instead.
 """
 
 import collections
@@ -11,9 +11,10 @@ from unittest import mock
 
 import torch
 
-from fastclip import reference
-from fastclip.optimizer import OWN_SETTINGS
-from fastclip.precision import SIXTEEN_BIT, state_dtype
+import fastclip
+from fastclip.plain import step as reference
+from fastclip.plain.rounding import SIXTEEN_BIT, state_dtype
+from fastclip.settings import OWN_SETTINGS
 
 from .cases import exact_square_roots
 from .tensors import writable
@@ -24,6 +25,7 @@ class PlainLoop:
 
     def __init__(self, rule, shared):
         self.rule, self.shared = getattr(torch.optim, rule), shared
+        self.own_rule = getattr(fastclip, rule)._rule
         self.of_torch = {"differentiable": False, "decoupled_weight_decay": rule == "AdamW"}
         self.optimizer = None
         self.groups = []  # with all settings, as the reference needs them
@@ -64,8 +66,8 @@ class PlainLoop:
         for group in self.groups:
             for p in group["params"]:
                 for name, value in self.reference_state.get(p, {}).items():
-                    if name != "step":
-                        self.reference_state[p][name] = value.to(state_dtype(group, p, name))
+                    if name not in self.own_rule.number_states:
+                        self.reference_state[p][name] = value.to(state_dtype(self.own_rule, group, p, name))
 
     def reset(self, param):
         self.states(param).pop(param, None)
@@ -116,11 +118,10 @@ class PlainLoop:
             self.optimizer.step()
         for p in values:
             p.grad = given[p] if p in self.by_reference else None
-        step = reference.step_sgd if self.rule is torch.optim.SGD else reference.step_adam
         scale = None if grad_scale is None else torch.tensor(grad_scale)
         same_norm = nullcontext() if norm is None else mock.patch.object(reference, "norm_of", lambda *_: norm)
         with same_norm, exact_square_roots():
-            step(self.groups, self.reference_state, scale)
+            reference.step(self.own_rule, self.groups, self.reference_state, scale)
 
 
 @contextmanager

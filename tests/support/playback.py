@@ -1,6 +1,6 @@
 """Plays a `Scenario` with fastclip and with the plain loop, and compares them after every step.
 
-Bits are the same everywhere: as in torch, or where torch rounds otherwise as in `fastclip/reference.py`. The norm has
+Bits are the same everywhere: as in torch, or where torch rounds otherwise as in `fastclip/plain/step.py`. The norm has
 to agree with math.hypot to 1e-14; then the loop goes on with fastclip's, so that the rest has to have its bits.
 """
 
@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import torch
 
-from fastclip import reference
+from fastclip.plain import step as reference
 
 from . import surroundings
 from .cases import exact_square_roots

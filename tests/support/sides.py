@@ -9,7 +9,7 @@ import io
 import torch
 
 import fastclip
-from fastclip.optimizer import OWN_SETTINGS
+from fastclip.settings import OWN_SETTINGS
 
 from . import surroundings
 from .plain_loop import PlainLoop, duplicates_are_meant

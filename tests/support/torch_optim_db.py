@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastclip
-from fastclip.optimizer import OWN_SETTINGS
+from fastclip.settings import OWN_SETTINGS
 
 from .cases import assert_same_bits, copy_params, exact_square_roots, give_grads, make_params
 

@@ -50,10 +50,10 @@ def package(folder):
     import torch
 
     build = folder / "build"
-    linked = objects(build, "plain", CSRC / "step_cuda.cu", HERE / "cuda_on_cpu.cpp", HERE / "step_cpu.cpp")
-    compiled = next(iter(ROOT.glob("build/temp.*/csrc/plan.o")), None)
+    linked = objects(build, "plain", CSRC / "cuda/step.cu", HERE / "cuda_on_cpu.cpp", HERE / "step_cpu.cpp")
+    compiled = next(iter(ROOT.glob("build/temp.*/csrc/host/engine.o")), None)
     assert compiled, "the extension was not built in place: run `make build`"
-    linked += sorted(path for path in compiled.parent.glob("*.o") if path.stem != "step_cpu")
+    linked += sorted(compiled.parent.glob("*.o"))
 
     extension = Path(importlib.util.find_spec("fastclip._C").origin).name
     shutil.copytree(ROOT / "fastclip", folder / "fastclip", ignore=shutil.ignore_patterns("_C*", "__pycache__"))

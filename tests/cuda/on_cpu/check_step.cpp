@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <new>
 #include <numeric>
 #include <random>
 #include <string_view>
@@ -27,7 +28,7 @@ void one_thread(int count, void (*work)(void*), void* context) {
 // The arrays of all tensors, each kind in one piece of memory with gaps that nobody may write to.
 enum Kind { kParams, kRounded, kGrads, kStates, kKinds = kStates + kMaxStates };
 struct Memory {
-  std::vector<double> of[kKinds], steps;
+  std::vector<double> of[kKinds], steps, scalars;
 };
 
 DType dtype_of(const TensorEntry& tensor, int kind) {
@@ -56,16 +57,67 @@ void with_type(DType dtype, const Body& body) {
   }
 }
 
+// Hyperparameters for any rule, in place of csrc/host's GroupReader: what a rule reads is random.
+struct RandomGroup {
+  std::mt19937_64& random;
+  const bool momentum;  // some rules have none
+
+  struct Key {
+    explicit Key(const char* name) : is_momentum(std::string_view(name) == "momentum"), is_eps(std::string_view(name) == "eps") {}
+    bool is_momentum, is_eps;
+  };
+  double number(const Key& key) const {
+    if (key.is_momentum) return momentum && random() % 4 ? 0.9 : 0;
+    if (key.is_eps) return 1e-8;
+    const double choices[] = {0.0, 0.25, 0.9, 0.99};
+    return choices[random() % 4];
+  }
+  bool flag(const Key&) const { return random() % 3 == 0; }
+  void betas(const Key&, double& beta1, double& beta2) const {
+    const double choices[] = {0.9, 0.5, 0.25};
+    beta1 = choices[random() % 3];
+    beta2 = 0.99;
+  }
+};
+
+Rules::Id random_rule(std::mt19937_64& random) {
+  std::vector<Rules::Id> all;
+  Rules::each([&](auto tag) { all.push_back(Rules::id_of<typename decltype(tag)::Rule>()); });
+  return all[random() % all.size()];
+}
+
+// What check_step has to know of a rule.
+struct Traits {
+  bool in_place, counts_steps, filled_by_first_step, has_scalar;
+};
+Traits traits_of(Rules::Id rule) {
+  return Rules::visit(rule, [](auto tag) {
+    using R = typename decltype(tag)::Rule;
+    return Traits{R::kClipsInPlace, R::kCountsSteps, R::kFilledByFirstStep, R::kScalar.name != nullptr};
+  });
+}
+uint32_t states_of(Rules::Id rule, Terms terms) {
+  return Rules::visit(rule, [&](auto tag) { return decltype(tag)::Rule::writes(terms); });
+}
+
+bool is_momentum(Rules::Id rule, size_t state) {
+  return Rules::visit(rule, [&](auto tag) {
+    constexpr auto states = decltype(tag)::Rule::kStates;
+    return state < states.size() && states.begin()[state].is_momentum;
+  });
+}
+
 struct Case {
+  std::mt19937_64 random;
   Memory cpu, gpu;
   Step step;  // over `cpu`
+  const Traits traits = traits_of(step.rule);
   std::vector<int64_t> at_byte;     // where a tensor starts,
   std::vector<int64_t> grad_shift;  // and how many bytes later its gradient does
   std::vector<bool> has_rounded;    // master weights
   bool exact = true;  // to the bit; else the coefficient may be off by a rounding, as sums have another order
 
-  explicit Case(uint64_t seed) {
-    std::mt19937_64 random(seed);
+  explicit Case(uint64_t seed) : random(seed), step(random_rule(random)) {
     const auto draw = [&](auto... choices) {
       const std::common_type_t<decltype(choices)...> all[] = {choices...};
       return all[random() % sizeof...(choices)];
@@ -73,26 +125,23 @@ struct Case {
     const bool mixed = random() % 4 == 0;
     const bool mixtures = random() % 3 == 0;
     const DType one = static_cast<DType>(random() % kNumDTypes);
-    step.rule = draw(Rule::sgd, Rule::sgd, Rule::adam, Rule::adam, Rule::clip_grad);
     step.norm = draw(Norm::none, Norm::two, Norm::inf);
     step.max_norm = step.norm == Norm::none ? 0 : draw(0.5, 3.0, 1e9, HUGE_VAL);
     step.skip_nonfinite = step.norm != Norm::none && random() % 3 == 0;
     const auto groups = draw(1, 2, 3);
-    const bool momentum = step.rule == Rule::sgd && random() % 2;
+    const bool momentum = random() % 2;
     for (int i = 0; i < groups; ++i) {
       Hyper hyper{};
       hyper.lr = 0.1;
-      hyper.momentum = momentum && random() % 4 ? 0.9 : 0;
-      hyper.dampening = draw(0.0, 0.25);
-      hyper.nesterov = random() % 2;
       hyper.maximize = random() % 2;
       hyper.weight_decay = draw(0.0, 0.01);
-      hyper.decoupled_weight_decay = step.rule == Rule::adam && random() % 2;
-      hyper.amsgrad = step.rule == Rule::adam && random() % 3 == 0;
-      hyper.beta1 = draw(0.9, 0.5, 0.25);
-      hyper.beta2 = 0.99;
-      hyper.eps = 1e-8;
-      hyper.stochastic_rounding = step.rule != Rule::clip_grad && mixtures && random() % 2;
+      Rules::visit(step.rule, [&](auto tag) {
+        using R = typename decltype(tag)::Rule;
+        auto* const settings = new (hyper.settings) typename R::Settings{};
+        R::read(RandomGroup{random, momentum}, *settings);
+        hyper.terms = R::terms(hyper, *settings);
+      });
+      hyper.stochastic_rounding = !traits.in_place && mixtures && random() % 2;
       hyper.rounding_seed = 7;
       const bool clips = random() % 2;
       hyper.clip_low = clips ? -0.5 : -HUGE_VAL;
@@ -111,7 +160,7 @@ struct Case {
       for (DType& of_state : tensor.state_dtypes) of_state = tensor.dtype;
       tensor.uniform = true;
       bool master = false;
-      if (step.rule != Rule::clip_grad && mixtures && tensor.dtype != DType::float64) {
+      if (!traits.in_place && mixtures && tensor.dtype != DType::float64) {
         const DType narrow = tensor.rounded_dtype = draw(DType::bfloat16, DType::float16);
         master = random() % 2;
         if (random() % 4) {  // else a master of its own dtype, or only rounded at random
@@ -123,7 +172,8 @@ struct Case {
       }
       has_rounded.push_back(master);
       tensor.step_is_float64 = random() % 2;
-      if (step.hypers[tensor.hyper].momentum != 0) tensor.momentum = draw(Momentum::first, Momentum::running);
+      tensor.is_first = traits.filled_by_first_step && states_of(step.rule, step.hypers[tensor.hyper].terms) && random() % 2;
+      tensor.scalar_is_float64 = random() % 2;
       tensor.first_chunk = step.chunks;
       step.chunks += (tensor.numel + kChunk - 1) / kChunk;
       step.elements += tensor.numel;
@@ -139,7 +189,7 @@ struct Case {
       cpu.of[kind].assign(bytes / 8 + 4, -12345.678);
       for (int i = 0; i < tensors; ++i) {
         with_type(dtype_of(step.tensors[i], kind), [&](auto stored) {
-          const bool squares = step.rule == Rule::adam && kind > kStates;  // no less than 0
+          const bool squares = kind >= kStates && !is_momentum(step.rule, kind - kStates);  // no less than 0
           fill<decltype(stored)>(cpu.of[kind], at(i, kind) / sizeof(stored), step.tensors[i].numel, random, squares);
         });
       }
@@ -148,6 +198,9 @@ struct Case {
       const float counted = random() % 1000;
       double& kept = cpu.steps.emplace_back(counted);
       if (!tensor.step_is_float64) memcpy(&kept, &counted, sizeof(counted));
+      const float number = 0.25f + random() % 100 / 200.0f;
+      double& scalar = cpu.scalars.emplace_back(number);
+      if (!tensor.scalar_is_float64) memcpy(&scalar, &number, sizeof(number));
     }
     if (random() % (step.skip_nonfinite ? 2 : 8) == 0) {  // somewhere a NaN
       const auto which = random() % tensors;
@@ -168,15 +221,15 @@ struct Case {
     for (size_t i = 0; i < step.tensors.size(); ++i) {
       TensorEntry& tensor = step.tensors[i];
       const auto array = [&](int kind) { return reinterpret_cast<char*>(memory.of[kind].data()) + at(i, kind); };
-      const bool adam = step.rule == Rule::adam;
-      const int states = adam ? 2 + step.hypers[tensor.hyper].amsgrad : tensor.momentum != Momentum::none;
-      tensor.param = step.rule == Rule::clip_grad ? nullptr : array(kParams);
+      const uint32_t states = states_of(step.rule, step.hypers[tensor.hyper].terms);
+      tensor.param = array(traits.in_place ? kGrads : kParams);
       tensor.rounded = has_rounded[i] ? array(kRounded) : nullptr;
       tensor.grad = array(kGrads);
-      for (int s = 0; s < kMaxStates; ++s) tensor.states[s] = s < states ? array(kStates + s) : nullptr;
-      const bool counts = adam || (!tensor.uniform && step.hypers[tensor.hyper].stochastic_rounding);
+      for (int s = 0; s < kMaxStates; ++s) tensor.states[s] = states >> s & 1 ? array(kStates + s) : nullptr;
+      const bool counts = traits.counts_steps || (!tensor.uniform && step.hypers[tensor.hyper].stochastic_rounding);
       tensor.step = counts ? &memory.steps[i] : nullptr;
-      step.counts_steps |= counts;
+      tensor.scalar = traits.has_scalar ? &memory.scalars[i] : nullptr;
+      step.has_step_counts |= counts;
     }
   }
 };
@@ -256,7 +309,7 @@ bool check(uint64_t seed) {
   double expected_clamped = 0;
   c.step.outcome = &expected;
   c.step.measures = measures.data();
-  if (c.step.rule != Rule::clip_grad && seed % 4 != 0) c.step.clamped = &expected_clamped;
+  if (!c.traits.in_place && seed % 4 != 0) c.step.clamped = &expected_clamped;
   cpu::run(c.step, cpu::ThreadPool{1, one_thread});
 
   c.place(c.gpu);
@@ -271,8 +324,8 @@ bool check(uint64_t seed) {
     const Measure sums[] = {first.outcome.sum, second.outcome.sum};
     for (Device* part : {&first, &second}) {
       part->step.sums = sums;
-      part->step.devices = 2;
-      part->step.counts = part == &first;
+      part->step.parts = 2;
+      part->step.counts_skips = part == &first;
       good &= part->run(Passes::update);
     }
     good &= same(first.outcome.total_norm, second.outcome.total_norm, true);
@@ -290,7 +343,7 @@ bool check(uint64_t seed) {
   good &= outcome.skipped_steps == expected.skipped_steps;
   if (c.step.clamped && !expected.skipped) good &= clamped == expected_clamped;
   good &= same(outcome.total_norm, expected.total_norm, c.exact) && same(outcome.coefficient, expected.coefficient, c.exact);
-  good &= c.gpu.steps == c.cpu.steps;
+  good &= c.gpu.steps == c.cpu.steps && c.gpu.scalars == c.cpu.scalars;
   for (int kind = 0; kind < kKinds; ++kind) good &= same_memory(c, kind);
   if (!good) std::printf("seed %llu differs: %zu tensors\n", static_cast<unsigned long long>(seed), tensors);
   return good;
@@ -316,15 +369,14 @@ bool check_huge() {
   }
   for (size_t i = 0; i < kPiece / sizeof(BFloat16); ++i) store(grads[i], 1.0f);
 
-  Step step;
-  step.rule = Rule::clip_grad;
+  Step step(Rules::id_of<ClipGrad>());
   step.norm = Norm::two;
   step.max_norm = std::sqrt(double{kNumel}) / 2;
   step.hypers.push_back({});
   step.hypers[0].clip_low = -HUGE_VAL;
   step.hypers[0].clip_high = HUGE_VAL;
   TensorEntry& tensor = step.tensors.emplace_back();
-  tensor.grad = grads;
+  tensor.param = tensor.grad = grads;
   tensor.numel = kNumel;
   tensor.dtype = tensor.grad_dtype = DType::bfloat16;
   tensor.uniform = true;

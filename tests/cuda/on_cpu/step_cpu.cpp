@@ -1,4 +1,4 @@
-// The CPU's step, taken by the CUDA kernels: an extension that is linked with this instead of csrc/step_cpu.cpp runs all
+// The CPU's step, taken by the CUDA kernels: an extension that is linked with this instead of csrc/cpu/step.cpp runs all
 // tests of the CPU on them.
 #include <cmath>
 #include <mutex>
@@ -13,7 +13,7 @@ void run(const Step& step, const ThreadPool&) {
   static std::mutex one_at_a_time;  // the emulated device knows one thread of the host
   const std::lock_guard<std::mutex> lock(one_at_a_time);
 
-  // Scratch memory is the CPU plan's here: what a GPU's needs is made up for.
+  // Scratch memory is the CPU's here: what a GPU's needs is made up for.
   Step on_device = step;
   const cuda::Needs needs = cuda::needs(step);
   std::vector<Measure> measures(step.norm == Norm::none ? 0 : needs.measures);

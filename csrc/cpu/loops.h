@@ -1,0 +1,247 @@
+// The CPU's loops over a run of elements: one per rule, set of terms and dtype.
+#pragma once
+
+#include <cstring>
+#include <type_traits>
+
+#include "halves.h"
+#include "../step.h"
+
+// A target or a pragma that a compiler ignores leaves the loops right, and slow.
+#pragma GCC diagnostic error "-Wattributes"
+#pragma GCC diagnostic error "-Wunknown-pragmas"
+
+// The arrays of a tensor do not overlap, and the widest registers are to be used: clang does so unasked.
+#if defined(__clang__)
+#define FASTCLIP_IVDEP _Pragma("clang loop vectorize(assume_safety)")
+#define FASTCLIP_WIDEST
+#else
+#define FASTCLIP_IVDEP _Pragma("GCC ivdep")
+#define FASTCLIP_WIDEST ",prefer-vector-width=512"
+#endif
+
+namespace fastclip::cpu {
+namespace {
+
+// What a loop needs besides its tensor, in double; each loop converts it to its compute type, as
+// torch does with the scalars of an operation.
+struct Constants {
+  Clip<double> clip;
+  alignas(double) unsigned char rule[Rules::kConstantsBytes];
+  bool stochastic_rounding;
+  uint32_t rounding_seed;
+  uint32_t step;  // this one; 0 where nobody counts
+};
+
+template <class R, class T>
+FASTCLIP_HD typename R::template Constants<T> constants_as(const Constants& constants) {
+  typename R::template Constants<double> of_rule;
+  memcpy(&of_rule, constants.rule, sizeof(of_rule));
+  return converted<typename R::template Constants<T>>(of_rule);
+}
+
+// The hardware prefetcher stops at each page and looks too short a way ahead: one core reads one stream
+// at about 60 % of what it can. Asking for the lines this far ahead brings the rest.
+constexpr int64_t kPrefetchBytes = 4096;
+constexpr int64_t kCacheLine = 64;
+
+// Asks for `count` elements, some way ahead of `from`.
+template <class Stored>
+FASTCLIP_HD void prefetch(const Stored* from, int64_t count, int64_t bytes_ahead = kPrefetchBytes) {
+  const char* ahead = reinterpret_cast<const char*>(from) + bytes_ahead;
+  for (int64_t byte = 0; byte < count * int64_t{sizeof(Stored)}; byte += kCacheLine) __builtin_prefetch(ahead + byte);
+}
+
+// Elements per inner block. Clamped elements are counted per block, in a register as wide as the data: a running total
+// would be kept in memory.
+constexpr int64_t kBlock = 128;
+
+constexpr bool has(uint32_t states, int s) { return states >> s & 1; }
+
+// Updates `size` elements of arrays in the compute type. Returns how many the value clip moved.
+template <class T, class R, Terms kTerms>
+FASTCLIP_HD int64_t update_block(T* params, const T* grads, T* const* states, int64_t size, const Clip<T>& clip,
+                                 const typename R::template Constants<T>& constants) {
+  using Count = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+  constexpr uint32_t kReads = R::reads(kTerms), kWrites = R::writes(kTerms);
+  T* const s0 = states[0];
+  T* const s1 = states[1];
+  T* const s2 = states[2];
+  static_assert(kMaxStates == 3);
+  Count clamped = 0;
+  FASTCLIP_IVDEP
+  for (int64_t i = 0; i < size; ++i) {
+    T param{};
+    if constexpr (!R::kClipsInPlace) param = params[i];
+    T state[kMaxStates]{};
+    if constexpr (has(kReads, 0)) state[0] = s0[i];
+    if constexpr (has(kReads, 1)) state[1] = s1[i];
+    if constexpr (has(kReads, 2)) state[2] = s2[i];
+    clamped += clip.clamps(grads[i]);
+    R::update(kTerms, constants, param, clip(grads[i]), state);
+    params[i] = param;
+    if constexpr (has(kWrites, 0)) s0[i] = state[0];
+    if constexpr (has(kWrites, 1)) s1[i] = state[1];
+    if constexpr (has(kWrites, 2)) s2[i] = state[2];
+  }
+  return clamped;
+}
+
+// Elements [begin, begin + size) of a tensor whose arrays all have the type it is computed in.
+template <class T, class R, Terms kTerms>
+FASTCLIP_HD int64_t update_uniform(const TensorEntry& tensor, int64_t begin, int64_t size, const Constants& all) {
+  constexpr uint32_t kWrites = R::writes(kTerms);
+  const auto clip = converted<Clip<T>>(all.clip);
+  const auto constants = constants_as<R, T>(all);
+  auto* const params = static_cast<T*>(tensor.param) + begin;
+  const auto* const grads = static_cast<const T*>(tensor.grad) + begin;
+  T* states[kMaxStates];
+  for (int s = 0; s < kMaxStates; ++s) states[s] = static_cast<T*>(tensor.states[s]) + (has(kWrites, s) ? begin : 0);
+  const auto at = [&](int64_t i, T* (&moved)[kMaxStates]) __attribute__((always_inline)) {
+    for (int s = 0; s < kMaxStates; ++s) moved[s] = states[s] + (has(kWrites, s) ? i : 0);
+  };
+  int64_t i = 0, clamped = 0;
+  for (; i + kBlock <= size; i += kBlock) {
+    T* moved[kMaxStates];
+    at(i, moved);
+    if constexpr (!R::kClipsInPlace) prefetch(params + i, kBlock);
+    prefetch(grads + i, kBlock);
+    for (int s = 0; s < kMaxStates; ++s) {
+      if (has(kWrites, s)) prefetch(moved[s], kBlock);
+    }
+    clamped += update_block<T, R, kTerms>(params + i, grads + i, moved, kBlock, clip, constants);
+  }
+  T* moved[kMaxStates];
+  at(i, moved);
+  return clamped + update_block<T, R, kTerms>(params + i, grads + i, moved, size - i, clip, constants);
+}
+
+// A block of an array of any of the narrower dtypes, in float.
+template <class Stored>
+FASTCLIP_HD void read_block(const void* from, int64_t at, int64_t size, float* to) {
+  const auto* const values = static_cast<const Stored*>(from) + at;
+  for (int64_t i = 0; i < size; ++i) to[i] = load(values[i]);
+}
+template <class Stored>
+FASTCLIP_HD void write_block(void* to, int64_t at, int64_t size, const float* from) {
+  auto* const values = static_cast<Stored*>(to) + at;
+  for (int64_t i = 0; i < size; ++i) store(values[i], from[i]);
+}
+template <class Stored>
+FASTCLIP_HD void round_block(void* to, int64_t at, int64_t size, const float* from, uint32_t key) {
+  auto* const values = static_cast<Stored*>(to) + at;
+  const auto first = static_cast<uint32_t>(at);
+  for (uint32_t i = 0; i < size; ++i) store(values[i], from[i], noise(key, first + i));
+}
+
+template <class Set>
+void read_any(DType dtype, const void* from, int64_t at, int64_t size, float* to) {
+  if (dtype == DType::float32) return Set::template read_as<float>(from, at, size, to);
+  if (dtype == DType::bfloat16) return Set::template read_as<BFloat16>(from, at, size, to);
+  Set::Halves::read(static_cast<const Float16*>(from) + at, size, to);
+}
+template <class Set>
+void write_any(DType dtype, void* to, int64_t at, int64_t size, const float* from) {
+  if (dtype == DType::float32) return Set::template write_as<float>(to, at, size, from);
+  if (dtype == DType::bfloat16) return Set::template write_as<BFloat16>(to, at, size, from);
+  Set::Halves::write(static_cast<Float16*>(to) + at, size, from);
+}
+template <class Set>
+void round_any(DType dtype, void* to, int64_t at, int64_t size, const float* from, uint32_t key) {
+  if (dtype == DType::float32) return Set::template write_as<float>(to, at, size, from);
+  if (dtype == DType::bfloat16) return Set::template round_as<BFloat16>(to, at, size, from, key);
+  Set::template round_as<Float16>(to, at, size, from, key);
+}
+
+// The same for a tensor with 16-bit arrays, or a mixture of float32 and those: a block at a time is brought to float,
+// into the innermost cache.
+template <class Set, class R, Terms kTerms>
+FASTCLIP_HD int64_t update_staged(const TensorEntry& tensor, int64_t begin, int64_t size, const Constants& all) {
+  constexpr uint32_t kReads = R::reads(kTerms), kWrites = R::writes(kTerms);
+  const auto clip = converted<Clip<float>>(all.clip);
+  const auto constants = constants_as<R, float>(all);
+  alignas(kCacheLine) float params[kBlock], grads[kBlock], states[kMaxStates][kBlock];
+  float* const rows[kMaxStates] = {states[0], states[1], states[2]};
+  int64_t clamped = 0;
+  for (const int64_t end = begin + size; begin < end; begin += kBlock) {
+    const int64_t count = end - begin < kBlock ? end - begin : kBlock;
+    const auto write = [&](int array, DType dtype, void* to, const float* from) {
+      if (!all.stochastic_rounding) return write_any<Set>(dtype, to, begin, count, from);
+      const uint32_t key = noise_key(all.rounding_seed, all.step, tensor.index, array, begin);
+      round_any<Set>(dtype, to, begin, count, from, key);
+    };
+    if constexpr (!R::kClipsInPlace) read_any<Set>(tensor.dtype, tensor.param, begin, count, params);
+    read_any<Set>(tensor.grad_dtype, tensor.grad, begin, count, grads);
+    for (int s = 0; s < kMaxStates; ++s) {
+      if (has(kReads, s)) read_any<Set>(tensor.state_dtypes[s], tensor.states[s], begin, count, states[s]);
+    }
+    clamped += update_block<float, R, kTerms>(params, grads, rows, count, clip, constants);
+    write(0, tensor.dtype, tensor.param, params);
+    if (tensor.rounded) write_any<Set>(tensor.rounded_dtype, tensor.rounded, begin, count, params);
+    for (int s = 0; s < kMaxStates; ++s) {
+      if (has(kWrites, s)) write(1 + s, tensor.state_dtypes[s], tensor.states[s], states[s]);
+    }
+  }
+  return clamped;
+}
+
+// A chunk is summed in this many lanes, on every instruction set, and so to the same bits.
+constexpr int kLanes = 32;
+// A whole chunk is read as four streams: one core keeps more lines in flight over several pages.
+constexpr int kStreams = 4;
+
+// What a norm is taken of: gradients as they are, after unscaling and value clip, or so but for inf and NaN.
+enum class Seen { raw, clipped, clipped_or_nonfinite };
+
+template <class Set, class Stored, Norm kNorm, Seen kSeen>
+FASTCLIP_HD void measure_loop(const TensorEntry& tensor, int64_t begin, int64_t size, const Clip<double>& of_group,
+                              Measure& result) {
+  using T = ComputeType<Stored>;
+  constexpr bool kFloat64 = std::is_same_v<Stored, double>;
+  const auto clip = converted<Clip<T>>(of_group);
+  const auto* const grads = static_cast<const Stored*>(tensor.grad) + begin;
+  constexpr int kWide = kFloat64 && kNorm == Norm::two ? kLanes : 1;  // lanes of the sums that only float64 needs
+  double small[kWide] = {}, medium[kLanes] = {}, big[kWide] = {};
+  const auto add = [&](const Stored* from) __attribute__((always_inline)) {
+    T x[kLanes];
+    constexpr bool kHalves = std::is_same_v<Stored, Float16>;
+    if constexpr (kHalves) Set::Halves::read(from, kLanes, x);
+    for (int lane = 0; lane < kLanes; ++lane) {
+      if constexpr (!kHalves) x[lane] = load(from[lane]);
+      if constexpr (kSeen != Seen::raw) x[lane] = clip.measured(x[lane], kSeen == Seen::clipped_or_nonfinite);
+    }
+    for (int lane = 0; lane < kLanes; ++lane) {
+      measure<kNorm, kFloat64>(small[lane % kWide], medium[lane], big[lane % kWide], double{x[lane]});
+    }
+  };
+  int64_t i = 0;
+  if (size == kChunk) {
+    constexpr int64_t kStream = kChunk / kStreams;
+    for (; i < kStream; i += kLanes) {
+      for (int stream = 0; stream < kStreams; ++stream) {
+        const Stored* const from = grads + stream * kStream + i;
+        prefetch(from, kLanes, kChunk * sizeof(Stored));  // the same place of the next chunk
+        add(from);
+      }
+    }
+    i = kChunk;
+  }
+  for (; i + kLanes <= size; i += kLanes) add(grads + i);
+  for (int lane = 0; i < size; ++i, ++lane) {
+    const T x = clip.measured(load(grads[i]), kSeen == Seen::clipped_or_nonfinite);
+    measure<kNorm, kFloat64>(small[lane % kWide], medium[lane], big[lane % kWide], double{x});
+  }
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) {
+      medium[lane] = kNorm == Norm::inf ? larger(medium[lane], medium[lane + half]) : medium[lane] + medium[lane + half];
+      if constexpr (kWide > 1) {
+        small[lane] += small[lane + half];
+        big[lane] += big[lane + half];
+      }
+    }
+  }
+  result = {small[0], medium[0], big[0]};
+}
+
+}  // namespace
+}  // namespace fastclip::cpu

@@ -1,0 +1,180 @@
+// A step on the CPU: chunks over threads.
+#include <algorithm>
+#include <atomic>
+#include <cfenv>
+#include <cmath>
+
+#include "instruction_sets.h"
+
+namespace fastclip::cpu {
+namespace {
+
+// Below this a second thread costs more than it brings.
+constexpr int64_t kElementsPerThread = 32768;
+// Threads fetch this many chunks at a time: whoever is held up by other work on its core takes fewer.
+constexpr int64_t kChunksPerFetch = 16;
+
+// Calls body(tensor, first element, number of elements) for each tensor's share of a range of chunks.
+template <class Body>
+void for_each_run(const Step& step, int64_t first_chunk, int64_t last_chunk, const Body& body) {
+  if (step.tensors.empty()) return;
+  auto tensor = std::upper_bound(
+      step.tensors.begin(), step.tensors.end(), first_chunk,
+      [](int64_t chunk, const TensorEntry& entry) { return chunk < entry.first_chunk; });
+  --tensor;
+  for (int64_t chunk = first_chunk; chunk < last_chunk; ++tensor) {
+    const int64_t begin = (chunk - tensor->first_chunk) * kChunk;
+    const int64_t end =
+        std::min(tensor->numel, (last_chunk - tensor->first_chunk) * kChunk);
+    if (begin < end) body(*tensor, begin, end - begin);
+    chunk += (end - begin + kChunk - 1) / kChunk;
+  }
+}
+
+// Computes as the calling thread does, while this is there. torch.set_flush_denormal is about one thread only: whether a
+// subnormal number counts would depend on the thread that happens to fetch it.
+class FloatingPointMode {
+ public:
+  explicit FloatingPointMode(const std::fenv_t& wanted) {
+    std::fegetenv(&own_);
+    std::fesetenv(&wanted);
+  }
+  ~FloatingPointMode() { std::fesetenv(&own_); }
+  FloatingPointMode(const FloatingPointMode&) = delete;
+
+ private:
+  std::fenv_t own_;
+};
+
+// One parallel region: calls body(first chunk, last chunk) until every chunk was fetched. `backwards`
+// starts where the pass before it ended, on what is still in the cache.
+template <class Body>
+void for_each_chunk(const Step& step, const ThreadPool& pool, bool backwards, const Body& body) {
+  const int threads = static_cast<int>(std::min<int64_t>(
+      pool.threads, std::max<int64_t>(step.elements / kElementsPerThread, 1)));
+  if (threads == 1 && !backwards) return body(0, step.chunks);
+
+  struct Work {
+    const Body& body;
+    const int64_t chunks;
+    const bool backwards;
+    std::atomic<int64_t> fetched{0};
+    std::fenv_t mode{};
+
+    void fetch_and_run() {
+      for (;;) {
+        const int64_t begin = fetched.fetch_add(kChunksPerFetch, std::memory_order_relaxed);
+        if (begin >= chunks) return;
+        const int64_t end = std::min(begin + kChunksPerFetch, chunks);
+        backwards ? body(chunks - end, chunks - begin) : body(begin, end);
+      }
+    }
+  } work{body, step.chunks, backwards};
+  if (threads == 1) return work.fetch_and_run();
+  std::fegetenv(&work.mode);
+  const auto run_in_mode = [](void* context) {
+    auto& work = *static_cast<Work*>(context);
+    const FloatingPointMode mode(work.mode);
+    work.fetch_and_run();
+  };
+  pool.run(threads, run_in_mode, &work);
+}
+
+Constants constants_of(const Step& step, const Hyper& hyper, const Scaling& scaling, const Progress& progress) {
+  Constants c;
+  c.clip = clip_of<double>(hyper, step.grad_scale, scaling);
+  Rules::visit(step.rule, [&](auto tag) {
+    using R = typename decltype(tag)::Rule;
+    const auto of_rule = R::constants(hyper, hyper.of<R>(), hyper.lr, progress);
+    memcpy(c.rule, &of_rule, sizeof(of_rule));
+  });
+  c.stochastic_rounding = hyper.stochastic_rounding;
+  c.rounding_seed = hyper.rounding_seed;
+  c.step = static_cast<uint32_t>(static_cast<int64_t>(progress.step));
+  return c;
+}
+
+void measure_all(const Step& step, const ThreadPool& pool, const LoopTable& loops) {
+  const bool inf = step.norm == Norm::inf;
+  for_each_chunk(step, pool, false, [&](int64_t first_chunk, int64_t last_chunk) {
+    for_each_run(step, first_chunk, last_chunk, [&](const TensorEntry& tensor, int64_t begin,
+                                                    int64_t size) {
+      const Hyper& hyper = step.hypers[tensor.hyper];
+      const Clip<double> clip = clip_of<double>(hyper, step.grad_scale, {});
+      const bool clips = clip.unscale != 1 || clips_value(hyper);
+      const Seen seen = !clips ? Seen::raw : step.skip_nonfinite ? Seen::clipped_or_nonfinite : Seen::clipped;
+      const MeasureLoop loop = loops.measures[static_cast<int>(tensor.grad_dtype)][inf][static_cast<int>(seen)];
+      Measure* measure = step.measures + tensor.first_chunk + begin / kChunk;
+      for (int64_t done = 0; done < size; done += kChunk) {
+        loop(tensor, begin + done, std::min(kChunk, size - done), clip, *measure++);
+      }
+    });
+  });
+  Measure sum = {};
+  for (int64_t chunk = 0; chunk < step.chunks; ++chunk) {
+    combine(step.norm, sum, step.measures[chunk]);
+  }
+  step.outcome->sum = sum;
+}
+
+Decision decide_for(const Step& step) {
+  const bool alone = step.passes == Passes::all;
+  const Measure* sums = alone ? &step.outcome->sum : step.sums;
+  Measure sum{};
+  for (int part = 0; part < (alone ? 1 : step.parts); ++part) combine(step.norm, sum, sums[part]);
+  return decide(step.norm, sum, step.max_norm, step.skip_nonfinite);
+}
+
+void update_all(const Step& step, const ThreadPool& pool, const LoopTable& loops, const Scaling& scaling) {
+  const bool normed = step.norm != Norm::none;
+  std::atomic<int64_t> all_clamped{0};
+  for_each_chunk(step, pool, normed, [&](int64_t first_chunk, int64_t last_chunk) {
+    int32_t current = -1;
+    Progress current_progress{-1, -1};
+    Constants constants;
+    int64_t clamped = 0;
+    for_each_run(step, first_chunk, last_chunk, [&](const TensorEntry& tensor, int64_t begin,
+                                                    int64_t size) {
+      const Hyper& hyper = step.hypers[tensor.hyper];
+      const Progress progress = progress_of(tensor);
+      if (current != tensor.hyper || current_progress.step != progress.step || current_progress.scalar != progress.scalar) {
+        constants = constants_of(step, hyper, scaling, progress);
+        current = tensor.hyper;
+        current_progress = progress;
+      }
+      clamped += loops.update(step.rule, tensor, terms_of(hyper, tensor.is_first))(tensor, begin, size, constants);
+    });
+    all_clamped.fetch_add(clamped, std::memory_order_relaxed);
+  });
+  if (step.clamped) *step.clamped = static_cast<double>(all_clamped);
+  if (!step.has_step_counts) return;
+  Rules::visit(step.rule, [&](auto tag) {
+    for (const TensorEntry& tensor : step.tensors) advance<typename decltype(tag)::Rule>(tensor, step.hypers[tensor.hyper]);
+  });
+}
+
+}  // namespace
+
+void run(const Step& step, const ThreadPool& pool) {
+  if (step.found_inf && *step.found_inf != 0) {
+    if (step.passes != Passes::measure) record(*step.outcome, skipped(step.max_norm), step.counts_skips);
+    return;
+  }
+  const LoopTable& loops = instruction_set().loops;
+  Scaling scaling;
+  if (step.norm != Norm::none) {
+    if (step.passes != Passes::update) measure_all(step, pool, loops);
+    if (step.passes == Passes::measure) return;
+    const Decision decision = decide_for(step);
+    record(*step.outcome, decision, step.counts_skips);
+    if (decision.skip) return;
+    scaling = decision.scaling;
+    const bool in_place = Rules::visit(step.rule, [](auto tag) { return decltype(tag)::Rule::kClipsInPlace; });
+    if (in_place && scaling.coefficient == 1.0) return;
+  }
+  update_all(step, pool, loops, scaling);
+}
+
+const char* capability() { return instruction_set().name; }
+
+}  // namespace fastclip::cpu

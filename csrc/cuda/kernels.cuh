@@ -1,0 +1,232 @@
+// The CUDA kernel: measures (where there is a norm), waits for the whole grid, updates.
+#pragma once
+
+#include "mixed.cuh"
+#include "tiles.cuh"
+
+// All of a block's shared memory: a Shared, then the slots.
+extern __shared__ uint4 dynamic_shared_memory[];
+
+namespace fastclip::cuda {
+namespace {
+
+struct alignas(kPackBytes) Shared {
+  Measure of_warp[kWarps];
+  Decision decision;
+  bool last;
+};
+
+__device__ __forceinline__ Shared& shared() { return *reinterpret_cast<Shared*>(dynamic_shared_memory); }
+
+// Deals tiles out to the warps of all blocks, one round after the other, or back from the last to the
+// first: what a pass read last is what the next one still finds in L2. The tiles of the first rounds
+// have slots, in both directions the same. Calls body(tile, hyper, entry, first element, size, slot).
+template <class K, DTypes kDTypes, int kTableBytes, class Body>
+__device__ __forceinline__ void for_each_tile(const Arguments<kTableBytes>& arguments, bool backwards, bool slots,
+                                              const Body& body) {
+  const Header& header = arguments.header;
+  const auto table = table_of<K, kDTypes>(arguments);
+  const uint32_t warp = threadIdx.x / kWarp;
+  const uint32_t first = warp * gridDim.x + blockIdx.x;  // every block gets a tile before any gets a second
+  const uint32_t workers = gridDim.x * kWarps;
+  const uint32_t rounds = first < header.tiles ? (header.tiles - first - 1) / workers + 1 : 0;
+  for (uint32_t i = 0; i < rounds; ++i) {
+    const uint32_t round = backwards ? rounds - 1 - i : i;
+    const uint32_t tile = first + round * workers;
+    const auto& entry = entry_of(table.entries, header.tensors, tile);
+    const int64_t begin = static_cast<int64_t>(tile - entry.first_tile) * header.tile;
+    const int64_t rest = entry.numel - begin;
+    const uint32_t slot = round * kWarps + warp;
+    uint4* kept = nullptr;
+    if (slots && slot < header.slots) {
+      kept = dynamic_shared_memory + (sizeof(Shared) + size_t{slot} * header.slot_bytes) / sizeof(uint4);
+    }
+    body(tile, table.hypers[entry.hyper], entry, begin, static_cast<int>(rest < header.tile ? rest : header.tile), kept);
+  }
+}
+
+// Over the lanes of a warp, for lane 0, in an order that depends on nothing else. kWide: all three parts are in use,
+// and not only `medium`.
+template <bool kWide>
+__device__ __forceinline__ Measure sum_over_warp(Norm norm, Measure sum) {
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    const Measure other{kWide ? __shfl_down_sync(0xffffffffu, sum.small, offset) : 0,
+                        __shfl_down_sync(0xffffffffu, sum.medium, offset),
+                        kWide ? __shfl_down_sync(0xffffffffu, sum.big, offset) : 0};
+    combine(norm, sum, other);
+  }
+  return sum;
+}
+
+// Over the threads of a block, for thread 0.
+template <bool kWide>
+__device__ __forceinline__ Measure sum_over_block(Norm norm, Measure sum) {
+  sum = sum_over_warp<kWide>(norm, sum);
+  if (threadIdx.x % kWarp == 0) shared().of_warp[threadIdx.x / kWarp] = sum;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int warp = 1; warp < kWarps; ++warp) combine(norm, sum, shared().of_warp[warp]);
+  }
+  return sum;
+}
+
+// The sum over all tiles, for thread 0 of one block, while the whole grid waits: several loads are under way at
+// once. Other blocks have written them: `volatile` reads what is there now. A 0 changes no sum and no maximum.
+template <bool kWide>
+__device__ __forceinline__ Measure sum_over_tiles(const Header& header) {
+  constexpr int kAtOnce = 8;
+  const volatile double* const medium = header.measures;
+  const volatile double* const small = medium + header.tiles;
+  const volatile double* const big = small + header.tiles;
+  Measure sum{};
+#pragma unroll 1
+  for (uint32_t first = threadIdx.x; first < header.tiles; first += kAtOnce * kThreads) {
+    Measure loaded[kAtOnce];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const uint32_t tile = first + k * kThreads;
+      const bool inside = tile < header.tiles;
+      loaded[k] = {kWide && inside ? small[tile] : 0, inside ? medium[tile] : 0, kWide && inside ? big[tile] : 0};
+    }
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) combine(header.norm, sum, loaded[k]);
+  }
+  return sum_over_block<kWide>(header.norm, sum);
+}
+
+// All blocks meet here. The last to come adds up what was measured before it lets the others go on; where
+// nothing follows in this launch, nobody waits.
+template <DTypes kDTypes>
+__device__ __forceinline__ void meet_and_sum(const Header& header) {
+  volatile Outcome& outcome = *header.outcome;
+  uint32_t opened = 0;
+  __syncthreads();  // the block's tiles are measured
+  if (threadIdx.x == 0) {
+    opened = outcome.opened;
+    __threadfence();
+    shared().last = atomicAdd(&header.outcome->arrived, 1u) == gridDim.x - 1;
+  }
+  __syncthreads();
+  if (shared().last) {
+    __threadfence();
+    const Measure sum = sum_over_tiles<kDTypes == DTypes::any>(header);  // only float64 has more than one part
+    if (threadIdx.x == 0) {
+      header.outcome->sum = sum;
+      atomicExch(&header.outcome->arrived, 0u);
+      __threadfence();
+      outcome.opened = opened + 1;
+    }
+  } else if (header.update && threadIdx.x == 0) {
+    while (outcome.opened == opened) __nanosleep(64);
+    __threadfence();
+  }
+}
+
+// What the norm decides, known to all threads of the block.
+__device__ __forceinline__ const Decision& decide_for_block(const Header& header) {
+  if (threadIdx.x == 0) {
+    Measure sum{};
+    for (int part = 0; part < header.parts; ++part) {
+      const volatile Measure& measured = header.sums[part];
+      combine(header.norm, sum, Measure{measured.small, measured.medium, measured.big});
+    }
+    shared().decision = decide(header.norm, sum, header.max_norm, header.skip_nonfinite);
+    if (blockIdx.x == 0) record(*header.outcome, shared().decision, header.counts_skips);
+  }
+  __syncthreads();
+  return shared().decision;
+}
+
+// Each block writes its own count, and together they zero the unused slots. The host adds up on request.
+__device__ __forceinline__ void publish_clamped(double* counts, uint32_t clamped) {
+  const double sum = sum_over_block<false>(Norm::two, {0, static_cast<double>(clamped), 0}).medium;
+  for (uint32_t i = threadIdx.x * gridDim.x + blockIdx.x; i < kMaxBlocks; i += kThreads * gridDim.x) {
+    counts[i] = i == blockIdx.x ? sum : 0;
+  }
+}
+
+// The last block to finish counts the step of every tensor: until then, others may have to know which it is.
+template <class K, DTypes kDTypes, int kTableBytes>
+__device__ __forceinline__ void count_steps(const Arguments<kTableBytes>& arguments) {
+  if constexpr (kCounts<K, kDTypes>) {
+    const Header& header = arguments.header;
+    if (!header.has_step_counts) return;
+    __syncthreads();  // the block's tiles are updated
+    if (threadIdx.x == 0) {
+      __threadfence();
+      shared().last = atomicAdd(&header.outcome->finished, 1u) == gridDim.x - 1;
+    }
+    __syncthreads();
+    if (!shared().last) return;
+    const auto table = table_of<K, kDTypes>(arguments);
+    for (uint32_t i = threadIdx.x; i < header.tensors; i += kThreads) {
+      const auto& entry = table.entries[i];
+      if (entry.first_of_tensor) advance<typename K::Rule>(entry, table.hypers[entry.hyper]);
+    }
+    if (threadIdx.x == 0) atomicExch(&header.outcome->finished, 0u);
+  }
+}
+
+// Blocks on a multiprocessor at the least: a cap on registers that leaves enough loads in flight.
+constexpr int min_blocks(DTypes dtypes) { return dtypes == DTypes::any ? 1 : 2; }
+
+// One launch does it all, if all blocks run at the same time. Else one measures and the next updates.
+template <class K, DTypes kDTypes, int kTableBytes>
+__global__ void __launch_bounds__(kThreads, min_blocks(kDTypes))
+    step_kernel(const __grid_constant__ Arguments<kTableBytes> arguments) {
+  const Header& header = arguments.header;
+  if (header.found_inf && *header.found_inf != 0) {
+    if (header.update && blockIdx.x == 0 && threadIdx.x == 0) record(*header.outcome, skipped(header.max_norm), header.counts_skips);
+    return;
+  }
+  const bool keep = header.measure && header.update;
+  if (header.measure) {
+    for_each_tile<K, kDTypes>(arguments, false, keep, [&](uint32_t tile, const Hyper& hyper, const auto& entry,
+                                                                int64_t begin, int size, uint4* slot) {
+      with_dtype<kDTypes>(grad_dtype_of(entry), [&](auto stored) {
+        using Stored = decltype(stored);
+        constexpr bool kFloat64 = sizeof(Stored) == sizeof(double);
+        Measure sum = header.norm == Norm::inf
+                          ? measure_tile<Norm::inf, Stored>(header, hyper, entry, begin, size, slot)
+                          : measure_tile<Norm::two, Stored>(header, hyper, entry, begin, size, slot);
+        sum = sum_over_warp<kFloat64>(header.norm, sum);
+        if (threadIdx.x % kWarp == 0) {
+          header.measures[tile] = sum.medium;
+          if constexpr (kDTypes == DTypes::any) {
+            header.measures[header.tiles + tile] = kFloat64 ? sum.small : 0;
+            header.measures[2 * header.tiles + tile] = kFloat64 ? sum.big : 0;
+          }
+        }
+      });
+    });
+    meet_and_sum<kDTypes>(header);
+  }
+  if (!header.update) return;
+  Scaling scaling;
+  if (header.sums) {
+    const Decision& decision = decide_for_block(header);
+    if (decision.skip) return;
+    scaling = decision.scaling;
+    if (K::Rule::kClipsInPlace && scaling.coefficient == 1.0) return;
+  }
+  uint32_t clamped = 0;
+  for_each_tile<K, kDTypes>(arguments, keep, keep, [&](uint32_t, const Hyper& hyper, const Entry<K, kDTypes>& entry,
+                                                    int64_t begin, int size, const uint4* slot) {
+    if constexpr (kMixed<K, kDTypes>) {
+      if (kDTypes == DTypes::mixed || !entry.uniform) {
+        clamped += update_mixed_tile<K>(header, hyper, entry, begin, size, scaling, slot);
+        return;
+      }
+    }
+    if constexpr (kDTypes != DTypes::mixed) {
+      with_dtype<kDTypes>(entry.dtype, [&](auto stored) {
+        clamped += update_tile<K, decltype(stored)>(header, hyper, entry, begin, size, scaling, slot);
+      });
+    }
+  });
+  if (!K::Rule::kClipsInPlace && header.clamped) publish_clamped(header.clamped, clamped);
+  count_steps<K, kDTypes>(arguments);
+}
+
+}  // namespace
+}  // namespace fastclip::cuda

@@ -1,0 +1,180 @@
+// One tile of a tensor whose arrays have several dtypes, or are rounded at random, for one warp of a GPU.
+#pragma once
+
+#include "tiles.cuh"
+
+namespace fastclip::cuda {
+namespace {
+
+// A lane takes four elements of every array at a time: 16 bytes of float32, 8 of the narrower dtypes. Which it is, is
+// the same for all lanes. A word is taken apart only when all that a lane has asked for are under way.
+constexpr int kElements = 4;
+
+// kSize is 4, or 1 where memory is not aligned.
+template <int kSize>
+__device__ __forceinline__ uint4 read(const void* array, DType dtype, int64_t i) {
+  uint4 word{};
+  if (dtype == DType::float32) {
+    const auto* const values = static_cast<const float*>(array) + i;
+    if constexpr (kSize == 1) {
+      word.x = bits_from_float(__ldcs(values));
+    } else {
+      word = __ldcs(reinterpret_cast<const uint4*>(values));
+    }
+  } else {
+    const auto* const values = static_cast<const unsigned short*>(array) + i;
+    if constexpr (kSize == 1) {
+      word.x = __ldcs(values);
+    } else {
+      const uint2 half = __ldcs(reinterpret_cast<const uint2*>(values));
+      word.x = half.x;
+      word.y = half.y;
+    }
+  }
+  return word;
+}
+
+template <int kSize>
+__device__ __forceinline__ void write(void* array, DType dtype, int64_t i, const uint4& word) {
+  if (dtype == DType::float32) {
+    auto* const values = static_cast<float*>(array) + i;
+    if constexpr (kSize == 1) {
+      __stcs(values, float_from_bits(word.x));
+    } else {
+      __stcs(reinterpret_cast<uint4*>(values), word);
+    }
+  } else {
+    auto* const values = static_cast<unsigned short*>(array) + i;
+    if constexpr (kSize == 1) {
+      __stcs(values, static_cast<unsigned short>(word.x));
+    } else {
+      __stcs(reinterpret_cast<uint2*>(values), uint2{word.x, word.y});
+    }
+  }
+}
+
+__device__ __forceinline__ void unpack(const uint4& word, DType dtype, float (&values)[kElements]) {
+  const uint32_t words[] = {word.x, word.y, word.z, word.w};
+  const auto half = [&](int j) { return static_cast<uint16_t>(words[j / 2] >> (j % 2 * 16)); };
+  if (dtype == DType::float32) {
+#pragma unroll
+    for (int j = 0; j < kElements; ++j) values[j] = float_from_bits(words[j]);
+  } else if (dtype == DType::bfloat16) {
+#pragma unroll
+    for (int j = 0; j < kElements; ++j) values[j] = load(BFloat16{half(j)});
+  } else {
+#pragma unroll
+    for (int j = 0; j < kElements; ++j) values[j] = load(Float16{half(j)});
+  }
+}
+
+// store_to(value in 16 bits, value in float32, j) rounds.
+template <class Store>
+__device__ __forceinline__ uint4 pack(const float (&values)[kElements], DType dtype, const Store& store_to) {
+  uint32_t words[kElements] = {};
+  const auto pack_as = [&](auto narrow) {
+#pragma unroll
+    for (int j = 0; j < kElements; ++j) {
+      store_to(narrow, values[j], j);
+      words[j / 2] |= uint32_t{narrow.bits} << (j % 2 * 16);
+    }
+  };
+  if (dtype == DType::float32) {
+#pragma unroll
+    for (int j = 0; j < kElements; ++j) words[j] = bits_from_float(values[j]);
+  } else if (dtype == DType::bfloat16) {
+    pack_as(BFloat16{});
+  } else {
+    pack_as(Float16{});
+  }
+  return {words[0], words[1], words[2], words[3]};
+}
+
+// Returns how many elements of this lane the value clip moved.
+template <class K, class OneEntry>
+__device__ __noinline__ uint32_t update_mixed_tile(const Header& header, const Hyper& hyper, const OneEntry& entry,
+                                                   int64_t begin, int size, Scaling scaling, const uint4* slot) {
+  using R = typename K::Rule;
+  constexpr int kStates = K::kStates, kRoom = K::kRoom;
+  constexpr int kAtOnce = kInFlight<2 + kStates>;
+  const Clip<float> clip = clip_of<float>(hyper, header.grad_scale, scaling);
+  const auto constants = constants_of<R, float>(hyper, entry);
+  const Terms terms = possible_terms<K>(hyper, entry);
+  const uint32_t reads = R::reads(terms), writes = R::writes(terms);
+  const int64_t place = begin + entry.head;  // of the tile's first element in its tensor
+  uint32_t keys[1 + kRoom] = {};
+  if (hyper.stochastic_rounding) {
+    const auto count = static_cast<uint32_t>(static_cast<int64_t>(progress_of(entry).step));
+    for (int a = 0; a <= kStates; ++a) keys[a] = noise_key(hyper.rounding_seed, count, entry.index, a, place);
+  }
+  const int per_pack = entry.grad_dtype == DType::float32 ? 4 : 8;  // elements in 16 bytes, as the measure keeps them
+  const int kept = slot && entry.aligned ? size / per_pack * per_pack : 0;
+  uint32_t clamped = 0;
+
+  const auto update = [&](auto size_of_word, int from, int count) {
+    constexpr int kSize = decltype(size_of_word)::value;
+    const int lane = threadIdx.x % kWarp;
+#pragma unroll 1
+    for (int first = lane; first < count; first += kAtOnce * kWarp) {
+      uint4 p[kAtOnce], g[kAtOnce], state_in[kRoom][kAtOnce];
+      const auto at = [&](int i) { return begin + from + int64_t{i} * kSize; };
+      for_words<kAtOnce>(first, count, [&](int k, int i) { p[k] = read<kSize>(entry.param, entry.dtype, at(i)); });
+#pragma unroll
+      for (int s = 0; s < kStates; ++s) {
+        if (!has(reads, s)) continue;
+        for_words<kAtOnce>(first, count, [&](int k, int i) {
+          state_in[s][k] = read<kSize>(entry.states[s], entry.state_dtypes[s], at(i));
+        });
+      }
+      for_words<kAtOnce>(first, count, [&](int k, int i) {
+        g[k] = at(i) - begin < kept ? read<kSize>(slot, entry.grad_dtype, at(i) - begin)
+                                    : read<kSize>(entry.grad, entry.grad_dtype, at(i));
+      });
+      for_words<kAtOnce>(first, count, [&](int k, int i) {
+        float param[kElements], grad[kElements], states[kRoom][kElements];
+        unpack(p[k], entry.dtype, param);
+        unpack(g[k], entry.grad_dtype, grad);
+#pragma unroll
+        for (int s = 0; s < kStates; ++s) {
+          if (has(reads, s)) unpack(state_in[s][k], entry.state_dtypes[s], states[s]);
+        }
+#pragma unroll
+        for (int j = 0; j < kSize; ++j) {
+          clamped += clip.clamps(grad[j]);
+          float state[kMaxStates]{};
+#pragma unroll
+          for (int s = 0; s < kStates; ++s) {
+            if (has(reads, s)) state[s] = states[s][j];
+          }
+          R::update(terms, constants, param[j], clip(grad[j]), state);
+#pragma unroll
+          for (int s = 0; s < kStates; ++s) states[s][j] = state[s];
+        }
+        const auto nearest = [](auto& to, float value, int) { store(to, value); };
+        const auto write_array = [&](int array, DType dtype, void* to, const float (&values)[kElements]) {
+          if (hyper.stochastic_rounding && dtype != DType::float32) {
+            const auto at_random = [&](auto& narrow, float value, int j) {
+              store(narrow, value, noise(keys[array], place + from + int64_t{i} * kSize + j));
+            };
+            write<kSize>(to, dtype, at(i), pack(values, dtype, at_random));
+          } else {
+            write<kSize>(to, dtype, at(i), pack(values, dtype, nearest));
+          }
+        };
+        write_array(0, entry.dtype, entry.param, param);
+        if (entry.rounded) write<kSize>(entry.rounded, entry.rounded_dtype, at(i), pack(param, entry.rounded_dtype, nearest));
+#pragma unroll
+        for (int s = 0; s < kStates; ++s) {
+          if (has(writes, s)) write_array(1 + s, entry.state_dtypes[s], entry.states[s], states[s]);
+        }
+      });
+    }
+  };
+  const int full = entry.aligned ? size / kElements : 0;
+  update(std::integral_constant<int, kElements>{}, 0, full);
+  update(std::integral_constant<int, 1>{}, full * kElements, size - full * kElements);
+  return clamped;
+}
+
+}  // namespace
+}  // namespace fastclip::cuda

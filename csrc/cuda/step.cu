@@ -1,0 +1,372 @@
+// A step on a GPU: the table of its tensors, the shape of its grid, and the launch.
+#include <algorithm>
+#include <cstring>
+#include <mutex>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "kernels.cuh"
+
+namespace fastclip::cuda {
+namespace {
+
+// ---- the table -----------------------------------------------------------------------------------
+
+bool has_several_dtypes(const TensorEntry& tensor) {
+  bool one = tensor.grad_dtype == tensor.dtype && !tensor.rounded;
+  for (int s = 0; s < kMaxStates; ++s) one &= !tensor.states[s] || tensor.state_dtypes[s] == tensor.dtype;
+  return !one;
+}
+
+bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kPackBytes == 0; }
+
+// Elements before all arrays of a tensor are aligned; 0 where they are, or can't be together.
+int64_t unaligned_head(const TensorEntry& tensor) {
+  if (has_several_dtypes(tensor)) return 0;
+  const auto behind = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kPackBytes; };
+  const uintptr_t grad = behind(tensor.grad);
+  if (grad == 0 || grad % item_size(tensor.dtype) != 0) return 0;
+  if (behind(tensor.param) != grad) return 0;
+  for (const void* state : tensor.states) {
+    if (state && behind(state) != grad) return 0;
+  }
+  const auto head = static_cast<int64_t>(kPackBytes - grad) / item_size(tensor.dtype);
+  return head < tensor.numel ? head : 0;
+}
+
+// Calls body(tensor, first element, number of elements) for what becomes an entry: a tensor, or the head
+// and the aligned rest of one, as of a view into a flat buffer.
+template <class Body>
+void for_each_entry(const Step& step, const Body& body) {
+  for (const TensorEntry& tensor : step.tensors) {
+    const int64_t head = unaligned_head(tensor);
+    if (head > 0) body(tensor, 0, head);
+    body(tensor, head, tensor.numel - head);
+  }
+}
+
+// Field by field in place: a whole entry, copied right after its bytes were written, waits for them.
+template <class K, DTypes kDTypes>
+void write_entry(const TensorEntry& tensor, int64_t begin, int64_t numel, uint32_t first_tile, Entry<K, kDTypes>& entry) {
+  const auto at = [begin](void* base, DType dtype) -> void* {
+    return base ? static_cast<char*>(base) + begin * item_size(dtype) : nullptr;
+  };
+  entry.param = at(tensor.param, tensor.dtype);
+  entry.grad = at(tensor.grad, tensor.grad_dtype);
+  entry.numel = numel;
+  entry.first_tile = first_tile;
+  entry.hyper = static_cast<uint16_t>(tensor.hyper);
+  entry.dtype = tensor.dtype;
+  entry.aligned = is_aligned(entry.param) && is_aligned(entry.grad);
+  entry.first_of_tensor = begin == 0;
+  entry.is_first = tensor.is_first;
+  entry.step_is_float64 = tensor.step_is_float64;
+  entry.scalar_is_float64 = tensor.scalar_is_float64;
+  entry.unused = 0;
+  for (int s = 0; s < K::kStates; ++s) {
+    entry.states[s] = at(tensor.states[s], tensor.state_dtypes[s]);
+    entry.aligned = entry.aligned && is_aligned(entry.states[s]);
+  }
+  if constexpr (kCounts<K, kDTypes>) entry.step = tensor.step;
+  if constexpr (K::Rule::kScalar.name != nullptr) entry.scalar = tensor.scalar;
+  if constexpr (kMixed<K, kDTypes>) {
+    entry.rounded = at(tensor.rounded, tensor.rounded_dtype);
+    entry.aligned = entry.aligned && is_aligned(entry.rounded);
+    entry.index = tensor.index;
+    entry.head = static_cast<uint8_t>(begin);
+    entry.grad_dtype = tensor.grad_dtype;
+    for (int s = 0; s < K::kStates; ++s) entry.state_dtypes[s] = tensor.state_dtypes[s];
+    entry.rounded_dtype = tensor.rounded_dtype;
+    entry.uniform = tensor.uniform;
+  }
+}
+
+// How many state arrays the tensors of a step have at the most.
+int states_of(const Step& step) {
+  int states = 0;
+  for (const TensorEntry& tensor : step.tensors) {
+    for (int s = states; s < kMaxStates; ++s) {
+      if (tensor.states[s]) states = s + 1;
+    }
+  }
+  return states;
+}
+
+DTypes dtypes_of(const Step& step) {
+  const DType first = step.tensors.empty() ? DType::float32 : step.tensors.front().dtype;
+  bool one = true, uniform = true, float64 = false;
+  for (const TensorEntry& tensor : step.tensors) {
+    one &= tensor.dtype == first;
+    uniform &= tensor.uniform;
+    float64 |= tensor.dtype == DType::float64;
+  }
+  if (!uniform && !float64) return DTypes::mixed;
+  if (uniform && one && first == DType::float32) return DTypes::float32;
+  if (uniform && one && first == DType::bfloat16) return DTypes::bfloat16;
+  return DTypes::any;
+}
+
+// Calls body(kernel, dtypes) with both as types.
+template <DTypes kDTypes>
+using DTypesTag = std::integral_constant<DTypes, kDTypes>;
+
+template <class K, class Body>
+auto with_dtypes(DTypes dtypes, const Body& body) {
+  if constexpr (K::Rule::kIsCommon) {
+    if (dtypes == DTypes::float32) return body(K{}, DTypesTag<DTypes::float32>{});
+    if (dtypes == DTypes::bfloat16) return body(K{}, DTypesTag<DTypes::bfloat16>{});
+    // Gradients alone are no mixture.
+    if constexpr (!K::Rule::kClipsInPlace) {
+      if (dtypes == DTypes::mixed) return body(K{}, DTypesTag<DTypes::mixed>{});
+    }
+  }
+  return body(K{}, DTypesTag<DTypes::any>{});
+}
+
+template <class R, size_t kKernel, class Body>
+auto with_kernel_from(int states, DTypes dtypes, const Body& body) {
+  if constexpr (kKernel + 1 < std::size(R::kKernels)) {
+    if (states > R::kKernels[kKernel]) return with_kernel_from<R, kKernel + 1>(states, dtypes, body);
+  }
+  return with_dtypes<Kernel<R, R::kKernels[kKernel]>>(dtypes, body);
+}
+
+template <class Body>
+auto with_kernel(Rules::Id rule, int states, DTypes dtypes, const Body& body) {
+  return Rules::visit(rule, [&](auto tag) {
+    using R = typename decltype(tag)::Rule;
+    static_assert(R::kKernels[std::size(R::kKernels) - 1] == R::kStates.size(), "some tensors would have no kernel");
+    return with_kernel_from<R, 0>(states, dtypes, body);
+  });
+}
+
+struct Layout {
+  Rules::Id rule;
+  int states = 0;  // arrays of a tensor, at the most
+  DTypes dtypes = DTypes::any;
+  int64_t entries = 0;
+  int64_t tiles = 0;
+  int tile_bits = 10;      // a tile has 2^tile_bits elements: divisions would be half of the host's work here
+  int32_t item_bytes = 0;  // of the widest gradient
+  int64_t table_bytes = 0;
+
+  int32_t tile() const { return 1 << tile_bits; }
+  int64_t tiles_of(int64_t numel) const { return (numel + tile() - 1) >> tile_bits; }
+};
+
+// Small tiles keep all of a GPU busy with a small model; the last block adds up one sum per tile, so a large
+// model gets larger ones. Depends on the model alone, and with it the order of the sums.
+Layout layout_of(const Step& step) {
+  constexpr int64_t kManyTiles = 1 << 15;
+  constexpr int kLargestTileBits = 14;
+  Layout layout{step.rule};
+  layout.states = states_of(step);
+  layout.dtypes = dtypes_of(step);
+  const bool narrow = std::all_of(step.tensors.begin(), step.tensors.end(),
+                                  [](const TensorEntry& tensor) { return item_size(tensor.grad_dtype) == 2; });
+  if (narrow) ++layout.tile_bits;  // as many bytes
+  while (layout.tile_bits < kLargestTileBits && step.elements >> layout.tile_bits > kManyTiles) ++layout.tile_bits;
+  for_each_entry(step, [&](const TensorEntry& tensor, int64_t, int64_t numel) {
+    ++layout.entries;
+    layout.tiles += layout.tiles_of(numel);
+    layout.item_bytes = std::max(layout.item_bytes, item_size(tensor.grad_dtype));
+  });
+  const size_t entry_bytes = with_kernel(layout.rule, layout.states, layout.dtypes, [](auto kernel, auto dtypes) {
+    return sizeof(Entry<decltype(kernel), decltype(dtypes)::value>);
+  });
+  layout.table_bytes = static_cast<int64_t>(step.hypers.size() * sizeof(Hyper) + layout.entries * entry_bytes);
+  return layout;
+}
+
+void write_table(const Step& step, const Layout& layout, unsigned char* bytes) {
+  auto* hypers = reinterpret_cast<Hyper*>(bytes);
+  std::copy(step.hypers.begin(), step.hypers.end(), hypers);
+  with_kernel(layout.rule, layout.states, layout.dtypes, [&](auto kernel, auto dtypes) {
+    auto* entry = reinterpret_cast<Entry<decltype(kernel), decltype(dtypes)::value>*>(hypers + step.hypers.size());
+    uint32_t tiles = 0;
+    for_each_entry(step, [&](const TensorEntry& tensor, int64_t begin, int64_t numel) {
+      write_entry(tensor, begin, numel, tiles, *entry++);
+      tiles += static_cast<uint32_t>(layout.tiles_of(numel));
+    });
+  });
+}
+
+// ---- the launch ----------------------------------------------------------------------------------
+
+// How many blocks of a kernel a device runs at once, and what each of them can have of its shared memory.
+struct Room {
+  int blocks = 0;
+  int shared_bytes = 0;
+  int cooperative = 0;
+};
+
+template <auto kKernel>
+cudaError_t ask_for_room(int device, Room& room) {
+  int per_multiprocessor = 0, multiprocessors = 0, shared = 0, reserved = 0, per_block = 0;
+  for (const cudaError_t error : {
+           cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kKernel, kThreads, sizeof(Shared)),
+           cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
+           cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
+           cudaDeviceGetAttribute(&reserved, cudaDevAttrReservedSharedMemoryPerBlock, device),
+           cudaDeviceGetAttribute(&per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+           cudaDeviceGetAttribute(&room.cooperative, cudaDevAttrCooperativeLaunch, device),
+       }) {
+    if (error != cudaSuccess) return error;
+  }
+  if (per_multiprocessor == 0) return cudaErrorLaunchOutOfResources;
+  constexpr int kGranularity = 1024;
+  room.shared_bytes = std::min(shared / per_multiprocessor - reserved, per_block) & -kGranularity;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, room.shared_bytes);
+  if (error != cudaSuccess) return error;
+  room.blocks = per_multiprocessor * multiprocessors;
+  return cudaSuccess;
+}
+
+// Asked for once per kernel and device.
+template <auto kKernel>
+cudaError_t room_of(int device, Room& room) {
+  static std::mutex mutex;
+  static std::vector<Room> rooms;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (rooms.size() <= static_cast<size_t>(device)) rooms.resize(device + 1);
+  const cudaError_t error = rooms[device].blocks == 0 ? ask_for_room<kKernel>(device, rooms[device]) : cudaSuccess;
+  room = rooms[device];
+  return error;
+}
+
+template <auto kKernel, class Args>
+cudaError_t launch(const Layout& layout, Args& arguments, int device, cudaStream_t stream) {
+  Room room;
+  if (const cudaError_t error = room_of<kKernel>(device, room)) return error;
+  Header& header = arguments.header;
+  const dim3 blocks(static_cast<unsigned>(std::min<int64_t>({room.blocks, std::max<int64_t>(layout.tiles, 1), kMaxBlocks})));
+  void* pointers[] = {&arguments};
+  if (header.measure && header.update && room.cooperative) {
+    header.slot_bytes = layout.tile() * layout.item_bytes;
+    const int64_t rounds = std::max<int64_t>(layout.tiles - 1, 0) / (int64_t{blocks.x} * kWarps) + 1;
+    header.slots = static_cast<uint32_t>(
+        std::min<int64_t>(rounds * kWarps, (room.shared_bytes - int{sizeof(Shared)}) / header.slot_bytes));
+    const size_t shared_bytes = sizeof(Shared) + size_t{header.slots} * header.slot_bytes;
+    const cudaError_t error =
+        cudaLaunchCooperativeKernel(kKernel, blocks, dim3(kThreads), pointers, shared_bytes, stream);
+    // Other clients of the device, or a tool, may leave less of it than it promises.
+    if (error != cudaErrorCooperativeLaunchTooLarge && error != cudaErrorNotSupported) return error;
+    cudaGetLastError();
+    header.slots = 0;
+  }
+  const bool update = header.update;
+  if (header.measure && update) {
+    header.update = false;
+    const cudaError_t error = cudaLaunchKernel(kKernel, blocks, dim3(kThreads), pointers, sizeof(Shared), stream);
+    if (error != cudaSuccess) return error;
+    header.measure = false;
+    header.update = true;
+  }
+  return cudaLaunchKernel(kKernel, blocks, dim3(kThreads), pointers, sizeof(Shared), stream);
+}
+
+// Kernels of the rarer dtypes come with the large table only: they take the longest to compile.
+constexpr bool has_small_table(DTypes dtypes) { return dtypes == DTypes::float32 || dtypes == DTypes::bfloat16; }
+
+template <int kTableBytes>
+cudaError_t launch_with(const Layout& layout, Arguments<kTableBytes>& arguments, int device, cudaStream_t stream) {
+  return with_kernel(layout.rule, layout.states, layout.dtypes, [&](auto kernel, auto dtypes) {
+    constexpr DTypes kDTypes = decltype(dtypes)::value;
+    if constexpr (kTableBytes == kSmallTable && !has_small_table(kDTypes)) {
+      return cudaErrorInvalidValue;
+    } else {
+      return launch<step_kernel<decltype(kernel), kDTypes, kTableBytes>>(layout, arguments, device, stream);
+    }
+  });
+}
+
+Header header_of(const Step& step, const Layout& layout) {
+  Header header{};
+  header.hypers = static_cast<uint32_t>(step.hypers.size());
+  header.tensors = static_cast<uint32_t>(layout.entries);
+  header.tiles = static_cast<uint32_t>(layout.tiles);
+  header.tile = layout.tile();
+  header.grad_scale = step.grad_scale;
+  header.found_inf = step.found_inf;
+  header.outcome = step.outcome;
+  header.clamped = step.clamped;
+  header.measures = reinterpret_cast<double*>(step.measures);
+  if (step.norm != Norm::none) {
+    header.measure = step.passes != Passes::update;
+    header.sums = header.measure ? &step.outcome->sum : step.sums;
+    header.parts = header.measure ? 1 : step.parts;
+  }
+  header.update = step.passes != Passes::measure;
+  header.norm = step.norm;
+  header.skip_nonfinite = step.skip_nonfinite;
+  header.counts_skips = step.counts_skips;
+  header.has_step_counts = step.has_step_counts;
+  header.max_norm = step.max_norm;
+  return header;
+}
+
+// Brings a table into device memory, where it has changed.
+cudaError_t upload(std::vector<unsigned char> bytes, DeviceTable& table, cudaStream_t stream) {
+  if (bytes == table.uploaded) return cudaSuccess;
+  table.uploaded.clear();
+  for (size_t done = 0; done < bytes.size(); done += kLargeTable) {
+    Upload piece;
+    piece.to = static_cast<unsigned char*>(table.memory) + done;
+    piece.bytes = static_cast<uint32_t>(std::min<size_t>(kLargeTable, bytes.size() - done));
+    std::memcpy(piece.table, bytes.data() + done, piece.bytes);
+    void* pointers[] = {&piece};
+    const cudaError_t error = cudaLaunchKernel(upload_kernel, dim3(1), dim3(kThreads), pointers, 0, stream);
+    if (error != cudaSuccess) return error;
+  }
+  table.uploaded = std::move(bytes);
+  return cudaSuccess;
+}
+
+template <int kTableBytes>
+cudaError_t run_with(const Step& step, const Layout& layout, DeviceTable& table, int device, cudaStream_t stream) {
+  Arguments<kTableBytes> arguments;
+  arguments.header = header_of(step, layout);
+  if (layout.table_bytes <= kTableBytes) {
+    write_table(step, layout, arguments.table);
+  } else {
+    std::vector<unsigned char> bytes(layout.table_bytes);
+    write_table(step, layout, bytes.data());
+    if (const cudaError_t error = upload(std::move(bytes), table, stream)) return error;
+    arguments.header.table = static_cast<const unsigned char*>(table.memory);
+  }
+  return launch_with(layout, arguments, device, stream);
+}
+
+cudaError_t run_on_current_device(const Step& step, DeviceTable& table, int device, cudaStream_t stream) {
+  const Layout layout = layout_of(step);
+  const bool fits_large = layout.table_bytes > kSmallTable && layout.table_bytes <= kLargeTable;
+  const bool has_small = with_kernel(layout.rule, layout.states, layout.dtypes,
+                                     [](auto, auto dtypes) { return has_small_table(decltype(dtypes)::value); });
+  return fits_large || !has_small ? run_with<kLargeTable>(step, layout, table, device, stream)
+                                  : run_with<kSmallTable>(step, layout, table, device, stream);
+}
+
+}  // namespace
+
+Needs needs(const Step& step) {
+  const Layout layout = layout_of(step);
+  return {layout.tiles, layout.table_bytes > kLargeTable ? layout.table_bytes : 0};
+}
+
+bool is_capturing(void* stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status);
+  return status != cudaStreamCaptureStatusNone;
+}
+
+const char* run(const Step& step, DeviceTable& table, int device, void* stream) {
+  if (step.hypers.size() > UINT16_MAX) return "more than 65,535 groups";
+  const cudaError_t error = run_on_current_device(step, table, device, static_cast<cudaStream_t>(stream));
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // said here, and not to be found by others
+  return cudaGetErrorString(error);
+}
+
+}  // namespace fastclip::cuda

@@ -1,0 +1,201 @@
+// What a CUDA kernel is told: a header, the groups' hyperparameters, and one entry per tensor.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "../step.h"
+
+namespace fastclip::cuda {
+namespace {
+
+constexpr int kWarp = 32;
+constexpr int kWarps = 8;  // of a block
+constexpr int kThreads = kWarp * kWarps;
+constexpr int kPackBytes = 16;  // the widest load
+
+// Tensors are cut into tiles of `Header::tile` elements, and a warp takes one at a time: warps wait for
+// nobody inside a pass over memory, and work is dealt out by elements, not by tensors.
+struct EntryHead {
+  void* param;
+  void* grad;
+  int64_t numel;
+  uint32_t first_tile;
+  uint16_t hyper;
+  DType dtype;
+  bool aligned : 1;          // all arrays start on 16 bytes, and with them every tile
+  bool first_of_tensor : 1;  // of several entries of one tensor, this one counts its steps
+  bool is_first : 1;         // as in TensorEntry
+  bool step_is_float64 : 1;
+  bool scalar_is_float64 : 1;
+  uint8_t unused : 3;
+};
+static_assert(sizeof(EntryHead) == 32, "more tensors fit into the kernel arguments while it is small");
+
+// How many arrays `states`, as bits, need.
+constexpr int length_of(uint32_t states) {
+  int length = 0;
+  while (states >> length) ++length;
+  return length;
+}
+
+// The kernels of one rule differ in how many state arrays they have registers for.
+template <class R, int kStateArrays>
+struct Kernel {
+  using Rule = R;
+  static constexpr int kStates = kStateArrays;
+  static constexpr int kRoom = kStates > 0 ? kStates : 1;  // the length of arrays of them
+
+  // The switches that a tensor with so few arrays can have on.
+  static constexpr Terms kPossible = [] {
+    Terms possible = 0;
+    for (Terms terms = 0; terms < 1u << R::kSwitches; ++terms) {
+      if (length_of(R::writes(terms)) <= kStates) possible |= terms;
+    }
+    return possible;
+  }();
+};
+
+// Kernels for tensors of the dtypes that models are trained in, one for mixtures of 16 bits and float32 within a tensor,
+// and one for all others, which needs more registers: there all lanes of a warp take the same branch. Rare rules have
+// only the last.
+enum class DTypes { float32, bfloat16, mixed, any };
+template <class K, DTypes kDTypes>
+constexpr bool kMixed = !K::Rule::kClipsInPlace && (kDTypes == DTypes::mixed || kDTypes == DTypes::any);
+template <class K, DTypes kDTypes>
+constexpr bool kCounts = K::Rule::kCountsSteps || kMixed<K, kDTypes>;
+
+// What the tensors of a launch have, as far as it is the same for all: how many state arrays, whether steps are counted,
+// whether there is a scalar, and whether the arrays of one tensor may have several dtypes.
+template <int kRoom>
+struct StatesPart {
+  void* states[kRoom];
+};
+template <bool kCounts>
+struct CountPart {
+  void* step;
+};
+template <>
+struct CountPart<false> {
+  static constexpr void* step = nullptr;
+};
+template <bool kHasScalar>
+struct ScalarPart {
+  void* scalar;
+};
+template <>
+struct ScalarPart<false> {
+  static constexpr void* scalar = nullptr;
+};
+template <bool kMixed, int kRoom>
+struct MixedPart {
+  void* rounded;
+  uint32_t index;
+  uint8_t head;  // elements of the tensor before this entry
+  DType grad_dtype;
+  DType state_dtypes[kRoom];
+  DType rounded_dtype;
+  bool uniform;
+};
+template <int kRoom>
+struct MixedPart<false, kRoom> {};
+
+template <class K, DTypes kDTypes>
+struct Entry : EntryHead,
+               StatesPart<K::kRoom>,
+               CountPart<kCounts<K, kDTypes>>,
+               ScalarPart<K::Rule::kScalar.name != nullptr>,
+               MixedPart<kMixed<K, kDTypes>, K::kRoom> {};
+
+template <class K, DTypes kDTypes>
+__device__ __forceinline__ DType grad_dtype_of(const Entry<K, kDTypes>& entry) {
+  if constexpr (kMixed<K, kDTypes>) return entry.grad_dtype;
+  return entry.dtype;
+}
+
+struct Header {
+  const unsigned char* table;  // in device memory, or nullptr: it follows the header
+  uint32_t hypers;
+  uint32_t tensors;
+  uint32_t tiles;
+  int32_t tile;        // elements
+  uint32_t slots;      // tiles that a block can keep in its shared memory between the passes,
+  int32_t slot_bytes;  // and the size of each
+  const float* grad_scale;
+  const float* found_inf;
+  Outcome* outcome;
+  double* clamped;      // of every block
+  double* measures;     // of every tile: all `medium`, then all `small`, then all `big`
+  const Measure* sums;  // of every part of the step; nullptr where nothing is measured
+  int32_t parts;
+  Norm norm;
+  bool measure;  // what this launch is for
+  bool update;
+  bool skip_nonfinite;
+  bool counts_skips;
+  bool has_step_counts;
+  double max_norm;
+};
+
+// As a kernel argument the table needs no copy and no lifetime, and a CUDA graph captures it by value;
+// arguments may have 32,764 bytes since CUDA 12.1.
+constexpr int kSmallTable = 3072;
+#if CUDART_VERSION >= 12010
+constexpr int kLargeTable = 32000;
+#else
+constexpr int kLargeTable = kSmallTable;
+#endif
+
+template <int kTableBytes>
+struct Arguments {
+  Header header;
+  alignas(16) unsigned char table[kTableBytes];
+};
+
+template <class K, DTypes kDTypes>
+struct Table {
+  const Hyper* hypers;
+  const Entry<K, kDTypes>* entries;
+};
+
+template <class K, DTypes kDTypes, int kTableBytes>
+__device__ __forceinline__ Table<K, kDTypes> table_of(const Arguments<kTableBytes>& arguments) {
+  const unsigned char* bytes = arguments.header.table ? arguments.header.table : arguments.table;
+  const auto* hypers = reinterpret_cast<const Hyper*>(bytes);
+  return {hypers, reinterpret_cast<const Entry<K, kDTypes>*>(hypers + arguments.header.hypers)};
+}
+
+// The last entry that starts at or before a tile, for a whole warp: its lanes look at 32 places at once.
+template <class OneEntry>
+__device__ __forceinline__ const OneEntry& entry_of(const OneEntry* entries, uint32_t count, uint32_t tile) {
+  const uint32_t lane = threadIdx.x % kWarp;
+  uint32_t low = 0;
+  while (count > 1) {
+    const uint32_t stride = (count + kWarp - 1) / kWarp;
+    const bool starts_before = lane * stride < count && entries[low + lane * stride].first_tile <= tile;
+    const uint32_t last = __popc(__ballot_sync(0xffffffffu, starts_before)) - 1;  // lane 0 always does
+    low += last * stride;
+    const uint32_t rest = count - last * stride;
+    count = stride < rest ? stride : rest;
+  }
+  return entries[low];
+}
+
+// A piece of a table that is too large for the arguments, on its way into device memory: written by a
+// kernel, since a graph can capture that by value, too.
+struct Upload {
+  unsigned char* to;
+  uint32_t bytes;  // a multiple of 8, as are the sizes of all rows
+  alignas(16) unsigned char table[kLargeTable];
+};
+
+static_assert(sizeof(Hyper) % sizeof(uint64_t) == 0);
+
+__global__ void upload_kernel(const __grid_constant__ Upload upload) {
+  const auto* from = reinterpret_cast<const uint64_t*>(upload.table);
+  for (uint32_t i = threadIdx.x; i < upload.bytes / sizeof(uint64_t); i += kThreads) {
+    reinterpret_cast<uint64_t*>(upload.to)[i] = from[i];
+  }
+}
+
+}  // namespace
+}  // namespace fastclip::cuda

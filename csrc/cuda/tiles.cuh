@@ -1,0 +1,236 @@
+// One tile of one tensor, for one warp of a GPU: measured, or updated.
+#pragma once
+
+#include <type_traits>
+
+#include "table.cuh"
+
+namespace fastclip::cuda {
+namespace {
+
+// Memory moves in words of one value, or of as many as 16 bytes hold. A word is taken apart only when all that a
+// lane has asked for are under way: the compiler waits for each it sees taken apart.
+template <int kBytes>
+struct WordOf;
+template <>
+struct WordOf<2> {
+  using type = unsigned short;
+};
+template <>
+struct WordOf<4> {
+  using type = float;
+};
+template <>
+struct WordOf<8> {
+  using type = double;
+};
+template <>
+struct WordOf<16> {
+  using type = uint4;
+};
+
+template <class Stored, int kSize>
+struct Pack {
+  using Word = typename WordOf<sizeof(Stored) * kSize>::type;
+  Stored values[kSize];
+
+  Pack() = default;
+  __device__ __forceinline__ explicit Pack(const Word& word) { memcpy(values, &word, sizeof(values)); }
+  __device__ __forceinline__ Word word() const {
+    Word word;
+    memcpy(&word, values, sizeof(values));
+    return word;
+  }
+};
+
+// Loads that a lane keeps in flight per array: with 16 warps on a multiprocessor at least 32 KiB, more than the memory's
+// latency asks for.
+template <int kArrays>
+constexpr int kInFlight = kArrays > 3 ? 1 : kArrays > 2 ? 2 : 4;
+
+// Calls body(k, i) for the words i = first, first + 32, ... below `count` that a lane has under way at once.
+template <int kAtOnce, class Body>
+__device__ __forceinline__ void for_words(int first, int count, const Body& body) {
+#pragma unroll
+  for (int k = 0; k < kAtOnce; ++k) {
+    const int i = first + k * kWarp;
+    if (i >= count) break;
+    body(k, i);
+  }
+}
+
+// Calls body(values in a word, first element, first word of the lane, number of words) until all elements were
+// handled: 16 bytes at a time as far as they go, and single values where memory is not aligned.
+template <class Stored, int kAtOnce, class Body>
+__device__ __forceinline__ void for_tile(bool aligned, int size, const Body& body) {
+  constexpr int kFull = kPackBytes / sizeof(Stored);
+  const int lane = threadIdx.x % kWarp;
+  const int full = aligned ? size / kFull : 0;
+#pragma unroll 1
+  for (int first = lane; first < full; first += kAtOnce * kWarp) {
+    body(std::integral_constant<int, kFull>{}, 0, first, full);
+  }
+  const int rest = size - full * kFull;
+#pragma unroll 1
+  for (int first = lane; first < rest; first += kAtOnce * kWarp) {
+    body(std::integral_constant<int, 1>{}, full * kFull, first, rest);
+  }
+}
+
+__device__ __forceinline__ double lr_of(const Hyper& hyper) {
+  if (!hyper.lr_on_device) return hyper.lr;
+  return hyper.lr_is_float64 ? *static_cast<const double*>(hyper.lr_on_device)
+                             : *static_cast<const float*>(hyper.lr_on_device);
+}
+
+// This lane's share of a tile's sum. Not inlined, as below: what the dtypes of a mixture keep in registers would
+// add up. Gradients are kept in `slot`, if there is one: each lane comes back
+// for its own, so nobody has to wait for anybody. Loads and stores say how the caches should treat them:
+// everything is used once and given back (`cs`), so that it drives nothing out; only a gradient that
+// will be read again stays in L2 (`cg`).
+template <Norm kNorm, class Stored>
+__device__ __noinline__ Measure measure_tile(const Header& header, const Hyper& hyper, const EntryHead& entry,
+                                             int64_t begin, int size, uint4* slot) {
+  using T = ComputeType<Stored>;
+  using Sum = std::conditional_t<kNorm == Norm::inf, T, double>;  // a largest value needs no double
+  constexpr bool kFloat64 = sizeof(Stored) == sizeof(double);
+  constexpr int kAtOnce = kInFlight<1>;
+  const Clip<T> clip = clip_of<T>(hyper, header.grad_scale, {});
+  const bool see_nonfinite = header.skip_nonfinite;
+  const auto* const grads = static_cast<const Stored*>(entry.grad) + begin;
+  double small = 0, big = 0;
+  Sum medium = 0;
+
+  for_tile<Stored, kAtOnce>(entry.aligned, size, [&](auto values, int offset, int first, int count) {
+    constexpr int kSize = decltype(values)::value;
+    using Values = Pack<Stored, kSize>;
+    using Word = typename Values::Word;
+    const auto* const words = reinterpret_cast<const Word*>(grads + offset);
+    Word g[kAtOnce];
+    if (slot && kSize > 1) {
+      for_words<kAtOnce>(first, count, [&](int k, int i) { g[k] = __ldcs(words + i); });
+      for_words<kAtOnce>(first, count, [&](int k, int i) { reinterpret_cast<Word*>(slot)[i] = g[k]; });
+    } else {
+      for_words<kAtOnce>(first, count, [&](int k, int i) { g[k] = __ldcg(words + i); });
+    }
+    for_words<kAtOnce>(first, count, [&](int k, int) {
+      const Values grad(g[k]);
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) {
+        const T x = clip.measured(load(grad.values[j]), see_nonfinite);
+        measure<kNorm, kFloat64>(small, medium, big, static_cast<Sum>(x));
+      }
+    });
+  });
+  return {small, static_cast<double>(medium), big};
+}
+
+// Those of a tensor, with what a kernel leaves out known to the compiler.
+template <class K>
+__device__ __forceinline__ Terms possible_terms(const Hyper& hyper, const EntryHead& entry) {
+  return terms_of(hyper, entry.is_first) & K::kPossible;
+}
+
+// What the rule needs per element of a tensor, in the type it is computed in.
+template <class R, class T, class OneEntry>
+__device__ __forceinline__ typename R::template Constants<T> constants_of(const Hyper& hyper, const OneEntry& entry) {
+  const auto constants = R::constants(hyper, hyper.of<R>(), lr_of(hyper), progress_of(entry));
+  return converted<typename R::template Constants<T>>(constants);
+}
+
+__device__ __forceinline__ constexpr bool has(uint32_t states, int s) { return states >> s & 1; }
+
+// Returns how many elements of this lane the value clip moved.
+template <class K, class Stored, class OneEntry>
+__device__ __noinline__ uint32_t update_tile(const Header& header, const Hyper& hyper, const OneEntry& entry,
+                                             int64_t begin, int size, Scaling scaling, const uint4* slot) {
+  using T = ComputeType<Stored>;
+  using R = typename K::Rule;
+  constexpr bool kReadsParam = !R::kClipsInPlace;
+  constexpr int kStates = K::kStates, kRoom = K::kRoom;
+  constexpr int kAtOnce = kInFlight<1 + kReadsParam + kStates>;
+  const Clip<T> clip = clip_of<T>(hyper, header.grad_scale, scaling);
+  const auto constants = constants_of<R, T>(hyper, entry);
+  const Terms terms = possible_terms<K>(hyper, entry);
+  const uint32_t reads = R::reads(terms), writes = R::writes(terms);  // not the same in every group
+
+  auto* const params = static_cast<Stored*>(entry.param) + begin;
+  const auto* const grads = static_cast<const Stored*>(entry.grad) + begin;
+  Stored* states_at[kRoom];  // in registers: the compiler would look them up for each word
+#pragma unroll
+  for (int s = 0; s < kStates; ++s) states_at[s] = static_cast<Stored*>(entry.states[s]) + begin;
+  uint32_t clamped = 0;
+
+  for_tile<Stored, kAtOnce>(entry.aligned, size, [&](auto values, int offset, int first, int count) {
+    constexpr int kSize = decltype(values)::value;
+    using Values = Pack<Stored, kSize>;
+    using Word = typename Values::Word;
+    const auto* const grad_words = reinterpret_cast<const Word*>(grads + offset);
+    auto* const param_words = reinterpret_cast<Word*>(params + offset);
+    const auto state_words = [&](int s) { return reinterpret_cast<Word*>(states_at[s] + offset); };
+    Word p[kAtOnce], g[kAtOnce], state_in[kRoom][kAtOnce];
+    if constexpr (kReadsParam) for_words<kAtOnce>(first, count, [&](int k, int i) { p[k] = __ldcs(param_words + i); });
+#pragma unroll
+    for (int s = 0; s < kStates; ++s) {
+      if (!has(reads, s)) continue;
+      for_words<kAtOnce>(first, count, [&](int k, int i) { state_in[s][k] = __ldcs(state_words(s) + i); });
+    }
+    if (slot && kSize > 1) {
+      for_words<kAtOnce>(first, count, [&](int k, int i) { g[k] = reinterpret_cast<const Word*>(slot)[i]; });
+    } else {
+      for_words<kAtOnce>(first, count, [&](int k, int i) { g[k] = __ldcs(grad_words + i); });
+    }
+    for_words<kAtOnce>(first, count, [&](int k, int i) {
+      const Values grad(g[k]);
+      Values param, states[kRoom];
+      if constexpr (kReadsParam) param = Values(p[k]);
+#pragma unroll
+      for (int s = 0; s < kStates; ++s) states[s] = Values(state_in[s][k]);
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) {
+        const T raw = load(grad.values[j]);
+        const T d = clip(raw);
+        T x{}, state[kMaxStates]{};
+        if constexpr (kReadsParam) {
+          clamped += clip.clamps(raw);
+          x = load(param.values[j]);
+        }
+#pragma unroll
+        for (int s = 0; s < kStates; ++s) {
+          if (has(reads, s)) state[s] = load(states[s].values[j]);
+        }
+        R::update(terms, constants, x, d, state);
+        store(param.values[j], x);
+#pragma unroll
+        for (int s = 0; s < kStates; ++s) store(states[s].values[j], state[s]);
+      }
+      __stcs(param_words + i, param.word());
+#pragma unroll
+      for (int s = 0; s < kStates; ++s) {
+        if (has(writes, s)) __stcs(state_words(s) + i, states[s].word());
+      }
+    });
+  });
+  return clamped;
+}
+
+// Calls body(value of the type that the arrays of a dtype hold).
+template <DTypes kDTypes, class Body>
+__device__ __forceinline__ void with_dtype(DType dtype, const Body& body) {
+  if constexpr (kDTypes == DTypes::float32) {
+    body(float{});
+  } else if constexpr (kDTypes == DTypes::bfloat16) {
+    body(BFloat16{});
+  } else {
+    switch (dtype) {
+      case DType::float32: return body(float{});
+      case DType::bfloat16: return body(BFloat16{});
+      case DType::float16: return body(Float16{});
+      case DType::float64:
+        if constexpr (kDTypes == DTypes::any) body(double{});
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fastclip::cuda

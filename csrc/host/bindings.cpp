@@ -1,0 +1,120 @@
+// The Python face of the extension; the only file that knows pybind11.
+#include <ATen/record_function.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/Dtype.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <optional>
+
+#include "engine.h"
+
+namespace py = pybind11;
+using namespace fastclip;
+
+namespace {
+
+py::object wrap(const at::Tensor& tensor) {
+  if (!tensor.defined()) return py::none();
+  return py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor));
+}
+
+Rules::Id rule_named(const std::string& name) {
+  std::optional<Rules::Id> rule;
+  Rules::find([&](auto tag) { return name == decltype(tag)::Rule::kName; }, [&](Rules::Id id) { rule.emplace(id); });
+  if (!rule) raise(PyExc_ValueError, "no such rule: ", name);
+  return *rule;
+}
+
+// What fastclip/rules.py has to say, too: (name, names of the state arrays, name of the scalar or None, counts steps).
+py::list rules() {
+  py::list all;
+  Rules::each([&](auto tag) {
+    using R = typename decltype(tag)::Rule;
+    py::list states;
+    for (const StateArray& state : R::kStates) states.append(state.name);
+    const py::object scalar = R::kScalar.name ? py::object(py::str(R::kScalar.name)) : py::none();
+    all.append(py::make_tuple(R::kName, py::tuple(states), scalar, R::kCountsSteps));
+  });
+  return all;
+}
+
+std::optional<NotCovered> clip_grad_value(Engine& engine, const py::list& params, const py::object& clip_value) {
+  double low, high;
+  read_clip_value(clip_value.ptr(), "", &low, &high);
+  return engine.clip_grads(params.ptr(), low, high, {});
+}
+
+std::optional<NotCovered> clip_grad_norm(Engine& engine, const py::list& params, const py::object& max_norm,
+                                         const py::object& norm_type) {
+  const NormClip clip = read_norm_clip(max_norm.ptr(), norm_type.ptr(), "");
+  return engine.clip_grads(params.ptr(), -HUGE_VAL, HUGE_VAL, clip);
+}
+
+// (low, high) of a value clip, as it acts on gradients of a dtype.
+std::pair<double, double> clip_bounds(const py::object& clip_value, const py::object& dtype) {
+  const auto scalar_type = reinterpret_cast<THPDtype*>(dtype.ptr())->scalar_type;
+  double low, high;
+  read_clip_value(clip_value.ptr(), "", &low, &high);
+  if (!has_kernel_dtype(scalar_type)) return {low, high};
+  const auto of_gradients = static_cast<DType>(kDTypes[static_cast<size_t>(scalar_type)]);
+  return {rounded_bound(of_gradients, low), rounded_bound(of_gradients, high)};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  // For calls into this module alone: a translator of the whole process would come before torch's own.
+  py::register_local_exception_translator([](std::exception_ptr exception) {
+    try {
+      if (exception) std::rethrow_exception(exception);
+    } catch (const PythonError&) {
+      // Already set.
+    } catch (const c10::Error&) {
+      torch::translate_exception_to_python(exception);
+    } catch (const python_error&) {
+      torch::translate_exception_to_python(exception);
+    }
+  });
+
+  py::class_<NotCovered>(module, "NotCovered")
+      .def_readonly("reason", &NotCovered::reason)
+      .def_property_readonly("misplaced", [](const NotCovered& why_not) {
+        py::list params;
+        for (const Held& param : why_not.misplaced) params.append(py::handle(param.object));
+        return params;
+      });
+
+  py::class_<Engine>(module, "Engine")
+      .def(py::init([](const std::string& rule, const py::object& reduction_of, const py::object& total_measure) {
+             return std::make_unique<Engine>(rule_named(rule), Ranks{Held(reduction_of.ptr()), Held(total_measure.ptr())});
+           }),
+           py::arg("rule"), py::arg("reduction_of"), py::arg("total_measure"))
+      .def("check_group",
+           [](const Engine& engine, const py::object& group, Py_ssize_t index) {
+             read_group(group.ptr(), index, engine.rule());
+           })
+      .def("step",
+           [](Engine& engine, const py::object& groups, const py::object& state, const py::object& grad_scale,
+              const py::object& found_inf) {
+             return engine.step(groups.ptr(), state.ptr(), grad_scale.ptr(), found_inf.ptr());
+           })
+      .def("warn_of_undone", &Engine::warn_of_undone)
+      .def("clip_grad_value_", clip_grad_value)
+      .def("clip_grad_norm_", clip_grad_norm)
+      .def("total_norm", [](const Engine& engine) { return wrap(engine.total_norm()); })
+      .def("clip_stats",
+           [](const Engine& engine) {
+             const Engine::ClipStats stats = engine.clip_stats();
+             return py::make_tuple(wrap(stats.total_norm), wrap(stats.coefficient), wrap(stats.clamped_fraction),
+                                   wrap(stats.skipped));
+           })
+      .def("skipped_steps", [](const Engine& engine) { return wrap(engine.skipped_steps()); });
+
+  // Whether a profiler, or anything else that records torch's operations, is on.
+  module.def("is_recording", [] { return at::hasCallbacks(); });
+  module.def("clip_bounds", clip_bounds);
+  module.def("rules", rules);
+  module.def("cpu_capability", cpu::capability);
+}

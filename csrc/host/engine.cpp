@@ -1,0 +1,214 @@
+// Takes one step over all parameter groups, and keeps its results (norm, statistics) until the next.
+#include "engine.h"
+
+#include <ATen/ops/full.h>
+#include <ATen/ops/zeros.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <algorithm>
+#include <cmath>
+
+namespace fastclip {
+namespace {
+
+at::Tensor optional_scalar(PyObject* object, const char* name) {
+  if (object == Py_None) return {};
+  if (!THPVariable_Check(object) || THPVariable_Unpack(object).numel() != 1) {
+    raise(PyExc_TypeError, name, " must be None or a 1-element tensor");
+  }
+  return THPVariable_Unpack(object).detach();
+}
+
+// A mode (fake tensors, tracing, ...) or a functorch transform has to see operations; the kernels are none.
+bool something_watches_operations() {
+  using c10::DispatchKey;
+  static const c10::DispatchKeySet transforms({DispatchKey::FuncTorchDynamicLayerFrontMode,
+                                               DispatchKey::FuncTorchDynamicLayerBackMode, DispatchKey::Functionalize,
+                                               DispatchKey::PythonDispatcher, DispatchKey::PreDispatch});
+  return c10::impl::dispatch_mode_enabled() ||
+         !(c10::impl::tls_local_dispatch_key_set().included_ & transforms).empty();
+}
+
+}  // namespace
+
+// Marks the engine as in use: its memory is one step's, and the GIL is released in the middle.
+class Engine::Busy {
+ public:
+  explicit Busy(Engine& engine) : engine_(engine) {
+    if (engine.busy_) raise(PyExc_RuntimeError, "this optimizer is being stepped by another thread");
+    engine.busy_ = true;
+    engine.walk_.begin();
+  }
+  ~Busy() {
+    engine_.walk_.end();
+    engine_.groups_.clear();
+    engine_.busy_ = false;
+  }
+
+ private:
+  Engine& engine_;
+};
+
+std::optional<NotCovered> Engine::step(PyObject* groups, PyObject* state, PyObject* grad_scale, PyObject* found_inf) {
+  const Busy busy(*this);
+  if (!PyList_Check(groups) && !PyTuple_Check(groups)) raise(PyExc_TypeError, "param_groups must be a list");
+  States& states = walk_.states();
+  states.begin(state);
+  const at::Tensor scale = optional_scalar(grad_scale, "grad_scale");
+  const at::Tensor inf = optional_scalar(found_inf, "found_inf");
+  // All groups first: reading a number may run Python.
+  for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(groups); ++i) {
+    const Held group(PySequence_Fast_GET_ITEM(groups, i));
+    groups_.push_back(read_group(group.object, i, rule_));
+    if (!(groups_.back().norm_clip == groups_.front().norm_clip)) {
+      raise(PyExc_ValueError, "max_norm, norm_type and skip_nonfinite hold for all groups together: param_groups[", i,
+            "] has others than param_groups[0]");
+    }
+  }
+  if (something_watches_operations()) walk_.not_covered("a dispatch mode or a functorch transform is active");
+  for (size_t i = 0; i < groups_.size(); ++i) walk_.add_group(groups_[i], static_cast<Py_ssize_t>(i));
+  const NormClip norm_clip = groups_.empty() ? NormClip{} : groups_.front().norm_clip;
+  // Empty tensors share no memory.
+  if (walk_.reason().empty() && (walk_.shares_memory() || states.makes_twice())) {
+    walk_.not_covered("two parameters or buffers share memory");
+  }
+  if (!walk_.reason().empty()) return not_covered();
+  constexpr int kCallerOfStep = 4;
+  warn_of_undone(walk_.undone(), kCallerOfStep);
+
+  if (states.has_new()) {  // a replay would make them anew each time
+    for (const Part& part : walk_.parts()) {
+      if (part.in_use() && part.is_capturing()) part.raise_capturing();
+    }
+  }
+  // A skipped step must leave "no state yet" as it is. Where there are none to make, a GPU decides by itself
+  // and nobody waits.
+  const bool joint = asks_all_ranks(norm_clip);  // and then no rank skips by itself, while others wait for it
+  if (inf.defined() && !joint && (inf.is_cpu() || states.has_new()) && inf.item<float>() != 0) {
+    remember(norm_clip, /*skipped_by_host=*/true);
+    ++skipped_by_host_;
+    return {};
+  }
+  states.prepare();
+  run(norm_clip, {scale, inf});
+  if (states.has_new() && !((norm_clip.skip_nonfinite || (joint && inf.defined())) && was_skipped())) states.store();
+  return {};
+}
+
+std::optional<NotCovered> Engine::clip_grads(PyObject* params, double low, double high, NormClip norm_clip) {
+  const Busy busy(*this);
+  if (something_watches_operations()) walk_.not_covered("a dispatch mode or a functorch transform is active");
+  Group group{};
+  group.params = Held(params);
+  group.norm_clip = norm_clip;
+  group.hyper.clip_low = low;
+  group.hyper.clip_high = high;
+  walk_.add_group(group, 0);
+  if (walk_.reason().empty() && walk_.shares_memory()) walk_.not_covered("two gradients share memory");
+  if (!walk_.reason().empty()) return not_covered();
+  run(norm_clip, {});
+  return {};
+}
+
+std::optional<NotCovered> Engine::not_covered() { return NotCovered{walk_.reason(), walk_.shards().take_misplaced()}; }
+
+// Once: whoever does it does it at every step.
+void Engine::warn_of_undone(const std::string& param, int stack_level) {
+  if (param.empty() || warned_of_undone_) return;
+  warned_of_undone_ = true;
+  const std::string message = c10::str(
+      param, " was written to, and this step changes it back: with master_weights the float32 copy in the state is "
+      "what is updated. To keep what was written, delete optimizer.state[p]['master_param'] of each such parameter p; "
+      "the next step makes it of the parameter");
+  if (PyErr_WarnEx(PyExc_UserWarning, message.c_str(), stack_level) != 0) throw PythonError{};
+}
+
+void Engine::remember(const NormClip& norm_clip, bool skipped_by_host) {
+  last_ = {norm_clip, false, false, skipped_by_host, walk_.first_device()};
+  for (const Group& group : groups_) last_.clamps |= clips_value(group.hyper);
+  for (Part& part : walk_.parts()) {
+    part.stepped = part.in_use() && !skipped_by_host;
+    part.stepped_clampable = part.stepped ? part.step.clampable : 0;
+    last_.asks_device |= part.stepped && (part.step.found_inf || norm_clip.skip_nonfinite);
+  }
+}
+
+void Engine::run(const NormClip& asked, const Amp& amp) {
+  NormClip norm_clip = asked;
+  // Looking for inf and NaN is taking the inf norm, and clipping nothing.
+  if (asked.skip_nonfinite && asked.norm == Norm::none) norm_clip = {Norm::inf, HUGE_VAL, true};
+  auto& parts = walk_.parts();
+  const bool gil_is_released = std::any_of(parts.begin(), parts.end(), [](const auto& part) { return part.releases_gil(); });
+  walk_.borrowed().check();
+  if (gil_is_released) walk_.borrowed().hold_all();
+  if (asks_all_ranks(asked)) walk_.borrowed().hold();  // Python adds up
+  run_parts(parts, norm_clip, amp, walk_.shards());
+  remember(asked, /*skipped_by_host=*/false);
+  walk_.end_step();
+}
+
+bool Engine::asks_all_ranks(const NormClip& norm_clip) const {
+  return walk_.shards().over_ranks() && (norm_clip.norm != Norm::none || norm_clip.skip_nonfinite);
+}
+
+// Whether the step just taken changed nothing. Waits for the device: asked only after a step that made states, which a
+// skipped step must not leave behind.
+bool Engine::was_skipped() const {
+  const Part* const part = first_stepped();
+  return part && part->skipped().item<int64_t>() != 0;
+}
+
+const Part* Engine::first_stepped() const {
+  const auto found = std::find_if(walk_.parts().begin(), walk_.parts().end(), [](const auto& part) { return part.stepped; });
+  return found == walk_.parts().end() ? nullptr : &*found;
+}
+
+// Copies, here and below: the next step writes over what it was, and whoever logs may look later.
+at::Tensor Engine::total_norm() const {
+  if (last_.norm_clip.norm == Norm::none) return {};
+  if (last_.skipped_by_host) return at::full({}, HUGE_VAL, at::TensorOptions().dtype(at::kDouble).device(last_.device.value_or(at::kCPU)));
+  if (const Part* part = first_stepped()) return part->total_norm().clone();
+  if (!last_.device) return {};
+  return at::zeros({}, at::TensorOptions().dtype(at::kDouble).device(*last_.device));  // of no gradients
+}
+
+Engine::ClipStats Engine::clip_stats() const {
+  const Part* const first = first_stepped();
+  const auto options = at::TensorOptions().device(first ? first->device : last_.device.value_or(at::kCPU));
+  ClipStats stats;
+  stats.total_norm = total_norm();
+  if (last_.asks_device) {
+    stats.skipped = first->skipped().ne(0);
+  } else {
+    stats.skipped = at::full({}, last_.skipped_by_host, options.dtype(at::kBool));
+  }
+  if (stats.total_norm.defined()) {
+    const double of_none = scaling_of(last_.skipped_by_host ? HUGE_VAL : 0, last_.norm_clip.max_norm).product();
+    stats.coefficient = first ? first->coefficient().clone() : at::full({}, of_none, options.dtype(at::kDouble));
+  }
+  if (last_.clamps) {
+    stats.clamped_fraction = at::zeros({}, options.dtype(at::kDouble));
+    int64_t clampable = 0;
+    for (const Part& part : walk_.parts()) {
+      if (part.stepped_clampable == 0) continue;
+      clampable += part.stepped_clampable;
+      stats.clamped_fraction += part.clamped().sum().to(options.device(), /*non_blocking=*/part.device.is_cuda());
+    }
+    if (clampable > 0) stats.clamped_fraction /= static_cast<double>(clampable);
+    stats.clamped_fraction.masked_fill_(stats.skipped, 0);  // nothing was written then, and not this either
+  }
+  return stats;
+}
+
+at::Tensor Engine::skipped_steps() const {
+  at::Tensor count = at::full({}, skipped_by_host_, at::TensorOptions().dtype(at::kLong).device(last_.device.value_or(at::kCPU)));
+  for (const auto& part : walk_.parts()) {
+    const at::Tensor counted = part.skipped_steps();
+    if (counted.defined()) count = counted.add(count.to(counted.device(), /*non_blocking=*/counted.is_cuda()));
+  }
+  return count;
+}
+
+}  // namespace fastclip

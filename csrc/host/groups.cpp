@@ -1,0 +1,261 @@
+// Reads an optimizer's param_groups: hyperparameters, checked, and the clip they ask for.
+#include "groups.h"
+
+#include <torch/csrc/Dtype.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <algorithm>
+#include <climits>
+#include <cmath>
+#include <limits>
+#include <new>
+#include <utility>
+
+namespace fastclip {
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+[[noreturn]] void raise_no_number(PyObject* value, const char* name, const std::string& where) {
+  raise(PyExc_TypeError, name, where, " must be a number, got ", repr(value), " of type ", type_name(value));
+}
+
+// Numbers as torch takes them: float, int, numpy scalars, one-element tensors. Not bool strings, not
+// str, though float("0.1") would work: torch would fail later, in the middle of a step.
+std::optional<double> number_in(PyObject* value) {
+  const double number = PyFloat_AsDouble(value);
+  if (number != -1.0 || !PyErr_Occurred()) return number;
+  PyErr_Clear();
+  return {};
+}
+
+double read_number(PyObject* value, const char* name, const std::string& where) {
+  if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
+  const Held held(value);
+  const auto number = number_in(value);
+  if (!number) raise_no_number(value, name, where);
+  return *number;
+}
+
+double non_negative(double number, PyObject* value, const char* name, const std::string& where) {
+  if (!(number >= 0)) {
+    raise(PyExc_ValueError, name, where, " must not be negative or NaN, got ", repr(value));
+  }
+  return number;
+}
+
+bool is_sequence(PyObject* value) { return (PySequence_Check(value) && !PyUnicode_Check(value)) || THPVariable_Check(value); }
+
+// The items of a tuple, a list, or another sequence of two: an array, a tensor, a configuration's list. `where()` is
+// built only where it is none.
+template <class Where>
+std::pair<Held, Held> read_pair(PyObject* value, const char* name, const char* expected, const Where& where) {
+  const Held held(value);
+  const Held items = Held::stolen(is_sequence(value) ? PySequence_Fast(value, "") : nullptr);
+  PyErr_Clear();
+  if (!items.object || PySequence_Fast_GET_SIZE(items.object) != 2) {
+    raise(PyExc_ValueError, name, where(), " must be ", expected, ", got ", repr(value));
+  }
+  return {Held(PySequence_Fast_GET_ITEM(items.object, 0)), Held(PySequence_Fast_GET_ITEM(items.object, 1))};
+}
+
+uint32_t read_seed(PyObject* value, const std::string& where) {
+  const Held held(value);
+  const unsigned long long seed = PyLong_Check(value) ? PyLong_AsUnsignedLongLong(value) : ULLONG_MAX;
+  PyErr_Clear();
+  if (seed > UINT32_MAX) {
+    raise(PyExc_ValueError, "rounding_seed", where, " must be an int from 0 to 2**32 - 1, got ", repr(value));
+  }
+  return static_cast<uint32_t>(seed);
+}
+
+c10::ScalarType read_momentum_dtype(PyObject* value, const std::string& where) {
+  if (THPDtype_Check(value)) {
+    const auto dtype = reinterpret_cast<THPDtype*>(value)->scalar_type;
+    if (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf) return dtype;
+  }
+  raise(PyExc_ValueError, "momentum_dtype", where, " must be None, torch.float32, torch.bfloat16 or torch.float16, got ",
+        repr(value));
+}
+
+bool is_differentiable(PyObject* value) { return THPVariable_Check(value) && THPVariable_Unpack(value).requires_grad(); }
+
+// Signs are checked where an optimizer is made, by torch. A step only refuses what would destroy the model: schedulers may
+// end on a learning rate of -1e-19, and torch takes it.
+class GroupReader {
+ public:
+  using Key = Name;
+  bool differentiable = false;  // the caller wants gradients through the step
+
+  GroupReader(PyObject* group, Py_ssize_t index) : group_(group), index_(index) {
+    if (!PyDict_Check(group)) {
+      raise(PyExc_TypeError, "param_groups[", index, "] must be a dict, got ", type_name(group));
+    }
+  }
+
+  PyObject* optional(const Key& key) const {
+    PyObject* value = PyDict_GetItemWithError(group_, key.object);
+    if (!value && PyErr_Occurred()) throw PythonError{};
+    return value;
+  }
+
+  PyObject* required(const Key& key) const {
+    PyObject* value = optional(key);
+    if (!value) raise(PyExc_KeyError, key.text, where(), " is missing");
+    return value;
+  }
+
+  bool flag(const Key& key) const {
+    PyObject* value = required(key);
+    if (value == Py_False) return false;
+    if (value == Py_True) return true;
+    const Held held(value);
+    const int truth = PyObject_IsTrue(value);
+    if (truth < 0) throw PythonError{};
+    return truth;
+  }
+
+  double number(const Key& key) const { return checked_number(required(key), key.text); }
+
+  // With 1, the correction of the averages divides by 0.
+  void betas(const Key& key, double& beta1, double& beta2) const {
+    const auto [first, second] = read_pair(required(key), key.text, "a pair of numbers", [&] { return where(); });
+    beta1 = beta(first.object, "betas[0]");
+    beta2 = beta(second.object, "betas[1]");
+  }
+
+  // " in param_groups[1]"; built only where something is wrong.
+  std::string where() const { return " in param_groups[" + std::to_string(index_) + "]"; }
+
+ private:
+  double checked_number(PyObject* value, const char* name) const {
+    if (PyFloat_CheckExact(value) && !std::isnan(PyFloat_AS_DOUBLE(value))) return PyFloat_AS_DOUBLE(value);
+    if (differentiable && is_differentiable(value)) return 0;  // plain torch reads it
+    const double number = read_number(value, name, where());
+    if (std::isnan(number)) raise(PyExc_ValueError, name, where(), " is NaN");
+    return number;
+  }
+  double beta(PyObject* value, const char* name) const {
+    const double beta = checked_number(value, name);
+    if (!(beta >= 0 && beta < 1)) {
+      raise(PyExc_ValueError, name, where(), " must be at least 0 and below 1, got ", repr(value));
+    }
+    return beta;
+  }
+
+  PyObject* group_;
+  Py_ssize_t index_;
+};
+
+// The hyperparameters that only this rule has, and the switches that all together turn on.
+template <class R>
+void read_settings(const GroupReader& reader, Group& group) {
+  typename R::Settings settings{};
+  R::read(reader, settings);
+  group.hyper.terms = R::terms(group.hyper, settings);
+  new (group.hyper.settings) typename R::Settings(settings);
+  constexpr bool kHasMomentum = std::any_of(R::kStates.begin(), R::kStates.end(), [](const auto& s) { return s.is_momentum; });
+  if (!kHasMomentum && group.momentum_dtype) {
+    raise(PyExc_ValueError, "momentum_dtype", reader.where(), " must be None: ", R::kName, " keeps no momentum");
+  }
+}
+
+}  // namespace
+
+void read_clip_value(PyObject* value, const std::string& where, double* low, double* high) {
+  *low = -kInfinity;
+  *high = kInfinity;
+  if (value == Py_None) return;
+  const Held held(value);
+  if (const auto number = number_in(value)) {
+    *high = non_negative(*number, value, "clip_value", where);
+    *low = -*high;
+    return;
+  }
+  if (!is_sequence(value)) raise_no_number(value, "clip_value", where);
+  const auto [first, second] = read_pair(value, "clip_value", "a number or (low, high)", [&] { return where; });
+  *low = read_number(first.object, "clip_value[0]", where);
+  *high = read_number(second.object, "clip_value[1]", where);
+  if (!(*low <= *high)) {  // refuses NaN, too
+    raise(PyExc_ValueError, "clip_value", where, " must have low <= high, got ", repr(value));
+  }
+}
+
+NormClip read_norm_clip(PyObject* max_norm, PyObject* norm_type, const std::string& where) {
+  NormClip clip;
+  const Held held_norm(max_norm), held_type(norm_type);
+  double order = 2;
+  if (PyUnicode_Check(norm_type) && PyUnicode_CompareWithASCIIString(norm_type, "inf") == 0) {
+    order = kInfinity;
+  } else {
+    order = read_number(norm_type, "norm_type", where);
+  }
+  if (order != 2 && order != kInfinity) {
+    raise(PyExc_ValueError, "norm_type", where, " must be 2 or inf, got ", repr(norm_type));
+  }
+  if (max_norm == Py_None) return clip;
+  clip.norm = order == 2 ? Norm::two : Norm::inf;
+  clip.max_norm = non_negative(read_number(max_norm, "max_norm", where), max_norm, "max_norm", where);
+  return clip;
+}
+
+Group read_group(PyObject* object, Py_ssize_t index, Rules::Id rule) {
+  static const Name kParams("params"), kParamNames("param_names"), kLr("lr"), kWeightDecay("weight_decay"),
+      kMaximize("maximize"), kDifferentiable("differentiable"), kClipValue("clip_value"), kMaxNorm("max_norm"),
+      kNormType("norm_type"), kSkipNonfinite("skip_nonfinite"), kMasterWeights("master_weights"),
+      kStochasticRounding("stochastic_rounding"), kRoundingSeed("rounding_seed"), kMomentumDtype("momentum_dtype");
+  GroupReader reader(object, index);
+  Group group{};
+  PyObject* params = reader.required(kParams);
+  if (!PyList_Check(params) && !PyTuple_Check(params)) {
+    raise(PyExc_TypeError, "params", reader.where(), " must be a list, got ", type_name(params));
+  }
+  group.params = Held(params);
+  PyObject* names = reader.optional(kParamNames);
+  if (names && PyList_Check(names)) group.param_names = Held(names);
+
+  PyObject* lr = reader.required(kLr);
+  PyObject* weight_decay = reader.required(kWeightDecay);
+  reader.differentiable = reader.optional(kDifferentiable) && reader.flag(kDifferentiable);
+  for (PyObject* value : {lr, weight_decay}) {
+    if (!PyFloat_CheckExact(value)) reader.differentiable |= is_differentiable(value);
+  }
+  group.differentiable = reader.differentiable;
+  Hyper& hyper = group.hyper;
+  if (!PyFloat_CheckExact(lr) && THPVariable_Check(lr) && !THPVariable_Unpack(lr).is_cpu()) {
+    if (THPVariable_Unpack(lr).numel() != 1) {
+      raise(PyExc_ValueError, "lr", reader.where(), " must be a 1-element tensor");
+    }
+    group.lr_tensor = Held(lr);  // on a GPU: reading it here would wait for the device
+  } else {
+    hyper.lr = reader.number(kLr);
+  }
+  hyper.weight_decay = reader.number(kWeightDecay);
+  hyper.maximize = reader.flag(kMaximize);
+
+  PyObject* clip_value = reader.required(kClipValue);
+  hyper.clip_low = -kInfinity;
+  hyper.clip_high = kInfinity;
+  if (clip_value != Py_None) {
+    read_clip_value(clip_value, reader.where(), &hyper.clip_low, &hyper.clip_high);
+  }
+  PyObject* max_norm = reader.required(kMaxNorm);
+  PyObject* norm_type = reader.required(kNormType);
+  const bool two = PyFloat_CheckExact(norm_type) && PyFloat_AS_DOUBLE(norm_type) == 2;
+  if (max_norm != Py_None || !two) group.norm_clip = read_norm_clip(max_norm, norm_type, reader.where());
+  group.norm_clip.skip_nonfinite = reader.flag(kSkipNonfinite);
+
+  group.master_weights = reader.flag(kMasterWeights);
+  hyper.stochastic_rounding = reader.flag(kStochasticRounding);
+  if (hyper.stochastic_rounding) hyper.rounding_seed = read_seed(reader.required(kRoundingSeed), reader.where());
+  if (group.master_weights && hyper.stochastic_rounding) {
+    raise(PyExc_ValueError, "master_weights and stochastic_rounding", reader.where(),
+          " exclude each other: master weights keep what stochastic rounding saves on average");
+  }
+  PyObject* momentum_dtype = reader.required(kMomentumDtype);
+  if (momentum_dtype != Py_None) group.momentum_dtype = read_momentum_dtype(momentum_dtype, reader.where());
+  Rules::visit(rule, [&](auto tag) { read_settings<typename decltype(tag)::Rule>(reader, group); });
+  return group;
+}
+
+}  // namespace fastclip

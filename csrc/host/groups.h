@@ -1,0 +1,43 @@
+// Reads an optimizer's param_groups: hyperparameters, checked, and the clip they ask for.
+#pragma once
+
+#include <c10/core/ScalarType.h>
+
+#include <optional>
+#include <string>
+
+#include "../step.h"
+#include "python.h"
+
+namespace fastclip {
+
+// What is decided over all gradients of all groups.
+struct NormClip {
+  Norm norm = Norm::none;
+  double max_norm = 0;
+  bool skip_nonfinite = false;
+
+  bool operator==(const NormClip& other) const {
+    return norm == other.norm && max_norm == other.max_norm && skip_nonfinite == other.skip_nonfinite;
+  }
+};
+
+struct Group {
+  Held params;       // the group's own list or tuple
+  Held param_names;  // a list, or none
+  Held lr_tensor;    // lr as a tensor on another device than the CPU, or none
+  Hyper hyper;
+  NormClip norm_clip;
+  bool differentiable;  // the caller wants gradients through the step
+  bool master_weights;  // 16-bit parameters have a float32 copy among their states
+  std::optional<c10::ScalarType> momentum_dtype;  // of the rule's momentum, where it is made
+};
+
+// Raises ValueError, TypeError or KeyError that names the argument, its value and the group.
+Group read_group(PyObject* group, Py_ssize_t index, Rules::Id rule);
+
+// Bounds of a value clip: None -> (-inf, inf), δ -> (-δ, δ), (low, high) as it is.
+void read_clip_value(PyObject* value, const std::string& where, double* low, double* high);
+NormClip read_norm_clip(PyObject* max_norm, PyObject* norm_type, const std::string& where);
+
+}  // namespace fastclip

@@ -1,0 +1,242 @@
+// A device's share of a step: the tensors that are there, and the scratch memory they need.
+#include "part.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <torch/csrc/stable/c/shim.h>
+
+#include <cstddef>
+#include <string>
+#include <utility>
+
+namespace fastclip {
+namespace {
+
+// Below this a step is over sooner than other threads could make use of the GIL.
+constexpr int64_t kElementsToReleaseGil = 1 << 18;
+
+struct ReleasedGil {
+  PyThreadState* state;
+  explicit ReleasedGil(bool release) : state(release ? PyEval_SaveThread() : nullptr) {}
+  ~ReleasedGil() {
+    if (state) PyEval_RestoreThread(state);
+  }
+};
+
+// By a call into torch: `at::parallel_for` would be compiled here, by clang for an OpenMP runtime that torch has not loaded.
+void run_on_torch_threads(int count, void (*work)(void*), void* context) {
+  struct Call {
+    void (*work)(void*);
+    void* context;
+  } call{work, context};
+  const auto run = [](int64_t begin, int64_t end, void* context) {
+    const Call& call = *static_cast<Call*>(context);
+    for (int64_t i = begin; i < end; ++i) call.work(call.context);
+  };
+  TORCH_CHECK(torch_parallel_for(0, count, 1, run, &call) == AOTI_TORCH_SUCCESS, "torch's threads could not be started");
+}
+
+// The CPU computes with it right away, so there the copy has to be waited for.
+at::Tensor moved_to(c10::Device device, const at::Tensor& scalar) {
+  return scalar.defined() ? scalar.to(device, at::kFloat, /*non_blocking=*/device.is_cuda()) : scalar;
+}
+
+const float* pointer(const at::Tensor& scalar) {
+  return scalar.defined() ? static_cast<const float*>(scalar.const_data_ptr()) : nullptr;
+}
+
+at::TensorOptions doubles_on(c10::Device device) { return at::TensorOptions().dtype(at::kDouble).device(device); }
+
+constexpr int64_t kDoubles = sizeof(Measure) / sizeof(double);
+constexpr int64_t place_of(size_t offset) { return static_cast<int64_t>(offset / sizeof(double)); }
+
+#if defined(FASTCLIP_CUDA)
+// Without torch's CUDA headers, which a CPU-only torch does not have.
+void* current_stream(c10::Device device) {
+  const c10::impl::VirtualGuardImpl guard(c10::DeviceType::CUDA);
+  return guard.getStream(device).native_handle();
+}
+#endif
+
+}  // namespace
+
+void Part::clear() {
+  step.tensors.clear();
+  step.hypers.clear();
+  step.chunks = step.elements = step.clampable = 0;
+  step.has_step_counts = false;
+  awaited = false;
+}
+
+at::Tensor Part::sum() const { return outcome_.narrow(0, place_of(offsetof(Outcome, sum)), kDoubles); }
+
+at::Tensor Part::total_norm() const { return outcome_.select(0, place_of(offsetof(Outcome, total_norm))); }
+
+at::Tensor Part::coefficient() const { return outcome_.select(0, place_of(offsetof(Outcome, coefficient))); }
+
+at::Tensor Part::skipped() const {
+  return outcome_.view(at::kLong).select(0, place_of(offsetof(Outcome, skipped)));
+}
+
+at::Tensor Part::skipped_steps() const {
+  if (!outcome_.defined()) return {};
+  return outcome_.view(at::kLong).select(0, place_of(offsetof(Outcome, skipped_steps)));
+}
+
+at::Tensor Part::clamped() const { return clamped_; }
+
+void Part::prepare(const NormClip& norm_clip, const Amp& amp, bool counts_skips) {
+  amp_ = {moved_to(device, amp.grad_scale), moved_to(device, amp.found_inf)};
+  step.norm = norm_clip.norm;
+  step.max_norm = norm_clip.max_norm;
+  step.skip_nonfinite = norm_clip.skip_nonfinite;
+  step.counts_skips = counts_skips;
+  step.grad_scale = pointer(amp_.grad_scale);
+  step.found_inf = pointer(amp_.found_inf);
+  step.outcome = nullptr;
+  step.measures = nullptr;
+  step.clamped = nullptr;
+  const bool in_place = Rules::visit(step.rule, [](auto tag) { return decltype(tag)::Rule::kClipsInPlace; });
+  int64_t measures_needed = step.chunks;
+  if (device.is_cuda()) measures_needed = prepare_gpu();
+  if (step.clampable > 0 && !in_place) {
+    if (!clamped_.defined()) clamped_ = at::empty({device.is_cuda() ? cuda::kMaxBlocks : 1}, doubles_on(device));
+    step.clamped = static_cast<double*>(clamped_.mutable_data_ptr());
+  }
+  if (step.norm == Norm::none && !step.found_inf && !step.has_step_counts) return;
+  if (!outcome_.defined()) {
+    // A replay would set it, and the count of skipped steps, back to 0. Clipping counts nothing.
+    if (capturing_ && !in_place) raise_capturing();
+    outcome_ = at::zeros({sizeof(Outcome) / sizeof(double)}, doubles_on(device));
+  }
+  step.outcome = static_cast<Outcome*>(outcome_.mutable_data_ptr());
+  if (step.norm == Norm::none) return;
+  at::Tensor& measures = capturing_ ? captured_measures_ : measures_;
+  if (!measures.defined() || measures.numel() < measures_needed * kDoubles) {
+    measures = at::empty({measures_needed * kDoubles}, doubles_on(device));
+  }
+  step.measures = static_cast<Measure*>(measures.mutable_data_ptr());
+}
+
+bool Part::is_capturing() const {
+#if defined(FASTCLIP_CUDA)
+  if (device.is_cuda()) {
+    const c10::DeviceGuard guard(device);
+    return cuda::is_capturing(current_stream(device));
+  }
+#endif
+  return false;
+}
+
+void Part::raise_capturing() const {
+  raise(PyExc_RuntimeError, "fastclip on ", device.str(), ": take a step before a CUDA graph captures one, so that what it leaves ",
+        "(momentum buffers, norm, count of skipped steps) is there already");
+}
+
+// A graph is replayed when the engine's own scratch memory may long have been replaced by larger one. What is
+// allocated while it is captured comes from its pool, and stays valid for as long as the graph does.
+int64_t Part::prepare_gpu() {
+#if defined(FASTCLIP_CUDA)
+  capturing_ = is_capturing();
+  captured_measures_.reset();
+  captured_table_memory_.reset();
+  const cuda::Needs needs = cuda::needs(step);
+  at::Tensor& memory = capturing_ ? captured_table_memory_ : table_memory_;
+  if (needs.table_bytes > 0 && (!memory.defined() || memory.numel() < needs.table_bytes)) {
+    memory = at::empty({needs.table_bytes}, at::TensorOptions().dtype(at::kByte).device(device));
+    if (!capturing_) table_ = {memory.mutable_data_ptr(), {}};
+  }
+  return needs.measures;
+#else
+  raise(PyExc_RuntimeError, "fastclip was built without CUDA; got a tensor on ", device.str());
+#endif
+}
+
+void Part::run(Passes passes) {
+  step.passes = passes;
+  device.is_cpu() ? run_on_cpu() : run_on_gpu();
+}
+
+void Part::run_update(at::Tensor sums, int parts) {
+  sums_ = std::move(sums);
+  step.sums = static_cast<const Measure*>(sums_.const_data_ptr());
+  step.parts = parts;
+  run(Passes::update);
+}
+
+void Part::set_found_inf(const at::Tensor& found_inf) {
+  amp_.found_inf = moved_to(device, found_inf);
+  step.found_inf = pointer(amp_.found_inf);
+}
+
+bool Part::releases_gil() const { return device.is_cpu() && step.elements >= kElementsToReleaseGil; }
+
+void Part::run_on_cpu() {
+  const ReleasedGil released(releases_gil());
+  cpu::run(step, cpu::ThreadPool{at::get_num_threads(), run_on_torch_threads});
+}
+
+void Part::run_on_gpu() {
+#if defined(FASTCLIP_CUDA)
+  cuda::DeviceTable captured;  // uploaded anew at every replay
+  if (captured_table_memory_.defined()) captured.memory = captured_table_memory_.mutable_data_ptr();
+  const c10::DeviceGuard guard(device);
+  if (const char* error = cuda::run(step, capturing_ ? captured : table_, device.index(), current_stream(device))) {
+    raise(PyExc_RuntimeError, "fastclip on ", device.str(), ": ", error);
+  }
+#endif
+}
+
+namespace {
+
+// Copies between GPUs are enqueued. The CPU has to wait for the others' sums: it computes with them.
+void copy_sum(const at::Tensor& sum, at::Tensor to) { to.copy_(sum, /*non_blocking=*/to.is_cuda()); }
+
+// Here and below all sums are copied before any part updates, so that nothing can fail in between.
+void update_over_ranks(const std::vector<Part*>& parts, const NormClip& norm_clip, const Amp& amp, const Shards& shards) {
+  std::vector<PartMeasure> measures;
+  for (const Part* part : parts) measures.emplace_back(part->reduction, part->sum());
+  const auto [total, found_inf] = shards.total(measures, norm_clip.norm, amp.found_inf);
+  std::vector<at::Tensor> sums;
+  for (Part* part : parts) {
+    copy_sum(total, sums.emplace_back(at::empty({kDoubles}, doubles_on(part->device))));
+    part->set_found_inf(found_inf);
+  }
+  for (size_t i = 0; i < parts.size(); ++i) parts[i]->run_update(std::move(sums[i]), 1);
+}
+
+void update_over_devices(const std::vector<Part*>& parts) {
+  const auto count = static_cast<int64_t>(parts.size());
+  std::vector<at::Tensor> sums;
+  for (const Part* part : parts) {
+    sums.push_back(at::empty({count * kDoubles}, doubles_on(part->device)));
+    for (int64_t i = 0; i < count; ++i) {
+      copy_sum(parts[i]->sum(), sums.back().narrow(0, i * kDoubles, kDoubles));
+    }
+  }
+  for (int64_t i = 0; i < count; ++i) parts[i]->run_update(std::move(sums[i]), static_cast<int>(count));
+}
+
+}  // namespace
+
+void run_parts(std::vector<Part>& all_parts, const NormClip& norm_clip, const Amp& amp, const Shards& shards) {
+  std::vector<Part*> parts;  // GPUs first: they work while the CPU does its share
+  for (const bool cpu : {false, true}) {
+    for (auto& part : all_parts) {
+      if (part.device.is_cpu() == cpu && part.in_use()) parts.push_back(&part);
+    }
+  }
+  for (Part* part : parts) part->prepare(norm_clip, amp, /*counts_skips=*/part == parts.front());
+  const bool over_ranks = shards.over_ranks() && norm_clip.norm != Norm::none;
+  if (!over_ranks && (parts.size() < 2 || norm_clip.norm == Norm::none)) {
+    for (Part* part : parts) part->run(Passes::all);
+    return;
+  }
+  for (Part* part : parts) part->run(Passes::measure);
+  over_ranks ? update_over_ranks(parts, norm_clip, amp, shards) : update_over_devices(parts);
+}
+
+}  // namespace fastclip

@@ -1,0 +1,86 @@
+// A device's share of a step: the tensors that are there, and the scratch memory they need. Where a norm is taken over
+// ranks, one for all tensors whose sums are added up over the same ranks.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <Python.h>
+
+#include <vector>
+
+#include "groups.h"
+#include "shards.h"
+#include "../step.h"
+
+namespace fastclip {
+
+// What AMP hands to a step: one scalar each, or undefined.
+struct Amp {
+  at::Tensor grad_scale;
+  at::Tensor found_inf;
+};
+
+class Part {
+ public:
+  Part(c10::Device on, PyObject* over, Rules::Id rule) : device(on), reduction(over), step(rule) {}
+
+  void clear();
+  bool in_use() const { return awaited || !step.tensors.empty(); }  // by this step
+
+  // Allocates what the step needs. Raises where it can't be taken, with nothing enqueued yet.
+  void prepare(const NormClip& norm_clip, const Amp& amp, bool counts_skips);
+
+  // On the CPU: does it. On a GPU: enqueues it on the current stream.
+  void run(Passes passes);
+
+  // The update of a step that spans several parts: `sums` holds all their sums, here.
+  void run_update(at::Tensor sums, int parts);
+
+  // Ranks have put their verdicts together: the one that the update goes by.
+  void set_found_inf(const at::Tensor& found_inf);
+
+  bool releases_gil() const;  // while it runs
+  bool is_capturing() const;  // a CUDA graph, on the current stream
+  [[noreturn]] void raise_capturing() const;
+
+  // Views into what the step leaves behind, for as long as no other step is taken.
+  at::Tensor sum() const;            // Measure, as 3 float64
+  at::Tensor total_norm() const;     // float64
+  at::Tensor coefficient() const;    // float64
+  at::Tensor skipped() const;        // int64, 0 or 1
+  at::Tensor skipped_steps() const;  // int64
+  at::Tensor clamped() const;        // float64, to be added up
+
+  const c10::Device device;
+  PyObject* const reduction;  // over which ranks its sum is added up; nullptr where all hold the same
+  bool awaited = false;       // by other ranks, also where this one has no elements or no gradients
+  Step step;
+  // The last step that did not raise: whether it came here, and how many elements its value clip looked at.
+  bool stepped = false;
+  int64_t stepped_clampable = 0;
+  // The current row of hyperparameters: its group, whether it clips values, and the template for its tensors' entries.
+  Py_ssize_t group = 0;
+  bool clamps = false;
+  TensorEntry blank{};
+
+ private:
+  int64_t prepare_gpu();  // returns the number of measures it needs
+  void run_on_cpu();
+  void run_on_gpu();
+
+  Amp amp_;
+  at::Tensor sums_;
+  at::Tensor outcome_;   // Outcome, as float64
+  at::Tensor clamped_;   // Step::clamped
+  at::Tensor measures_;  // as float64
+  at::Tensor table_memory_;
+  cuda::DeviceTable table_;
+  // While a CUDA graph is captured: memory of the graph's own pool instead.
+  at::Tensor captured_measures_;
+  at::Tensor captured_table_memory_;
+  bool capturing_ = false;
+};
+
+// One step over all parts that are in use, and one norm over all of them, on all ranks.
+void run_parts(std::vector<Part>& parts, const NormClip& norm_clip, const Amp& amp, const Shards& shards);
+
+}  // namespace fastclip

@@ -1,0 +1,65 @@
+// What the host needs of Python: errors, references, interned names.
+#pragma once
+
+#include <Python.h>
+#include <c10/util/StringUtil.h>
+
+#include <string>
+#include <utility>
+
+namespace fastclip {
+
+// A Python error is set and on its way to the caller.
+struct PythonError {};
+
+// Raises type(message); the message is put together of all parts.
+template <class... Parts>
+[[noreturn, gnu::noinline, gnu::cold]] void raise(PyObject* type, const Parts&... parts) {
+  PyErr_SetString(type, std::string(c10::str(parts...)).c_str());
+  throw PythonError{};
+}
+
+// A reference, or none. Reading a number may run Python, and let other threads run: what was borrowed from a dict or
+// a list may be gone afterwards.
+struct Held {
+  PyObject* object = nullptr;
+  Held() = default;
+  explicit Held(PyObject* object) : object(object) { Py_XINCREF(object); }
+  Held(Held&& other) noexcept : object(std::exchange(other.object, nullptr)) {}
+  Held& operator=(Held other) noexcept {
+    std::swap(object, other.object);
+    return *this;
+  }
+  ~Held() { Py_XDECREF(object); }
+
+  static Held stolen(PyObject* new_reference) {
+    Held held;
+    held.object = new_reference;
+    return held;
+  }
+};
+
+// What a call into Python returns: a new reference, or nullptr where it raised.
+inline Held checked(PyObject* new_reference) {
+  if (!new_reference) throw PythonError{};
+  return Held::stolen(new_reference);
+}
+
+// An interned string, never freed: a key of a dict or the name of an attribute.
+struct Name {
+  PyObject* object;
+  const char* text;
+  explicit Name(const char* name) : object(PyUnicode_InternFromString(name)), text(name) {}
+};
+
+inline const char* type_name(PyObject* value) { return Py_TYPE(value)->tp_name; }
+
+inline std::string repr(PyObject* value) {
+  const Held text = Held::stolen(PyObject_Repr(value));
+  const char* const utf8 = text.object ? PyUnicode_AsUTF8(text.object) : nullptr;
+  if (utf8) return utf8;
+  PyErr_Clear();
+  return "?";
+}
+
+}  // namespace fastclip

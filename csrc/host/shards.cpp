@@ -1,0 +1,133 @@
+// DTensors: which part of them is here, and over which ranks sums have to be added up.
+#include "shards.h"
+
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <algorithm>
+#include <cmath>
+
+namespace fastclip {
+namespace {
+
+struct Names {
+  Name local_tensor{"_local_tensor"}, spec{"_spec"}, groups{"groups"};
+  Name placed[3] = {Name("placements"), Name("mesh"), Name("shard_order")};
+};
+const Names& names() {
+  static const Names all;
+  return all;
+}
+
+Held attribute(PyObject* object, const Name& name) { return checked(PyObject_GetAttr(object, name.object)); }
+
+// Not imported here, which would take a second: where nobody has done so there is no DTensor.
+bool is_dtensor(PyObject* object) {
+  static PyObject* type = nullptr;
+  if (!type) {
+    static const Name kModule("torch.distributed.tensor");
+    const Held module = Held::stolen(PyImport_GetModule(kModule.object));
+    if (!module.object) {
+      if (PyErr_Occurred()) throw PythonError{};
+      return false;
+    }
+    type = PyObject_GetAttrString(module.object, "DTensor");
+    if (!type) throw PythonError{};
+  }
+  return PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(type));
+}
+
+Held call(const Held& function, const std::vector<PyObject*>& arguments) {
+  return checked(PyObject_Vectorcall(function.object, arguments.data(), arguments.size(), nullptr));
+}
+
+Held wrapped(const at::Tensor& tensor) {
+  return tensor.defined() ? checked(THPVariable_Wrap(tensor)) : Held(Py_None);
+}
+
+at::Tensor tensor_of(PyObject* object) { return object == Py_None ? at::Tensor() : THPVariable_Unpack(object); }
+
+bool place_alike(PyObject* spec, PyObject* other) {
+  return std::all_of(std::begin(names().placed), std::end(names().placed), [&](const Name& name) {
+    const int same =
+        PyObject_RichCompareBool(attribute(spec, name).object, attribute(other, name).object, Py_EQ);
+    if (same < 0) throw PythonError{};
+    return same == 1;
+  });
+}
+
+}  // namespace
+
+const at::Tensor& Shard::local() const { return THPVariable_Unpack(tensor.object); }
+
+void Shard::keep_in(Borrowed& borrowed) && {
+  borrowed.keep(std::move(whole));
+  borrowed.keep(std::move(tensor));
+}
+
+std::optional<Shard> shard_of(const at::Tensor& tensor, PyObject* object) {
+  if (!is_subclass(tensor) || !is_dtensor(object)) return {};
+  Shard shard{Held(object), attribute(object, names().local_tensor), attribute(object, names().spec)};
+  if (!is_tensor(shard.tensor.object)) raise(PyExc_TypeError, "the local tensor of a DTensor must be a tensor");
+  return shard;
+}
+
+std::optional<Shard> shard_of(const at::Tensor& tensor) {
+  if (!is_subclass(tensor)) return {};
+  return shard_of(tensor, wrapped(tensor).object);
+}
+
+PyObject* Shards::deduplicated(Held reduction) {
+  for (const Held& other : all_reductions_) {
+    const int same = PyObject_RichCompareBool(other.object, reduction.object, Py_EQ);
+    if (same < 0) throw PythonError{};
+    if (same) return other.object;
+  }
+  return all_reductions_.emplace_back(std::move(reduction)).object;
+}
+
+PyObject* Shards::reduction_of(const Shard& param, size_t position, const Place& place) {
+  if (known_.size() <= position) known_.resize(position + 1);
+  Known& known = known_[position];
+  if (known.spec.object != param.spec.object) {
+    const Held name = checked(PyUnicode_FromString(place.text().c_str()));
+    Held reduction = call(ranks_.reduction_of, {param.spec.object, name.object});
+    const int any = PyObject_IsTrue(attribute(reduction.object, names().groups).object);
+    if (any < 0) throw PythonError{};
+    known = {Held(param.spec.object), any ? deduplicated(std::move(reduction)) : nullptr};
+  }
+  if (known.reduction && std::find(reductions_.begin(), reductions_.end(), known.reduction) == reductions_.end()) {
+    reductions_.push_back(known.reduction);
+  }
+  return known.reduction;
+}
+
+bool Shards::placed_as(const Shard& param, size_t position, const Shard& other) {
+  PyObject* const spec = other.spec.object;
+  if (spec == param.spec.object) return true;
+  Known& known = known_[position];
+  const auto is_spec = [&](const Held& alike) { return alike.object == spec; };
+  if (std::any_of(known.placed_alike.begin(), known.placed_alike.end(), is_spec)) return true;
+  if (!place_alike(param.spec.object, spec)) return false;
+  known.placed_alike[known.next++ % known.placed_alike.size()] = Held(spec);
+  return true;
+}
+
+std::pair<at::Tensor, at::Tensor> Shards::total(const std::vector<PartMeasure>& measures, Norm norm,
+                                                const at::Tensor& found_inf) const {
+  const Held reductions = checked(PyList_New(0)), pairs = checked(PyList_New(0));
+  for (PyObject* reduction : reductions_) {
+    if (PyList_Append(reductions.object, reduction) != 0) throw PythonError{};
+  }
+  for (const auto& [reduction, measure] : measures) {
+    const Held tensor = wrapped(measure);
+    const Held pair = checked(PyTuple_Pack(2, reduction ? reduction : Py_None, tensor.object));
+    if (PyList_Append(pairs.object, pair.object) != 0) throw PythonError{};
+  }
+  const Held order = checked(PyFloat_FromDouble(norm == Norm::inf ? HUGE_VAL : 2));
+  const Held verdict = wrapped(found_inf);
+  const Held result = call(ranks_.total_measure, {reductions.object, pairs.object, order.object, verdict.object});
+  borrowed_.check();
+  return {tensor_of(PyTuple_GET_ITEM(result.object, 0)), tensor_of(PyTuple_GET_ITEM(result.object, 1))};
+}
+
+}  // namespace fastclip

@@ -1,0 +1,249 @@
+// What an update rule keeps of each parameter: the tensors in optimizer.state[param], under torch's names.
+#include "states.h"
+
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/zeros_like.h>
+#include <c10/core/DefaultDtype.h>
+#include <c10/core/InferenceMode.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <algorithm>
+#include <array>
+#include <tuple>
+#include <utility>
+
+namespace fastclip {
+namespace {
+
+const Name& step_name() {
+  static const Name name("step");
+  return name;
+}
+const Name& master_name() {
+  static const Name name("master_param");
+  return name;
+}
+
+template <class R>
+const std::array<Name, R::kStates.size()>& array_names() {
+  static const auto names = std::apply(
+      [](const auto&... state) { return std::array<Name, sizeof...(state)>{Name(state.name)...}; }, R::kStates);
+  return names;
+}
+
+// Goes through a parameter's dict in the order in which torch fills it; looks a name up where it is another.
+class EntryReader {
+ public:
+  // Keeps what it reads in `borrowed`, if that is given.
+  EntryReader(PyObject* entry, const Place& place, Borrowed* borrowed) : entry_(entry), place_(place), borrowed_(borrowed) {}
+
+  const at::Tensor* tensor(const Name& name) {
+    PyObject *key = nullptr, *value = nullptr;
+    Py_ssize_t next = next_;
+    if (PyDict_Next(entry_, &next, &key, &value) && key == name.object) {
+      next_ = next;
+    } else {
+      value = PyDict_GetItemWithError(entry_, name.object);
+      if (!value && PyErr_Occurred()) throw PythonError{};
+    }
+    if (!value || value == Py_None) return nullptr;  // old checkpoints hold None
+    if (!is_tensor(value)) {
+      raise(PyExc_TypeError, "the ", name.text, " of ", place_.text(), " must be a tensor, got ", type_name(value));
+    }
+    if (borrowed_) borrowed_->keep(Held(value));
+    return &THPVariable_Unpack(value);
+  }
+
+ private:
+  PyObject* entry_;
+  const Place& place_;
+  Borrowed* const borrowed_;
+  Py_ssize_t next_ = 0;
+};
+
+}  // namespace
+
+StateNames state_names(Rules::Id rule, const Group& group) {
+  StateNames names;
+  Rules::visit(rule, [&](auto tag) {
+    using R = typename decltype(tag)::Rule;
+    const uint32_t present = R::writes(group.hyper.terms);
+    for (size_t s = 0; s < R::kStates.size(); ++s) {
+      if (!(present >> s & 1)) continue;
+      names.arrays[s] = &array_names<R>()[s];
+      names.count = static_cast<int>(s) + 1;
+      if (R::kStates[s].is_momentum) names.momentum = static_cast<int>(s);
+    }
+    if constexpr (R::kScalar.name != nullptr) {
+      static const Name scalar(R::kScalar.name);
+      names.scalar = &scalar;
+      names.first_scalar = R::kScalar.first;
+    }
+    names.filled_by_first_step = R::kFilledByFirstStep && names.count > 0;
+    names.rule_counts = R::kCountsSteps;
+  });
+  // No two steps round by the same numbers.
+  if (names.rule_counts || group.hyper.stochastic_rounding) names.step = &step_name();
+  if (group.master_weights) names.master = &master_name();
+  names.any = names.count > 0 || names.step || names.scalar || names.master;
+  return names;
+}
+
+void States::begin(PyObject* state) {
+  if (!PyDict_Check(state)) raise(PyExc_TypeError, "state must be a dict");
+  state_ = state;
+}
+
+// state[param]. A look-up by tensor runs Tensor.__hash__, in Python (100 ns), so each parameter's
+// place in the dict is remembered. It is only a hint: the key found there says whether it still holds.
+PyObject* States::entry_of(PyObject* param, size_t position) {
+  if (places_.size() <= position) places_.resize(position + 1, 0);
+  PyObject *key, *entry;
+  Py_ssize_t next = places_[position];
+  if (PyDict_Next(state_, &next, &key, &entry) && key == param) return entry;
+
+  ran_python_ = true;
+  borrowed_.hold();
+  entry = PyDict_GetItemWithError(state_, param);
+  if (!entry && PyErr_Occurred()) throw PythonError{};
+  if (entry) {
+    // Entries are mostly in the order of the parameters: look for it near its predecessor's.
+    constexpr int kNear = 64;
+    next = position > 0 ? places_[position - 1] : 0;
+    for (int i = 0; i < kNear; ++i) {
+      const Py_ssize_t place = next;
+      if (!PyDict_Next(state_, &next, &key, nullptr)) break;
+      if (key == param) {
+        places_[position] = place;
+        break;
+      }
+    }
+  }
+  return entry;
+}
+
+// The shard of a state that is placed as its parameter.
+const at::Tensor* States::shard_in(const at::Tensor* state, const Name& name, const Place& place, size_t position,
+                                   const Shard& param_shard) {
+  auto shard = shard_of(*state);
+  if (!shard) raise(PyExc_TypeError, "the ", name.text, " of ", place.text(), " is no DTensor, as the parameter is");
+  if (!shards_.placed_as(param_shard, position, *shard)) {
+    raise(PyExc_ValueError, "the ", name.text, " of ", place.text(), " is placed otherwise than the parameter");
+  }
+  borrowed_.write(*state);
+  const at::Tensor& local = shard->local();
+  std::move(*shard).keep_in(borrowed_);
+  return &local;
+}
+
+[[gnu::flatten]] ParamStates States::find(const Place& place, size_t position, const StateNames& names,
+                                          const Shard* param_shard) {
+  ParamStates found;
+  ran_python_ = false;
+  PyObject* entry = entry_of(place.param, position);
+  if (!entry) return found;
+  if (!PyDict_Check(entry)) raise(PyExc_TypeError, "the state of ", place.text(), " must be a dict");
+  EntryReader reader(entry, place, param_shard ? &borrowed_ : nullptr);  // Python runs before the states of shards are taken
+  if (names.step) found.step = reader.tensor(*names.step);
+  if (names.scalar) found.scalar = reader.tensor(*names.scalar);
+  for (int s = 0; s < names.count; ++s) {
+    if (names.arrays[s]) found.arrays[s] = reader.tensor(*names.arrays[s]);
+  }
+  if (names.master) found.master = reader.tensor(*names.master);
+  if (!param_shard) return found;
+  for (int s = 0; s < names.count; ++s) {
+    if (found.arrays[s]) found.arrays[s] = shard_in(found.arrays[s], *names.arrays[s], place, position, *param_shard);
+  }
+  if (found.master) found.master = shard_in(found.master, *names.master, place, position, *param_shard);
+  return found;
+}
+
+const at::Tensor* States::make(const Held& param, const Name& name, at::Tensor tensor) {
+  New& added = new_.emplace_back(New{Held(param.object), &name, std::move(tensor), {}, {}});
+  const auto shard = shard_of(added.tensor);
+  return shard ? &shard->local() : &added.tensor;
+}
+
+void States::make_missing(Rules::Id rule, const Group& group, const Held& held, const at::Tensor& grad, const Place& place,
+                          const StateNames& names, ParamStates& states) {
+  const at::Tensor& param = THPVariable_Unpack(held.object);
+  const bool has_master = names.master && is_16_bit(param.scalar_type());
+  const Name* missing = nullptr;
+  bool some = false;
+  const auto look = [&](const Name* name, const at::Tensor* state) {
+    if (!name) return;
+    if (!state) missing = name;
+    some |= state != nullptr;
+  };
+  if (names.rule_counts) look(names.step, states.step);
+  look(names.scalar, states.scalar);
+  for (int s = 0; s < names.count; ++s) look(names.arrays[s], states.arrays[s]);
+  if (missing && some) {
+    raise(PyExc_KeyError, "the state of ", place.text(), " has no ", missing->text, ", but others that belong to it");
+  }
+  const auto dtype_of_numbers = c10::get_default_dtype() == caffe2::TypeMeta::Make<double>() ? at::kDouble : at::kFloat;
+  const auto make_number = [&](const Name& name, double value) {
+    return make(held, name, at::full({}, value, at::TensorOptions().dtype(dtype_of_numbers).device(param.device())));
+  };
+  if (names.step && !states.step) states.step = make_number(*names.step, 0);
+  if (names.scalar && !states.scalar) states.scalar = make_number(*names.scalar, names.first_scalar);
+  for (int s = 0; s < names.count; ++s) {
+    if (!names.arrays[s] || states.arrays[s]) continue;
+    const at::Tensor like = names.filled_by_first_step ? grad.detach() : param.detach();  // whose strides it has, in torch
+    auto dtype = has_master ? at::kFloat : like.scalar_type();
+    // What torch's weight decay makes of a gradient of another dtype than its parameter.
+    if (group.hyper.weight_decay != 0) dtype = c10::promoteTypes(dtype, param.scalar_type());
+    if (s == names.momentum && group.momentum_dtype) dtype = *group.momentum_dtype;
+    const auto options = like.options().dtype(dtype);
+    at::Tensor made = names.filled_by_first_step ? at::empty_like(like, options) : at::zeros_like(like, options);
+    const double value = Rules::visit(rule, [&](auto tag) {
+      using R = typename decltype(tag)::Rule;
+      return R::new_value(group.hyper.of<R>());
+    });
+    if (value != 0) made.fill_(value);
+    states.arrays[s] = make(held, *names.arrays[s], std::move(made));
+  }
+  if (!has_master) {
+    states.master = nullptr;
+  } else if (!states.master) {
+    states.master = make(held, *names.master, param.detach().to(at::kFloat));
+    states.master_is_new = true;
+  }
+}
+
+bool States::makes_twice() const {
+  std::vector<std::pair<PyObject*, const Name*>> made;
+  for (const New& added : new_) made.emplace_back(added.param.object, added.name);
+  std::sort(made.begin(), made.end());
+  return std::adjacent_find(made.begin(), made.end()) != made.end();
+}
+
+void States::prepare() {
+  if (has_new()) borrowed_.hold();
+  for (New& added : new_) {
+    added.wrapped = checked(THPVariable_Wrap(added.tensor));
+    added.entry = checked(PyObject_GetItem(state_, added.param.object));  // a defaultdict's default
+    if (!PyDict_Check(added.entry.object)) raise(PyExc_TypeError, "an optimizer's state of a parameter must be a dict");
+  }
+}
+
+void States::store() {
+  for (New& added : new_) {
+    if (PyDict_SetItem(added.entry.object, added.name->object, added.wrapped.object) != 0) throw PythonError{};
+  }
+}
+
+const char* why_not_covered(const at::Tensor& state, const Name& name, const at::Tensor& param, const Place& place) {
+  if (state.is_inference() && !c10::InferenceMode::is_enabled()) {
+    raise(PyExc_RuntimeError, "the ", name.text, " of ", place.text(),
+          " is an inference tensor: it can't be updated outside InferenceMode");
+  }
+  if (state.sizes() != param.sizes()) {
+    raise(PyExc_ValueError, "the ", name.text, " of ", place.text(), " has another shape than the parameter");
+  }
+  if (is_plainly_covered(param, state) || same_memory_layout(state, param)) return nullptr;
+  return "of another memory layout, dtype or device";
+}
+
+}  // namespace fastclip

@@ -1,0 +1,100 @@
+// What an update rule keeps of each parameter: the tensors in optimizer.state[param], under torch's names.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <Python.h>
+
+#include <deque>
+#include <vector>
+
+#include "borrowed.h"
+#include "groups.h"
+#include "shards.h"
+#include "tensors.h"
+
+namespace fastclip {
+
+// What there is to look up for the parameters of a group.
+struct StateNames {
+  int count = 0;                         // one more than the last of `arrays`
+  const Name* arrays[kMaxStates] = {};   // in the order of TensorEntry::states; nullptr where the group has none
+  const Name* step = nullptr;            // the count of a parameter's steps, where something needs it
+  const Name* scalar = nullptr;          // the rule's number of a parameter
+  const Name* master = nullptr;          // the float32 copy of a 16-bit parameter
+  bool any = false;                      // of these
+  bool filled_by_first_step = false;     // as the rule says
+  bool rule_counts = false;              // and not only something else: then `step` belongs to the arrays
+  int momentum = -1;                     // the array that momentum_dtype is about
+  double first_scalar = 0;
+};
+StateNames state_names(Rules::Id rule, const Group& group);
+
+// One parameter's states; nullptr where there is none (yet).
+struct ParamStates {
+  const at::Tensor* arrays[kMaxStates] = {};
+  const at::Tensor* step = nullptr;
+  const at::Tensor* scalar = nullptr;
+  const at::Tensor* master = nullptr;
+  bool master_is_new = false;  // made of the parameter in this step
+
+  // False also where `make_missing` has to find out what the parameter needs.
+  bool has_all(const StateNames& names) const {
+    for (int s = 0; s < names.count; ++s) {
+      if (names.arrays[s] && !arrays[s]) return false;
+    }
+    return !names.master && (step || !names.step) && (scalar || !names.scalar);
+  }
+};
+
+class States {
+ public:
+  States(Borrowed& borrowed, Shards& shards) : borrowed_(borrowed), shards_(shards) {}
+
+  // A step begins: `state` is the optimizer's, a dict of dicts by parameter.
+  void begin(PyObject* state);
+  void end() { new_.clear(); }
+
+  // Looks up what there is of the parameter at `position` among all. May run Python, with other threads. Of a sharded
+  // parameter, shards are found and made.
+  ParamStates find(const Place& place, size_t position, const StateNames& names, const Shard* param_shard);
+  bool ran_python() const { return ran_python_; }  // in the last `find`
+
+  // Notes a state that the step makes; it gets into the dict by `store`. The pointer holds until `end`.
+  [[gnu::noinline]] const at::Tensor* make(const Held& param, const Name& name, at::Tensor tensor);
+  // Makes all that there is not yet. Refuses a parameter that has only some of those that belong together.
+  [[gnu::noinline]] void make_missing(Rules::Id rule, const Group& group, const Held& param, const at::Tensor& grad,
+                                      const Place& place, const StateNames& names, ParamStates& states);
+
+  bool has_new() const { return !new_.empty(); }
+  // Whether a parameter is given twice, and would get a second state in place of the first.
+  bool makes_twice() const;
+  // prepare() does all that can fail or run Python, before the first byte is written; after it, store() can fail only for
+  // lack of memory.
+  void prepare();
+  void store();
+
+ private:
+  struct New {
+    Held param;
+    const Name* name;
+    at::Tensor tensor;
+    Held entry;    // state[param]
+    Held wrapped;  // the tensor as a Python object
+  };
+
+  PyObject* entry_of(PyObject* param, size_t position);
+  const at::Tensor* shard_in(const at::Tensor* state, const Name& name, const Place& place, size_t position,
+                             const Shard& param_shard);
+
+  Borrowed& borrowed_;
+  Shards& shards_;
+  PyObject* state_ = nullptr;
+  std::vector<Py_ssize_t> places_;  // of each parameter's entry in the state: a hint
+  bool ran_python_ = false;
+  std::deque<New> new_;
+};
+
+// Raises where a state can't belong to its parameter; otherwise why the kernels do not cover it, or nullptr.
+const char* why_not_covered(const at::Tensor& state, const Name& name, const at::Tensor& param, const Place& place);
+
+}  // namespace fastclip

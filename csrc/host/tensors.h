@@ -1,0 +1,109 @@
+// Which tensors the kernels can take: dense memory, of the same element order, on a known device.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include <array>
+#include <string>
+
+#include "../step.h"
+#include "python.h"
+
+namespace fastclip {
+
+// As THPVariable_Check, which asks Python whether a subclass is one.
+inline bool is_tensor(PyObject* object) {
+  return THPVariable_CheckExact(object) || PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(THPVariableClass));
+}
+
+// Where a tensor stands, for messages; the text is built only when one is needed.
+struct Place {
+  Py_ssize_t group;
+  Py_ssize_t index;
+  PyObject* names;  // the group's param_names, or nullptr
+  PyObject* param;
+  bool in_optimizer = true;
+
+  std::string text() const;  // "parameter 3 of group 0 ('encoder.bias')"
+};
+
+// The gradient, without the virtual calls of Tensor::grad(): this is read for every tensor at every step.
+inline const at::Tensor& grad_of(const at::Tensor& param) {
+  extern const at::Tensor kNoGradient;
+  const auto* meta = static_cast<torch::autograd::AutogradMeta*>(param.unsafeGetTensorImpl()->autograd_meta());
+  return meta ? meta->grad_ : kNoGradient;
+}
+
+// Keys of an ordinary dense tensor. Any other key (sparse, quantized, conjugated, negated, a Python
+// subclass, functorch, ...) means that the memory alone does not tell the values.
+extern const uint64_t kOtherKeys;  // all but the ordinary ones
+
+inline bool is_ordinary(c10::TensorImpl* tensor) {
+  return (tensor->key_set().raw_repr() & kOtherKeys) == 0;
+}
+
+// For every ScalarType its DType, or -1 where the kernels have none.
+constexpr auto kDTypes = [] {
+  std::array<int8_t, static_cast<size_t>(at::ScalarType::NumOptions)> dtypes{};
+  for (auto& dtype : dtypes) dtype = -1;
+  dtypes[static_cast<size_t>(at::kFloat)] = static_cast<int8_t>(DType::float32);
+  dtypes[static_cast<size_t>(at::kDouble)] = static_cast<int8_t>(DType::float64);
+  dtypes[static_cast<size_t>(at::kBFloat16)] = static_cast<int8_t>(DType::bfloat16);
+  dtypes[static_cast<size_t>(at::kHalf)] = static_cast<int8_t>(DType::float16);
+  return dtypes;
+}();
+inline bool has_kernel_dtype(at::ScalarType dtype) { return kDTypes[static_cast<size_t>(dtype)] >= 0; }
+inline DType dtype_of(const at::Tensor& covered) {
+  return static_cast<DType>(kDTypes[static_cast<size_t>(covered.scalar_type())]);
+}
+
+// Bounds as clamp_ has them: rounded to the tensor's dtype.
+double rounded_bound(DType dtype, double bound);
+
+// Of ordinary tensors, the keys tell it without a call.
+[[gnu::always_inline]] inline bool on_cpu(c10::TensorImpl* tensor) {
+  return tensor->key_set().has_backend(c10::BackendComponent::CPUBit);
+}
+[[gnu::always_inline]] inline bool on_same_device(c10::TensorImpl* a, c10::TensorImpl* b) {
+  return (on_cpu(a) && on_cpu(b)) || a->device() == b->device();
+}
+
+// The common cases of what follows, without a call. Ordinary tensors have sizes of their own, so the defaults are theirs.
+[[gnu::always_inline]] inline bool is_contiguous(c10::TensorImpl* tensor) {
+  return is_ordinary(tensor) && tensor->is_contiguous_default(at::MemoryFormat::Contiguous);
+}
+[[gnu::always_inline]] inline bool have_same_sizes(c10::TensorImpl* a, c10::TensorImpl* b) {
+  const auto sizes_a = a->sizes_default(), sizes_b = b->sizes_default();
+  if (sizes_a.size() != sizes_b.size()) return false;
+  for (size_t i = 0; i < sizes_a.size(); ++i) {
+    if (sizes_a[i] != sizes_b[i]) return false;
+  }
+  return true;
+}
+// Whether a tensor is contiguous, and of the same dtype, device and sizes as another that is.
+[[gnu::always_inline]] inline bool is_like(c10::TensorImpl* tensor, c10::TensorImpl* contiguous) {
+  return is_contiguous(tensor) && tensor->dtype() == contiguous->dtype() && on_same_device(tensor, contiguous) &&
+         have_same_sizes(tensor, contiguous);
+}
+[[gnu::always_inline]] inline bool is_plainly_covered(const at::Tensor& param, const at::Tensor& grad) {
+  c10::TensorImpl* const p = param.unsafeGetTensorImpl();
+  return is_contiguous(p) && !p->is_inference() && has_kernel_dtype(c10::typeMetaToScalarType(p->dtype())) &&
+         is_like(grad.unsafeGetTensorImpl(), p);
+}
+
+// "" where the kernels can step `param` by `grad`; otherwise why they can't, and plain torch
+// has to. Raises where the two don't belong together, which plain torch would broadcast, promote or
+// find out in the middle of a step.
+std::string why_not_covered(const at::Tensor& param, const at::Tensor& grad, const Place& place);
+
+// The same question about a gradient alone, to be clipped in place.
+std::string why_not_covered(const at::Tensor& grad, const Place& place);
+
+// Same device, sizes and element order, and dtypes that one loop takes: what a state needs.
+bool same_memory_layout(const at::Tensor& a, const at::Tensor& b);
+
+inline bool is_16_bit(at::ScalarType dtype) { return dtype == at::kBFloat16 || dtype == at::kHalf; }
+
+}  // namespace fastclip

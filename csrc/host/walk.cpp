@@ -1,0 +1,388 @@
+// The walk over all tensors of a step: found, checked, cut into chunks, handed to their devices.
+#include "walk.h"
+
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+namespace fastclip {
+namespace {
+
+// `what` is of the parameter: its gradient, a state; or "" for itself.
+[[noreturn, gnu::noinline]] void raise_no_memory(const char* what, const Place& place) {
+  raise(PyExc_RuntimeError, *what ? c10::str("the ", what, " of ") : "", place.text(), " has no memory: its storage was resized");
+}
+[[noreturn, gnu::noinline]] void raise_no_memory(const Name* state, const Place& place) {
+  raise_no_memory(state->text, place);
+}
+
+// The address of a tensor's first element; `bytes` is the size of all of them. FSDP, for one, frees the storage of a
+// parameter that it has no use for, and leaves the sizes as they were.
+template <class What>
+[[gnu::always_inline]] inline void* data_of(const at::Tensor& covered, int64_t item_size, int64_t bytes, What* what,
+                                            const Place& place) {
+  c10::TensorImpl* const impl = covered.unsafeGetTensorImpl();
+  auto* const storage = impl->unsafe_storage().unsafeGetStorageImpl();
+  const int64_t begin = impl->storage_offset_default() * item_size;
+  if (begin + bytes > static_cast<int64_t>(storage->nbytes()) && bytes > 0) raise_no_memory(what, place);
+  return static_cast<char*>(storage->mutable_data()) + begin;
+}
+
+[[noreturn, gnu::noinline]] void raise_no_count(const Place& place) {
+  raise(PyExc_ValueError, "the step of ", place.text(), " must be a count of steps, and is negative, infinite or NaN");
+}
+
+// Whether another tensor may lie in the same memory.
+[[gnu::always_inline]] inline bool shares_storage(const at::Tensor& tensor) {
+  return tensor.unsafeGetTensorImpl()->unsafe_storage().use_count() > 1;
+}
+
+// The common case of what follows, without a call.
+[[gnu::always_inline]] inline bool is_plain_number(const at::Tensor& number, const at::Tensor& param) {
+  c10::TensorImpl* const impl = number.unsafeGetTensorImpl();
+  return is_ordinary(impl) && impl->numel() == 1 && number.scalar_type() == at::kFloat && !impl->is_inference() &&
+         on_same_device(impl, param.unsafeGetTensorImpl());
+}
+
+// nullptr where the kernels can count in it.
+const char* why_number_not_covered(const at::Tensor& number, const at::Tensor& param, const Name& name, const Place& place) {
+  if (number.numel() != 1) raise(PyExc_ValueError, "the ", name.text, " of ", place.text(), " must be a 1-element tensor");
+  if (number.is_inference() && !c10::InferenceMode::is_enabled()) {
+    raise(PyExc_RuntimeError, "the ", name.text, " of ", place.text(),
+          " is an inference tensor: it can't be updated outside InferenceMode");
+  }
+  if (!is_ordinary(number.unsafeGetTensorImpl())) return "that is no ordinary tensor";
+  if (number.scalar_type() != at::kFloat && number.scalar_type() != at::kDouble) return "of a dtype that the kernels do not cover";
+  if (number.device() != param.device()) return "on another device";
+  return nullptr;
+}
+
+}  // namespace
+
+Walk::Walk(Rules::Id rule, Ranks ranks)
+    : rule_(rule),
+      in_place_(Rules::visit(rule, [](auto tag) { return decltype(tag)::Rule::kClipsInPlace; })),
+      shards_(borrowed_, std::move(ranks)) {}
+
+void Walk::begin() {
+  for (auto& part : parts_) part.clear();
+  addresses_ = 0;
+  parameter_ = 0;
+  reason_.clear();
+  undone_.clear();
+  masters_.begin();
+  first_device_.reset();
+  part_ = nullptr;
+  reduction_ = nullptr;
+  shards_.begin();
+}
+
+void Walk::end() {
+  states_.end();
+  borrowed_.clear();
+  seen_.clear();
+}
+
+void Walk::end_step() {
+  borrowed_.bump_versions();
+  masters_.remember();
+}
+
+void Walk::not_covered(const std::string& reason) {
+  if (reason_.empty()) reason_ = reason;
+  masters_.forget();  // nobody looks at versions in plain torch
+}
+
+Part& Walk::part_of(c10::Device device, PyObject* reduction) {
+  for (auto& part : parts_) {
+    if (part.device == device && part.reduction == reduction) return part;
+  }
+  return parts_.emplace_back(device, reduction, rule_);
+}
+
+// Tensors of a group and dtype share a row of hyperparameters, and all that `blank` has.
+void Walk::begin_row(Part& part, const Hyper& hyper, Py_ssize_t group, DType dtype) {
+  Hyper& row = part.step.hypers.emplace_back(hyper);
+  row.clip_low = rounded_bound(dtype, hyper.clip_low);
+  row.clip_high = rounded_bound(dtype, hyper.clip_high);
+  part.group = group;
+  part.clamps = clips_value(hyper);
+  part.blank = {};
+  part.blank.hyper = static_cast<int32_t>(part.step.hypers.size() - 1);
+  part.blank.dtype = part.blank.rounded_dtype = part.blank.grad_dtype = dtype;
+  std::fill_n(part.blank.state_dtypes, kMaxStates, dtype);
+}
+
+[[gnu::flatten]] void Walk::add_tensor(const at::Tensor& param, const at::Tensor& grad, const StateNames& names,
+                                       const ParamStates& states, bool is_first, const Hyper& hyper, const Place& place) {
+  if (!part_ || part_->reduction != reduction_ || !(part_->device.is_cpu() && on_cpu(grad.unsafeGetTensorImpl()))) {
+    part_ = &part_of(grad.device(), reduction_);
+  }
+  Part& part = *part_;
+  Step& step = part.step;
+  const int64_t numel = grad.unsafeGetTensorImpl()->numel_default();
+  const DType dtype = dtype_of(grad);
+  if (step.hypers.empty() || part.group != place.group || part.blank.grad_dtype != dtype) begin_row(part, hyper, place.group, dtype);
+
+  step.tensors.push_back(part.blank);
+  TensorEntry& entry = step.tensors.back();
+  entry.numel = numel;
+  entry.first_chunk = step.chunks;
+  entry.index = static_cast<uint32_t>(parameter_);
+  entry.is_first = is_first;
+  step.chunks += (numel + kChunk - 1) / kChunk;
+  step.elements += numel;
+  if (part.clamps) step.clampable += numel;
+
+  uint64_t addresses = addresses_;  // in a register
+  const auto hash = [&](const void* data, int64_t size) __attribute__((always_inline)) {
+    addresses = (addresses ^ reinterpret_cast<uintptr_t>(data) ^ size * 0xd6e8feb86659fd93u) * 0x9e3779b97f4a7c15u;
+  };
+  const auto write = [&](const at::Tensor& tensor, const void* data, int64_t size) __attribute__((always_inline)) {
+    hash(data, size);
+    borrowed_.write(tensor);
+  };
+  const int64_t item = item_size(dtype), bytes = numel * item;
+  bool uniform = true;
+  const auto add = [&](const at::Tensor& tensor, auto* what, void*& data, DType& stored) __attribute__((always_inline)) {
+    int64_t size = bytes;
+    if (tensor.dtype() == grad.dtype()) {
+      data = data_of(tensor, item, size, what, place);
+    } else {
+      uniform = false;
+      stored = dtype_of(tensor);
+      size = numel * item_size(stored);
+      data = data_of(tensor, item_size(stored), size, what, place);
+    }
+    write(tensor, data, size);
+  };
+  entry.grad = data_of(grad, item, bytes, "gradient", place);
+  borrowed_.read(grad);
+  if (shares_storage(grad)) hash(entry.grad, bytes);  // others' addresses change at every step
+  if (!states.master) {
+    add(param, "", entry.param, entry.dtype);
+  } else {
+    add(*states.master, names.master, entry.param, entry.dtype);
+    add(param, "", entry.rounded, entry.rounded_dtype);
+    if (!param.is_inference() && masters_.add(parameter_, param, *states.master, states.master_is_new) && undone_.empty()) {
+      undone_ = place.text();
+    }
+  }
+  for (int s = 0; s < names.count; ++s) {
+    if (states.arrays[s]) add(*states.arrays[s], names.arrays[s], entry.states[s], entry.state_dtypes[s]);
+  }
+  const auto add_number = [&](const at::Tensor& number, const Name* name, void*& data, bool& is_float64) __attribute__((always_inline)) {
+    is_float64 = number.scalar_type() == at::kDouble;
+    const int64_t size = is_float64 ? 8 : 4;
+    data = data_of(number, size, size, name, place);
+    write(number, data, size);
+  };
+  if (states.step) {
+    add_number(*states.step, names.step, entry.step, entry.step_is_float64);
+    // The corrections of Adam's averages divide by 0 where this step is number 0.
+    if (part.device.is_cpu()) {
+      const double count = number_at(entry.step, entry.step_is_float64);
+      if (!(count >= 0 && count < HUGE_VAL)) raise_no_count(place);
+    }
+    step.has_step_counts = true;
+  }
+  if (states.scalar) add_number(*states.scalar, names.scalar, entry.scalar, entry.scalar_is_float64);
+  entry.uniform = uniform && !(hyper.stochastic_rounding && item == 2);
+  addresses_ = addresses;
+}
+
+void Walk::check_memory(const at::Tensor& param, const at::Tensor& grad, const StateNames& names, const ParamStates& states,
+                        const Place& place) const {
+  const auto check = [&](const at::Tensor& tensor, auto* what) {
+    if (!is_ordinary(tensor.unsafeGetTensorImpl())) return;
+    const auto item = static_cast<int64_t>(tensor.itemsize());
+    const bool dense = tensor.is_non_overlapping_and_dense();
+    data_of(tensor, item, dense || tensor.numel() == 0 ? item * tensor.numel() : item, what, place);
+  };
+  check(param, "");
+  check(grad, "gradient");
+  for (int s = 0; s < names.count; ++s) {
+    if (states.arrays[s]) check(*states.arrays[s], names.arrays[s]);
+  }
+  if (states.master) check(*states.master, names.master);
+  if (states.step) check(*states.step, names.step);
+  if (states.scalar) check(*states.scalar, names.scalar);
+}
+
+// Makes the states that there are not, and says whether the kernels take those that there are.
+[[gnu::flatten]] bool Walk::cover_states(const Group& group, const Held& held, const at::Tensor& param, const at::Tensor& like,
+                                         const Place& place, const StateNames& names, ParamStates& states) {
+  if (names.master && !states.master) {  // it is made of the parameter, which has to be there
+    const int64_t item = item_size(dtype_of(param));
+    data_of(param, item, item * param.numel(), "", place);
+  }
+  if (!states.has_all(names)) states_.make_missing(rule_, group, held, like, place, names, states);
+  c10::TensorImpl* const p = param.unsafeGetTensorImpl();
+  const bool contiguous = is_contiguous(p);
+  const auto covers = [&](const at::Tensor& state, const Name& name) __attribute__((always_inline)) {
+    c10::TensorImpl* const s = state.unsafeGetTensorImpl();
+    if (contiguous && !s->is_inference() && is_like(s, p)) return true;
+    if (const char* why_not = why_not_covered(state, name, param, place)) {
+      not_covered(c10::str(place.text(), " has a ", name.text, " ", why_not));
+      return false;
+    }
+    return true;
+  };
+  for (int s = 0; s < names.count; ++s) {
+    if (names.arrays[s] && !covers(*states.arrays[s], *names.arrays[s])) return false;
+  }
+  if (states.master) {
+    if (states.master->scalar_type() != at::kFloat) {
+      raise(PyExc_TypeError, "the master_param of ", place.text(), " must be float32");
+    }
+    if (!covers(*states.master, *names.master)) return false;
+  }
+  if (names.step && !(is_plain_number(*states.step, param) || covers_number(held, param, place, *names.step, states.step))) {
+    return false;
+  }
+  return !names.scalar || is_plain_number(*states.scalar, param) ||
+         covers_number(held, param, place, *names.scalar, states.scalar);
+}
+
+bool Walk::covers_number(const Held& held, const at::Tensor& param, const Place& place, const Name& name,
+                         const at::Tensor*& number) {
+  // On a GPU the device decides whether a step is skipped, so it counts them, too.
+  if (param.is_cuda() && number->is_cpu()) number = states_.make(held, name, number->to(param.device()));
+  const char* const why_not = why_number_not_covered(*number, param, name, place);
+  if (why_not) not_covered(c10::str(place.text(), " has a ", name.text, " ", why_not));
+  return !why_not;
+}
+
+void Walk::add_param(const Group& group, const StateNames& names, Py_ssize_t group_index, Py_ssize_t index) {
+  PyObject* object = PySequence_Fast_GET_ITEM(group.params.object, index);
+  const Place place{group_index, index, group.param_names.object, object, /*in_optimizer=*/!in_place_};
+  if (!is_tensor(object)) {
+    raise(PyExc_TypeError, place.text(), " must be a tensor, got ", type_name(object));
+  }
+  const at::Tensor& param = THPVariable_Unpack(object);
+  if (!first_device_) first_device_ = param.device();
+  if (is_subclass(param)) {
+    if (auto shard = shard_of(param, object)) return add_shard(group, names, place, std::move(*shard));
+  }
+  if (!grad_of(param).defined() || is_seen(grad_of(param))) return;
+  ParamStates states;
+  Held held;
+  if (names.any) {  // the look-up may run Python: the gradient is read afterwards
+    held = Held(object);
+    states = states_.find(place, parameter_, names, nullptr);
+  }
+  const at::Tensor& grad = grad_of(param);
+  if (grad.defined()) add_covered(group, names, place, held, states, in_place_ ? grad : param, grad, grad);
+  if (held.object && states_.ran_python()) borrowed_.keep(std::move(held));  // another thread may have dropped it meanwhile
+}
+
+// Every rank takes part in the norm, whatever it has itself.
+void Walk::await_norm(const Shard& param, const Place& place, const NormClip& norm_clip) {
+  PyObject* const reduction = shards_.reduction_of(param, parameter_, place);
+  const bool measured = norm_clip.norm != Norm::none || norm_clip.skip_nonfinite;
+  reduction_ = measured ? reduction : nullptr;
+  if (!reduction_) return;
+  part_ = &part_of(param.local().device(), reduction_);
+  part_->awaited = true;
+}
+
+std::optional<Shard> Walk::shard_of_grad(const at::Tensor& grad, const Shard& param, const Place& place) {
+  auto shard = shard_of(grad);
+  if (!shard) raise(PyExc_TypeError, "the gradient of ", place.text(), " is no DTensor, as the parameter is");
+  if (shards_.placed_as(param, parameter_, *shard)) return shard;
+  shards_.add_misplaced(place.param);
+  not_covered("the gradient of " + place.text() + " is placed otherwise than the parameter");
+  return {};
+}
+
+void Walk::add_shard(const Group& group, const StateNames& names, const Place& place, Shard shard) {
+  borrowed_.hold();  // Python runs, here and there
+  await_norm(shard, place, group.norm_clip);
+  const at::Tensor& param = THPVariable_Unpack(place.param);
+  if (grad_of(param).defined() && !is_seen(grad_of(param))) {
+    if (auto grad = shard_of_grad(grad_of(param), shard, place)) {
+      ParamStates states;
+      if (names.any) states = states_.find(place, parameter_, names, &shard);
+      const at::Tensor& whole_grad = THPVariable_Unpack(grad->whole.object);
+      add_covered(group, names, place, shard.whole, states, in_place_ ? grad->local() : shard.local(), grad->local(), whole_grad);
+      borrowed_.write(in_place_ ? whole_grad : param);
+      std::move(shard).keep_in(borrowed_);
+      std::move(*grad).keep_in(borrowed_);
+      borrowed_.all_are_kept();
+    }
+  }
+  reduction_ = nullptr;
+}
+
+void Walk::add_covered(const Group& group, const StateNames& names, const Place& place, const Held& held, ParamStates& states,
+                       const at::Tensor& param, const at::Tensor& grad, const at::Tensor& like) {
+  if (!is_plainly_covered(param, grad)) {
+    const std::string why_not = in_place_ ? why_not_covered(grad, place) : why_not_covered(param, grad, place);
+    if (!why_not.empty()) return not_covered((in_place_ ? "the gradient of " : "") + place.text() + " " + why_not);
+  }
+  bool is_first = false;
+  if (names.any) {
+    is_first = names.filled_by_first_step && !states.arrays[0];
+    if (!cover_states(group, held, param, like, place, names, states)) {
+      return check_memory(param, grad, names, states, place);
+    }
+  }
+  if (group.lr_tensor.object && THPVariable_Unpack(group.lr_tensor.object).device() != param.device()) {
+    not_covered(place.text() + " is on another device than lr");
+    return check_memory(param, grad, names, states, place);
+  }
+  if (grad.numel() > 0 || states.step) add_tensor(param, grad, names, states, is_first, group.hyper, place);
+}
+
+[[gnu::flatten]] void Walk::add_group(Group& group, Py_ssize_t group_index) {
+  if (group.lr_tensor.object) {  // on a GPU: read there
+    const at::Tensor& lr = THPVariable_Unpack(group.lr_tensor.object);
+    if (lr.is_cuda() && (lr.scalar_type() == at::kFloat || lr.scalar_type() == at::kDouble)) {
+      group.hyper.lr_on_device = lr.const_data_ptr();
+      group.hyper.lr_is_float64 = lr.scalar_type() == at::kDouble;
+    } else {
+      not_covered("lr is a tensor of a device or dtype that the kernels do not cover");
+    }
+  }
+  if (group.differentiable) not_covered("the step is to be differentiable");
+  const StateNames names = state_names(rule_, group);
+  for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(group.params.object); ++i, ++parameter_) {
+    add_param(group, names, group_index, i);  // to the end, for what has to be refused
+  }
+}
+
+// Looked at only where an address is new.
+bool Walk::shares_memory() {
+  if (addresses_ == disjoint_addresses_) return false;
+  using Ranges = std::vector<std::pair<uintptr_t, uintptr_t>>;
+  Ranges ranges, read;
+  for (const auto& part : parts_) {
+    for (const auto& tensor : part.step.tensors) {
+      const auto add_to = [](Ranges& to, const void* data, int64_t bytes) {
+        const auto begin = reinterpret_cast<uintptr_t>(data);
+        if (data && bytes > 0) to.emplace_back(begin, begin + bytes);
+      };
+      const auto add = [&](const void* written, int64_t bytes) { add_to(ranges, written, bytes); };
+      if (!in_place_) add_to(read, tensor.grad, tensor.numel * item_size(tensor.grad_dtype));
+      add(tensor.param, tensor.numel * item_size(tensor.dtype));
+      add(tensor.rounded, tensor.numel * item_size(tensor.rounded_dtype));
+      for (int s = 0; s < kMaxStates; ++s) add(tensor.states[s], tensor.numel * item_size(tensor.state_dtypes[s]));
+      add(tensor.step, tensor.step_is_float64 ? 8 : 4);
+      add(tensor.scalar, tensor.scalar_is_float64 ? 8 : 4);
+    }
+  }
+  std::sort(ranges.begin(), ranges.end());
+  for (size_t i = 1; i < ranges.size(); ++i) {
+    if (ranges[i].first < ranges[i - 1].second) return true;
+  }
+  for (const auto& [begin, end] : read) {
+    const auto after = std::lower_bound(ranges.begin(), ranges.end(), std::pair(end, uintptr_t{0}));
+    if (after != ranges.begin() && std::prev(after)->second > begin) return true;
+  }
+  disjoint_addresses_ = addresses_;
+  return false;
+}
+
+}  // namespace fastclip

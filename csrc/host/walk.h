@@ -1,0 +1,102 @@
+// The walk over all tensors of a step: found, checked, cut into chunks, handed to their devices.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <Python.h>
+
+#include <optional>
+#include <string>
+#include <unordered_set>
+#include <vector>
+
+#include "borrowed.h"
+#include "part.h"
+#include "groups.h"
+#include "masters.h"
+#include "shards.h"
+#include "states.h"
+#include "tensors.h"
+
+namespace fastclip {
+
+// Holds no tensor of the model and no address from one step to the next: all are read anew at every step. What stays is
+// scratch memory and the places where states were found.
+class Walk {
+ public:
+  Walk(Rules::Id rule, Ranks ranks);
+
+  void begin();
+  void end_step();  // all is written
+  void end();
+
+  // All parameters of a group that have gradients; each gradient once, where it is to be clipped in place. Raises for what
+  // can't be stepped, and nothing was changed.
+  void add_group(Group& group, Py_ssize_t group_index);
+
+  // The first reason why the kernels do not cover the step, or "".
+  const std::string& reason() const { return reason_; }
+  [[gnu::noinline]] void not_covered(const std::string& reason);
+  // A parameter that somebody wrote to since the last step, and that its master weights will change back; or "".
+  const std::string& undone() const { return undone_; }
+  // Whether an array that this step writes overlaps another that it writes or reads: then the order of the tensors
+  // matters, which the kernels do not keep.
+  bool shares_memory();
+
+  std::vector<Part>& parts() { return parts_; }
+  const std::vector<Part>& parts() const { return parts_; }
+  Shards& shards() { return shards_; }
+  const Shards& shards() const { return shards_; }
+  States& states() { return states_; }
+  Borrowed& borrowed() { return borrowed_; }
+  const std::optional<c10::Device>& first_device() const { return first_device_; }  // of all parameters
+
+ private:
+  // A call is a good part of what a tensor costs: what is done for each of them is inlined, with torch's accessors
+  // (`flatten`), and what is not is kept out of it (`noinline`).
+  [[gnu::always_inline]] inline void add_param(const Group& group, const StateNames& names, Py_ssize_t group_index,
+                                               Py_ssize_t index);
+  [[gnu::noinline]] void begin_row(Part& part, const Hyper& hyper, Py_ssize_t group, DType dtype);
+  // All that is covered.
+  [[gnu::noinline]] void add_tensor(const at::Tensor& param, const at::Tensor& grad, const StateNames& names,
+                                    const ParamStates& states, bool is_first, const Hyper& hyper, const Place& place);
+  // Whether a gradient that is to be clipped in place was found before.
+  [[gnu::always_inline]] bool is_seen(const at::Tensor& grad) {
+    return in_place_ && !seen_.insert(grad.unsafeGetTensorImpl()).second;
+  }
+  // As add_param, of a DTensor: the kernels step on the shard that is here.
+  [[gnu::noinline]] void add_shard(const Group& group, const StateNames& names, const Place& place, Shard shard);
+  // The shard of a gradient that is placed as its parameter; nothing where it is not.
+  std::optional<Shard> shard_of_grad(const at::Tensor& grad, const Shard& param, const Place& place);
+  void await_norm(const Shard& param, const Place& place, const NormClip& norm_clip);
+  // The rest of the walk over a parameter, for ordinary tensors. `like` is the gradient that a new state is made like.
+  [[gnu::always_inline]] inline void add_covered(const Group& group, const StateNames& names, const Place& place,
+                                                 const Held& held, ParamStates& states, const at::Tensor& param,
+                                                 const at::Tensor& grad, const at::Tensor& like);
+  // Before a step is left to plain torch, which does not look.
+  [[gnu::noinline]] void check_memory(const at::Tensor& param, const at::Tensor& grad, const StateNames& names,
+                                      const ParamStates& states, const Place& place) const;
+  [[gnu::noinline]] bool covers_number(const Held& held, const at::Tensor& param, const Place& place, const Name& name,
+                                       const at::Tensor*& number);
+  [[gnu::noinline]] bool cover_states(const Group& group, const Held& held, const at::Tensor& param, const at::Tensor& like,
+                                      const Place& place, const StateNames& names, ParamStates& states);
+  [[gnu::noinline]] Part& part_of(c10::Device device, PyObject* reduction);
+
+  const Rules::Id rule_;
+  const bool in_place_;  // the rule has no parameters: gradients are clipped
+  std::vector<Part> parts_;
+  Part* part_ = nullptr;             // the last one
+  PyObject* reduction_ = nullptr;          // of the parameter, where a norm is asked for
+  size_t parameter_ = 0;                   // the position, over all groups
+  Borrowed borrowed_;
+  Shards shards_;
+  States states_{borrowed_, shards_};
+  std::unordered_set<c10::TensorImpl*> seen_;  // gradients to be clipped in place
+  uint64_t addresses_ = 0;                 // a hash of all that this step writes, and of gradients in shared storages,
+  uint64_t disjoint_addresses_ = 0;        // and of the last ones found not to overlap
+  std::string reason_;
+  Masters masters_;
+  std::string undone_;
+  std::optional<c10::Device> first_device_;
+};
+
+}  // namespace fastclip

@@ -1,0 +1,90 @@
+// torch.optim.Adam, and AdamW by `decoupled_weight_decay`.
+#pragma once
+
+#include "rule.h"
+
+namespace fastclip {
+
+struct Adam {
+  static constexpr const char* kName = "adam";
+  static constexpr std::array kStates = {StateArray{"exp_avg", true}, StateArray{"exp_avg_sq", false},
+                                         StateArray{"max_exp_avg_sq", false}};
+  static constexpr Scalar kScalar = kNoScalar;
+  static constexpr bool kCountsSteps = true;
+  static constexpr bool kFilledByFirstStep = false;
+  static constexpr bool kClipsInPlace = false;
+  static constexpr int kKernels[] = {2, 3};
+  static constexpr bool kIsCommon = true;
+
+  struct Settings {
+    double beta1;
+    double beta2;
+    double eps;
+    bool amsgrad;
+    bool decoupled_weight_decay;
+  };
+  template <class Group>
+  static void read(const Group& group, Settings& settings) {
+    static const typename Group::Key kBetas("betas"), kEps("eps"), kAmsgrad("amsgrad"),
+        kDecoupled("decoupled_weight_decay");
+    group.betas(kBetas, settings.beta1, settings.beta2);
+    settings.eps = group.number(kEps);
+    settings.amsgrad = group.flag(kAmsgrad);
+    settings.decoupled_weight_decay = group.flag(kDecoupled);
+  }
+  static double new_value(const Settings&) { return 0; }
+
+  static constexpr Terms kIsAmsgrad = 2, kWeightDecay = 4;  // added to the gradient
+  static constexpr int kSwitches = 3;
+  static Terms terms(const SharedHyper& hyper, const Settings& settings) {
+    return (settings.amsgrad ? kIsAmsgrad : 0) |
+           (hyper.weight_decay != 0 && !settings.decoupled_weight_decay ? kWeightDecay : 0);
+  }
+  FASTCLIP_HD static constexpr Terms canonical(Terms terms) { return terms & ~kFirst; }
+  FASTCLIP_HD static constexpr uint32_t reads(Terms terms) { return terms & kIsAmsgrad ? 7 : 3; }
+  FASTCLIP_HD static constexpr uint32_t writes(Terms terms) { return reads(terms); }
+
+  template <class T>
+  struct Constants {
+    T negative_step_size;
+    T weight_decay;
+    T decay;  // decoupled: what it leaves of a parameter. 1 where there is none, which changes no bits
+    T lerp_weight;
+    T beta2;
+    T one_minus_beta2;
+    T bias_correction2_sqrt;
+    T eps;
+  };
+  FASTCLIP_HD static Constants<double> constants(const SharedHyper& hyper, const Settings& settings, double lr,
+                                                 const Progress& at) {
+    return {-(lr / (1 - pow(settings.beta1, at.step))),
+            hyper.weight_decay,
+            settings.decoupled_weight_decay ? 1 - lr * hyper.weight_decay : 1.0,
+            1 - settings.beta1,
+            settings.beta2,
+            1 - settings.beta2,
+            pow(1 - pow(settings.beta2, at.step), 0.5),
+            settings.eps};
+  }
+
+  template <class T>
+  FASTCLIP_HD static void update(Terms terms, const Constants<T>& c, T& param, T d, T* states) {
+    using std::fma, std::sqrt;  // of T, not of double
+    T& exp_avg = states[0];
+    T& exp_avg_sq = states[1];
+    if (terms & kWeightDecay) d = fma(c.weight_decay, param, d);
+    param = param * c.decay;
+    exp_avg = lerp(exp_avg, d, c.lerp_weight);
+    exp_avg_sq = fma(c.one_minus_beta2 * d, d, exp_avg_sq * c.beta2);
+    T square = exp_avg_sq;
+    if (terms & kIsAmsgrad) {
+      T& largest = states[2];
+      largest = square > largest || square != square ? square : largest;  // NaN stays, as in torch.maximum
+      square = largest;
+    }
+    const T denominator = sqrt(square) / c.bias_correction2_sqrt + c.eps;
+    param = param + c.negative_step_size * exp_avg / denominator;
+  }
+};
+
+}  // namespace fastclip

@@ -1,0 +1,90 @@
+// The list of all update rules, and the way from a rule that is chosen at run time to its type.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <tuple>
+
+#include "adam.h"
+#include "clip_grad.h"
+#include "rule.h"
+#include "sgd.h"
+
+namespace fastclip {
+
+template <class R>
+struct Tag {
+  using Rule = R;
+};
+
+template <class... AllRules>
+struct RuleList {
+  static constexpr int kCount = sizeof...(AllRules);
+
+  // One of the list: there is no other way to come by one than `id_of` and `find`.
+  class Id {
+   public:
+    constexpr int index() const { return index_; }
+
+   private:
+    friend RuleList;
+    explicit constexpr Id(int index) : index_(index) {}
+    int index_;
+  };
+
+  template <class R>
+  static constexpr Id id_of() {
+    static_assert((std::is_same_v<R, AllRules> || ...), "not in the list of rules");
+    int i = 0, found = 0;
+    ((found = std::is_same_v<R, AllRules> ? i : found, ++i), ...);
+    return Id(found);
+  }
+
+  // Calls found(id) for the first rule that is wanted(tag). Returns whether there was one.
+  template <class Wanted, class Found>
+  static bool find(const Wanted& wanted, const Found& found) {
+    return ((wanted(Tag<AllRules>{}) && (found(id_of<AllRules>()), true)) || ...);
+  }
+
+  // Calls body(tag) for the rule, and returns what it does.
+  template <class Body>
+  static decltype(auto) visit(Id id, const Body& body) {
+    return visit_from<0>(id, body);
+  }
+
+  template <class Body>
+  static constexpr void each(const Body& body) {
+    (body(Tag<AllRules>{}), ...);
+  }
+
+  static constexpr size_t kSettingsBytes = std::max({sizeof(typename AllRules::Settings)...});
+  static constexpr size_t kConstantsBytes = std::max({sizeof(typename AllRules::template Constants<double>)...});
+
+ private:
+  template <int kIndex, class Body>
+  static decltype(auto) visit_from(Id id, const Body& body) {
+    using Rule = std::tuple_element_t<kIndex, std::tuple<AllRules...>>;
+    if constexpr (kIndex + 1 < kCount) {
+      if (id.index() != kIndex) return visit_from<kIndex + 1>(id, body);
+    }
+    return body(Tag<Rule>{});
+  }
+};
+
+// The only list. Python finds a rule by its kName.
+using Rules = RuleList<SGD, Adam, ClipGrad>;
+
+// All hyperparameters of one group: those that all rules have, and those of its rule.
+struct Hyper : SharedHyper {
+  alignas(double) unsigned char settings[Rules::kSettingsBytes];
+
+  template <class R>
+  FASTCLIP_HD const typename R::Settings& of() const {
+    return *reinterpret_cast<const typename R::Settings*>(settings);
+  }
+};
+
+// The terms of a tensor of the group, whose states this step fills or updates.
+FASTCLIP_HD Terms terms_of(const Hyper& hyper, bool is_first) { return hyper.terms | (is_first ? kFirst : 0); }
+
+}  // namespace fastclip

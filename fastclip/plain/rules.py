@@ -1,0 +1,117 @@
+"""The table of rules: what csrc/rules says of each, and how plain torch updates one parameter by it.
+
+torch's own code does the update where torch has the optimizer.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch.optim.adam import adam
+from torch.optim.sgd import sgd
+
+
+class Rule(NamedTuple):
+    """One row.
+
+    Attributes:
+        name: as in csrc/rules.
+        title: of the optimizer, in messages.
+        update: update(group, param, grad, states, step) changes `param`, a tensor in the type it is computed in, and
+            `states`, a dict of its state tensors in such types, by `grad`, which is clipped. It counts up `step`
+            where `counts_steps`.
+        arrays: the names of all state tensors of a parameter's shape.
+        states: states(group) are those of them that a group has.
+        scalar: the name of a number that is kept of each parameter, and its first value; or None.
+        counts_steps: whether torch keeps `step`.
+        momentum: the state that `momentum_dtype` is about, or None.
+        filled_by_first_step: the first step makes the states of the gradient; else they begin as `new_value(group)`.
+        numbers: the settings that are numbers, besides those that all rules have.
+        takes_sparse, takes_nested, takes_complex: kinds of gradients.
+    """
+
+    name: str
+    title: str
+    update: Callable
+    arrays: tuple[str, ...]
+    states: Callable
+    scalar: tuple[str, float] | None = None
+    counts_steps: bool = True
+    momentum: str | None = None
+    filled_by_first_step: bool = False
+    new_value: Callable = lambda group: 0.0
+    numbers: tuple[str, ...] = ()
+    takes_sparse: bool = False
+    takes_nested: bool = False
+    takes_complex: bool = True
+
+    @property
+    def number_states(self):
+        """The names of the states that are single numbers."""
+        return ("step",) if self.scalar is None else ("step", self.scalar[0])
+
+
+def picked(group, *names):
+    return {name: group[name] for name in names}
+
+
+def update_sgd(group, param, grad, states, step):
+    if isinstance(group["weight_decay"], torch.Tensor) and group["weight_decay"].requires_grad:
+        grad = grad.clone()  # torch then adds the decay in place
+    buffers = [states.get("momentum_buffer")]
+    sgd(
+        [param],
+        [grad],
+        buffers,
+        has_sparse_grad=grad.is_sparse,
+        foreach=False,
+        fused=False,
+        **picked(group, "weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize"),
+    )
+    if "momentum_buffer" in states:
+        states["momentum_buffer"] = buffers[0]
+
+
+def update_adam(group, param, grad, states, step):
+    largest = [states["max_exp_avg_sq"]] if group["amsgrad"] else []
+    adam(
+        [param],
+        [grad],
+        [states["exp_avg"]],
+        [states["exp_avg_sq"]],
+        largest,
+        [step],
+        foreach=False,
+        fused=False,
+        capturable=False,
+        has_complex=param.is_complex(),
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        **picked(group, "amsgrad", "lr", "weight_decay", "eps", "maximize", "differentiable", "decoupled_weight_decay"),
+    )
+
+
+SGD = Rule(
+    "sgd",
+    "SGD",
+    update_sgd,
+    arrays=("momentum_buffer",),
+    states=lambda group: ("momentum_buffer",) if group["momentum"] != 0 else (),
+    counts_steps=False,
+    momentum="momentum_buffer",
+    filled_by_first_step=True,
+    numbers=("momentum", "dampening"),
+    takes_sparse=True,
+    takes_nested=True,
+)
+ADAM = Rule(
+    "adam",
+    "Adam",
+    update_adam,
+    arrays=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+    states=lambda group: ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if group["amsgrad"] else 2],
+    momentum="exp_avg",
+    numbers=("betas", "eps"),
+)
+
+RULES = (SGD, ADAM)

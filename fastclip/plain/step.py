@@ -1,0 +1,248 @@
+"""One step: clips, then the rule's update of each parameter. Read this to know what fastclip computes."""
+
+import math
+
+import torch
+from torch.optim.optimizer import _get_scalar_dtype
+
+from .._extension import _C
+from ..clip_stats import ClipStats
+from ..distributed import total_measure
+from .checks import check
+from .measure import measure_of, norm_of
+from .rounding import SIXTEEN_BIT, Rounding, compute_dtype, has_master, state_dtype
+from .values import item_of, number_of, overlap_in_part, values_of
+
+
+def scaling_of(norm, max_norm):
+    """What `clip_grad_norm_` multiplies by, as two factors: (unit, coefficient); `max_norm=inf` asks for the norm only.
+
+    The unit is 1, and 2^-100 where the coefficient alone would be subnormal in float32, and lose its digits.
+    """
+    if max_norm == math.inf:
+        return torch.ones_like(norm), torch.ones_like(norm)
+    threshold, total = torch.full_like(norm, max_norm), norm + 1e-6  # number / tensor rounds twice
+    small = (threshold / total < 2.0**-126) & (max_norm > 0) & (norm < math.inf)
+    unit = torch.ones_like(norm).masked_fill(small, 2.0**-100)
+    return unit, torch.clamp(threshold / (total * unit), max=1.0)
+
+
+def scaled(grad, factors, in_place=False):
+    """The gradient times scalar tensors, one after the other."""
+    for factor in factors:
+        factor = factor.to(grad.device, grad.real.dtype)
+        grad = grad.mul_(factor) if in_place else grad * factor
+    return grad
+
+
+def bounds(clip_value, dtype=torch.float64):
+    """(low, high) of a value clip given as a number or as a pair, rounded to the gradients' dtype."""
+    return _C.clip_bounds(clip_value, dtype)
+
+
+def clips_value(group):
+    """Whether the value clip of a group bounds anything."""
+    return any(map(math.isfinite, bounds(group["clip_value"])))
+
+
+def in_plain_numbers(rule, group):
+    """A group whose settings torch takes, whatever its numbers were given as."""
+    plain = {}
+    for name in ("lr", "weight_decay", "max_norm", *rule.numbers):
+        if name == "betas":
+            plain[name] = tuple(map(number_of, group[name]))
+        elif group[name] is not None:
+            plain[name] = number_of(group[name])
+    return {**group, **plain}
+
+
+def widened(grad, param):
+    """A gradient in the type that it is computed in."""
+    return grad.to(compute_dtype(param)) if grad.dtype in SIXTEEN_BIT else grad
+
+
+def unscaled(param, inverse_scale):
+    """The gradient divided by the scale of AMP; `param.grad` itself is left alone."""
+    grad = param.grad.clone() if overlap_in_part(param, param.grad) else param.grad.resolve_conj()
+    return grad if inverse_scale is None else widened(grad, param) * inverse_scale.to(grad.device)
+
+
+def clamped(grad, clip_value, dtype):
+    """`grad` clamped to bounds that are rounded to `dtype`, as clamp_ does, and how many elements that moved."""
+    low, high = bounds(clip_value, dtype)
+    return grad.clamp(low, high), ((grad < low) | (grad > high)).detach().sum()
+
+
+@torch.no_grad()
+def step(rule, groups, state, grad_scale=None, found_inf=None, reductions=None):
+    """One step by `rule` over `groups` (a list of dicts) with `state` (a dict of dicts by parameter).
+
+    Order: unscale, value clip, norm clip, update.
+
+    Args:
+        rule (Rule): of `plain.rules`.
+        grad_scale, found_inf (Tensor, optional): AMP's.
+        reductions (dict, optional): the Reduction of each parameter of a sharded model.
+
+    Returns:
+        ClipStats: whose `skipped_steps` counts this step only.
+    """
+    groups = [in_plain_numbers(rule, group) for group in groups]
+    check(rule, groups, state)
+    stepped = [[p for p in group["params"] if p.grad is not None] for group in groups]
+    params = [p for of_group in stepped for p in of_group]
+    max_norm, skip_nonfinite = groups[0]["max_norm"], groups[0]["skip_nonfinite"]
+    norm_type = math.inf if max_norm is None else float(groups[0]["norm_type"])
+    inverse_scale = None if grad_scale is None else grad_scale.double().reciprocal().float()
+    moved, looked_at = 0, 0
+    with torch.set_grad_enabled(any(group["differentiable"] for group in groups)):
+        grads = []
+        for group, of_params in zip(groups, stepped, strict=True):
+            of_group = [unscaled(p, inverse_scale) for p in of_params]
+            if clips_value(group):
+                pairs = [
+                    clamped(g, group["clip_value"], p.grad.dtype) for g, p in zip(of_group, of_params, strict=True)
+                ]
+                of_group = [grad for grad, _ in pairs]
+                moved = sum((count.to(pairs[0][1].device) for _, count in pairs), start=moved)
+                looked_at += sum(g.numel() for g in of_group)
+            grads.append(of_group)
+        norm = None
+        if max_norm is not None or skip_nonfinite:
+            flat = [values_of(g) for of_group in grads for g in of_group]
+            if skip_nonfinite:  # a value clip would hide what it has to see
+                raw = [values_of(p.grad) for p in params]
+                flat = flat if all(item_of(g.isfinite().all(), unknown=True) for g in raw) else raw
+            of_params = dict(zip(params, flat, strict=True))  # one that is given twice counts once
+            measure, found_inf = measure_of_all(of_params, of_params.values(), norm_type, found_inf, reductions)
+            norm = norm_of(measure, norm_type)
+        if found_inf is not None and item_of(found_inf, unknown=0) != 0:
+            return stats_of(groups, math.inf, skipped=True)
+        if skip_nonfinite and not item_of(measure.isfinite().all(), unknown=True):
+            return stats_of(groups, norm, skipped=True)
+        if max_norm is not None:
+            factors = scaling_of(norm, max_norm)
+            grads = [
+                [scaled(widened(g, p), factors) for g, p in zip(*of_group, strict=True)]
+                for of_group in zip(grads, stepped, strict=True)
+            ]
+        first = 0
+        for group, of_group in zip(groups, grads, strict=True):
+            update_group(rule, group, of_group, state, first)
+            first += len(group["params"])
+    return stats_of(groups, norm, moved, looked_at)
+
+
+def measure_of_all(params, grads, norm_type, found_inf, reductions):
+    """The measure of the gradients of a whole model, and AMP's verdict on them: over all ranks of a sharded one."""
+    if not reductions:
+        return measure_of(grads, norm_type), found_inf
+    of_class = {}
+    for param, grad in zip(params, grads, strict=True):
+        of_class.setdefault(reductions[param], []).append(grad)
+    measures = [(reduction, measure_of(of_one, norm_type)) for reduction, of_one in of_class.items()]
+    return total_measure([r for r in dict.fromkeys(reductions.values()) if r.groups], measures, norm_type, found_inf)
+
+
+def stats_of(groups, norm, moved=0, looked_at=0, skipped=False):
+    """ClipStats of a step in which the value clip moved so many of the elements that it looked at."""
+    max_norm = groups[0]["max_norm"]
+    device = next((p.device for group in groups for p in group["params"]), torch.device("cpu"))
+    norm = None if max_norm is None else torch.as_tensor(norm, dtype=torch.float64, device=device).detach()
+    fraction = None
+    if any(map(clips_value, groups)):
+        fraction = torch.as_tensor(moved, dtype=torch.float64, device=device) / max(looked_at, 1)
+    return ClipStats(
+        total_norm=norm,
+        clip_coefficient=None if norm is None else math.prod(scaling_of(norm, max_norm)),
+        clamped_fraction=fraction,
+        skipped=torch.tensor(skipped, device=device),
+        skipped_steps=torch.tensor(int(skipped), device=device),
+    )
+
+
+def update_group(rule, group, grads, state, first):
+    """Updates the parameters of one group by the given gradients, `first` being the place of its first parameter among
+    those of all groups.
+
+    One parameter after the other, as torch does it: they may share memory.
+    """
+    params = [p for p in group["params"] if p.grad is not None]
+    names = rule.states(group)
+    counts = rule.counts_steps or group["stochastic_rounding"]
+    own_states = []
+    for p in params:
+        own = state[p] if names or counts or rule.scalar or has_master(group, p) else {}
+        make_states(rule, group, p, own, names, counts)
+        own_states.append(own)
+    kept = [{name: own.get(name) for name in names} for own in own_states]  # a parameter may be there twice
+    for p, grad, own, before, place in zip(params, grads, own_states, kept, places_of(group, first), strict=True):
+        wide = wide_param(group, p, own)
+        states = {name: widened_state(rule, before[name], wide) for name in names}
+        if rule.scalar:
+            states[rule.scalar[0]] = own[rule.scalar[0]]
+        # A buffer that SGD's first step fills has the gradient's dtype, which `p.grad_dtype` may let be another.
+        grad = widened(grad, p) if rule.filled_by_first_step else grad.to(wide.dtype)
+        rule.update(group, wide, grad, states, own.get("step"))
+        if counts and not rule.counts_steps:
+            own["step"] += 1
+        rounding = Rounding(group, place, own.get("step"))
+        if wide is not p:
+            rounding.store(0, p, wide)
+        for name in names:
+            to = before[name]
+            if to is None:
+                to = own[name] = first_state(rule, group, p, name, states[name])
+            if states[name] is not to:
+                rounding.store(1 + rule.arrays.index(name), to, states[name])
+
+
+def make_states(rule, group, param, own, names, counts):
+    """Makes what a parameter's first step needs."""
+    if counts and "step" not in own:
+        own["step"] = new_number(0.0)
+    if rule.scalar:
+        own.setdefault(rule.scalar[0], new_number(rule.scalar[1]))
+    if not rule.filled_by_first_step:
+        for name in names:
+            if own.get(name) is None:
+                dtype = state_dtype(rule, group, param, name)
+                own[name] = torch.full_like(param, rule.new_value(group), dtype=dtype)
+
+
+def first_state(rule, group, param, name, filled):
+    """The state that a first step has filled, in its own dtype: the one asked for, or torch's, which depends on the
+    gradient's."""
+    if has_master(group, param) or group["momentum_dtype"]:
+        dtype = state_dtype(rule, group, param, name)
+    else:
+        dtype = param.grad.dtype
+        dtype = torch.promote_types(dtype, param.dtype) if group["weight_decay"] != 0 else dtype
+    return filled if filled.dtype == dtype else torch.empty_like(filled, dtype=dtype)
+
+
+def widened_state(rule, state, wide):
+    """A state in the type it is computed in. SGD's buffer, if it is wider, keeps its precision, as in torch."""
+    if state is None or (rule.filled_by_first_step and state.dtype not in SIXTEEN_BIT):
+        return state
+    return state.to(wide.dtype)
+
+
+def new_number(value):
+    """On the CPU, where the host reads it; the kernels move it to the parameter's device. Of a literal, whose value is
+    known of fake tensors, too."""
+    return torch.tensor(value, dtype=_get_scalar_dtype(), device="cpu")
+
+
+def places_of(group, first):
+    """The place, among the parameters of all groups, of each one with a gradient."""
+    return [first + i for i, p in enumerate(group["params"]) if p.grad is not None]
+
+
+def wide_param(group, param, own):
+    """What a rule updates: the parameter itself, or in float32 a 16-bit one, or its master weights."""
+    if not has_master(group, param):
+        return param.to(compute_dtype(param))
+    if "master_param" not in own:
+        own["master_param"] = param.detach().float()
+    return own["master_param"]

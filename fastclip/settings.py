@@ -1,0 +1,46 @@
+"""The settings that fastclip adds to an optimizer's groups: named once, here."""
+
+import inspect
+from typing import TypedDict
+
+import torch
+
+# The values that mean torch's own step.
+OWN_SETTINGS = {
+    "clip_value": None,
+    "max_norm": None,
+    "norm_type": 2.0,
+    "skip_nonfinite": False,
+    "master_weights": False,
+    "stochastic_rounding": False,
+    "rounding_seed": 0,
+    "momentum_dtype": None,
+}
+SHARED_SETTINGS = ("max_norm", "norm_type", "skip_nonfinite")  # the same in all groups
+
+
+class ClipSettings(TypedDict, total=False):
+    """The keywords that each optimizer of fastclip takes besides torch's; see `fastclip.SGD` for what they mean."""
+
+    clip_value: float | tuple[float, float] | None
+    max_norm: float | None
+    norm_type: float
+    skip_nonfinite: bool
+    master_weights: bool
+    stochastic_rounding: bool
+    rounding_seed: int
+    momentum_dtype: torch.dtype | None
+
+
+def lists_clip_settings(init):
+    """Has `help()` and `inspect.signature` list the settings by name in place of `**clip`."""
+    signature = inspect.signature(init)
+    own = [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=value, annotation=ClipSettings.__annotations__[name]
+        )
+        for name, value in OWN_SETTINGS.items()
+    ]
+    others = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    init.__signature__ = signature.replace(parameters=[*others, *own])
+    return init
