@@ -20,7 +20,7 @@ PY := $(VENV)/bin/python
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 endif
 
-.PHONY: help demo article study test fuzz soak sanitize bench gpu build format clean
+.PHONY: help demo article study test fuzz soak sanitize bench gpu build format lint clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):[^#]*## */  make \1	/p' Makefile
@@ -61,8 +61,17 @@ build: .requirements  ## the extension, in place
 	@$(PY) setup.py build_ext --inplace > build.log 2>&1 || { cat build.log; exit 1; }
 	@$(PY) -m fastclip
 
-format: build  ## ruff
-	$(PY) -m ruff format . && $(PY) -m ruff check --fix .
+CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+format: .requirements  ## writes all code in the project's format: ruff, clang-format; nothing is built
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	clang-format -i $(CXX_FILES)
+
+lint: .requirements  ## the same, and changes nothing: fails where `make format` would change something
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	clang-format --dry-run --Werror $(CXX_FILES)
 
 clean:  ## what was built
 	rm -rf build build.log fastclip/_C*.so fastclip/_build_info.py

@@ -1,12 +1,17 @@
 """Steps in the backward pass: each gradient is clipped, applied and freed soon after autograd has computed it."""
 
+from collections.abc import Iterator
 from contextlib import contextmanager
+
+import torch
 
 from .in_backward_checks import check_arguments
 from .in_backward_passes import Passes
 
 
-def step_in_backward(model, optimizer, *, bucket_cap_mb=4.0):
+def step_in_backward(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, bucket_cap_mb: float = 4.0
+) -> "StepInBackward":
     """Lets `backward()` update the parameters, and free each gradient as soon as it was used.
 
     After each backward pass parameters and state are, to the bit, as after `optimizer.step()` and
@@ -69,12 +74,12 @@ class StepInBackward:
         ...     model(x2).sum().backward()  # steps on their sum
     """
 
-    def __init__(self, optimizer, passes):
+    def __init__(self, optimizer: torch.optim.Optimizer, passes: Passes) -> None:
         self._optimizer = optimizer
         self._passes = passes
 
     @contextmanager
-    def accumulate(self):
+    def accumulate(self) -> Iterator[None]:
         """Within it, backward passes add to the gradients and update nothing. The next pass outside of it, or
         `optimizer.step()`, takes the step on the sums.
 
@@ -91,7 +96,7 @@ class StepInBackward:
         finally:
             self._passes.accumulating = before
 
-    def remove(self):
+    def remove(self) -> None:
         """From now on only `optimizer.step()` steps. Gradients that are there stay. May be called twice.
 
         Example:
@@ -99,10 +104,10 @@ class StepInBackward:
         """
         self._passes.remove()
 
-    def __enter__(self):
+    def __enter__(self) -> "StepInBackward":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
     def __reduce_ex__(self, _):

@@ -250,8 +250,8 @@ class ClippedOptimizer(torch.optim.Optimizer):
             self.__dict__.pop("found_inf", None)
             raise
 
-    step.hooked = True  # tells torch not to wrap it
-    step.__signature__ = inspect.signature(torch.optim.Optimizer.step)  # (self, closure=None)
+    step.hooked = True  # type: ignore[attr-defined]  # tells torch not to wrap it
+    step.__signature__ = inspect.signature(torch.optim.Optimizer.step)  # type: ignore[attr-defined]  # (self, closure=None)
 
     def _step(self, closure=None):
         loss = None
