@@ -57,7 +57,7 @@ def step_in_backward(
 
     Example:
         >>> opt = fastclip.SGD(model.parameters(), lr=0.01, momentum=0.9, clip_value=0.01)
-        >>> fastclip.step_in_backward(model, opt)
+        >>> in_backward = fastclip.step_in_backward(model, opt)
         >>> model(x).square().sum().backward()  # and that was the step
     """
     check_arguments(model, optimizer, bucket_cap_mb)
@@ -86,6 +86,7 @@ class StepInBackward:
         All gradients are in memory from one pass to the next: that is what adding them up costs.
 
         Example:
+            >>> in_backward = fastclip.step_in_backward(model, opt)
             >>> with in_backward.accumulate():
             ...     (loss(x1) / 2).backward()
             >>> (loss(x2) / 2).backward()

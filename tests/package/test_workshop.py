@@ -72,7 +72,17 @@ def test_the_issue_template_asks_for_what_python_m_fastclip_prints():
 
 
 def test_an_installed_package_holds_the_types_and_the_one_version(tmp_path):
-    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", tmp_path, "egg_info", "--egg-base", tmp_path]
+    command = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "build_py",
+        "--build-lib",
+        tmp_path,
+        "egg_info",
+        "--egg-base",
+        tmp_path,
+    ]
     subprocess.run([*map(str, command)], cwd=ROOT, check=True, capture_output=True)
     assert {"py.typed", "_C.pyi", "__init__.py"} <= {path.name for path in (tmp_path / "fastclip").iterdir()}
     information = (tmp_path / "fastclip.egg-info/PKG-INFO").read_text()
