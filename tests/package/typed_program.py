@@ -21,7 +21,7 @@ scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 10)
 fastclip.AdamW.step(optimizer)
 optimizer.zero_grad(set_to_none=True)
 optimizer.load_state_dict(optimizer.state_dict())
-optimizer.totl_norm  # error: attr-defined
+print(optimizer.totl_norm)  # error: attr-defined
 
 norm: torch.Tensor = fastclip.clip_grad_norm_(model.parameters(), 5.0, norm_type=2)
 fastclip.clip_grad_value_(model.weight, (-0.1, 0.1))
@@ -40,7 +40,7 @@ fastclip.step_in_backward(model, optimizer, 8)  # error: call-arg
 def log(stats: fastclip.ClipStats) -> float:
     norm = stats.total_norm
     stats.total_norm.item()  # error: union-attr
-    stats.norm  # error: attr-defined
+    print(stats.norm)  # error: attr-defined
     return 0.0 if norm is None else norm.item()
 
 
