@@ -58,7 +58,7 @@ def test_the_state_of_adam_replaced_while_it_is_looked_up(call, stepped, run_in_
     optimizer = fastclip.Adam(params, lr=1.0, betas=(0.5, 0.75), eps=0.0)
     if stepped:
         optimizer.step()
-        optimizer.load_state_dict(optimizer.state_dict())  # into another dict: all are looked up anew
+        optimizer.load_state_dict(optimizer.state_dict())  # into another dict: all are looked up again
     garbage = []
 
     def drop():

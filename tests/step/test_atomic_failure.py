@@ -200,7 +200,7 @@ def of_groups(name, value, error, words):
     return setting(1, name, value), error, rf"{words} in param_groups\[1\]"
 
 
-# Of Adam, besides: what its states and settings can be.
+# More for Adam: what can be wrong with its states and settings.
 CASES_OF_ADAM = {
     "sparse gradient": (sparse_gradient, RuntimeError, f"does not support sparse gradients, as that of {B}"),
     "resized with gradient": (resized_parameter_and_gradient, ValueError, f"exp_avg of {B} has another shape"),

@@ -161,7 +161,7 @@ def test_states_of_adam_have_the_strides_of_torchs(param_format, grad_format):
 
 @pytest.mark.parametrize("rule", [RULES[0], RULES[4], ADAM], ids=["plain", "momentum", "adam"])
 def test_strides_of_dimensions_of_size_1_mean_nothing(rule):
-    """Of parameters and gradients: both are taken by the kernels, whatever such a stride says."""
+    """The kernels take such parameters and gradients, whatever the stride says."""
     loop, theirs, optimizer, ours = pair([(4, 1, 3), (1, 6), (5, 1), (6, 1, 9)], CLIPS["value"], **rule)
     ours[1].data = ours[1].data.as_strided((1, 6), (77, 1))
     ours[3].data = ours[3].data.transpose(0, 2).contiguous().transpose(0, 2)  # not contiguous in any case

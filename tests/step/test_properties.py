@@ -34,7 +34,7 @@ def test_the_command_says_what_it_did_and_how_to_repeat_it(capsys):
 @pytest.mark.slow
 @pytest.mark.falls_back
 def test_a_planted_error_is_found_and_shrunk(monkeypatch, capsys):
-    """Of one unit in the last place, where there is weight decay."""
+    """The error is one unit in the last place, where there is weight decay."""
 
     class Wrong(fastclip.SGD):
         def step(self, closure=None):
