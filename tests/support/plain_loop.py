@@ -20,7 +20,7 @@ from .tensors import writable
 
 
 class PlainLoop:
-    """A loop over all groups. The reference steps the parameters in `by_reference`; `reference_state` has their states."""
+    """A loop over all groups. The reference steps those in `by_reference`, whose states are in `reference_state`."""
 
     def __init__(self, rule, shared):
         self.rule, self.shared = getattr(torch.optim, rule), shared
