@@ -20,7 +20,7 @@ PY := $(VENV)/bin/python
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 endif
 
-.PHONY: help demo article study test fuzz soak sanitize bench gpu build format lint clean
+.PHONY: help demo article study check test fuzz soak sanitize bench gpu build format lint clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):[^#]*## */  make \1	/p' Makefile
@@ -36,6 +36,10 @@ study: build  ## what clipping does to training: 378 small trainings, 30 to 60 m
 
 # With pytest-xdist, in several processes: their OpenMP threads must not spin while another one's work.
 IN_PARALLEL = $(shell $(PY) -c "import xdist" 2>/dev/null && echo " -n auto --maxprocesses 4 --dist loadfile")
+
+check: export OMP_WAIT_POLICY ?= passive
+check: build  ## the tests of the step, without slow ones: under 90 seconds on two cores
+	$(PY) -m pytest $(IN_PARALLEL) -m "not slow" tests/step tests/drop_in/test_drop_in.py $(ARGS)
 
 test: export OMP_WAIT_POLICY ?= passive
 test: build  ## all tests

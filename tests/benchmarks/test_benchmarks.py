@@ -58,7 +58,7 @@ def test_one_wrong_bit_is_a_disagreement(monkeypatch):
 
 
 def test_one_wrong_bit_of_a_state_is_a_disagreement(monkeypatch):
-    """Of Adam's parameters the last bits may differ, of its averages none."""
+    """The last bits of Adam's parameters may differ, those of its averages may not."""
 
     def planted(params, clip, rule):
         optimizer, step = contenders.one_pass(params, clip, rule)

@@ -176,7 +176,7 @@ BUGS = {
         "static_cast<int32_t>(tile - entry.first_tile) * header.tile",
         ("huge",),
     ),
-    "table not uploaded anew": (
+    "table not uploaded again": (
         "step_cuda.cu",
         "if (bytes == table.uploaded) return cudaSuccess;",
         "return cudaSuccess;",
