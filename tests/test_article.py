@@ -18,10 +18,13 @@ from .recordings import tone, write_recordings, write_wav  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # examples/ is not installed
 
-from examples import article, safe_files, speech_data, update_memory  # noqa: E402  after the path is set
-from examples.acoustic_models import CTC_MODELS, DNN  # noqa: E402
-from examples.frame_labels import CEPSTRA, FrameLabels, cepstra  # noqa: E402
-from examples.speech_console import SpeechDataError  # noqa: E402
+from examples.article import __main__ as article  # noqa: E402  after the path is set
+from examples.article import update_memory  # noqa: E402
+from examples.article.frame_labels import CEPSTRA, FrameLabels, cepstra  # noqa: E402
+from examples.speech import data as speech_data  # noqa: E402
+from examples.speech.models import CTC_MODELS, DNN  # noqa: E402
+from examples.support import safe_files  # noqa: E402
+from examples.support.console import SpeechDataError  # noqa: E402
 
 
 @pytest.fixture
@@ -32,7 +35,7 @@ def folder(tmp_path):
 @pytest.fixture
 def no_picture(monkeypatch):
     """Drawing takes most of a tiny run."""
-    monkeypatch.setattr(article.article_report, "draw", lambda folder, *_: folder / "article.png")
+    monkeypatch.setattr(article.report, "draw", lambda folder, *_: folder / "article.png")
 
 
 def run_article(capsys, data, *more, out="out"):

@@ -1,6 +1,6 @@
 """What clipping does to training: threshold x learning rate x kind of clip x model, on spoken digits.
 
-    python -m examples.clipping_study
+    python -m studies.clipping
 
 Trains a small recogniser once per cell of the grid with fastclip.SGD (momentum 0.9). Each finished cell is a row of
 clipping.csv in --out; the same command goes on where a run was stopped. At the end come pictures and a table.
@@ -17,13 +17,15 @@ from pathlib import Path
 import torch
 
 from benchmarks import machine
+from examples.speech.batches import BATCH
+from examples.support import safe_files
+from examples.support.console import SpeechDataError, progress
+from examples.support.options import count, make_folder, make_parser
 
-from . import clipping_study_page, clipping_study_plots, clipping_study_summary, safe_files
-from .clipping_study_cell import MODELS, MOMENTUM, Cell, load_data, train_cell
-from .clipping_study_results import cell_of, read_rows, write_rows
-from .options import count, make_folder, make_parser
-from .speech_batches import BATCH
-from .speech_console import SpeechDataError, progress
+from . import page, plots
+from .cell import MODELS, MOMENTUM, Cell, load_data, train_cell
+from .results import cell_of, read_rows, write_rows
+from .summary import summary
 
 LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 THRESHOLDS = {"none": (None,), "value": (1e-4, 1e-3, 1e-2, 1e-1), "norm": (0.1, 1, 10, 100)}
@@ -55,22 +57,22 @@ def run(options):
             fill(missing, rows, options, table)
         wanted = set(cells)
         rows = [row for row in rows if cell_of(row) in wanted]
-        pictures = clipping_study_plots.draw(rows, options.out)
-    print("\n" + clipping_study_summary.summary(rows) + "\n")
+        pictures = plots.draw(rows, options.out)
+    print("\n" + summary(rows) + "\n")
     print(", ".join(map(str, [table, *pictures])))
     return 0
 
 
 def report(options):
     """Pictures and the page's tables from the rows there are; returns the exit code."""
-    rows = clipping_study_page.update(options.report, options.out)
-    print(", ".join(map(str, [options.report, *clipping_study_plots.draw(rows, options.out)])))
+    rows = page.update(options.report, options.out)
+    print(", ".join(map(str, [options.report, *plots.draw(rows, options.out)])))
     return 0
 
 
 def fill(missing, rows, options, table):
     """Trains the cells, and saves each as a row when it is done."""
-    found = machine.describe(options.arguments, "python -m examples.clipping_study")
+    found = machine.describe(options.arguments, "python -m studies.clipping")
     commit = (found["commit"] or "unknown") + ("+changes" if found["dirty"] else "")
     origin = {"torch": torch.__version__, "fastclip": found["versions"]["fastclip"],
               "machine": found["machine"]["cpu"], "commit": commit}  # fmt: skip
@@ -128,7 +130,7 @@ def alone_in(folder):
 
 
 def parse_arguments(arguments=None):
-    parser = make_parser("clipping_study", __doc__, out="study_output")
+    parser = make_parser("studies.clipping", __doc__, out="study_output")
     add = parser.add_argument
     add("--quick", action="store_true", help="a few cells: two learning rates, one threshold of each kind")
     add("--models", nargs="+", choices=MODELS, default=["gru", "cnn"], metavar="M",

@@ -1,6 +1,6 @@
 """Trains one speech recogniser four times in lockstep, to show what clipping does and what fastclip saves.
 
-    python -m examples.speech_demo
+    python -m examples.speech
 
 All arms start from the same parameters and see the same batches; only the clip and the update differ:
 
@@ -21,12 +21,13 @@ import time
 
 import torch
 
-from . import lockstep, speech_report
-from .options import add_seed_and_threads, count, make_folder, make_parser, positive
-from .speech_batches import BATCH, batches_of_like_length, ctc_loss, error_rate, extract
-from .speech_console import SpeechDataError, progress
-from .speech_data import digit_strings, own_recordings
-from .speech_model import SpeechModel
+from ..support import lockstep
+from ..support.console import SpeechDataError, progress
+from ..support.options import add_seed_and_threads, count, make_folder, make_parser, positive
+from . import report
+from .batches import BATCH, batches_of_like_length, ctc_loss, error_rate, extract
+from .data import digit_strings, own_recordings
+from .models import SpeechModel
 
 MOMENTUM = 0.9
 
@@ -72,21 +73,22 @@ def run(options):
         arm.wer = error_rate(arm.model, test_examples, speech)
 
     difference = lockstep.first_difference(arms[1], arms[2])
-    rows = speech_report.summarise(arms, baseline=lockstep.LOOP)
-    print("\n" + speech_report.table(rows, speech.caption, baseline=lockstep.LOOP) + "\n")
+    rows = report.summarise(arms, baseline=lockstep.LOOP)
+    print("\n" + report.table(rows, speech.caption, baseline=lockstep.LOOP) + "\n")
     picture, numbers = options.out / "speech_demo.png", options.out / "speech_demo.json"
-    speech_report.draw(arms, speech.caption, picture)
+    report.draw(arms, speech.caption, picture)
     settings = {
-        "command": shlex.join(["python", "-m", "examples.speech_demo", *options.arguments]),
         "epochs": options.epochs,
         "seed": options.seed,
+        "threads": options.threads,
         "lr": options.lr,
         "clip_value": options.clip_value,
         "momentum": MOMENTUM,
         "batch": BATCH,
         "identical_bits": difference is None,
     }
-    speech_report.save(numbers, rows, arms, speech, settings)
+    command = shlex.join(["python", "-m", "examples.speech", *options.arguments])
+    report.save(numbers, rows, arms, speech, settings, command)
     print(f"{picture}, {numbers} ({time.perf_counter() - began:.0f} s in all)")
     if difference is not None:
         print(f"error: the Python loop and fastclip differ: {difference}", file=sys.stderr)
@@ -97,7 +99,7 @@ def run(options):
 
 
 def parse_arguments(arguments=None):
-    parser = make_parser("speech_demo", __doc__, out="demo_output")
+    parser = make_parser("examples.speech", __doc__, out="demo_output")
     add_seed_and_threads(parser)
     add = parser.add_argument
     add("--epochs", type=count, metavar="N", default=10, help="default: %(default)s")

@@ -4,8 +4,9 @@ import math
 
 import matplotlib
 
-from .clipping_study_summary import KINDS, best_of, clip_name, groups_of, values_of
-from .speech_console import SpeechDataError
+from examples.support.console import SpeechDataError
+
+from .summary import KINDS, best_of, clip_name, groups_of, values_of
 
 # Okabe and Ito's colours can be told apart with any colour vision; markers and dashes say the same again.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -4,7 +4,7 @@
 
 Every model is trained three times in lockstep, from the same weights and on the same batches:
 
-    no clipping     torch.optim.SGD; a smaller learning rate can do instead of a clip, as speech_demo shows for the rnn
+    no clipping     torch.optim.SGD; a smaller learning rate can do instead of a clip, as the demo shows for the rnn
     Python loop     for p in model.parameters(): p.grad.data.clamp_(-0.01, 0.01), then torch.optim.SGD
     fastclip        fastclip.SGD(clip_value=0.01), which has to end at the very bits of the Python loop
 
@@ -32,12 +32,13 @@ import time
 
 import torch
 
-from . import article_report, lockstep
-from .article_tasks import CLIP_VALUE, RECIPES, fingerprint, make_tasks
-from .options import add_seed_and_threads, count, make_folder, make_parser
-from .safe_files import interrupts_between_steps, load_checkpoint, save_checkpoint
-from .speech_console import SpeechDataError, progress
-from .speech_data import digit_strings, own_recordings
+from ..speech.data import digit_strings, own_recordings
+from ..support import lockstep
+from ..support.console import SpeechDataError, progress
+from ..support.options import add_seed_and_threads, count, make_folder, make_parser
+from ..support.safe_files import interrupts_between_steps, load_checkpoint, save_checkpoint
+from . import report
+from .tasks import CLIP_VALUE, RECIPES, fingerprint, make_tasks
 
 UNHEARD_STRINGS = 200
 
@@ -118,11 +119,11 @@ def run(options):
 
     tasks = make_tasks(recipes, speech, options.seed)
     arms_of = {name: train(name, task, options) for name, task in tasks.items()}
-    rows = [row for name, task in tasks.items() for row in article_report.rows_of(name, task, arms_of[name])]
+    rows = [row for name, task in tasks.items() for row in report.rows_of(name, task, arms_of[name])]
     tests = list(next(iter(tasks.values())).tests)
     differences = {name: lockstep.first_difference(arms[1], arms[2]) for name, arms in arms_of.items()}
 
-    print("\n" + article_report.table(rows, tests))
+    print("\n" + report.table(rows, tests))
     if "dnn" in tasks:
         chance = ", ".join(f"{tasks['dnn'].chance(test):.1f} % ({test})" for test in tests)
         print(f"Always saying the most common of the 64 classes: {chance}.")
@@ -132,8 +133,8 @@ def run(options):
     settings |= {"recipes": {name: recipe._asdict() for name, recipe in recipes.items()}}
     settings |= {"identical_bits": {name: difference is None for name, difference in differences.items()}}
     command = shlex.join(["python", "-m", "examples.article", *options.arguments])
-    files = article_report.save(options.out, rows, speech.caption, settings, command)
-    picture = article_report.draw(options.out, arms_of, rows, tests, speech.caption)
+    files = report.save(options.out, rows, speech.caption, settings, command)
+    picture = report.draw(options.out, arms_of, rows, tests, speech.caption)
     print(f"{', '.join(map(str, [*files, picture]))} ({time.perf_counter() - began:.0f} s in all)")
     for name, difference in differences.items():
         if difference is not None:
@@ -145,7 +146,7 @@ def run(options):
 
 
 def parse_arguments(arguments=None):
-    parser = make_parser("article", __doc__, out="article_output")
+    parser = make_parser("examples.article", __doc__, out="article_output")
     add_seed_and_threads(parser)
     epochs = ", ".join(f"{recipe.epochs} {name}" for name, recipe in RECIPES.items())
     parser.add_argument("--model", choices=[*RECIPES, "all"], default="all", help="default: %(default)s")

@@ -2,14 +2,11 @@
 
 import json
 import math
-import platform
-from pathlib import Path
 from statistics import median
 
 import matplotlib
-import torch
 
-import fastclip
+from benchmarks import machine
 
 SMOOTHING = 0.9
 
@@ -48,7 +45,7 @@ def table(rows, caption, baseline):
 
 
 def smooth(values):
-    """Running mean, which starts anew at whatever is not finite."""
+    """Running mean, which starts again at whatever is not finite."""
     smoothed, mean = [], None
     keep = max(SMOOTHING, 1 - 100 / max(1, len(values)))  # smoother where there are thousands
     for value in values:
@@ -86,16 +83,6 @@ def draw(arms, caption, path):
     plt.close(figure)
 
 
-def _cpu_name():
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 def finite(value):
     """JSON knows no NaN and no infinity: null stands for them."""
     if isinstance(value, dict):
@@ -105,18 +92,12 @@ def finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def save(path, rows, arms, speech, settings):
+def save(path, rows, arms, speech, settings, command):
     """All numbers, and what they depend on, as JSON."""
     report = {
         "data": {"kind": speech.kind, "caption": speech.caption, "train": len(speech.train), "test": len(speech.test)},
         "settings": settings,
-        "machine": {"cpu": _cpu_name(), "system": platform.platform(), "threads": torch.get_num_threads()},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "fastclip": fastclip.__version__,
-            "fastclip_build": fastclip.build_info(),
-        },
+        **machine.describe([], command),
         "results": rows,
         "curves": {arm.name: {"loss": arm.losses, "norm_steps": arm.norm_steps, "norm": arm.norms} for arm in arms},
         "seconds": {arm.name: {"step": arm.step_seconds, "update": arm.update_seconds} for arm in arms},

@@ -9,7 +9,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .speech_console import SpeechDataError, progress
+from ..support.console import SpeechDataError, progress
 
 CEPSTRA, FIT_FRAMES, ITERATIONS = 13, 20_000, 20
 

@@ -12,11 +12,9 @@ from statistics import mean, median, quantiles
 import torch
 
 import fastclip
-
-from .acoustic_models import CNN
-from .speech_batches import BATCH, batches_of_like_length, ctc_loss, error_rate, extract
-from .speech_data import DIGIT_RATE, Speech, digit_clips, digit_string, own_recordings
-from .speech_model import SpeechModel
+from examples.speech.batches import BATCH, batches_of_like_length, ctc_loss, error_rate, extract
+from examples.speech.data import DIGIT_RATE, Speech, digit_clips, digit_string, own_recordings
+from examples.speech.models import CNN, SpeechModel
 
 # Small, so that a cell takes seconds: the effect of a clip is in the comparison, not in the best of error rates.
 MODELS = {
@@ -41,7 +39,7 @@ class Cell:
 
 @dataclasses.dataclass
 class Data:
-    """Examples as `speech_batches.extract` makes them."""
+    """Examples as `extract` makes them."""
 
     speech: Speech
     train: list

@@ -1,14 +1,42 @@
-"""Small acoustic models: the article's DNN, and a convolutional and two recurrent ones that learn by CTC.
+"""Small acoustic models: a recurrent and a convolutional one, which learn by CTC, and the article's DNN.
 
 All take log-mel features [batch, frames, mels], normalised. The DNN gives each frame's class, the others one output per
-four frames (`speech_model.output_length`).
+four frames (`output_length`).
 """
 
 from functools import partial
 
 from torch import nn
 
-from .speech_model import HIDDEN, MELS, STRIDE, SpeechModel
+from .features import MELS
+
+HIDDEN, STRIDE = 96, 4
+
+
+def output_length(frames):
+    """How many outputs the model gives for this many frames."""
+    return (frames - 1) // STRIDE + 1
+
+
+def outputs_needed(text):
+    """CTC needs one output per symbol, and a blank between equal neighbours."""
+    return len(text) + sum(a == b for a, b in zip(text, text[1:], strict=False))
+
+
+class SpeechModel(nn.Module):
+    """Features [batch, frames, mels] to log probabilities [outputs, batch, symbols + 1]; 0 is CTC's blank."""
+
+    def __init__(self, symbols, mels=MELS, cell=nn.GRU, hidden=HIDDEN, layers=2):
+        super().__init__()
+        self.conv = nn.Conv1d(mels, hidden, 9, stride=STRIDE, padding=4)
+        self.rnn = cell(hidden, hidden, num_layers=layers, bidirectional=True)
+        self.head = nn.Linear(2 * hidden, symbols + 1)
+
+    def forward(self, features):
+        hidden = self.conv(features.transpose(1, 2)).relu().permute(2, 0, 1)
+        # Not packed: batches of nearly equal length are faster as they are.
+        hidden, _ = self.rnn(hidden)
+        return self.head(hidden).log_softmax(-1)
 
 
 class DNN(nn.Module):
@@ -41,5 +69,4 @@ class CNN(nn.Module):
         return self.head(hidden.permute(2, 0, 1)).log_softmax(-1)
 
 
-# The recurrent one is the demo's.
 CTC_MODELS = {"cnn": CNN, "gru": SpeechModel, "lstm": partial(SpeechModel, cell=nn.LSTM)}

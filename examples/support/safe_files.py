@@ -7,7 +7,7 @@ import signal
 
 import torch
 
-from .speech_console import SpeechDataError
+from .console import SpeechDataError
 
 
 def write(path, content):

@@ -1,11 +1,11 @@
-"""What the examples take on the command line."""
+"""Options of the command line that several programs take."""
 
 import argparse
 import contextlib
 import math
 from pathlib import Path
 
-from .speech_console import SpeechDataError
+from .console import SpeechDataError
 
 
 def number(kind, low, above=False):
@@ -25,18 +25,18 @@ def number(kind, low, above=False):
 count, positive = number(int, 1), number(float, 0, above=True)
 
 
-def make_parser(name, doc, out):
-    """The parser of an example by its docstring `doc`, with its data and results, which go to the folder `out`."""
+def make_parser(module, doc, out):
+    """The parser of a program with the docstring `doc`: where its data are, and its results, by default in `out`."""
     about, _, more = doc.partition("\n\n")
     parser = argparse.ArgumentParser(
-        f"python -m examples.{name}",
+        f"python -m {module}",
         description=about,
         epilog=more,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--data", type=Path, metavar="DIR", help="your own wav files and transcripts.txt")
-    add("--cache", type=Path, metavar="DIR", default=Path(__file__).parents[1] / ".cache" / "speech",
+    add("--cache", type=Path, metavar="DIR", default=Path(__file__).parents[2] / ".cache" / "speech",
         help="where the fetched clips are kept (default: .cache/speech in the repository)")  # fmt: skip
     add("--out", type=Path, metavar="DIR", default=Path(out), help="for the results (default: %(default)s)")
     return parser

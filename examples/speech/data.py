@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from .speech_clips import find_clips
-from .speech_console import SpeechDataError
-from .speech_model import LogMel, output_length, outputs_needed
+from ..support.console import SpeechDataError
+from .clips import find_clips
+from .features import LogMel
+from .models import output_length, outputs_needed
 
 DIGIT_RATE, OWN_RATE = 8000, 16000
 TRAIN_STRINGS, TEST_STRINGS, MAX_DIGITS = 1200, 300, 3

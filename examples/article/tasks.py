@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from . import speech_batches
-from .acoustic_models import CTC_MODELS, DNN
+from ..speech.batches import BATCH, batches_of_like_length, ctc_loss, error_rate, extract
+from ..speech.models import CTC_MODELS, DNN
 from .frame_labels import FrameLabels
 
 MELS, CLASSES, CLIP_VALUE = 80, 64, 0.01
@@ -76,26 +76,26 @@ class TextTask:
         return CTC_MODELS[self.architecture](len(self.speech.symbols), MELS)
 
     def batches(self, generator):
-        return speech_batches.batches_of_like_length(self.train, generator)
+        return batches_of_like_length(self.train, generator)
 
     def loss_of(self, batch):
-        return speech_batches.ctc_loss([self.train[i] for i in batch])
+        return ctc_loss([self.train[i] for i in batch])
 
     def score(self, model, name):
-        return speech_batches.error_rate(model, self.tests[name], self.speech)
+        return error_rate(model, self.tests[name], self.speech)
 
 
 TASKS = {"dnn": FrameTask, "cnn": partial(TextTask, "cnn"), "rnn": partial(TextTask, "gru")}
 RECIPES = {
     "dnn": Recipe(lr=0.01, momentum=0, batch=32, epochs=3),  # lr and momentum are the article's
-    "cnn": Recipe(lr=0.03, momentum=0.9, batch=speech_batches.BATCH, epochs=6),
-    "rnn": Recipe(lr=0.03, momentum=0.9, batch=speech_batches.BATCH, epochs=6),
+    "cnn": Recipe(lr=0.03, momentum=0.9, batch=BATCH, epochs=6),
+    "rnn": Recipe(lr=0.03, momentum=0.9, batch=BATCH, epochs=6),
 }
 
 
 def make_tasks(recipes, speech, seed):
     """A dict of tasks by name, on the same features of the same utterances."""
-    train, test, unheard = speech_batches.extract(speech, MELS, per_utterance=True)
+    train, test, unheard = extract(speech, MELS, per_utterance=True)
     tests = {"held out": test} if speech.kind == "own" else {"heard clips": test, "unheard voice": unheard}
     tests = {name: examples for name, examples in tests.items() if examples}
     return {name: TASKS[name](recipe, speech, train, tests, seed) for name, recipe in recipes.items()}

@@ -4,9 +4,10 @@ import csv
 import dataclasses
 import io
 
-from . import safe_files
-from .clipping_study_cell import Cell
-from .speech_console import SpeechDataError
+from examples.support import safe_files
+from examples.support.console import SpeechDataError
+
+from .cell import Cell
 
 NUMBERS = {
     "threshold": float, "lr": float, "seed": int, "diverged": int, "wer": float, "wer_new_voice": float,

@@ -9,10 +9,10 @@ import matplotlib
 
 from benchmarks import machine
 
+from ..speech.report import draw_curves, finite
+from ..support.lockstep import LOOP
+from ..support.safe_files import write
 from . import update_memory
-from .lockstep import LOOP
-from .safe_files import write
-from .speech_report import draw_curves, finite
 
 LAST = 50  # steps whose mean is called the final loss
 

@@ -1,4 +1,4 @@
-"""What the demo says to people: a progress bar that suits terminal and log, and errors without a traceback."""
+"""What a program says to people: a progress bar that suits terminal and log, and errors without a traceback."""
 
 import sys
 

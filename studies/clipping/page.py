@@ -3,10 +3,11 @@
 import re
 from statistics import mean
 
-from . import safe_files
-from .clipping_study_results import read_rows
-from .clipping_study_summary import KINDS, best_table, clip_name, clips_of, groups_of, percent, spread, values_of
-from .speech_console import SpeechDataError
+from examples.support import safe_files
+from examples.support.console import SpeechDataError
+
+from .results import read_rows
+from .summary import KINDS, best_table, clip_name, clips_of, groups_of, percent, spread, values_of
 
 
 def markdown(heads, lines, left=1):

@@ -3,8 +3,9 @@
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from .speech_console import progress
-from .speech_model import MELS, LogMel, greedy_decode, output_length, word_error_rate
+from ..support.console import progress
+from .features import MELS, LogMel
+from .models import output_length
 
 BATCH = 16
 
@@ -69,3 +70,28 @@ def error_rate(model, examples, speech):
         wanted += [speech.words(text) for _, _, text in batch]
         got += [speech.words(text) for text in decoded]
     return word_error_rate(wanted, got)
+
+
+def greedy_decode(log_probs, lengths, symbols):
+    """The best symbol of each output, repetitions and blanks taken out; a text per utterance."""
+    texts = []
+    for best, length in zip(log_probs.argmax(-1).T.tolist(), lengths.tolist(), strict=True):
+        best = best[:length]
+        texts.append("".join(symbols[b - 1] for a, b in zip([0, *best], best, strict=False) if b != 0 and b != a))
+    return texts
+
+
+def edit_distance(reference, hypothesis):
+    """Fewest insertions, deletions and substitutions between two sequences (Levenshtein, 1966)."""
+    row = list(range(len(hypothesis) + 1))
+    for i, wanted in enumerate(reference, 1):
+        diagonal, row[0] = row[0], i
+        for j, got in enumerate(hypothesis, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (wanted != got))
+    return row[-1]
+
+
+def word_error_rate(references, hypotheses):
+    """Errors in percent of the words of the references; both are lists of lists of words."""
+    errors = sum(edit_distance(r, h) for r, h in zip(references, hypotheses, strict=True))
+    return 100 * errors / sum(map(len, references))

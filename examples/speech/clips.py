@@ -12,7 +12,7 @@ import time
 import wave
 from pathlib import Path
 
-from .speech_console import SpeechDataError, progress
+from ..support.console import SpeechDataError, progress
 
 # Each holds one speaker. The sound packages without -wav (and asterisk-prompt-*) hold GSM, or the same speakers again.
 RECORDED_VOICES = {

@@ -1,0 +1,1 @@
+"""What the programs share: training in lockstep, options, progress and messages, files that are never half written."""
