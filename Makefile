@@ -51,10 +51,10 @@ sanitize: .requirements  ## the C++ under address, undefined and thread sanitize
 	$(PY) -m tests.sanitize $(ARGS)
 
 bench: build  ## time fastclip against the Python loop and the best of torch, about 8 minutes; leave the machine alone
-	$(PY) -m benchmarks.cpu $(ARGS)
+	$(PY) -m benchmarks cpu $(ARGS)
 
 gpu:  ## on a machine with a GPU, in PYTHON's environment: build, tests, sanitizer, benchmark, ncu; under 8 minutes; OUT=
-	@$(PY) -m benchmarks.gpu_session --out "$(OUT)" $(ARGS)
+	@$(PY) -m benchmarks gpu-session --out "$(OUT)" $(ARGS)
 
 build: .requirements  ## the extension, in place
 	@echo "Building fastclip: 1 to 3 minutes the first time, longer with CUDA on an old machine. Log: build.log"

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, ctc_loss, pad
 
-from benchmarks.deepspeech2 import DeepSpeech2
-from benchmarks.models import library
+from benchmarks.core.models import DeepSpeech2
+from benchmarks.shapes import library
 from examples.speech.features import MELS, LogMel
 
 RATE = 8000

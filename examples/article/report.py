@@ -7,7 +7,7 @@ from statistics import median
 
 import matplotlib
 
-from benchmarks import machine
+from benchmarks.core import record
 
 from ..speech.report import draw_curves, finite
 from ..support.lockstep import LOOP
@@ -84,7 +84,7 @@ def table(rows, tests):
 
 def save(folder, rows, data, settings, command):
     """article.csv and article.json; returns their paths."""
-    report = {"data": data, "settings": settings, **machine.describe([], command), "results": rows}
+    report = {"data": data, "settings": settings, **record.describe([], command), "results": rows}
     numbers = folder / "article.json"
     write(numbers, (json.dumps(finite(report), indent=1) + "\n").encode())
     buffer = io.StringIO()

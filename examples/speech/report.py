@@ -6,7 +6,7 @@ from statistics import median
 
 import matplotlib
 
-from benchmarks import machine
+from benchmarks.core import record
 
 SMOOTHING = 0.9
 
@@ -97,7 +97,7 @@ def save(path, rows, arms, speech, settings, command):
     report = {
         "data": {"kind": speech.kind, "caption": speech.caption, "train": len(speech.train), "test": len(speech.test)},
         "settings": settings,
-        **machine.describe([], command),
+        **record.describe([], command),
         "results": rows,
         "curves": {arm.name: {"loss": arm.losses, "norm_steps": arm.norm_steps, "norm": arm.norms} for arm in arms},
         "seconds": {arm.name: {"step": arm.step_seconds, "update": arm.update_seconds} for arm in arms},

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import machine
+from benchmarks.core import record
 from examples.speech.batches import BATCH
 from examples.support import safe_files
 from examples.support.console import SpeechDataError, progress
@@ -72,7 +72,7 @@ def report(options):
 
 def fill(missing, rows, options, table):
     """Trains the cells, and saves each as a row when it is done."""
-    found = machine.describe(options.arguments, "python -m studies.clipping")
+    found = record.describe(options.arguments, "python -m studies.clipping")
     commit = (found["commit"] or "unknown") + ("+changes" if found["dirty"] else "")
     origin = {"torch": torch.__version__, "fastclip": found["versions"]["fastclip"],
               "machine": found["machine"]["cpu"], "commit": commit}  # fmt: skip

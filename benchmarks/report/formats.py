@@ -2,7 +2,7 @@
 
 
 def commit(results):
-    """The first ten digits, and what is to be said of them."""
+    """The first ten digits of the commit, and whether the code differed from it."""
     if not results["commit"]:
         return "unknown" + (" with changes" if results["dirty"] else "")
     return results["commit"][:10] + {True: " with changes", False: "", None: " (as told)"}[results["dirty"]]

@@ -4,14 +4,14 @@ import torch
 
 from .contenders import CONTENDERS, OF_TORCH, Contender
 
-# Of the gradients of the three steps. The norm of the second stays below the limit in small models. All of one sign,
-# as a sum that cancels magnifies rounding.
+# Factors of the gradients in the three steps. In small models the second's norm stays below the limit. All have one
+# sign, as a sum that cancels magnifies rounding.
 FACTORS = (3.0, 0.1, 1.0)
 
-# Of torch's norms: they are sums in float32, which lose up to 2e-3 at 30M elements (recorded in the results).
+# Norm clip: torch's norms are sums in float32, which lose up to 2e-3 at 30M elements (recorded in the results).
 NORM_TOLERANCE = {"fastclip": 1e-6, "loop": 1e-2, "foreach": 1e-2, "fused": 1e-2}
 
-# Of Adam's parameters: torch takes its square roots from MKL, whose last bit may be another one.
+# Adam's parameters: torch takes its square roots from MKL, whose last bit may differ.
 ADAM_TOLERANCE = 5e-7
 
 # In 16 bits torch rounds the norm, the coefficient and the clipped gradients, where fastclip rounds the result only.

@@ -1,7 +1,7 @@
-"""The table of what a step costs per tensor."""
+"""The tables of many tensors and of large ones: what a step costs per tensor, and real steps on the largest models."""
 
-from .formats import duration, rule, table
-from .report_cpu import machine
+from .cpu import machine
+from .formats import duration, rounded, rule, table
 
 WHAT = {
     "fastclip": "fastclip",
@@ -11,9 +11,25 @@ WHAT = {
     "fastclip dtensors": "fastclip, DTensors",
     "foreach dtensors": "torch, foreach, DTensors",
 }
+LARGE_HEADER = [
+    "model",
+    "share of",
+    "numbers",
+    "rule",
+    "tensors",
+    "elements",
+    "GiB",
+    "samples",
+    "ms per step",
+    "of the floor",
+]
 
 
 def markdown(results):
+    return large(results) if results["kind"] == "large" else host(results)
+
+
+def host(results):
     """Medians in ns per tensor: a row for each rule, clip and contender, a column for each number of tensors."""
     rows = results["cases"]
     counts = sorted({row["tensors"] for row in rows})
@@ -43,3 +59,25 @@ def growth(results):
         return "No 1,000 tensors to compare the most with."
     ratios = [b / a for a, b in zip(few, many, strict=True)]
     return f"Each of {max(medians):,} tensors costs {min(ratios):.1f} to {max(ratios):.1f} times each of 1,000."
+
+
+def large(results):
+    """A row for each case; a norm clip in all."""
+    threads = {row["threads"] for row in results["cases"]}
+    body = [
+        [
+            row["model"],
+            f"1 of {row['devices']:,}" if row["devices"] > 1 else "all",
+            row["dtype"],
+            title(row),
+            f"{row['tensors']:,}",
+            rounded(row["elements"]),
+            f"{row['gib']:.2g}",
+            f"{row['samples']:,}",
+            duration(row["ms"]),
+            f"{100 * row['floor_ms'] / row['ms']:.0f} %",
+        ]
+        for row in results["cases"]
+    ]
+    where = f"{machine(results)} Threads: {', '.join(map(str, sorted(threads)))}. Norm clip; medians."
+    return f"{where}\n\n{table([LARGE_HEADER, *body], words=4)}"

@@ -1,7 +1,9 @@
-"""What a result depends on: the machine, the versions, the commit."""
+"""The file of a result, and what a result depends on: the machine, the versions, the commit."""
 
+import json
 import os
 import platform
+import re
 import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
@@ -10,12 +12,12 @@ import torch
 
 import fastclip
 
-ROOT = Path(__file__).parents[1]
-# Results are written before they are committed, which makes the code that gave them no other.
-NOT_CODE = [":!benchmarks/results", ":!README.md"]
+ROOT = Path(__file__).parents[2]
+# Results and their tables are written before they are committed: the code that gave them is still the commit's.
+NOT_CODE = [":!benchmarks/results", ":!README.md", ":!docs/performance.md"]
 
 
-def describe(arguments, command="python -m benchmarks.cpu"):
+def describe(arguments, command):
     """Everything that is known before a run starts."""
     return {
         "machine": machine(),
@@ -24,6 +26,12 @@ def describe(arguments, command="python -m benchmarks.cpu"):
         "command": " ".join([command, *arguments]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def write(found, path):
+    """JSON with every list of numbers on one line."""
+    text = json.dumps({"schema": 1, **found}, indent=1)
+    path.write_text(re.sub(r"\[[-+\d.eE,\s]*\]", lambda numbers: " ".join(numbers[0].split()), text) + "\n")
 
 
 def machine():

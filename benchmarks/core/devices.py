@@ -5,7 +5,7 @@ Both devices below have the same methods. `Cpu` is for rehearsals: everything ru
 
 import torch
 
-from . import machine, memory, timing
+from . import memory, record, timing
 
 
 class Cuda:
@@ -15,7 +15,7 @@ class Cuda:
     copy_elements = 2**27  # 512 MiB from one place to another: no cache holds any of it
 
     def describe(self):
-        return machine.gpu()
+        return record.gpu()
 
     def available_memory(self):
         """Bytes, less those of the copy that the memory's speed is measured with."""

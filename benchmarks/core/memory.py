@@ -3,19 +3,19 @@
 from pathlib import Path
 
 from .contenders import CONTENDERS
-from .shapes import MODELS, count
+from .models import MODELS, count
 
-# Where a container's own limit stands (cgroup 2); it is "max" where there is none.
+# A container's own limit (cgroup 2); "max" where there is none.
 LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def kept(model, itemsize=4):
-    """Bytes of a problem: parameters and gradients, as they were at the start and for every contender."""
+    """Bytes of a problem: parameters and gradients at the start, and a copy of both for every contender."""
     return 2 * (1 + len(CONTENDERS)) * itemsize * count(MODELS[model])
 
 
 def at_work(model, itemsize=4, states=1):
-    """Bytes that come to them while contenders are compared, or timed, with so many states of each parameter."""
+    """Bytes that come on top while contenders are compared or timed, with this number of states per parameter."""
     # The loop in float64: parameters, gradients and states; then without gradients, beside two contenders' states.
     compared = max(8 * (2 + states), 8 * (1 + states) + 2 * itemsize * states)
     # The states of all; on a GPU one more contender, which is more than the CPU's probe of its memory.
@@ -24,12 +24,12 @@ def at_work(model, itemsize=4, states=1):
 
 
 def needed(models, itemsize=4, states=1):
-    """Bytes for problems that are there together, and are worked on one after the other."""
+    """Bytes for problems that are allocated together, and worked on one after the other."""
     return sum(kept(model, itemsize) for model in models) + max(at_work(model, itemsize, states) for model in models)
 
 
 def shortage(models, available, itemsize=4, states=1):
-    """What is to be said where there is too little memory; None where there is enough, or nobody knows."""
+    """The message where there is too little memory; None where there is enough, or nobody knows."""
     need = needed(models, itemsize, states)
     if available is None or need <= available:
         return None

@@ -1,16 +1,64 @@
-"""The ways to clip and step that are compared: three that torch offers, and fastclip's.
+"""What is compared: update rules, and for each the ways to clip and step. Three ways are torch's, one is fastclip's."""
 
-Each is a function of (parameters with gradients, clip, rule) that returns the optimizer and its step. A clip is
-("value", δ) or ("norm", max_norm).
-"""
+from dataclasses import dataclass, field
 
+import torch
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
-CLIPS = {"value": ("value", 0.01), "norm": ("norm", 1.0)}
+import fastclip
+
+CLIPS = {"value": ("value", 0.01), "norm": ("norm", 1.0)}  # kind and threshold
+
+# Elements per parameter that any step moves: the gradient is read, the parameter read and written. The norm reads the
+# gradients before.
+MOVED = {"value": 3, "norm": 4}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An optimizer of torch's, fastclip's in its place, and the settings of both."""
+
+    title: str
+    of_torch: type
+    of_fastclip: type
+    settings: dict = field(hash=False)
+    states: tuple  # names of the states, each in the shape of its parameter
+
+    def elements(self, clip):
+        """Elements per parameter that a step has to move: each state is read and written."""
+        return MOVED[clip] + 2 * len(self.states)
+
+    def in_row(self):
+        """What a row of the results says of it."""
+        return {"momentum": self.settings["momentum"]} if "momentum" in self.settings else {"rule": self.title}
+
+
+def sgd(momentum):
+    states = ("momentum_buffer",) if momentum else ()
+    return Rule(f"momentum {momentum:g}", torch.optim.SGD, fastclip.SGD, {"lr": 0.01, "momentum": momentum}, states)
+
+
+def adamw(title, amsgrad):
+    states = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if amsgrad else 2]
+    settings = {"lr": 0.01, "weight_decay": 0.01, "amsgrad": amsgrad}
+    return Rule(title, torch.optim.AdamW, fastclip.AdamW, settings, states)
+
+
+# The choices of --cases, each timed on its own.
+RULES = {
+    "sgd": (sgd(0.0), sgd(0.9)),
+    "adamw": (adamw("AdamW", amsgrad=False),),
+    "amsgrad": (adamw("AdamW amsgrad", amsgrad=True),),
+}
+
+
+def rule_of(row):
+    """The rule of a row of the results."""
+    return next(rule for rules in RULES.values() for rule in rules if rule.in_row().items() <= row.items())
 
 
 def loop(params, clip, rule):
-    """The article's: one parameter after the other, clip, then step."""
+    """The article's: one parameter after the other, clip, then step. Returns the optimizer and its step, as all do."""
     kind, limit = clip
     optimizer = rule.of_torch(params, **rule.settings, foreach=False)
 

@@ -1,22 +1,54 @@
 """The tables of a GPU's results."""
 
-from . import targets
-from .contenders import OF_TORCH
 from .formats import columns, commit, deviations, duration, models, percent, rule, spread, table, times
 
 HEADER = ["model", "dtype", "clip", "momentum", "step µs", "device µs", "host µs", "vs loop", "vs best of torch"]
+# Device: over torch's fused optimizer, and of the norm clip over the value clip. Host: over the loop.
+SUMMARY = [
+    "plain SGD",
+    "dtype",
+    "clip",
+    "device µs",
+    "of the floor",
+    "vs fused",
+    "norm vs value",
+    "host µs",
+    "vs loop",
+    "kernels",
+]
 
 
 def markdown(results):
-    """One line on the circumstances, one on the models, then the targets and all rows."""
-    rows = [readme_row(row) for row in results["cases"]]
+    """One line on the circumstances, one on the models, then the main results and all rows."""
+    rows = [table_row(row) for row in results["cases"]]
     parts = [
         circumstances(results),
         models(results),
-        table(targets.lines(results), words=1),
+        table(summary(results), words=3),
         table([[*HEADER, "of the floor"], *rows], words=3),
     ]
     return "\n\n".join(parts + remarks(results))
+
+
+def summary(results):
+    """What docs/performance.md makes predictions of: a header, and a row of strings for each case of plain SGD."""
+    rows = [row for row in results["cases"] if row["momentum"] == 0]
+    return [SUMMARY, *map(summary_row, rows)]
+
+
+def summary_row(row):
+    return [
+        row["model"],
+        row["dtype"],
+        row["clip"],
+        duration(row["device_us"]["fastclip"]["median"]),
+        f"{percent(row['of_floor']['median'])} %" if "of_floor" in row else "",
+        f"{times(row['device_vs_fused']['median'])}×",
+        f"{row['norm_vs_value']['median']:.2f}×" if "norm_vs_value" in row else "",
+        duration(row["host_us"]["fastclip"]["median"]),
+        f"{times(row['host_vs_loop']['median'])}×",
+        str(len(row["kernels"])) if row.get("kernels") else "",
+    ]
 
 
 def circumstances(results):
@@ -36,7 +68,7 @@ def circumstances(results):
 
 
 def remarks(results):
-    """What a reader has to know of single rows, or of those that are not there."""
+    """What a reader has to know about single rows, or about rows that are missing."""
     reasons = {f"{name}: {text}" for row in results["cases"] for name, text in row["no_graph"].items()}
     parts = [f"No graph, steps in a row instead: {'; '.join(sorted(reasons))}."] if reasons else []
     if results["failed"]:
@@ -46,7 +78,7 @@ def remarks(results):
     return parts
 
 
-def readme_row(row):
+def table_row(row):
     return [
         row["model"],
         row["dtype"],
@@ -68,13 +100,13 @@ def in_cache(row):
 def console(results):
     """All contenders' times, for a terminal."""
     kinds = {"us_per_step": "step µs", "device_us": "device µs", "host_us": "host µs"}
-    names = [*OF_TORCH, "fastclip"]
+    names = ["loop", "foreach", "fused", "fastclip"]
     lines = [["model", "dtype", "clip", "mom.", "", *names, "copy GB/s", "of the floor"]]
     for row in results["cases"]:
-        own = readme_row(row)
+        own = table_row(row)
         for key, title in kinds.items():
             medians = [duration(row[key][name]["median"]) for name in names]
             rest = [f"{row['copy_gb_per_s']['median']:.0f}", own[-1]] if key == "device_us" else ["", ""]
             lines.append([*own[:4], title, *medians, *rest])
     parts = [circumstances(results), columns(lines), deviations(results), *remarks(results)]
-    return "\n\n".join([*parts, columns(targets.lines(results))])
+    return "\n\n".join([*parts, columns(summary(results))])

@@ -1,9 +1,9 @@
-"""One row of a GPU's results: a model in a dtype, a clip, an update rule."""
+"""A row of a GPU's results: a model in a dtype, a clip, an update rule."""
 
 import torch
 
-from . import case, rules, timing
-from .contenders import CLIPS, Contender
+from . import rows, timing
+from .contenders import CLIPS, Contender, rule_of
 
 # A block has no more steps than the device's queue takes without making the host wait. A step of the loop is hundreds
 # of launches, the others' are few.
@@ -32,8 +32,8 @@ def measure(problem, clip, rule, device, rounds):
     - device: steps replayed from a CUDA graph, by events: the host has no part in it.
     - host: until the call returns.
     """
-    contenders = case.at_the_start(problem, clip, rule)
-    row = case.head(problem, clip, rule) | {"dtype": str(problem.dtype).removeprefix("torch."), "no_graph": {}}
+    contenders = rows.at_the_start(problem, clip, rule)
+    row = rows.head(problem, clip, rule) | {"dtype": str(problem.dtype).removeprefix("torch."), "no_graph": {}}
     timers = {}
     for name, contender in contenders.items():
         timers["step", name] = timing.Timer(contender.step, device.block)
@@ -48,7 +48,7 @@ def measure(problem, clip, rule, device, rounds):
     timers["copy", ""] = timing.Timer(copy.step, device.block)
     row["in_l2"] = in_l2(row, device.describe())
     row |= evaluate(row, timing.rounds(timers, rounds), copy.bytes)
-    case.require_normal(contenders, row)
+    rows.require_normal(contenders, row)
     return row
 
 
@@ -71,21 +71,21 @@ def evaluate(row, samples, copied):
     steps, on_device, on_host = of("step"), of("device"), of("host")
     own = on_device["fastclip"]
     speeds = [copied / seconds for seconds in samples["copy", ""]]
-    floor = case.floor_bytes(row, itemsize(row))
+    floor = rows.floor_bytes(row, itemsize(row))
     found = {
-        "us_per_step": case.microseconds(steps),
-        "device_us": case.microseconds(on_device),
-        "host_us": case.microseconds(on_host),
-        **case.speed_ups(steps),
-        "device_vs_fused": case.described(timing.ratios(on_device["fused"], own)),
-        "host_vs_loop": case.described(timing.ratios(on_host["loop"], on_host["fastclip"])),
-        "copy_gb_per_s": case.described(case.scaled(1e-9, speeds)),
+        "us_per_step": rows.microseconds(steps),
+        "device_us": rows.microseconds(on_device),
+        "host_us": rows.microseconds(on_host),
+        **rows.speed_ups(steps),
+        "device_vs_fused": rows.described(timing.ratios(on_device["fused"], own)),
+        "host_vs_loop": rows.described(timing.ratios(on_host["loop"], on_host["fastclip"])),
+        "copy_gb_per_s": rows.described(rows.scaled(1e-9, speeds)),
         "floor_bytes_per_parameter": floor,
     }
     if "value" in on_device:
-        found["norm_vs_value"] = case.described(timing.ratios(own, on_device["value"]))
-    if row["parameters"] >= case.LARGE:
-        found["of_floor"] = case.of_floor(row["parameters"] * floor, speeds, own)
+        found["norm_vs_value"] = rows.described(timing.ratios(own, on_device["value"]))
+    if row["parameters"] >= rows.LARGE:
+        found["of_floor"] = rows.of_floor(row["parameters"] * floor, speeds, own)
     return found
 
 
@@ -93,7 +93,7 @@ def in_l2(row, gpu):
     """Whether what a step touches fits the device's L2 cache; None where its size is not known."""
     if not gpu or not gpu["l2_bytes"]:
         return None
-    return (2 + len(rules.of_row(row).states)) * itemsize(row) * row["parameters"] <= gpu["l2_bytes"]
+    return (2 + len(rule_of(row).states)) * itemsize(row) * row["parameters"] <= gpu["l2_bytes"]
 
 
 def itemsize(row):

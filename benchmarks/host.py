@@ -1,4 +1,4 @@
-"""python -m benchmarks.host_time: what a step costs per tensor, over the number of tensors, on one thread.
+"""python -m benchmarks host: what a step costs per tensor, over the number of tensors, on one thread.
 
 Every tensor has one element, so hardly anything is moved or computed.
 """
@@ -17,12 +17,12 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed import fake_pg
 from tqdm import tqdm
 
-from . import case, machine, report_host, result_file, timing
-from .contenders import CLIPS, Contender
-from .rules import CASES
+from .core import record, rows, timing
+from .core.contenders import CLIPS, RULES, Contender
+from .report import tensors as report
 
 COUNTS = (100, 1_000, 10_000, 100_000)
-RULES = [*CASES["sgd"], *CASES["adamw"]]
+MEASURED = [*RULES["sgd"], *RULES["adamw"]]
 # torch takes seconds for a step of more.
 MOST_FOR_TORCH = 10_000
 MOST_FOR_DTENSORS = 1_000
@@ -32,19 +32,19 @@ def main(arguments=None):
     """Returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
-    found = machine.describe(arguments, "python -m benchmarks.host_time") | {"kind": "host_time", "cases": []}
-    combinations = list(itertools.product(options.count, RULES, CLIPS))
+    found = record.describe(arguments, "python -m benchmarks host") | {"kind": "host_time", "cases": []}
+    combinations = list(itertools.product(options.count, MEASURED, CLIPS))
     for count, rule, clip in tqdm(combinations, unit="case"):
         found["cases"].append(alone(measure, count, rule, clip, options.rounds))
-    print(report_host.markdown(found))
+    print(report.markdown(found))
     options.out.mkdir(parents=True, exist_ok=True)
-    result_file.write(found, options.out / "host_time.json")
+    record.write(found, options.out / "host_time.json")
     print(f"\nWritten: {options.out / 'host_time.json'}")
     return 0
 
 
 def parse(arguments):
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.host_time", description=__doc__.split(": ", 1)[1])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks host", description=__doc__.split(": ", 1)[1])
     parser.add_argument("--count", nargs="+", type=int, default=COUNTS, help=f"of tensors; default: {COUNTS}")
     parser.add_argument("--rounds", type=int, default=12, help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="default: %(default)s")
@@ -66,7 +66,7 @@ def measure(count, rule, clip, rounds):
     torch.set_num_threads(1)
     with process_group(8):
         samples = timing.rounds(timers(count, rule, clip), rounds)
-    ns = {name: case.described(case.scaled(1e9 / count, values)) for name, values in samples.items()}
+    ns = {name: rows.described(rows.scaled(1e9 / count, values)) for name, values in samples.items()}
     return {"tensors": count, **rule.in_row(), "clip": clip, "ns_per_tensor": ns}
 
 
@@ -90,7 +90,7 @@ def params(count):
 
 @contextlib.contextmanager
 def process_group(devices):
-    """As if this were one of so many devices; what it sends arrives nowhere, and takes no time."""
+    """As if this were one of several devices; what it sends arrives nowhere, and takes no time."""
     torch.distributed.init_process_group("fake", store=fake_pg.FakeStore(), rank=0, world_size=devices)
     try:
         yield
@@ -116,7 +116,3 @@ def walk(made, clip, rule):
     contender.optimizer.found_inf = torch.ones(())
     contender.optimizer.grad_scale = None
     return contender.step
-
-
-if __name__ == "__main__":
-    sys.exit(main())
