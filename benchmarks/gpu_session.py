@@ -51,7 +51,7 @@ class Step:
     log: str
     tool: str = ""  # has to be on PATH
     module: str = ""  # Python has to find it
-    proof: str = ""  # a pattern that the output holds where the step did what it is for
+    proof: str = ""  # a pattern that the output holds if the step has done its work
     environment: dict = field(default_factory=dict)
     optional: bool = False  # its failure is not the session's
 
@@ -81,7 +81,7 @@ def main(arguments=None):
     missing = [name for name in PACKAGES if not importlib.util.find_spec(name)]
     if missing:
         print(f"{sys.executable} has no {', '.join(missing)}: what needs them is left out or slower", flush=True)
-    # Behind what is there: ninja lies beside a Python that was named by its path.
+    # Last on PATH: ninja lies beside a Python that was named by its path.
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent), CUDA_TOOLS])
     outcomes = run_all([step for step in planned if not options.only or step.name in options.only], out)
     found = {"gpu": gpu, "python": sys.executable, "missing_packages": missing, "rehearsal": options.device == "cpu"}
@@ -190,7 +190,7 @@ def ncu(clip, device):
 
 
 def run_all(chosen, out):
-    """Outcomes; after a build that failed nothing else runs, as it would run what was built before."""
+    """Outcomes. After a failed build nothing else runs, as it would run an older build."""
     outcomes, end = [], time.monotonic() + SECONDS
     for number, step in enumerate(chosen, 1):
         print(f"[{number}/{len(chosen)}] {step.name} ... ", end="", flush=True)

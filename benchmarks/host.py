@@ -55,8 +55,8 @@ def parse(arguments):
 
 
 def alone(function, *arguments):
-    """What it returns, in a process of its own: what came before has left holes in the heap, over which small tensors
-    would be scattered."""
+    """Calls a function in a process of its own, and returns its result: earlier cases have left holes in the heap, over
+    which small tensors would be scattered."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
 
@@ -90,7 +90,7 @@ def params(count):
 
 @contextlib.contextmanager
 def process_group(devices):
-    """As if this were one of several devices; what it sends arrives nowhere, and takes no time."""
+    """Pretends that this is one of several devices; messages arrive nowhere, and take no time."""
     torch.distributed.init_process_group("fake", store=fake_pg.FakeStore(), rank=0, world_size=devices)
     try:
         yield

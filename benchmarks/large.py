@@ -95,7 +95,7 @@ def parse(arguments):
 
 
 def run(case, rounds):
-    """A row: what was checked, how long a step takes, and how long it should."""
+    """A row: what was checked, how long a step takes, and how long its bytes take."""
     params = [torch.nn.Parameter(repeated(shape, case.dtype, 0.05, seed=0)) for shape in case.shapes()]
     for p in params:
         p.grad = repeated(p.shape, case.dtype, 0.02, seed=1)
@@ -126,7 +126,7 @@ def run(case, rounds):
 
 
 def repeated(shape, dtype, scale, seed):
-    """A tensor of random numbers that come back after a while: drawing a billion of them would take a minute."""
+    """A tensor of random numbers that repeat: drawing a billion would take a minute."""
     numbers = (scale * drawn(seed)).to(dtype)
     tensor = torch.empty(shape, dtype=dtype)
     for piece in tensor.view(-1).split(len(numbers)):

@@ -17,7 +17,7 @@ def conformer(dim, layers):
 
 
 def whisper(dim, layers, heads):
-    """The configuration of openai/whisper-small or -large; what is not named is the same in all."""
+    """The configuration of openai/whisper-small or -large; settings that are not named are the same in all."""
     transformers = library("transformers")
     encoder = {"encoder_layers": layers, "encoder_attention_heads": heads, "encoder_ffn_dim": 4 * dim}
     decoder = {"decoder_layers": layers, "decoder_attention_heads": heads, "decoder_ffn_dim": 4 * dim}

@@ -1,4 +1,4 @@
-"""Before anything is timed: do all contenders do the same thing?"""
+"""Before anything is timed: do all contenders compute the same?"""
 
 import torch
 
@@ -21,7 +21,7 @@ PIECE = 2**18  # elements that are compared at a time: they stay in the cache
 
 
 class Disagreement(Exception):
-    """A contender computes something else than the others: its time would say nothing."""
+    """A contender does not compute what the others do: its time would say nothing."""
 
 
 def check(problem, clip, rule, threads=(1,)):
@@ -53,7 +53,7 @@ def check(problem, clip, rule, threads=(1,)):
 
 
 def three_steps(problem, name, copies, clip, rule, threads):
-    """What three steps of a contender leave."""
+    """Parameters and states after three steps of a contender."""
     # From zero, the parameters are the sum of the updates: what a norm lost is not hidden under a parameter, and an
     # update in 16 bits does not vanish in one.
     problem.reset_params(copies, from_zero=clip[0] == "norm" or problem.dtype.itemsize == 2)

@@ -1,4 +1,4 @@
-"""What is compared: update rules, and for each the ways to clip and step. Three ways are torch's, one is fastclip's."""
+"""The contenders: update rules, and for each the ways to clip and step. Three ways are torch's, one is fastclip's."""
 
 from dataclasses import dataclass, field
 
@@ -29,7 +29,7 @@ class Rule:
         return MOVED[clip] + 2 * len(self.states)
 
     def in_row(self):
-        """What a row of the results says of it."""
+        """The entry of this rule in a row of the results."""
         return {"momentum": self.settings["momentum"]} if "momentum" in self.settings else {"rule": self.title}
 
 
@@ -119,7 +119,7 @@ class Contender:
         self.optimizer, self.step = CONTENDERS[name](copies, clip, rule)
 
     def results(self):
-        """What a step writes: parameters, and their states where there are any."""
+        """All tensors that a step writes: parameters, and their states if there are any."""
         states = [self.optimizer.state[p] for p in self.params]
         written = {"parameter": [p.detach() for p in self.params]}
         return written | {name: [state[name] for state in states if name in state] for name in self.rule.states}

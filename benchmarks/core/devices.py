@@ -1,4 +1,4 @@
-"""How time is taken on a device: what a step takes there, and what it takes of the host.
+"""Clocks of a device: the time of a step there, and the time that it takes of the host.
 
 Both devices below have the same methods. `Cpu` is for rehearsals: everything runs, and no time means anything.
 """

@@ -53,7 +53,7 @@ def measure(problem, clip, rule, device, rounds):
 
 
 def device_timer(row, device, name, step):
-    """Of a graph of steps. Where one can't be captured the row says why, and the time is that of steps in a row."""
+    """A timer of a graph of steps; of steps in a row if they can't be captured, and the row then says why."""
     steps = GRAPH_STEPS if name != "loop" else max(1, min(GRAPH_STEPS, GRAPH_TENSORS // row["tensors"]))
     try:
         return timing.Timer(device.graph(step, steps), device.block, inside=steps)

@@ -6,8 +6,8 @@ from .contenders import CONTENDERS
 
 
 class Problem:
-    """Where all contenders start from, and the memory of each: kept from the check to the last measurement, as the
-    first touch of memory takes longer than many steps."""
+    """The start of all contenders, and the memory of each: kept from the check to the last measurement, as the first
+    touch of memory takes longer than many steps."""
 
     def __init__(self, model, shapes, seed=0, device="cpu", dtype=torch.float32):
         generator = torch.Generator(device).manual_seed(seed)

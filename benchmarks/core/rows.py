@@ -29,7 +29,7 @@ def agreement_row(problem, clip, rule, threads=(1,)):
 
 
 def head(problem, clip, rule):
-    """What a row is about."""
+    """The subject of a row: model, clip and rule."""
     return {
         "model": problem.model,
         "tensors": len(problem.params),

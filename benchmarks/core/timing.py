@@ -30,7 +30,7 @@ def rounds(timers, count, on_round=None):
     """Samples in seconds per step: in every round, each timer times one block.
 
     The order changes from round to round: what the machine does besides, and what the one before left in the caches,
-    hits all of them.
+    slows all of them.
 
     Args:
         timers (dict): functions that return seconds per step, by name.
@@ -62,7 +62,7 @@ def block(step, steps):
 
 def steps_per_block(step, clock=block):
     """Steps that take about BLOCK_SECONDS by a clock, at least 1."""
-    clock(step, 1)  # the first one allocates, and builds what is kept
+    clock(step, 1)  # the first step allocates states and scratch memory
     steps = 1
     while (taken := clock(step, steps)) < BLOCK_SECONDS / 4:
         steps *= 2
@@ -78,7 +78,7 @@ def summary(samples):
 
 
 def ratios(numerators, denominators):
-    """Of each round; a ratio of medians would mix rounds in which the machine was fast with slow ones."""
+    """Ratios of each round. A ratio of medians would mix rounds in which the machine was fast with slow ones."""
     return [a / b for a, b in zip(numerators, denominators, strict=True)]
 
 

@@ -66,7 +66,7 @@ def speed(all_results):
 
 
 def kind_of_rule(results):
-    """What tells the rules apart."""
+    """The name of the column that tells the rules apart."""
     return "momentum" if all("momentum" in row for row in results["cases"]) else "rule"
 
 

@@ -56,7 +56,7 @@ def markdown(results):
 
 
 def tables(found):
-    """What documents quote, by the name of its markers; `found` holds results by the name of their file."""
+    """All tables for documents, by the name of their markers; `found` holds results by the name of their file."""
     texts = {f"benchmark:{name}": markdown(results) for name, results in found.items()}
     of_cpu = {name: results for name, results in found.items() if reporter(results) is cpu}
     texts |= {f"benchmark:{name}-summary": cpu.summary(results) for name, results in of_cpu.items()}

@@ -31,7 +31,7 @@ def markdown(results):
 
 
 def summary(results):
-    """What docs/performance.md makes predictions of: a header, and a row of strings for each case of plain SGD."""
+    """The numbers that docs/performance.md predicts: a header, and a row of strings for each case of plain SGD."""
     rows = [row for row in results["cases"] if row["momentum"] == 0]
     return [SUMMARY, *map(summary_row, rows)]
 
@@ -68,7 +68,7 @@ def circumstances(results):
 
 
 def remarks(results):
-    """What a reader has to know about single rows, or about rows that are missing."""
+    """Remarks on single rows, and on rows that are missing."""
     reasons = {f"{name}: {text}" for row in results["cases"] for name, text in row["no_graph"].items()}
     parts = [f"No graph, steps in a row instead: {'; '.join(sorted(reasons))}."] if reasons else []
     if results["failed"]:

@@ -50,7 +50,7 @@ def title(row):
 
 
 def growth(results):
-    """How much more each of the most tensors costs than each of 1,000."""
+    """A sentence on what a tensor costs among the most tensors, compared with one among 1,000."""
     medians = {}
     for row in results["cases"]:
         medians.setdefault(row["tensors"], []).append(row["ns_per_tensor"]["fastclip"]["median"])

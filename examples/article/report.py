@@ -1,4 +1,4 @@
-"""What remains of the article's runs: one table, a CSV and a JSON with the same numbers, and a picture."""
+"""The results of the article's runs: one table, a CSV and a JSON with the same numbers, and a picture."""
 
 import csv
 import io

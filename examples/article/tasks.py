@@ -1,4 +1,4 @@
-"""What the article's models learn: how each is made, fed, and scored."""
+"""The tasks of the article's models: how each model is made, fed and scored."""
 
 import hashlib
 import math
@@ -102,7 +102,7 @@ def make_tasks(recipes, speech, seed):
 
 
 def fingerprint(task):
-    """Of all that is trained on: a checkpoint fits no other data."""
+    """A digest of the training data: a checkpoint fits no other."""
     digest = hashlib.sha256()
     for tensor in task.train_set:
         digest.update(str(tuple(tensor.shape)).encode())

@@ -1,13 +1,12 @@
-"""What clip and update allocate beside parameters and gradients."""
+"""Memory that clip and update allocate beside parameters and gradients."""
 
 import copy
 import os
 
 import torch
 
-os.environ.setdefault(
-    "KINETO_LOG_LEVEL", "6"
-)  # or torch's profiler writes a line to stderr wherever it starts and stops
+# Otherwise torch's profiler writes a line to stderr when it starts and stops.
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 
 def allocated(update):

@@ -61,7 +61,7 @@ def find_clips(cache):
 
 @contextlib.contextmanager
 def _appearing_at_once(folder):
-    """A folder to fill, renamed to `folder` at the end: what is there is complete, whatever broke off before."""
+    """A folder to fill, renamed to `folder` at the end: a folder that exists is complete, whatever broke off before."""
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".part-") as part:
         clips = Path(part) / "clips"
         clips.mkdir()

@@ -39,7 +39,7 @@ class Speech:
     unheard: list = dataclasses.field(default_factory=list)  # of voices that are in neither of the others
 
     def words(self, text):
-        """What the error rate counts: digits, or the words of a text."""
+        """The units of the error rate: digits, or the words of a text."""
         return text.split() if self.kind == "own" else list(text)
 
 
@@ -90,7 +90,7 @@ def digit_clips(cache):
 def digit_strings(cache, seed, train_strings=TRAIN_STRINGS, test_strings=TEST_STRINGS, unheard_strings=0):
     """Strings of 1 to 3 digits, each of one voice; train and test share the clips and nothing else.
 
-    With `unheard_strings`, UNHEARD_VOICES leave both and speak so many strings of their own.
+    With `unheard_strings`, UNHEARD_VOICES leave both and speak this many strings of their own.
     """
     kind, clips = digit_clips(cache)
     unheard = [voice for voice in UNHEARD_VOICES[kind] if voice in clips] if unheard_strings else []

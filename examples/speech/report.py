@@ -1,4 +1,4 @@
-"""What remains of a run: a table, a picture, and all numbers as JSON."""
+"""The results of a run: a table, a picture, and all numbers as JSON."""
 
 import json
 import math

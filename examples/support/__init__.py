@@ -1,1 +1,1 @@
-"""What the programs share: training in lockstep, options, progress and messages, files that are never half written."""
+"""Shared by the programs: training in lockstep, options, progress and messages, files that are written whole."""

@@ -1,4 +1,4 @@
-"""What a program says to people: a progress bar that suits terminal and log, and errors without a traceback."""
+"""Messages to people: a progress bar that suits terminal and log, and errors without a traceback."""
 
 import sys
 

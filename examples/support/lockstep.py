@@ -22,11 +22,8 @@ class Arm:
         self.optimizer = make_optimizer(self.params)
         self.clip = clip
         self.losses, self.step_seconds, self.update_seconds = [], [], []
-        self.norms, self.norm_steps, self.clamped = (
-            [],
-            [],
-            [],
-        )  # clamped: the share of the gradients' elements, if known
+        self.norms, self.norm_steps = [], []
+        self.clamped = []  # the share of the gradients' elements, if known
 
     def step(self, loss_of, measure_norm):
         """One step; its times are kept only where the norm, which warms the caches, was not taken."""

@@ -92,7 +92,7 @@ def fill(missing, rows, options, table):
 
 
 def keep_settings(options, data, started):
-    """Writes what all rows have in common, and each start, beside the CSV; SpeechDataError for rows made otherwise."""
+    """Writes the settings of all rows, and each start, beside the CSV; SpeechDataError if the rows have others."""
     path = options.out / "clipping.json"
     settings = {"data": data.speech.caption, "train": len(data.train), "test": len(data.test),
                 "test_new_voice": len(data.unheard), "epochs": options.epochs, "batch": BATCH,

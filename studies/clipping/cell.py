@@ -89,13 +89,13 @@ def diverges(losses, norm, untrained):
 
 @torch.no_grad()
 def mean_loss(model, examples):
-    """Over all of them, and not the first batch: in a batch are strings of like length, and so of like loss."""
+    """The mean over all batches, not the first: a batch holds strings of like length, and so of like loss."""
     every = range(0, len(examples), BATCH)
     return mean(ctc_loss(examples[start : start + BATCH])(model).item() for start in every)
 
 
 def train_cell(cell, data, epochs):
-    """What the cell's row says beside the cell: a dict.
+    """Trains a cell, and returns the rest of its row: a dict.
 
     A training that diverges is stopped; its error rates are recorded as 100.
     """
@@ -142,7 +142,7 @@ def unheard_error_rate(model, data, diverged):
 
 
 def clipped_share(stats):
-    """Of a value clip, the fraction of elements clamped in a step; of a norm clip, 1 where it acted, 0 where not."""
+    """The fraction of elements that a value clip clamped in a step; for a norm clip, 1 if it acted, else 0."""
     if stats.clamped_fraction is not None:
         return stats.clamped_fraction.item()
     return float(stats.clip_coefficient is not None and stats.clip_coefficient.item() < 1)

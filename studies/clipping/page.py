@@ -94,7 +94,7 @@ def extent(rows):
 
 
 def blocks(rows):
-    """What stands between <!-- study:name --> and <!-- /study:name --> in a page."""
+    """The texts between <!-- study:name --> and <!-- /study:name --> in a page, by name."""
     found = {"extent": extent(rows), "best": markdown(*best_table(rows), left=2), "norms": norm_table(rows),
              "parameters": parameter_table(rows), "product-value": product_table(rows, "value"),
              "product-norm": product_table(rows, "norm")}  # fmt: skip
@@ -104,7 +104,7 @@ def blocks(rows):
 
 
 def updated(page, rows, name="the page"):
-    """The page with all its blocks made anew; SpeechDataError for a block that can't be made."""
+    """The page with all its blocks written again; SpeechDataError for a block that can't be made."""
     found = blocks(rows)
 
     def block(match):

@@ -33,7 +33,7 @@ def read_rows(path):
     except (UnicodeDecodeError, csv.Error) as error:
         raise SpeechDataError(f"{path}: not a CSV of the clipping study ({error})") from None
     if not lines or lines[0] != COLUMNS:
-        raise SpeechDataError(f"{path}: its first line is not that of a clipping study; move it away to start anew")
+        raise SpeechDataError(f"{path}: its first line is not that of a clipping study; move it away to start again")
     return [_parsed(line, f"{path}, line {number}") for number, line in enumerate(lines[1:], 2)]
 
 

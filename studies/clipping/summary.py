@@ -1,4 +1,4 @@
-"""What the rows of the clipping study say together: seeds grouped, the best of each kind, the table at the end."""
+"""A summary of the study's rows: seeds grouped, the best of each kind, the table at the end."""
 
 import dataclasses
 import math
