@@ -42,10 +42,10 @@ test: build  ## all tests
 	$(PY) -m pytest $(IN_PARALLEL) $(ARGS)
 
 fuzz: build  ## 10,000 random optimizers and steps against the plain loop, about 5 minutes; ARGS="--seed N" repeats a run
-	$(PY) -m tests.fuzz $(ARGS)
+	$(PY) -m tests.long.fuzz $(ARGS)
 
 soak: build  ## a million steps: flat memory, torch's bits at the end; about 8 minutes; ARGS="--steps N" takes less
-	$(PY) -m tests.soak $(ARGS)
+	$(PY) -m tests.long.soak $(ARGS)
 
 sanitize: .requirements  ## the C++ under address, undefined and thread sanitizers, 8 to 15 minutes; ARGS="--only thread"
 	$(PY) -m tests.sanitize $(ARGS)
@@ -78,6 +78,6 @@ $(VENV)/installed-$(subst =,-,$(TORCH)): requirements.txt requirements-trainers.
 	@echo "Making $(VENV): torch and the rest, about three minutes (300 MB)"
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet "$(TORCH)" -r requirements.txt -r requirements-trainers.txt
-	-$(VENV)/bin/python -m tests.torchaudio_on_cpu  # where that fails, the tests that need torchaudio say so
+	-$(VENV)/bin/python -m tests.support.torchaudio_on_cpu  # where that fails, the tests that need torchaudio say so
 	touch $@
 endif

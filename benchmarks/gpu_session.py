@@ -130,7 +130,7 @@ def steps(out, options, capability):
         Step("built for CUDA", [python, "-c", HAS_CUDA], 30, "build.log"),
         Step(
             "exercise",
-            [python, "-m", "tests.exercise", "--device", device, *(["--small"] if device == "cpu" else [])],
+            [python, "-m", "tests.cuda.exercise", "--device", device, *(["--small"] if device == "cpu" else [])],
             60,
             "exercise.log",
             proof=f"cases on {device}, 0 differ",
@@ -165,7 +165,7 @@ def sanitizer(tool, device):
     command += ["--report-api-errors", "no"] if tool == "memcheck" else []
     return Step(
         tool,
-        [*command, sys.executable, "-m", "tests.exercise", "--small", "--device", device],
+        [*command, sys.executable, "-m", "tests.cuda.exercise", "--small", "--device", device],
         60,
         "sanitizer.log",
         tool="compute-sanitizer",

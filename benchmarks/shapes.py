@@ -50,7 +50,7 @@ def library(name):
             raise
         raise ImportError(f"needs {name}: pip install fastclip[asr]", name=name) from None
     except OSError as error:  # it holds libraries that this torch can't load
-        fix = f"{sys.executable} -m tests.torchaudio_on_cpu"
+        fix = f"{sys.executable} -m tests.support.torchaudio_on_cpu"
         raise ImportError(f"needs {name}, which does not import ({error}); try {fix}", name=name) from error
 
 

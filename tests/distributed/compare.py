@@ -10,8 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import fastclip
-
-from ..cases import Loop
+from tests.support.cases import Loop
 
 place = SimpleNamespace(device_type="cpu", folder=None)  # set by the worker
 CASES = {}  # by name: (function, numbers of ranks)

@@ -121,7 +121,7 @@ def a_norm_of_a_piece_is_refused():
 def the_recipe_ends_where_the_loop_ends():
     """Each rank takes its share of the utterances: together those of a batch that is so many times larger."""
     import_deepspeed()
-    from ..trainers import MAX_NORM, norm_clip, options, plain_loop, recipe
+    from tests.support.trainers import MAX_NORM, norm_clip, options, plain_loop, recipe
 
     ranks, settings = dist.get_world_size(), []
 

@@ -1,6 +1,6 @@
 """One rank of the distributed tests: runs cases together with the other ranks, and writes down what failed.
 
-`tests/test_distributed.py` starts all ranks with gloo. By hand, also on GPUs:
+`tests/distributed/test_distributed.py` starts all ranks with gloo. By hand, also on GPUs:
 
     torchrun --nproc-per-node 2 -m tests.distributed.worker --folder out --backend nccl
 """
@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from tests.support.project import ROOT
 
 from .compare import CASES, place
 
@@ -47,7 +49,7 @@ def start_ranks(world_size, folder, cases, seconds=240):
                 subprocess.Popen(
                     command,
                     env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    cwd=Path(__file__).parents[2],
+                    cwd=ROOT,
                     stdout=log,
                     stderr=log,
                 )

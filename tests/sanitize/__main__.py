@@ -13,39 +13,41 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from .build import ROOT, SANITIZERS, run
+from tests.support.project import ROOT
+
+from .build import SANITIZERS, run
 from .planted import BUGS, plant
 
 # What runs most of the C++: all kinds of steps, errors and their cleaning up, other threads and processes.
 TESTS = {
     "address": [
-        "test_step.py",
-        "test_norm.py",
-        "test_clip_grad.py",
-        "test_skip_nonfinite.py",
-        "test_errors.py",
-        "test_atomic_failure.py",
-        "test_layouts.py",
-        "test_numbers.py",
-        "test_between_steps.py",
-        "test_not_covered.py",
-        "test_clip_stats.py",
-        "test_amp.py",
-        "test_threads.py",
-        "test_drop_in.py",
-        "test_devices.py",
-        "test_properties.py",
-        "test_build.py::test_every_instruction_set_gives_the_same_bits",
+        "step/test_step.py",
+        "step/test_norm.py",
+        "step/test_clip_grad.py",
+        "step/test_skip_nonfinite.py",
+        "step/test_errors.py",
+        "step/test_atomic_failure.py",
+        "step/test_layouts.py",
+        "step/test_numbers.py",
+        "step/test_between_steps.py",
+        "step/test_not_covered.py",
+        "step/test_clip_stats.py",
+        "drop_in/test_amp.py",
+        "concurrency/test_threads.py",
+        "drop_in/test_drop_in.py",
+        "cuda/test_devices.py",
+        "step/test_properties.py",
+        "package/test_build.py::test_every_instruction_set_gives_the_same_bits",
     ],
     # Those that step with several threads.
     "thread": [
-        "test_threads.py",
-        "test_norm.py",
-        "test_step.py",
-        "test_clip_grad.py",
-        "test_layouts.py",
-        "test_between_steps.py",
-        "test_clip_stats.py",
+        "concurrency/test_threads.py",
+        "step/test_norm.py",
+        "step/test_step.py",
+        "step/test_clip_grad.py",
+        "step/test_layouts.py",
+        "step/test_between_steps.py",
+        "step/test_clip_stats.py",
     ],
 }
 # ThreadSanitizer loses count of the threads that a forked child makes ("dup thread with used id").
@@ -127,7 +129,7 @@ def find(sanitizer, bug):
 
 def run_tests(sanitizer):
     tests = [f"tests/{name}" for name in TESTS[sanitizer.name]]
-    left_out = [f"--deselect=tests/test_threads.py::{name}" for name in NOT_RUN[sanitizer.name]]
+    left_out = [f"--deselect=tests/concurrency/test_threads.py::{name}" for name in NOT_RUN[sanitizer.name]]
     log = run_pytest(sanitizer, sanitizer.project, [*tests, *left_out], sanitizer.folder, show=LINE_OF_DOTS)
     reports = reports_in(sanitizer.folder)
     for file, text in reports.items():

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
+from tests.support.project import ROOT
+
 HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
 FOLDER = ROOT / "build" / "sanitize"
 COMPILER = os.environ.get("CXX", "c++")
 # Python brings -fwrapv, under which no signed integer overflows. libstdc++'s assertions find what a vector's capacity

@@ -3,7 +3,7 @@
 import shutil
 from dataclasses import dataclass
 
-from .build import ROOT
+from tests.support.project import CSRC
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Bug:
     report: str  # a regular expression
 
 
-STEP_BY_THREADS = "tests/test_threads.py::test_two_optimizers_in_two_threads"
+STEP_BY_THREADS = "tests/concurrency/test_threads.py::test_two_optimizers_in_two_threads"
 BUGS = [
     Bug(
         "a write past the end",
@@ -25,7 +25,7 @@ BUGS = [
         "device_part.cpp",
         "measures = at::empty({measures_needed * kDoubles}",
         "measures = at::empty({measures_needed * kDoubles - 1}",
-        "tests/test_norm.py",
+        "tests/step/test_norm.py",
         r"AddressSanitizer: (heap-buffer-overflow|unknown-crash)[\s\S]*WRITE of size 24",
     ),
     Bug(
@@ -34,7 +34,7 @@ BUGS = [
         "plan.cpp",
         "if (gil_is_released) walk_.borrowed().hold_all();",
         "",
-        "tests/test_threads.py::test_gradients_replaced_meanwhile[large-plain]",
+        "tests/concurrency/test_threads.py::test_gradients_replaced_meanwhile[large-plain]",
         "heap-use-after-free",
     ),
     Bug(
@@ -43,7 +43,7 @@ BUGS = [
         "device_part.cpp",
         "static_cast<Outcome*>(outcome_.mutable_data_ptr())",
         "reinterpret_cast<Outcome*>(static_cast<char*>(outcome_.mutable_data_ptr()) + 4)",
-        "tests/test_norm.py",
+        "tests/step/test_norm.py",
         "runtime error: member access within misaligned address",
     ),
     Bug(
@@ -52,7 +52,7 @@ BUGS = [
         "device_part.cpp",
         "step.elements >= kElementsToReleaseGil",
         "step.elements * (int64_t{1} << 62) >= kElementsToReleaseGil",
-        "tests/test_norm.py",
+        "tests/step/test_norm.py",
         "runtime error: signed integer overflow",
     ),
     Bug(
@@ -61,7 +61,7 @@ BUGS = [
         "groups.cpp",
         "  Py_DECREF(text);\n  return result;",
         "  return result;",
-        "tests/test_errors.py",
+        "tests/step/test_errors.py",
         "LeakSanitizer: detected memory leaks",
     ),
     Bug(
@@ -98,7 +98,7 @@ def plant(bug, sanitizer, folder):
     """Builds fastclip with `bug` in `folder`."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    text = (ROOT / "csrc" / bug.file).read_text()
+    text = (CSRC / bug.file).read_text()
     assert text.count(bug.right) == 1, f"{bug.name}: what is to be replaced is there {text.count(bug.right)} times"
     source = folder / bug.file
     source.write_text(text.replace(bug.right, bug.wrong))

@@ -1,0 +1,71 @@
+"""Builds a fastclip whose CPU steps are taken by the CUDA kernels, on the emulated device of this folder."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.support.project import CSRC, ROOT
+
+HERE = Path(__file__).parent
+COMPILER = os.environ.get("CXX", "c++")
+# What nvcc takes for granted: types are punned in shared memory and tables.
+FLAGS = ["-std=c++17", "-g1", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-strict-aliasing", "-w"]
+SANITIZERS = {
+    "plain": ["-O1"],
+    "asan": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    # A flag that is read in a loop until another thread has set it is volatile, and no race.
+    "tsan": ["-O1", "-fsanitize=thread", "--param", "tsan-distinguish-volatile=1"],
+}
+
+
+def compile_(sanitizer, *arguments):
+    command = [COMPILER, *FLAGS, *SANITIZERS[sanitizer], *map(str, arguments)]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, f"{' '.join(command)}\n{built.stderr[-4000:]}"
+
+
+def includes(csrc=CSRC):
+    return [f"-I{HERE}", f"-I{csrc}"]
+
+
+def objects(folder, sanitizer, *sources, csrc=CSRC):
+    """Compiles each source, kernels too, with the headers of `csrc`; returns the object files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = []
+    for source in sources:
+        target = folder / f"{source.stem}.o"
+        compile_(sanitizer, *includes(csrc), "-x", "c++", "-c", source, "-o", target)
+        found.append(target)
+    return found
+
+
+def package(folder):
+    """A copy of the project's Python in `folder`, with an extension of its own. Returns the environment to run it in.
+
+    All that knows torch is taken as `make build` has compiled it.
+    """
+    import torch
+
+    build = folder / "build"
+    linked = objects(build, "plain", CSRC / "step_cuda.cu", HERE / "cuda_on_cpu.cpp", HERE / "step_cpu.cpp")
+    compiled = next(iter(ROOT.glob("build/temp.*/csrc/plan.o")), None)
+    assert compiled, "the extension was not built in place: run `make build`"
+    linked += sorted(path for path in compiled.parent.glob("*.o") if path.stem != "step_cpu")
+
+    extension = Path(importlib.util.find_spec("fastclip._C").origin).name
+    shutil.copytree(ROOT / "fastclip", folder / "fastclip", ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    libraries = Path(torch.__file__).parent / "lib"
+    torch_libraries = ["-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"]
+    compile_("plain", "-shared", "-o", folder / "fastclip" / extension, *linked, f"-L{libraries}", *torch_libraries)
+    return {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+
+
+def run_tests(folder, variables, *arguments):
+    """pytest in `folder`, with this folder's plugin."""
+    command = [sys.executable, "-m", "pytest", "-p", "tests.cuda.on_cpu.plugin", "-p", "no:cacheprovider"]
+    return subprocess.run([*command, *arguments], cwd=folder, env=variables, capture_output=True, text=True)

@@ -1,0 +1,300 @@
+"""The machine code of the CUDA kernels, without a GPU: compiled, disassembled and parsed.
+
+`python -m tests.cuda.sass` prints the table of what was found. nvdisasm and cuobjdump come with CUDA, or from PyPI.
+"""
+
+import functools
+import importlib.util
+import itertools
+import re
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.support.project import CSRC, load_setup
+
+ARCHITECTURES = ("8.0", "9.0")
+FOLDER = tempfile.TemporaryDirectory(prefix="fastclip_sass_")  # goes when Python does
+PACK_BYTES = 16
+
+
+setup = load_setup()
+nvcc = setup.find_nvcc()
+
+
+@functools.cache
+def tool(name):
+    """The path of cuobjdump or nvdisasm: in site-packages, on PATH, or where the real nvcc is; or None."""
+    nvidia = importlib.util.find_spec("nvidia")
+    folders = [b for f in (nvidia.submodule_search_locations if nvidia else ()) for b in Path(f).glob("*/bin")]
+    found = shutil.which(name, path=":".join(map(str, folders))) or shutil.which(name)
+    if found is None and nvcc:
+        top = re.search(r"^#\$ _HERE_=(.+)$", setup.output(nvcc, "--dryrun", "-E", "-x", "cu", "/dev/null"), re.M)
+        found = top and shutil.which(name, path=top[1])
+    return found
+
+
+def missing(*tools):
+    """Why these tests can't run here; empty where they can."""
+    if nvcc is None:
+        return "needs nvcc"
+    absent = [name for name in tools if tool(name) is None]
+    return f"needs {' and '.join(absent)}: pip install -r requirements.txt" if absent else ""
+
+
+# ---- compiling -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cubin:
+    path: Path
+    log: str  # of ptxas -v
+
+    def spills(self):
+        """What ptxas says of functions that spill, as pairs (the kernel they are compiled for, the line)."""
+        lines = self.log.splitlines()
+        found, kernel = [], None
+        for name, line in itertools.pairwise(lines):
+            if "Compiling entry function" in line:
+                kernel = kernel_of(line)
+            if re.search(r"[1-9]\d* bytes (stack frame|spill)", line):
+                found.append((kernel, f"{name}: {line.strip()}"))
+        return found
+
+
+def compile_cubin(architecture, source, *flags):
+    folder = Path(tempfile.mkdtemp(dir=FOLDER.name))
+    gencode = setup.gencode(architecture)
+    command = [nvcc, *setup.NVCC_FLAGS, *gencode, "-Xptxas=-v", *flags, "-cubin", "-o", folder / "cubin", source]
+    result = subprocess.run([*map(str, command)], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert result.returncode == 0, result.stdout
+    return Cubin(folder / "cubin", result.stdout)
+
+
+@functools.cache
+def compiled(architecture):
+    """The CUDA half as setup.py compiles it; once per run of the tests."""
+    return compile_cubin(architecture, CSRC / "step_cuda.cu")
+
+
+# ---- what the source says ----------------------------------------------------------------------------
+
+
+@functools.cache
+def source(name):
+    return (CSRC / name).read_text()
+
+
+def enumerators(enum):
+    text = "".join(map(source, ("table_cuda.cuh", "tiles_cuda.cuh", "clip_rules.h")))
+    return re.search(rf"enum class {enum} [^{{]*{{([^}}]*)}}", text)[1].replace(" ", "").split(",")
+
+
+def constant(name):
+    return int(re.search(rf"constexpr int {name} = (\d+);", source("table_cuda.cuh"))[1])
+
+
+def packs_in_flight(arrays):
+    text = re.search(r"kInFlight = (.*);", source("tiles_cuda.cuh"))[1]
+    limits = re.findall(r"kArrays > (\d+) \? (\d+) :", text)
+    return next((int(packs) for limit, packs in limits if arrays > int(limit)), int(text.split()[-1]))
+
+
+# ---- parsing -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Instruction:
+    predicate: str
+    opcode: str
+    operands: str
+
+    def registers(self):
+        return {int(n) for n in re.findall(r"\bR(\d+)", self.operands)}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    rule: str
+    dtypes: str
+    table_bytes: int
+
+
+@dataclass(frozen=True)
+class Tile:
+    """An instance of update_tile (of a rule) or measure_tile (of a norm)."""
+
+    work: str
+    variant: str
+    dtype: str
+
+    @property
+    def states(self):
+        return {"sgd_momentum": 1, "adam": 2, "adam_amsgrad": 3}.get(self.variant, 0)
+
+    @property
+    def is_adam(self):
+        return self.states > 1
+
+    @property
+    def arrays_read(self):
+        return 1 if self.work == "measure" or self.variant == "clip_grad" else 2 + self.states
+
+    @property
+    def arrays_written(self):
+        return 0 if self.work == "measure" else max(1, self.arrays_read - 1)
+
+    @property
+    def item_bytes(self):
+        return {"float32": 4, "float64": 8}.get(self.dtype, 2)
+
+    @property
+    def at_once(self):
+        return packs_in_flight(self.arrays_read)
+
+    @property
+    def elements(self):
+        """Of one round of the loop, per lane."""
+        return self.at_once * PACK_BYTES // self.item_bytes
+
+
+@dataclass
+class Function:
+    kernel: Kernel | None
+    tile: Tile | None  # None: the kernel itself, or a helper of the compiler
+    instructions: list[Instruction] = field(default_factory=list)
+    labels: dict[str, int] = field(default_factory=dict)
+
+    def loops(self):
+        """Instructions from each target of a backward branch to the branch."""
+        for end, i in enumerate(self.instructions):
+            label = re.search(r"`\((\.L_\w+)\)", i.operands)
+            if i.opcode == "BRA" and label and self.labels.get(label[1], end + 1) <= end:
+                yield self.instructions[self.labels[label[1]] : end + 1]
+
+    def hot_loop(self):
+        """The longest: the other one handles single elements."""
+        return max(self.loops(), key=len)
+
+
+DTYPES = {"f": "float32", "d": "float64", "BFloat16": "bfloat16", "Float16": "float16"}
+KERNEL = re.compile(r"step_kernelI.*?KernelE(\d)E.*?DTypesE(\d)ELi(\d+)E")
+TILE = re.compile(r"\$.*\$_.*(update|measure)_tileI.*?(Kernel|Norm)E(\d)E(?:NS\d*_\d)?(BFloat16|Float16|f|d)(?:E|NS)")
+MIXED_TILE = re.compile(r"\$.*\$_.*update_mixed_tileI.*?KernelE(\d)E")
+LABEL = re.compile(r"^([.$\w]+):$")
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
+
+
+def kernel_of(symbol):
+    m = KERNEL.search(symbol)
+    return Kernel(enumerators("Kernel")[int(m[1])], enumerators("DTypes")[int(m[2])], int(m[3])) if m else None
+
+
+def tile_of(symbol):
+    if m := MIXED_TILE.search(symbol):
+        return Tile("update", enumerators("Kernel")[int(m[1])], "mixed")
+    m = TILE.search(symbol)
+    return Tile(m[1], enumerators(m[2])[int(m[3])], DTYPES[m[4]]) if m else None
+
+
+def parse(text):
+    """The functions of what `nvdisasm -c` writes."""
+    functions = []
+    for line in text.splitlines():
+        if label := LABEL.match(line.strip()):
+            if label[1].startswith(".L_"):
+                functions[-1].labels[label[1]] = len(functions[-1].instructions)
+            else:
+                functions.append(Function(kernel_of(label[1]), tile_of(label[1])))
+        elif instruction := INSTRUCTION.search(line):
+            functions[-1].instructions.append(Instruction(*(part or "" for part in instruction.groups())))
+    return [f for f in functions if f.instructions]
+
+
+def disassemble(cubin):
+    return parse(setup.output(tool("nvdisasm"), "-c", str(cubin.path)))
+
+
+@functools.cache
+def functions_of(architecture):
+    return disassemble(compiled(architecture))
+
+
+@functools.cache
+def usage_of(cubin):
+    """Kernel -> what it takes of a multiprocessor: {"REG": 89, "STACK": 0, "LOCAL": 0, ...}."""
+    text = setup.output(tool("cuobjdump"), "--dump-resource-usage", str(cubin.path))
+    found = re.findall(r"Function (\S+):\n\s*(.+)", text)
+    return {
+        kernel_of(name): {key: int(n) for key, n in re.findall(r"(\w+)(?:\[\d+\])?:(\d+)", line)}
+        for name, line in found
+        if kernel_of(name)
+    }
+
+
+# ---- what the code does ------------------------------------------------------------------------------
+
+
+def blocks_per_multiprocessor(registers):
+    """As far as registers allow. A multiprocessor of sm_80 and sm_90 has 65,536; a warp takes multiples of 256."""
+    of_warp = -(-registers * constant("kWarp") // 256) * 256
+    return 65536 // (of_warp * constant("kWarps"))
+
+
+def is_memory(opcode):
+    return re.match(r"(LD|ST|ATOM|RED)(?!C)", opcode) is not None
+
+
+def loads_in_flight(loop):
+    """128-bit global loads that are issued before the first instruction that needs one of them."""
+    pending = {}  # register -> the load's first register
+    for i in loop:
+        if re.match(r"LD[GS]\..*128", i.opcode):
+            first = int(re.match(r"R(\d+)", i.operands)[1])
+            if pending.get(first) == first:  # the other of two alternatives under opposite predicates
+                continue
+            if i.registers() & pending.keys():
+                break
+            if i.opcode.startswith("LDG"):
+                pending.update(dict.fromkeys(range(first, first + 4), first))
+        elif i.registers() & pending.keys():
+            break
+    return len(set(pending.values()))
+
+
+def table(architecture):
+    """Markdown; of the kernels with a small table, as the others contain the same loops."""
+    usage = usage_of(compiled(architecture))
+    small = min(kernel.table_bytes for kernel in usage)
+    rows = [
+        f"| sm_{architecture.replace('.', '')} kernel | registers | blocks | loop | 128-bit loads | in flight "
+        "| 128-bit stores | instructions per element |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    tiles = [f for f in functions_of(architecture) if f.tile and f.kernel.table_bytes == small]
+    for f in sorted(tiles, key=lambda f: (f.kernel.dtypes, str(f.tile))):
+        if f.tile.work == "measure" and f.kernel.rule != "sgd":
+            continue
+        loop = f.hot_loop()
+        registers = usage[f.kernel]["REG"]
+        opcodes = [i.opcode for i in loop if "128" in i.opcode.split(".")]
+        cells = (
+            f"{f.kernel.rule}, {f.kernel.dtypes}",
+            registers,
+            blocks_per_multiprocessor(registers),
+            f"{f.tile.work} {f.tile.variant if f.tile.work == 'measure' else ''} {f.tile.dtype}".replace("  ", " "),
+            sum(o.startswith("LDG") for o in opcodes),
+            loads_in_flight(loop),
+            sum(o.startswith("STG") for o in opcodes),
+            f"{len(loop) / f.tile.elements:.1f}",
+        )
+        rows.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    if reason := missing("nvdisasm", "cuobjdump"):
+        raise SystemExit(reason)
+    print("\n\n".join(map(table, ARCHITECTURES)))

@@ -1,0 +1,59 @@
+"""The CPU's tests, on the real CUDA kernels: by an extension that is linked with the stand-in of `on_cpu/`."""
+
+import re
+
+import pytest
+
+from .on_cpu import build
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    """A fastclip whose CPU steps are taken by the CUDA kernels."""
+    folder = tmp_path_factory.mktemp("emulated")
+    return folder, build.package(folder)
+
+
+STEP_TESTS = ["step/test_step", "step/test_norm", "step/test_adam", "step/test_precision"]
+TWO_LAUNCHES = ["step/test_norm", "step/test_skip_nonfinite", "cuda/on_cpu/two_launches"]
+ALL_TESTS = [
+    *STEP_TESTS,
+    "step/test_clip_grad",
+    "step/test_skip_nonfinite",
+    "step/test_clip_stats",
+    "drop_in/test_drop_in",
+    "step/test_errors",
+    "step/test_layouts",
+    "step/test_numbers",
+    "step/test_between_steps",
+    "step/test_not_covered",
+    "concurrency/test_threads",
+    "drop_in/test_amp",
+]
+# A child that is forked in the middle of a step waits for the emulated device's lock.
+NOT_EMULATED = "--deselect=tests/concurrency/test_threads.py::test_data_loader_workers_beside_steps"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "cooperative", "files"),
+    [("in order", 1, ALL_TESTS), ("reversed", 1, STEP_TESTS), ("random", 1, STEP_TESTS), ("reversed", 0, TWO_LAUNCHES)],
+    ids=["in order", "reversed", "random", "two launches"],
+)
+def test_the_tests_of_the_cpu_pass_on_the_kernels(schedule, cooperative, files, emulated):
+    folder, variables = emulated
+    variables = {**variables, "FASTCLIP_SCHEDULE": schedule, "FASTCLIP_COOPERATIVE": str(cooperative)}
+    result = build.run_tests(folder, variables, NOT_EMULATED, *(f"tests/{name}.py" for name in files))
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    assert int(re.search(r"(\d+) passed", result.stdout)[1]) >= 100, result.stdout[-500:]
+
+
+def test_launches_and_bytes(emulated):
+    """What a step costs on a GPU, counted: see on_cpu/counts.py."""
+    result = build.run_tests(*emulated, "tests/cuda/on_cpu/counts.py")
+    assert result.returncode == 0 and " passed" in result.stdout, result.stdout[-6000:] + result.stderr[-2000:]
+
+
+def test_ranks_of_a_sharded_model(emulated):
+    """Each a process with an emulated GPU of its own, and one norm."""
+    result = build.run_tests(*emulated, "tests/cuda/on_cpu/ranks.py")
+    assert result.returncode == 0 and "1 passed" in result.stdout, result.stdout[-6000:] + result.stderr[-2000:]

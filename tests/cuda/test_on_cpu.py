@@ -1,0 +1,219 @@
+"""The real CUDA kernels and launches, executed on the CPU by the stand-in of `on_cpu/`, in several schedules.
+
+Also the tests of that tester: bugs planted into the kernels have to be found.
+"""
+
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.support.project import CSRC
+
+from .on_cpu import build
+
+SCHEDULES = {"in order": 0, "reversed": 1, "random": 2}
+DEVICES = {"cooperative": 0, "not cooperative": 1, "little shared memory": 2}
+
+
+def run(program, *arguments):
+    return subprocess.run([str(program), *map(str, arguments)], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def check_program(tmp_path_factory):
+    """Builds check_step.cpp with the kernels of a folder; the rest is compiled once for each sanitizer."""
+    compiled = {}
+
+    def build_program(sanitizer="plain", csrc=CSRC):
+        folder = tmp_path_factory.mktemp("check_step")
+        if sanitizer not in compiled:
+            rest = (build.HERE / "check_step.cpp", build.HERE / "cuda_on_cpu.cpp", CSRC / "step_cpu.cpp")
+            compiled[sanitizer] = build.objects(folder / "rest", sanitizer, *rest)
+        kernels = build.objects(folder, sanitizer, csrc / "step_cuda.cu", csrc=csrc)
+        build.compile_(sanitizer, *kernels, *compiled[sanitizer], "-o", folder / "check_step")
+        return folder / "check_step"
+
+    return build_program
+
+
+@pytest.fixture(scope="module")
+def plain(check_program):
+    return check_program()
+
+
+@pytest.mark.parametrize("sanitizer", ["plain", "asan"])
+def test_the_stand_in_itself(sanitizer, tmp_path):
+    """Toy kernels: barriers, shuffles and atomics in all schedules; what is wrong is reported."""
+    program = tmp_path / "self_test"
+    sources = [build.HERE / "self_test.cpp", build.HERE / "cuda_on_cpu.cpp"]
+    build.compile_(sanitizer, f"-I{build.HERE}", *sources, "-o", program)
+    result = run(program)
+    assert result.returncode == 0 and "0 failures" in result.stdout, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_random_steps_equal_the_cpus(schedule, device, plain):
+    """Rules, dtypes, norms, sizes, alignments, groups, NaN; one device, and two that share a norm; to the bit."""
+    result = run(plain, SCHEDULES[schedule], DEVICES[device], 200, 1000 * DEVICES[device])
+    assert result.returncode == 0 and result.stdout == "200 steps, 0 different\n", result.stdout + result.stderr
+
+
+def test_a_tensor_of_more_than_2_to_the_31_elements(plain):
+    result = run(plain, "huge")
+    assert result.returncode == 0 and result.stdout == "huge: right\n", result.stdout + result.stderr
+
+
+def test_no_access_out_of_bounds_and_no_undefined_behaviour(check_program):
+    program = check_program("asan")
+    for device in DEVICES.values():
+        result = run(program, 2, device, 30, 5000)
+        assert result.returncode == 0 and result.stdout == "30 steps, 0 different\n", (
+            result.stdout + result.stderr[-4000:]
+        )
+
+
+def test_no_race_between_threads(check_program):
+    """Each CUDA thread is a thread of ThreadSanitizer's: it sees a race whatever order they happened to run in."""
+    program = check_program("tsan")
+    result = run(program, 1, DEVICES["little shared memory"], 8, 0)
+    assert result.returncode == 0 and result.stdout == "8 steps, 0 different\n", result.stdout + result.stderr[-4000:]
+
+
+# (file, what is right, what is planted, sanitizer, arguments of check_step)
+STEPS = (0, 0, 60)
+BUGS = {
+    "tail left out": ("tiles_cuda.cuh", "size - full * kFull;", "size - full * kFull - 1;", STEPS),
+    "tile of the next tensor": ("kernels_cuda.cuh", "rest < header.tile ? rest", "rest < 0 ? rest", STEPS),
+    "wrong tensor": ("table_cuda.cuh", "first_tile <= tile", "first_tile < tile", STEPS),
+    "first momentum damped": (
+        "tiles_cuda.cuh",
+        "fastclip::terms_of(hyper, entry.momentum);",
+        "fastclip::terms_of(hyper, entry.momentum == Momentum::none ? Momentum::none : Momentum::running);",
+        STEPS,
+    ),
+    "momentum of a group that has none": (
+        "tiles_cuda.cuh",
+        "writes = Rule::writes(terms);",
+        "writes = kStates;",
+        STEPS,
+    ),
+    "aligned where it is not": (
+        "step_cuda.cu",
+        "entry.aligned = is_aligned(entry.param) && is_aligned(entry.grad);",
+        "entry.aligned = is_aligned(entry.param) || is_aligned(entry.grad);",
+        STEPS,
+    ),
+    "no barrier before the sum of a block": (
+        "kernels_cuda.cuh",
+        "= sum;\n  __syncthreads();\n  if (threadIdx.x == 0) {\n    for",
+        "= sum;\n  if (threadIdx.x == 0) {\n    for",
+        STEPS,
+    ),
+    "no barrier before a block arrives": (
+        "kernels_cuda.cuh",
+        "  __syncthreads();  // the block's tiles are measured\n",
+        "",
+        (2, 0, 200),
+    ),
+    "no barrier between decision and update": (
+        "kernels_cuda.cuh",
+        "  __syncthreads();\n  return shared().decision;",
+        "  return shared().decision;",
+        (1, 0, 60),
+    ),
+    "no waiting for the grid": (
+        "kernels_cuda.cuh",
+        "while (outcome.opened == opened) __nanosleep(64);",
+        "",
+        STEPS,
+    ),
+    "the largest square left out": (
+        "table_cuda.cuh",
+        "kKernel == Kernel::adam_amsgrad ? 3",
+        "kKernel == Kernel::adam_amsgrad ? 2",
+        STEPS,
+    ),
+    "steps counted while others update": (
+        "kernels_cuda.cuh",
+        "    if (!shared().last) return;\n    const auto",
+        "    if (blockIdx.x != 0) return;\n    const auto",
+        (2, 0, 200),
+    ),
+    "steps counted by head and rest": ("step_cuda.cu", "entry.counts = begin == 0;", "entry.counts = true;", STEPS),
+    "steps of a skipped step": (
+        "kernels_cuda.cuh",
+        "    if (decision.skip) return;\n",
+        "    if (decision.skip) count_steps<kKernel, kDTypes>(arguments);\n    if (decision.skip) return;\n",
+        STEPS,
+    ),
+    "count of finished blocks not reset": (
+        "kernels_cuda.cuh",
+        "atomicExch(&header.outcome->finished, 0u);",
+        ";",
+        STEPS,
+    ),
+    "counter not reset": ("kernels_cuda.cuh", "atomicExch(&header.outcome->arrived, 0u);", "", STEPS),
+    "counts of an earlier step": (
+        "kernels_cuda.cuh",
+        "i < kMaxBlocks; i += kThreads * gridDim.x",
+        "i < gridDim.x; i += kThreads * gridDim.x",
+        STEPS,
+    ),
+    "slot of another tile": ("kernels_cuda.cuh", "round * kWarps + warp;", "round * kWarps;", STEPS),
+    "more slots than there are": (
+        "kernels_cuda.cuh",
+        "if (slots && slot < header.slots)",
+        "if (slots)",
+        (0, DEVICES["little shared memory"], 60),
+    ),
+    "32-bit offset": (
+        "kernels_cuda.cuh",
+        "static_cast<int64_t>(tile - entry.first_tile) * header.tile",
+        "static_cast<int32_t>(tile - entry.first_tile) * header.tile",
+        ("huge",),
+    ),
+    "table not uploaded anew": (
+        "step_cuda.cu",
+        "if (bytes == table.uploaded) return cudaSuccess;",
+        "return cudaSuccess;",
+        STEPS,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory, check_program, plain):
+    """What check_step says about each planted bug."""
+
+    def plant_and_run(name):
+        folder = tmp_path_factory.mktemp("bug")
+        csrc = shutil.copytree(CSRC, folder / "csrc")
+        file, right, wrong, arguments = BUGS[name]
+        text = (csrc / file).read_text()
+        assert text.count(right) == 1, f"{name}: what is to be replaced is there {text.count(right)} times"
+        (csrc / file).write_text(text.replace(right, wrong))
+        return run(check_program(csrc=csrc), *arguments)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(BUGS, pool.map(plant_and_run, BUGS), strict=True))
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_planted_bug_is_found(bug, found):
+    assert found[bug].returncode != 0, found[bug].stdout
+
+
+def test_a_race_that_happens_to_go_well_is_found(tmp_path, check_program):
+    """Under the schedule that hides it: the reader runs last anyway."""
+    csrc = shutil.copytree(CSRC, tmp_path / "csrc")
+    kernels = (csrc / "kernels_cuda.cuh").read_text()
+    barrier = "= sum;\n  __syncthreads();\n  if (threadIdx.x == 0) {\n    for"
+    assert kernels.count(barrier) == 1
+    (csrc / "kernels_cuda.cuh").write_text(kernels.replace(barrier, barrier.replace("  __syncthreads();\n", "")))
+    result = run(check_program("tsan", csrc), 1, DEVICES["little shared memory"], 4, 0)
+    assert result.returncode != 0 and "data race" in result.stderr
+    assert "0 different" in result.stdout, "the schedule gave it away: this shows nothing about races"
