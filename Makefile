@@ -26,13 +26,13 @@ help:  ## this list
 	@sed -n 's/^\([a-z]*\):[^#]*## */  make \1	/p' Makefile
 
 demo: build  ## train a small recogniser on real speech: no clipping, the Python loop, fastclip
-	$(PY) -m examples.speech_demo $(ARGS)
+	$(PY) -m examples.speech $(ARGS)
 
 article: build  ## a DNN, a CNN and an RNN on real speech, loop and fastclip: accuracy, time, memory; ARGS="--resume" goes on
 	$(PY) -m examples.article $(ARGS)
 
 study: build  ## what clipping does to training: 378 small trainings, 30 to 60 minutes; goes on where it was stopped
-	$(PY) -m examples.clipping_study $(ARGS)
+	$(PY) -m studies.clipping $(ARGS)
 
 # With pytest-xdist, in several processes: their OpenMP threads must not spin while another one's work.
 IN_PARALLEL = $(shell $(PY) -c "import xdist" 2>/dev/null && echo " -n auto --maxprocesses 4 --dist loadfile")
@@ -55,10 +55,10 @@ sanitize: .requirements  ## the C++ under address, undefined and thread sanitize
 	$(PY) -m tests.sanitize $(ARGS)
 
 bench: build  ## time fastclip against the Python loop and the best of torch, about 8 minutes; leave the machine alone
-	$(PY) -m benchmarks.cpu $(ARGS)
+	$(PY) -m benchmarks cpu $(ARGS)
 
 gpu:  ## on a machine with a GPU, in PYTHON's environment: build, tests, sanitizer, benchmark, ncu; under 8 minutes; OUT=
-	@$(PY) -m benchmarks.gpu_session --out "$(OUT)" $(ARGS)
+	@$(PY) -m benchmarks gpu-session --out "$(OUT)" $(ARGS)
 
 build: .requirements  ## the extension, in place
 	@echo "Building fastclip: 1 to 3 minutes the first time, longer with CUDA on an old machine. Log: build.log"
