@@ -164,7 +164,8 @@ def test_an_sdist_holds_all_that_a_build_needs(tmp_path):
         tar.extractall(tmp_path, filter="data")
     (unpacked,) = (path.parent for path in tmp_path.glob("*/setup.py"))
     needed = [ROOT / name for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE")]
-    needed += [*(ROOT / "csrc").iterdir(), *(ROOT / "fastclip").glob("*.py")]
+    needed += [*(ROOT / "csrc").iterdir(), *(ROOT / "fastclip").glob("*.py"), *(ROOT / "fastclip").glob("*.pyi")]
+    needed.append(ROOT / "fastclip" / "py.typed")
     needed.remove(ROOT / "fastclip" / "_build_info.py")
     for path in needed:
         copy = unpacked / path.relative_to(ROOT)
