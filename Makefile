@@ -20,22 +20,26 @@ PY := $(VENV)/bin/python
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 endif
 
-.PHONY: help demo article study test fuzz soak sanitize bench gpu build format clean
+.PHONY: help demo article study check test fuzz soak sanitize bench gpu build format lint clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):[^#]*## */  make \1	/p' Makefile
 
 demo: build  ## train a small recogniser on real speech: no clipping, the Python loop, fastclip
-	$(PY) -m examples.speech_demo $(ARGS)
+	$(PY) -m examples.speech $(ARGS)
 
 article: build  ## a DNN, a CNN and an RNN on real speech, loop and fastclip: accuracy, time, memory; ARGS="--resume" goes on
 	$(PY) -m examples.article $(ARGS)
 
 study: build  ## what clipping does to training: 378 small trainings, 30 to 60 minutes; goes on where it was stopped
-	$(PY) -m examples.clipping_study $(ARGS)
+	$(PY) -m studies.clipping $(ARGS)
 
 # With pytest-xdist, in several processes: their OpenMP threads must not spin while another one's work.
 IN_PARALLEL = $(shell $(PY) -c "import xdist" 2>/dev/null && echo " -n auto --maxprocesses 4 --dist loadfile")
+
+check: export OMP_WAIT_POLICY ?= passive
+check: build  ## the tests of the step, without slow ones: under 90 seconds on two cores
+	$(PY) -m pytest $(IN_PARALLEL) -m "not slow" tests/step tests/drop_in/test_drop_in.py $(ARGS)
 
 test: export OMP_WAIT_POLICY ?= passive
 test: build  ## all tests
@@ -51,18 +55,27 @@ sanitize: .requirements  ## the C++ under address, undefined and thread sanitize
 	$(PY) -m tests.sanitize $(ARGS)
 
 bench: build  ## time fastclip against the Python loop and the best of torch, about 8 minutes; leave the machine alone
-	$(PY) -m benchmarks.cpu $(ARGS)
+	$(PY) -m benchmarks cpu $(ARGS)
 
 gpu:  ## on a machine with a GPU, in PYTHON's environment: build, tests, sanitizer, benchmark, ncu; under 8 minutes; OUT=
-	@$(PY) -m benchmarks.gpu_session --out "$(OUT)" $(ARGS)
+	@$(PY) -m benchmarks gpu-session --out "$(OUT)" $(ARGS)
 
 build: .requirements  ## the extension, in place
 	@echo "Building fastclip: 1 to 3 minutes the first time, longer with CUDA on an old machine. Log: build.log"
 	@$(PY) setup.py build_ext --inplace > build.log 2>&1 || { cat build.log; exit 1; }
 	@$(PY) -m fastclip
 
-format: build  ## ruff
-	$(PY) -m ruff format . && $(PY) -m ruff check --fix .
+CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+format: .requirements  ## writes all code in the project's format: ruff, clang-format; nothing is built
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	clang-format -i $(CXX_FILES)
+
+lint: .requirements  ## the same, and changes nothing: fails where `make format` would change something
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	clang-format --dry-run --Werror $(CXX_FILES)
 
 clean:  ## what was built
 	rm -rf build build.log fastclip/_C*.so fastclip/_build_info.py

@@ -1,1 +1,1 @@
-"""Speed and agreement of fastclip against what torch offers, on the parameter shapes of speech models."""
+"""How fast fastclip is beside what torch offers, on the parameter shapes of speech models."""

@@ -1,4 +1,4 @@
-"""python -m benchmarks.cpu: checks that all contenders agree, times them, writes NAME.json and NAME.png."""
+"""python -m benchmarks cpu: checks that all contenders agree, times them, writes NAME.json and NAME.png."""
 
 import argparse
 import itertools
@@ -8,14 +8,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import agreement, case, machine, memory, report_cpu, result_file
-from .contenders import CLIPS
-from .problem import Problem
-from .rules import CASES
-from .shapes import MODELS
+from .core import agreement, memory, record, rows, timing
+from .core.contenders import CLIPS, RULES, Contender
+from .core.models import MODELS
+from .core.problem import Probe, Problem
+from .report import cpu as report
 
 DEFAULT = ["dnn", "gru-ctc", "tiny-600", "conformer-s", "conformer-m", "dense-100m"]
 QUICK = ["dnn", "tiny-600", "conformer-s"]
+SAME_STEPS = 1_000_000  # from this number of parameters on, all contenders take the same number of steps per block
 MODEL_HELP = f"default: {', '.join(DEFAULT)}; others: {', '.join(model for model in MODELS if model not in DEFAULT)}"
 
 
@@ -28,7 +29,7 @@ def main(arguments=None):
     if shortage:
         print(f"Nothing was measured. {shortage}. --model names those to measure.", file=sys.stderr)
         return 2
-    found = machine.describe(arguments)
+    found = record.describe(arguments, "python -m benchmarks cpu")
     load = found["machine"]["load_before"][0]
     if load > 0.5:
         print(f"Load average {load}: other processes are at work, which all-thread times suffer from.", file=sys.stderr)
@@ -40,30 +41,28 @@ def main(arguments=None):
         print(f"The contenders disagree, nothing was timed. {error}", file=sys.stderr)
         return 1
     found["cases"] = measure(problems, options.rules, options.threads, options.rounds)
-    print(report_cpu.console(found))
+    print(report.console(found))
     options.out.mkdir(parents=True, exist_ok=True)
     written = options.out / f"{options.name}.json", options.out / f"{options.name}.png"
-    result_file.write(found, written[0])
-    from . import plot  # only here: matplotlib is slow to load
-
-    plot.speed_ups(found, written[1])
+    record.write(found, written[0])
+    report.draw(found, written[1])
     print(f"\nWritten: {written[0]}, {written[1]}")
     return 0
 
 
 def parse(arguments):
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__.split(": ", 1)[1])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks cpu", description=__doc__.split(": ", 1)[1])
     parser.add_argument("--quick", action="store_true", help="the smaller models, few rounds")
     parser.add_argument("--model", nargs="+", choices=MODELS, metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
-        "--cases", nargs="+", choices=CASES, default=["sgd"], help=f"of {', '.join(CASES)}; default: sgd"
+        "--cases", nargs="+", choices=RULES, default=["sgd"], help=f"of {', '.join(RULES)}; default: sgd"
     )
     parser.add_argument("--threads", type=thread_counts, default="1,all", help="as in 1,all (the default)")
     parser.add_argument("--rounds", type=int, help="default: 24, or 4 with --quick; half of it for the largest models")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="default: %(default)s")
     parser.add_argument("--name", default="cpu", help="of the files that are written there; default: %(default)s")
     options = parser.parse_args(arguments)
-    options.rules = [rule for case in options.cases for rule in CASES[case]]
+    options.rules = [rule for case in options.cases for rule in RULES[case]]
     options.model = options.model or (QUICK if options.quick else DEFAULT)
     if options.rounds is None:
         options.rounds = 4 if options.quick else 24
@@ -82,24 +81,69 @@ def thread_counts(text):
 
 def check(problems, rules, threads):
     """Rows of deviations; raises Disagreement."""
-    rows = []
+    found = []
     combinations = list(itertools.product(problems, CLIPS, rules))
     for problem, clip, rule in tqdm(combinations, desc="agreement", unit="case"):
-        rows.append(case.agreement_row(problem, clip, rule, threads))
-    return rows
+        found.append(rows.agreement_row(problem, clip, rule, threads))
+    return found
 
 
 def measure(problems, rules, threads, rounds):
     """Rows of all cases."""
-    count = {problem.model: max(1, rounds // 2) if problem.numel >= case.LARGE else rounds for problem in problems}
+    count = {problem.model: max(1, rounds // 2) if problem.numel >= rows.LARGE else rounds for problem in problems}
     total = sum(count.values()) * len(CLIPS) * len(rules) * len(threads)
-    rows = []
+    found = []
     with tqdm(total=total, desc="timing", unit="round") as progress:
         for problem, clip, rule in itertools.product(problems, CLIPS, rules):
             progress.set_postfix_str(f"{problem.model} {clip} {rule.title}")
-            rows += case.measure(problem, clip, rule, threads, count[problem.model], progress.update)
-    return rows
+            found += timed_rows(problem, clip, rule, threads, count[problem.model], progress.update)
+    return found
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def timed_rows(problem, clip, rule, thread_counts, rounds, on_round=None):
+    """One row for each number of threads.
+
+    Gradients are not set again between steps: what torch's clip functions leave in them is clipped already, but no
+    step's time depends on the values.
+    """
+    contenders = rows.at_the_start(problem, clip, rule)
+    actors = {name: contender.step for name, contender in contenders.items()}
+    single_elements = Problem("host", [(1,)] * len(problem.params)).copies["fastclip"]
+    actors["host"] = Contender("fastclip", single_elements, CLIPS[clip], rule).step
+    if problem.numel >= rows.LARGE:
+        actors["add_"] = Probe(problem.numel).step
+    found = []
+    for threads in thread_counts:
+        torch.set_num_threads(threads)
+        steps = blocks(actors, problem.numel)
+        timers = {name: timing.Timer(step, steps=steps[name]) for name, step in actors.items()}
+        row = rows.head(problem, clip, rule) | {"threads": threads, "steps_per_block": steps}
+        found.append(row | evaluate(row, timing.rounds(timers, rounds, on_round)))
+    rows.require_normal(contenders, row)
+    return found
+
+
+def blocks(actors, numel):
+    """Steps per block of each actor."""
+    steps = {name: timing.steps_per_block(step) for name, step in actors.items()}
+    if numel >= SAME_STEPS:
+        # The first step of a block meets a cache full of the previous contender's data: the same share for all.
+        same = max(count for name, count in steps.items() if name != "host")
+        steps = {name: count if name == "host" else same for name, count in steps.items()}
+    return steps
+
+
+def evaluate(row, samples):
+    """Times, speed-ups and the part of the floor."""
+    own = samples["fastclip"]
+    found = {
+        "us_per_step": rows.microseconds({name: values for name, values in samples.items() if name != "add_"}),
+        **rows.speed_ups(samples),
+        "host_ns_per_tensor": rows.described(rows.scaled(1e9 / row["tensors"], samples["host"])),
+    }
+    if "add_" in samples:
+        in_add = [row["parameters"] * Probe.BYTES / seconds for seconds in samples["add_"]]
+        found["gb_per_s"] = rows.described(rows.scaled(1e-9, in_add))
+        found["floor_bytes_per_parameter"] = rows.floor_bytes(row)
+        found["of_floor"] = rows.of_floor(row["parameters"] * found["floor_bytes_per_parameter"], in_add, own)
+    return found

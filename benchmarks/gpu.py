@@ -1,4 +1,4 @@
-"""python -m benchmarks.gpu: checks that all contenders agree on a GPU, times them there, writes gpu.json."""
+"""python -m benchmarks gpu: checks that all contenders agree on a GPU, times them there, writes gpu.json."""
 
 import argparse
 import itertools
@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 
-from . import agreement, case, gpu_case, machine, memory, report_gpu, result_file
-from .contenders import CLIPS, Contender
-from .devices import DEVICES
-from .problem import Problem
-from .rules import CASES, of_row
-from .shapes import MODELS
+from .core import agreement, gpu_rows, memory, record, rows
+from .core.contenders import CLIPS, RULES, Contender, rule_of
+from .core.devices import DEVICES
+from .core.models import MODELS
+from .core.problem import Problem
+from .report import gpu as report
 
-# What is aimed at first: a run whose time is up leaves out the last.
+# The most wanted first: a run whose time is up leaves out the last.
 DEFAULT = [
     ("dense-100m", torch.float32),
     ("conformer-l", torch.float32),
@@ -40,7 +40,7 @@ def main(arguments=None):
         print(f"This torch ({torch.__version__}) sees no GPU: nothing was measured.", file=sys.stderr)
         return 2
     device = DEVICES[options.device]()
-    found = machine.describe(arguments, "python -m benchmarks.gpu")
+    found = record.describe(arguments, "python -m benchmarks gpu")
     found |= {"device": device.type, "rehearsal": device.type != "cuda", "gpu": device.describe()}
     problems = [(model, dtype) for model, dtype in PROBLEMS if model in options.model]
     found |= {"rounds": options.rounds, "agreement": [], "cases": [], "failed": [], "left_out": []}
@@ -48,14 +48,14 @@ def main(arguments=None):
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "gpu.json"
     for _ in measure(found, problems, device, options.rounds, end):
-        result_file.write(found, path)  # after every case: what was measured outlives a crash
-    print(report_gpu.console(found))
+        record.write(found, path)  # after every case: what was measured outlives a crash
+    print(report.console(found))
     print(f"\nWritten: {path}")
     return 1 if found["failed"] else 0
 
 
 def parse(arguments):
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split(": ", 1)[1])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks gpu", description=__doc__.split(": ", 1)[1])
     parser.add_argument("--quick", action="store_true", help="two of the smaller models, few rounds")
     parser.add_argument("--model", nargs="+", choices=MODELS, metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--rounds", type=int, help="default: 12, or 4 with --quick")
@@ -83,8 +83,8 @@ def agree(found, model, dtype, device):
         return False
     problem = Problem(model, MODELS[model], device=device.type, dtype=dtype)
     try:
-        for clip, rule in itertools.product(CLIPS, CASES["sgd"]):
-            found["agreement"].append(case.agreement_row(problem, clip, rule) | {"dtype": name})
+        for clip, rule in itertools.product(CLIPS, RULES["sgd"]):
+            found["agreement"].append(rows.agreement_row(problem, clip, rule) | {"dtype": name})
     except agreement.Disagreement as error:
         found["failed"].append({"case": f"{model} {name}", "error": str(error)})
         print(f"FAILED: {name}: the contenders disagree, this model is not timed. {error}", file=sys.stderr, flush=True)
@@ -100,14 +100,14 @@ def measure(found, problems, device, rounds, end):
     """Adds rows to found["cases"]; yields after each."""
     for model, dtype in problems:
         problem = Problem(model, MODELS[model], device=device.type, dtype=dtype)
-        for clip, rule in itertools.product(CLIPS, CASES["sgd"]):
+        for clip, rule in itertools.product(CLIPS, RULES["sgd"]):
             title = f"{model} {str(dtype).removeprefix('torch.')}, {clip}, {rule.title}"
             if time.monotonic() > end:
                 found["left_out"].append(title)
                 continue
             start = time.monotonic()
             try:
-                found["cases"].append(gpu_case.measure(problem, clip, rule, device, rounds))
+                found["cases"].append(gpu_rows.measure(problem, clip, rule, device, rounds))
             except Exception as error:  # the others may go well
                 found["failed"].append({"case": title, "error": f"{type(error).__name__}: {error}"})
                 print(f"FAILED: {title}: {error}", file=sys.stderr, flush=True)
@@ -123,15 +123,11 @@ def measure(found, problems, device, rounds, end):
 
 
 def kernels(row, device):
-    """Names of the kernels of one step of fastclip."""
+    """Names of the kernels of one step of fastclip, for a row that was timed."""
     problem = Problem(row["model"], MODELS[row["model"]], device=device.type, dtype=getattr(torch, row["dtype"]))
-    step = Contender("fastclip", problem.copies["fastclip"], CLIPS[row["clip"]], of_row(row)).step
+    step = Contender("fastclip", problem.copies["fastclip"], CLIPS[row["clip"]], rule_of(row)).step
     step()
     names = device.kernels(step)
     del problem, step
     device.release()
     return names
-
-
-if __name__ == "__main__":
-    sys.exit(main())

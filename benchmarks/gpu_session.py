@@ -1,4 +1,4 @@
-"""python -m benchmarks.gpu_session: everything that is to be done where a GPU is, in one go; `make gpu` calls it.
+"""python -m benchmarks gpu-session: all that there is to do on a machine with a GPU, in one go; `make gpu` calls it.
 
 Builds, compares the device with the CPU, runs the tests on it, the benchmark, compute-sanitizer and ncu. A step that
 fails, or whose tool is absent, stops no other but the build's. Needs no network. Each step has a log in the folder.
@@ -17,15 +17,15 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from . import targets
-from .formats import columns
+from .report import gpu as report
+from .report.formats import columns
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 465  # for all steps together
 CUDA_TOOLS = "/usr/local/cuda/bin"  # where the tools are that PATH does not know
 PACKAGES = ["pytest", "numpy", "tqdm", "matplotlib", "setuptools", "ninja"]
 
-# What a log says where a tool can't work on this machine, whatever the program does.
+# Words of a log that tell that a tool can't work on this machine, whatever the program does.
 NOT_HERE = {
     "ncu": [
         "ERR_NVGPUCTRPERM",
@@ -51,7 +51,7 @@ class Step:
     log: str
     tool: str = ""  # has to be on PATH
     module: str = ""  # Python has to find it
-    proof: str = ""  # a pattern that the output holds where the step did what it is for
+    proof: str = ""  # a pattern that the output holds if the step has done its work
     environment: dict = field(default_factory=dict)
     optional: bool = False  # its failure is not the session's
 
@@ -81,7 +81,7 @@ def main(arguments=None):
     missing = [name for name in PACKAGES if not importlib.util.find_spec(name)]
     if missing:
         print(f"{sys.executable} has no {', '.join(missing)}: what needs them is left out or slower", flush=True)
-    # Behind what is there: ninja lies beside a Python that was named by its path.
+    # Last on PATH: ninja lies beside a Python that was named by its path.
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent), CUDA_TOOLS])
     outcomes = run_all([step for step in planned if not options.only or step.name in options.only], out)
     found = {"gpu": gpu, "python": sys.executable, "missing_packages": missing, "rehearsal": options.device == "cpu"}
@@ -92,7 +92,7 @@ def main(arguments=None):
 
 
 def parse(arguments):
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_session", description=__doc__.split(": ", 1)[1])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks gpu-session", description=__doc__.split(": ", 1)[1])
     parser.add_argument("--out", type=Path, default=Path("gpu_out"), help="a folder; default: %(default)s")
     parser.add_argument("--only", nargs="+", choices=NAMES, metavar="STEP", help=f"of {', '.join(NAMES)}")
     parser.add_argument("--quick", action="store_true", help="the quick benchmark")
@@ -154,7 +154,7 @@ HAS_CUDA = "import fastclip, sys; sys.exit(0 if fastclip.build_info()['cuda'] el
 
 
 def benchmark(out, options):
-    command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(out), "--seconds", "130"]
+    command = [sys.executable, "-m", "benchmarks", "gpu", "--out", str(out), "--seconds", "130"]
     return command + (["--quick"] if options.quick else []) + (["--device", "cpu"] if options.device == "cpu" else [])
 
 
@@ -180,7 +180,7 @@ def ncu(clip, device):
     command += ["--launch-skip", "2", "--launch-count", "1"]
     return Step(
         f"ncu {clip}",
-        [*command, sys.executable, "-m", "benchmarks.steps", "--clip", clip, "--device", device],
+        [*command, sys.executable, "-m", "benchmarks", "profile", "--clip", clip, "--device", device],
         45,
         "ncu.log",
         tool="ncu",
@@ -190,7 +190,7 @@ def ncu(clip, device):
 
 
 def run_all(chosen, out):
-    """Outcomes; after a build that failed nothing else runs, as it would run what was built before."""
+    """Outcomes. After a failed build nothing else runs, as it would run an older build."""
     outcomes, end = [], time.monotonic() + SECONDS
     for number, step in enumerate(chosen, 1):
         print(f"[{number}/{len(chosen)}] {step.name} ... ", end="", flush=True)
@@ -264,7 +264,7 @@ def summary(outcomes):
 
 
 def main_rows(path):
-    """What was aimed at and measured, and what to do with the file."""
+    """The main results, and what to do with their file."""
     try:
         results = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -274,10 +274,6 @@ def main_rows(path):
     else:
         keep = (
             f"To keep these: cp {path} benchmarks/results/gpu.json && "
-            "python -m benchmarks.report benchmarks/results/gpu.json --update README.md"
+            "python -m benchmarks report benchmarks/results/gpu.json --update docs/performance.md"
         )
-    return f"{columns(targets.lines(results))}\n\n{keep}"
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return f"{columns(report.summary(results))}\n\n{keep}"

@@ -1,6 +1,6 @@
-"""python -m benchmarks.large: real steps on the shapes of the largest models, and on one device's share of them.
+"""python -m benchmarks large: real steps on the shapes of the largest models, and on one device's share of them.
 
-Checked by samples against torch in float64, then timed beside what the cost model says; up to 9 GiB of memory.
+Checked by samples against torch in float64, then timed beside what their bytes allow; up to 9 GiB of memory.
 """
 
 import argparse
@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import cost_model, machine, memory, report_large, result_file, timing
-from .case import digits
-from .problem import Probe
-from .rules import CASES, Rule
-from .shapes import MODELS, count
+from .core import memory, record, timing
+from .core.contenders import RULES, Rule
+from .core.models import MODELS, count
+from .core.problem import Probe
+from .core.rows import digits
+from .report import tensors as report
 
-ADAMW, SGD, MOMENTUM = CASES["adamw"][0], *CASES["sgd"]
+ADAMW, SGD, MOMENTUM = RULES["adamw"][0], *RULES["sgd"]
 LR = 0.1  # moves parameters by more than bfloat16 rounds away
 PER_TENSOR = 16  # samples; the first and the last element among them
 PROBE = 50_000_000  # elements
@@ -39,12 +40,13 @@ class Case:
     def shapes(self):
         return [(-(-shape[0] // self.devices), *shape[1:]) if shape else () for shape in MODELS[self.model]]
 
-    def layout(self):
-        size = self.dtype.itemsize
-        return cost_model.Layout(str(self.dtype), size, size, size)
-
     def bytes(self):
-        return count(self.shapes()) * self.layout().held(len(self.rule.states))
+        """Memory of parameters, gradients and states."""
+        return count(self.shapes()) * self.dtype.itemsize * (2 + len(self.rule.states))
+
+    def moved(self):
+        """Bytes that a step with a norm clip has to move."""
+        return count(self.shapes()) * self.dtype.itemsize * self.rule.elements("norm")
 
 
 RUNS = [
@@ -70,22 +72,22 @@ def main(arguments=None):
         print(f"Nothing was run: {memory.gib(need)} of memory needed, {memory.gib(free)} available.", file=sys.stderr)
         return 2
     torch.set_num_threads(options.threads)
-    found = machine.describe(arguments, "python -m benchmarks.large") | {"kind": "large", "cases": []}
+    found = record.describe(arguments, "python -m benchmarks large") | {"kind": "large", "cases": []}
     try:
         for case in tqdm(RUNS, unit="case"):
             found["cases"].append(run(case, options.rounds))
     except Wrong as error:
         print(f"WRONG: {error}", file=sys.stderr)
         return 1
-    print(report_large.markdown(found))
+    print(report.markdown(found))
     options.out.mkdir(parents=True, exist_ok=True)
-    result_file.write(found, options.out / "large.json")
+    record.write(found, options.out / "large.json")
     print(f"\nWritten: {options.out / 'large.json'}")
     return 0
 
 
 def parse(arguments):
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.large", description=__doc__.split(": ", 1)[1])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks large", description=__doc__.split(": ", 1)[1])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="default: %(default)s")
@@ -93,7 +95,7 @@ def parse(arguments):
 
 
 def run(case, rounds):
-    """A row: what was checked, how long a step takes, and how long it should."""
+    """A row: what was checked, how long a step takes, and how long its bytes take."""
     params = [torch.nn.Parameter(repeated(shape, case.dtype, 0.05, seed=0)) for shape in case.shapes()]
     for p in params:
         p.grad = repeated(p.shape, case.dtype, 0.02, seed=1)
@@ -119,13 +121,12 @@ def run(case, rounds):
     times = timing.rounds({name: timing.Timer(step) for name, step in actors.items()}, rounds)
     seconds, of_probe = (statistics.median(times[name]) for name in actors)
     speed = PROBE * Probe.BYTES / of_probe
-    moved = row["elements"] * case.layout().moved(len(case.rule.states), "norm")
     row |= {"threads": torch.get_num_threads(), "ms": digits(seconds * 1e3), "gb_per_s": digits(speed * 1e-9)}
-    return row | {"floor_ms": digits(moved / speed * 1e3)}
+    return row | {"floor_ms": digits(case.moved() / speed * 1e3)}
 
 
 def repeated(shape, dtype, scale, seed):
-    """A tensor of random numbers that come back after a while: drawing a billion of them would take a minute."""
+    """A tensor of random numbers that repeat: drawing a billion would take a minute."""
     numbers = (scale * drawn(seed)).to(dtype)
     tensor = torch.empty(shape, dtype=dtype)
     for piece in tensor.view(-1).split(len(numbers)):
@@ -159,7 +160,7 @@ def picked(tensors, places):
 
 
 def compare(case, optimizer, params, places, expected):
-    """How far the sampled elements are off, as a part of what rounding allows; Wrong where it is over 1."""
+    """How far the sampled elements are off, as a fraction of what rounding allows; raises Wrong above 1."""
     largest = 0.0
     for kind, wanted in expected.items():
         tensors = params if kind == "parameter" else [optimizer.state[p][kind] for p in params]
@@ -171,7 +172,3 @@ def compare(case, optimizer, params, places, expected):
             raise Wrong(f"{case.title()}: a sample of {kind} is off by {deviation:.2g} times what rounding allows")
         largest = max(largest, deviation)
     return {"samples": len(wanted) * len(expected), "deviation": digits(largest)}
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,5 +1,7 @@
 """Loads the compiled half, or says what to do where it can't be loaded."""
 
+from typing import Any
+
 import torch
 
 BUILD_COMMAND = "pip install --no-build-isolation --force-reinstall --no-deps ."
@@ -27,7 +29,7 @@ if _release(torch.__version__) != _release(BUILD_INFO["torch"]):
 from . import _C  # noqa: E402  after the check, whose message beats that of an undefined symbol
 
 
-def build_info():
+def build_info() -> dict[str, Any]:
     """What was built, and what runs here.
 
     Returns:

@@ -1,10 +1,11 @@
 """torch.optim.Adam and AdamW with clipping, in one pass."""
 
 import torch
+from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from .optimizer import ClippedOptimizer
-from .plain.rules import ADAM
+from .plain import rules
 from .settings import ClipSettings, lists_clip_settings
 
 
@@ -46,26 +47,26 @@ class Adam(ClippedOptimizer, torch.optim.Adam):
         >>> opt.step()
     """
 
-    _rule = ADAM
+    _rule = rules.ADAM
 
     @lists_clip_settings
     def __init__(
         self,
-        params,
-        lr=1e-3,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        weight_decay=0,
-        amsgrad=False,
+        params: ParamsT,
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float | torch.Tensor, float | torch.Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
         *,
-        foreach=None,
-        maximize=False,
-        capturable=False,
-        differentiable=False,
-        fused=None,
-        decoupled_weight_decay=False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
         **clip: Unpack[ClipSettings],
-    ):
+    ) -> None:
         super().__init__(
             params,
             lr,
@@ -113,25 +114,25 @@ class AdamW(ClippedOptimizer, torch.optim.AdamW):
         >>> opt.step()
     """
 
-    _rule = ADAM
+    _rule = rules.ADAM
 
     @lists_clip_settings
     def __init__(
         self,
-        params,
-        lr=1e-3,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        weight_decay=1e-2,
-        amsgrad=False,
+        params: ParamsT,
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float | torch.Tensor, float | torch.Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
         *,
-        maximize=False,
-        foreach=None,
-        capturable=False,
-        differentiable=False,
-        fused=None,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
         **clip: Unpack[ClipSettings],
-    ):
+    ) -> None:
         super().__init__(
             params,
             lr,

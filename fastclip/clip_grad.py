@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Iterable
 
 import torch
 
@@ -50,7 +51,11 @@ def _in_kernels(clip, *arguments):
 
 
 @eager
-def clip_grad_value_(parameters, clip_value, foreach=None):
+def clip_grad_value_(
+    parameters: torch.Tensor | Iterable[torch.Tensor],
+    clip_value: float | tuple[float, float],
+    foreach: bool | None = None,
+) -> None:
     """Clamps the gradients of `parameters` to [-clip_value, clip_value], in place.
 
     Equivalent to `torch.nn.utils.clip_grad_value_`, in one pass instead of two. Differs: parameters without gradients
@@ -81,7 +86,13 @@ def clip_grad_value_(parameters, clip_value, foreach=None):
 
 
 @eager
-def clip_grad_norm_(parameters, max_norm, norm_type=2.0, error_if_nonfinite=False, foreach=None):
+def clip_grad_norm_(
+    parameters: torch.Tensor | Iterable[torch.Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> torch.Tensor:
     """Scales the gradients of `parameters` so that their total norm is at most `max_norm`, in place; returns the norm.
 
     Equivalent to `torch.nn.utils.clip_grad_norm_`. Differs: the norm is right to 1e-6 for every finite input, on the
@@ -110,12 +121,12 @@ def clip_grad_norm_(parameters, max_norm, norm_type=2.0, error_if_nonfinite=Fals
     if not max_norm >= 0:
         raise ValueError(f"max_norm must not be negative or NaN, got {max_norm}")
     if error_if_nonfinite:
-        norm = clip_grad_norm_(parameters, math.inf, norm_type)
-        if not norm.isfinite():
+        measured = clip_grad_norm_(parameters, math.inf, norm_type)
+        if not measured.isfinite():
             raise RuntimeError(
                 f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be "
                 "clipped. To disable this error and scale the gradients by the non-finite norm anyway, set "
-                f"`error_if_nonfinite=False`. The norm is {norm.item()}"
+                f"`error_if_nonfinite=False`. The norm is {measured.item()}"
             )
     engine = _engine()
     if norm_type in (2.0, math.inf) and _in_kernels(engine.clip_grad_norm_, parameters, max_norm, norm_type):
@@ -132,7 +143,7 @@ def clip_grad_norm_(parameters, max_norm, norm_type=2.0, error_if_nonfinite=Fals
                 norm = torch.nn.utils.get_total_norm(
                     [p.grad for p in _with_unique_grads(parameters)], norm_type, foreach=foreach
                 )
-                norm = norm.full_tensor() if is_dtensor(norm) else norm
+                norm = norm.full_tensor() if is_dtensor(norm) else norm  # type: ignore[attr-defined]
                 norm = norm.to(torch.promote_types(norm.dtype, torch.float32))
             factors = scaling_of(norm, max_norm)
             for grad in grads:

@@ -1,12 +1,17 @@
 """Steps in the backward pass: each gradient is clipped, applied and freed soon after autograd has computed it."""
 
+from collections.abc import Iterator
 from contextlib import contextmanager
+
+import torch
 
 from .in_backward_checks import check_arguments
 from .in_backward_passes import Passes
 
 
-def step_in_backward(model, optimizer, *, bucket_cap_mb=4.0):
+def step_in_backward(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, bucket_cap_mb: float = 4.0
+) -> "StepInBackward":
     """Lets `backward()` update the parameters, and free each gradient as soon as it was used.
 
     After each backward pass parameters and state are, to the bit, as after `optimizer.step()` and
@@ -52,7 +57,7 @@ def step_in_backward(model, optimizer, *, bucket_cap_mb=4.0):
 
     Example:
         >>> opt = fastclip.SGD(model.parameters(), lr=0.01, momentum=0.9, clip_value=0.01)
-        >>> fastclip.step_in_backward(model, opt)
+        >>> in_backward = fastclip.step_in_backward(model, opt)
         >>> model(x).square().sum().backward()  # and that was the step
     """
     check_arguments(model, optimizer, bucket_cap_mb)
@@ -69,18 +74,19 @@ class StepInBackward:
         ...     model(x2).sum().backward()  # steps on their sum
     """
 
-    def __init__(self, optimizer, passes):
+    def __init__(self, optimizer: torch.optim.Optimizer, passes: Passes) -> None:
         self._optimizer = optimizer
         self._passes = passes
 
     @contextmanager
-    def accumulate(self):
+    def accumulate(self) -> Iterator[None]:
         """Within it, backward passes add to the gradients and update nothing. The next pass outside of it, or
         `optimizer.step()`, takes the step on the sums.
 
         All gradients are in memory from one pass to the next: that is what adding them up costs.
 
         Example:
+            >>> in_backward = fastclip.step_in_backward(model, opt)
             >>> with in_backward.accumulate():
             ...     (loss(x1) / 2).backward()
             >>> (loss(x2) / 2).backward()
@@ -91,7 +97,7 @@ class StepInBackward:
         finally:
             self._passes.accumulating = before
 
-    def remove(self):
+    def remove(self) -> None:
         """From now on only `optimizer.step()` steps. Gradients that are there stay. May be called twice.
 
         Example:
@@ -99,10 +105,10 @@ class StepInBackward:
         """
         self._passes.remove()
 
-    def __enter__(self):
+    def __enter__(self) -> "StepInBackward":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
     def __reduce_ex__(self, _):

@@ -3,7 +3,9 @@
 import inspect
 import sys
 import warnings
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch.optim import optimizer as torch_optimizer
@@ -58,7 +60,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
     def param_groups(self):
         self.__dict__.pop("param_groups", None)
 
-    def add_param_group(self, param_group):
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; a group may have a `clip_value` of its own. Refuses bad values.
 
         Example:
@@ -155,7 +157,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
             self._loading = outer
 
     @property
-    def total_norm(self):
+    def total_norm(self) -> torch.Tensor | None:
         """Norm of the gradients in the last step, after a value clip and before the norm clip: what
         `torch.nn.utils.clip_grad_norm_` returns, to log.
 
@@ -171,7 +173,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
         return self._reference_stats.total_norm if self._reference_stats else self._engine.total_norm()
 
     @property
-    def skipped_steps(self):
+    def skipped_steps(self) -> torch.Tensor:
         """How many steps were skipped, and have changed nothing: by `skip_nonfinite`, or by AMP's `found_inf`.
 
         An int64 scalar tensor on the parameters' device, counted there and read without waiting for it. Counts from 0
@@ -185,7 +187,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
         device = next((param.device for group in self.param_groups for param in group["params"]), "cpu")
         return (self._engine.skipped_steps().to(device) + self._reference_skips).to(device)
 
-    def clip_stats(self):
+    def clip_stats(self) -> clip_stats.ClipStats:
         """What clipping did in the last step, to log: norm, coefficient, fraction of elements clamped, steps skipped.
 
         Costs no pass over memory, and waits for no device: it was counted while the step went over the gradients.
@@ -204,7 +206,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
     def _stats_of_call(self):
         return self._reference_stats or clip_stats.ClipStats(*self._engine.clip_stats(), None)
 
-    def first_nonfinite(self):
+    def first_nonfinite(self) -> str | None:
         """Says which parameter is the first whose gradient holds an inf or NaN, as 'parameter 3 of group 0', with its
         name where the optimizer was built from named parameters; None if there is none.
 
@@ -219,7 +221,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
         return clip_stats.first_nonfinite(self.param_groups)
 
     @eager
-    def step(self, *positional, closure=None):
+    def step(self, *positional: Any, closure: Callable[[], Any] | None = None) -> Any:
         """Clips and updates all parameters that have a gradient; the gradients are left as they are.
 
         Args:
@@ -250,8 +252,8 @@ class ClippedOptimizer(torch.optim.Optimizer):
             self.__dict__.pop("found_inf", None)
             raise
 
-    step.hooked = True  # tells torch not to wrap it
-    step.__signature__ = inspect.signature(torch.optim.Optimizer.step)  # (self, closure=None)
+    step.hooked = True  # type: ignore[attr-defined]  # tells torch not to wrap it
+    step.__signature__ = inspect.signature(torch.optim.Optimizer.step)  # type: ignore[attr-defined]  # (self, closure=None)
 
     def _step(self, closure=None):
         loss = None

@@ -1,7 +1,8 @@
 """The settings that fastclip adds to an optimizer's groups: named once, here."""
 
 import inspect
-from typing import TypedDict
+from collections.abc import Callable
+from typing import Any, TypedDict, TypeVar
 
 import torch
 
@@ -32,7 +33,10 @@ class ClipSettings(TypedDict, total=False):
     momentum_dtype: torch.dtype | None
 
 
-def lists_clip_settings(init):
+Init = TypeVar("Init", bound=Callable[..., Any])
+
+
+def lists_clip_settings(init: Init) -> Init:
     """Has `help()` and `inspect.signature` list the settings by name in place of `**clip`."""
     signature = inspect.signature(init)
     own = [
@@ -42,5 +46,5 @@ def lists_clip_settings(init):
         for name, value in OWN_SETTINGS.items()
     ]
     others = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    init.__signature__ = signature.replace(parameters=[*others, *own])
+    init.__signature__ = signature.replace(parameters=[*others, *own])  # type: ignore[attr-defined]
     return init

@@ -1,10 +1,11 @@
 """torch.optim.SGD with clipping, in one pass."""
 
 import torch
+from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from .optimizer import ClippedOptimizer
-from .plain.rules import SGD
+from .plain import rules
 from .settings import ClipSettings, lists_clip_settings
 
 
@@ -58,24 +59,24 @@ class SGD(ClippedOptimizer, torch.optim.SGD):
         >>> opt.step()
     """
 
-    _rule = SGD
+    _rule = rules.SGD
 
     @lists_clip_settings
     def __init__(
         self,
-        params,
-        lr=1e-3,
-        momentum=0,
-        dampening=0,
-        weight_decay=0,
-        nesterov=False,
+        params: ParamsT,
+        lr: float | torch.Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
         *,
-        maximize=False,
-        foreach=None,
-        differentiable=False,
-        fused=None,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
         **clip: Unpack[ClipSettings],
-    ):
+    ) -> None:
         super().__init__(
             params,
             lr,

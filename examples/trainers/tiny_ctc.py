@@ -1,4 +1,4 @@
-"""What the recipes share, nothing of it fastclip's: a CTC recogniser, made-up speech, options, the last line."""
+"""The part that the recipes share, without fastclip: a CTC recogniser, made-up speech, options, the last line."""
 
 import argparse
 import contextlib

@@ -12,8 +12,12 @@ from tests.support.project import ROOT
 
 pytest.importorskip("tqdm", reason="the benchmark shows its progress with tqdm: pip install fastclip[demo]")
 
-from benchmarks import agreement, case, contenders, cpu, report, rules, timing  # noqa: E402
-from benchmarks.problem import Problem, is_normal  # noqa: E402
+import benchmarks.__main__ as command_line  # noqa: E402
+from benchmarks import cpu  # noqa: E402
+from benchmarks.core import agreement, contenders, rows, timing  # noqa: E402
+from benchmarks.core.problem import Problem, is_normal  # noqa: E402
+from benchmarks.report import cpu as cpu_report  # noqa: E402
+from benchmarks.report import documents as report  # noqa: E402
 
 SHAPES = [(5, 3), (7,), (), (1, 33)]
 
@@ -25,8 +29,8 @@ def _threads():
     torch.set_num_threads(before)
 
 
-RULES = {rule.title: rule for case_rules in rules.CASES.values() for rule in case_rules}
-PLAIN, MOMENTUM = rules.CASES["sgd"]
+RULES = {rule.title: rule for case_rules in contenders.RULES.values() for rule in case_rules}
+PLAIN, MOMENTUM = contenders.RULES["sgd"]
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -58,7 +62,7 @@ def test_one_wrong_bit_is_a_disagreement(monkeypatch):
 
 
 def test_one_wrong_bit_of_a_state_is_a_disagreement(monkeypatch):
-    """Of Adam's parameters the last bits may differ, of its averages none."""
+    """The last bits of Adam's parameters may differ, those of its averages may not."""
 
     def planted(params, clip, rule):
         optimizer, step = contenders.one_pass(params, clip, rule)
@@ -101,7 +105,7 @@ def test_lost_momentum_and_nan_are_disagreements():
 
 def test_the_command_stops_at_a_disagreement(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(contenders.CONTENDERS, "fastclip", planted)
-    monkeypatch.setattr(case, "measure", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(cpu, "timed_rows", lambda *_: pytest.fail("timed"))
     assert cpu.main(["--model", "dnn", "--threads", "1", "--out", str(tmp_path)]) == 1
     assert "dnn, value, momentum 0: fastclip: parameter 0" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -110,7 +114,7 @@ def test_the_command_stops_at_a_disagreement(monkeypatch, capsys, tmp_path):
 def test_the_command_writes_what_the_report_reads(monkeypatch, capsys, tmp_path):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(timing, "BLOCK_SECONDS", 1e-6)
-    monkeypatch.setattr(case, "LARGE", 1)
+    monkeypatch.setattr(rows, "LARGE", 1)
     assert cpu.main(["--model", "dnn", "--threads", "1", "--rounds", "6", "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "cpu.json").read_text())
     assert [(row["clip"], row["momentum"]) for row in found["cases"]] == [
@@ -128,7 +132,7 @@ def test_the_command_writes_what_the_report_reads(monkeypatch, capsys, tmp_path)
 def test_adamw_is_a_case_of_its_own(monkeypatch, capsys, tmp_path):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(timing, "BLOCK_SECONDS", 1e-6)
-    monkeypatch.setattr(case, "LARGE", 1)
+    monkeypatch.setattr(rows, "LARGE", 1)
     arguments = ["--model", "dnn", "--cases", "adamw", "amsgrad", "--threads", "1", "--rounds", "2"]
     assert cpu.main([*arguments, "--out", str(tmp_path), "--name", "cpu-adamw"]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"cpu-adamw.json", "cpu-adamw.png"}
@@ -139,10 +143,10 @@ def test_adamw_is_a_case_of_its_own(monkeypatch, capsys, tmp_path):
         ("norm", "AdamW", 32),
         ("norm", "AdamW amsgrad", 40),
     ]
-    texts = report.sections(found, "cpu-adamw")
-    assert "| model | clip | rule |" in texts["cpu-adamw"]
-    assert "| dnn | norm 1 | AdamW amsgrad |" in texts["cpu-adamw"]
-    assert "Medians; rule AdamW / AdamW amsgrad." in texts["cpu-adamw-summary"]
+    texts = report.tables({"cpu-adamw": found})
+    assert "| model | clip | rule |" in texts["benchmark:cpu-adamw"]
+    assert "| dnn | norm 1 | AdamW amsgrad |" in texts["benchmark:cpu-adamw"]
+    assert "Medians; rule AdamW / AdamW amsgrad." in texts["benchmark:cpu-adamw-summary"]
 
 
 def test_statistics_by_hand():
@@ -170,7 +174,7 @@ def test_every_actor_runs_its_steps_in_every_round():
 def test_speed_ups_and_floor_by_hand():
     samples = {"loop": [4e-3, 9e-3], "foreach": [3e-3, 9e-3], "fused": [2e-3, 6e-3], "fastclip": [1e-3, 2e-3]}
     row = {"tensors": 10, "parameters": 1_000_000, "clip": "norm", "momentum": 0.9}
-    found = case.evaluate(row, samples | {"host": [1e-6, 2e-6], "add_": [0.4e-3, 0.5e-3]})
+    found = cpu.evaluate(row, samples | {"host": [1e-6, 2e-6], "add_": [0.4e-3, 0.5e-3]})
     assert found["vs_loop"]["samples"] == [4.0, 4.5]
     assert (found["best_of_torch"], found["vs_best_of_torch"]["samples"]) == ("fused", [2.0, 3.0])
     assert found["us_per_step"]["fastclip"]["median"] == 1500
@@ -195,7 +199,7 @@ RESULTS = {
     "commit": "0123456789abcdef",
     "dirty": False,
     "date": "2025-01-31T12:00:00+00:00",
-    "command": "python -m benchmarks.cpu",
+    "command": "python -m benchmarks cpu",
     "cases": [
         {
             "model": "conformer-m",
@@ -227,10 +231,10 @@ RESULTS = {
     ],
 }
 
-BEGIN, END = report.markers("cpu")
+BEGIN, END = report.markers("benchmark:cpu")
 TABLES = """\
 Some CPU, 2 cores; torch 2.13.0, Python 3.11.7, fastclip 0.1.0 (gcc, AVX2); commit 0123456789, 2025-01-31; \
-`python -m benchmarks.cpu`. Medians (10th–90th percentile of the rounds). Floor: the bytes that a step has to \
+`python -m benchmarks cpu`. Medians (10th–90th percentile of the rounds). Floor: the bytes that a step has to \
 move, at the speed of torch's `add_` in the same round.
 
 Models: conformer-m, 480 tensors, 24.4M; dnn, 4 tensors, 37K.
@@ -256,7 +260,7 @@ def test_report_by_hand():
 
 SUMMARY = """\
 Some CPU, 2 cores; torch 2.13.0, Python 3.11.7, fastclip 0.1.0 (gcc, AVX2); commit 0123456789, 2025-01-31; \
-`python -m benchmarks.cpu`. Medians; momentum 0.9 / 0.
+`python -m benchmarks cpu`. Medians; momentum 0.9 / 0.
 
 | model | clip | 1 thread: vs loop | vs best of torch | 2 threads: vs loop | vs best of torch |
 | --- | --- | ---: | ---: | ---: | ---: |
@@ -268,7 +272,7 @@ def test_report_updates_what_is_between_the_markers(tmp_path):
     results, readme, both = tmp_path / "cpu.json", tmp_path / "README.md", tmp_path / "both.md"
     results.write_text(json.dumps(RESULTS))
     readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    short, end_of_short = report.markers("cpu-summary")
+    short, end_of_short = report.markers("benchmark:cpu-summary")
     both.write_text(f"{short}\n{end_of_short}\n{BEGIN}\n{END}\n")
     for _ in range(2):
         assert report.main([str(results), "--update", str(readme), str(both)]) == 0
@@ -277,17 +281,47 @@ def test_report_updates_what_is_between_the_markers(tmp_path):
 
 
 def test_documents_quote_the_committed_results():
+    texts = report.tables({path.stem: json.loads(path.read_text()) for path in report.committed()})
     quoted = Counter()
-    results = sorted((ROOT / "benchmarks/results").glob("*.json"))
-    for path in results:
-        texts = report.sections(json.loads(path.read_text()), path.stem)
-        for document in (ROOT / "README.md", ROOT / "docs/performance.md", ROOT / "docs/scaling.md"):
-            text = document.read_text()
-            for name in (name for name in texts if report.markers(name)[0] in text):
-                assert report.replaced(text, {name: texts[name]}) == text, f"{document.name} has another {name}"
-                quoted[name] += 1
-    expected = {path.stem for path in results} | {"cpu-summary", "cpu-large-summary"}
+    for document in (ROOT / "README.md", ROOT / "docs/performance.md"):
+        text = document.read_text()
+        for name in (name for name in texts if report.markers(name)[0] in text):
+            assert report.replaced(text, {name: texts[name]}) == text, f"{document.name} has another {name}"
+            quoted[name] += 1
+    expected = {f"benchmark:{path.stem}" for path in report.committed()}
+    expected |= {"speed", "benchmark:cpu-summary", "benchmark:cpu-large-summary"}
     assert expected <= set(quoted) and set(quoted.values()) == {1}
+    assert report.markers("speed")[0] in (ROOT / "README.md").read_text()
+
+
+def test_the_table_of_speed_by_hand():
+    def row(model, clip, rule, threads=1, **ratios):
+        found = {"model": model, "parameters": 86_400, "clip": clip, "threads": threads, **rule}
+        return found | {name: {"median": value} for name, value in ratios.items()}
+
+    momentum, adamw = {"momentum": 0.9}, {"rule": "AdamW"}
+    sgd_rows = [
+        row("tiny-600", "value", {"momentum": 0.0}, vs_loop=0.1, vs_best_of_torch=0.1),
+        row("tiny-600", "value", momentum, vs_loop=58.44, vs_best_of_torch=17.8),
+        row("tiny-600", "value", momentum, threads=2, vs_loop=0.1, vs_best_of_torch=0.1),
+        row("dense-100m", "value", momentum, vs_loop=2.3, vs_best_of_torch=2.0),
+    ]
+    adamw_rows = [
+        row("gru-ctc", "norm", adamw, vs_loop=5.3, vs_best_of_torch=2.3),
+        row("conformer-m", "norm", adamw, vs_loop=123.4, vs_best_of_torch=1.6),
+    ]
+    table = cpu_report.speed([{"cases": sgd_rows}, {"cases": adamw_rows}])
+    assert (
+        table
+        == """\
+| model | optimizer, clip | vs Python loop | vs best of torch |
+| --- | --- | ---: | ---: |
+| 600 tensors of 144 (86K) | SGD + momentum, value | 58.4× | 17.8× |
+| GRU-CTC (86K) | AdamW, norm | 5.3× | 2.3× |
+| Conformer-M (86K) | AdamW, norm | 123× | 1.6× |
+| 6 matrices of 4,096² (86K) | SGD + momentum, value | 2.3× | 2.0× |"""
+    )
+    assert cpu_report.speed([{"cases": sgd_rows}]) is None
 
 
 @pytest.mark.parametrize("text", ["", BEGIN, f"{END} {BEGIN}", None])
@@ -299,3 +333,24 @@ def test_report_without_markers_or_file_says_so(text, tmp_path, capsys):
     assert report.main([str(results), "--update", str(readme)]) == 1
     assert "README.md" in capsys.readouterr().err
     assert text is None or readme.read_text() == text
+
+
+@pytest.mark.parametrize("command", command_line.COMMANDS)
+def test_each_command_says_what_it_takes(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command_line.main([command, "--help"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: python -m benchmarks {command} [-h]")
+
+
+def test_the_command_line_lists_its_commands_and_refuses_others(capsys):
+    for arguments, code, said in ((["--help"], 0, "gpu-session"), ([], 2, "required"), (["gpus"], 2, "invalid choice")):
+        with pytest.raises(SystemExit) as stopped:
+            command_line.main(arguments)
+        assert stopped.value.code == code
+        assert said in "".join(capsys.readouterr())
+
+
+def test_the_readme_of_the_benchmarks_names_each_command():
+    readme = (ROOT / "benchmarks/README.md").read_text()
+    assert all(f"`{command}" in readme for command in command_line.COMMANDS)

@@ -5,22 +5,12 @@ import json
 import pytest
 import torch
 
-from benchmarks import (
-    agreement,
-    case,
-    contenders,
-    devices,
-    formats,
-    gpu,
-    gpu_case,
-    machine,
-    report,
-    rules,
-    steps,
-    targets,
-    timing,
-)
-from benchmarks.problem import Problem
+from benchmarks import gpu, profile
+from benchmarks.core import agreement, contenders, devices, gpu_rows, record, rows, timing
+from benchmarks.core.problem import Problem
+from benchmarks.report import documents as report
+from benchmarks.report import formats
+from benchmarks.report import gpu as gpu_report
 from tests.cuda import exercise
 from tests.support.project import ROOT
 
@@ -52,14 +42,14 @@ def test_a_rehearsal_runs_every_case_and_goes_into_no_document(monkeypatch, caps
 
 def test_bfloat16_agrees_and_has_half_the_bytes(monkeypatch):
     monkeypatch.setattr(timing, "BLOCK_SECONDS", 1e-6)
-    monkeypatch.setattr(case, "LARGE", 1)
+    monkeypatch.setattr(rows, "LARGE", 1)
     # torch's fused SGD without momentum leaves bfloat16 parameters as they are in its CPU kernel's vectors (2.13).
     monkeypatch.setitem(contenders.CONTENDERS, "fused", contenders.foreach)
     problem = Problem("tiny", [(50, 30), (7,)], dtype=torch.bfloat16)
     for clip in contenders.CLIPS:
-        for rule in rules.CASES["sgd"]:
-            case.agreement_row(problem, clip, rule)
-    row = gpu_case.measure(problem, "norm", rules.CASES["sgd"][1], devices.Cpu(), 2)
+        for rule in contenders.RULES["sgd"]:
+            rows.agreement_row(problem, clip, rule)
+    row = gpu_rows.measure(problem, "norm", contenders.RULES["sgd"][1], devices.Cpu(), 2)
     assert (row["dtype"], row["floor_bytes_per_parameter"]) == ("bfloat16", 12)
     assert "of_floor" in row
 
@@ -74,7 +64,7 @@ def test_in_16_bits_a_clip_that_is_not_applied_is_a_disagreement(name, clip, mon
     problem = Problem("tiny", [(100, 100)], dtype=torch.bfloat16)
     monkeypatch.setitem(contenders.CONTENDERS, name, unclipped)
     with pytest.raises(agreement.Disagreement):
-        agreement.check(problem, contenders.CLIPS[clip], rules.CASES["sgd"][0])
+        agreement.check(problem, contenders.CLIPS[clip], contenders.RULES["sgd"][0])
 
 
 def test_a_model_whose_contenders_disagree_is_not_timed(monkeypatch, capsys, tmp_path):
@@ -82,7 +72,7 @@ def test_a_model_whose_contenders_disagree_is_not_timed(monkeypatch, capsys, tmp
         raise agreement.Disagreement("planted")
 
     monkeypatch.setattr(agreement, "check", disagree)
-    monkeypatch.setattr(gpu_case, "measure", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(gpu_rows, "measure", lambda *_: pytest.fail("timed"))
     assert rehearse(monkeypatch, tmp_path, "--model", "dnn") == 1
     assert "dnn, value, momentum 0: planted" in capsys.readouterr().err
     found = json.loads((tmp_path / "gpu.json").read_text())
@@ -90,14 +80,14 @@ def test_a_model_whose_contenders_disagree_is_not_timed(monkeypatch, capsys, tmp
 
 
 def test_a_case_that_fails_stops_no_other(monkeypatch, tmp_path):
-    measured = gpu_case.measure
+    measured = gpu_rows.measure
 
     def fail_once(problem, clip, rule, *rest):
         if (clip, rule.title) == ("value", "momentum 0.9"):
             raise RuntimeError("planted")
         return measured(problem, clip, rule, *rest)
 
-    monkeypatch.setattr(gpu_case, "measure", fail_once)
+    monkeypatch.setattr(gpu_rows, "measure", fail_once)
     assert rehearse(monkeypatch, tmp_path, "--model", "dnn") == 1
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert len(found["cases"]) == 3
@@ -118,7 +108,7 @@ def test_a_graph_that_can_not_be_captured_is_said(monkeypatch):
             raise RuntimeError("no capture\nand more")
 
     monkeypatch.setattr(timing, "BLOCK_SECONDS", 1e-6)
-    row = gpu_case.measure(Problem("tiny", [(5,)]), "value", rules.CASES["sgd"][0], NoGraphs(), 2)
+    row = gpu_rows.measure(Problem("tiny", [(5,)]), "value", contenders.RULES["sgd"][0], NoGraphs(), 2)
     assert row["no_graph"] == {name: "no capture" for name in contenders.CONTENDERS}
     assert len(row["device_us"]["fastclip"]["samples"]) == 2
 
@@ -135,7 +125,7 @@ def test_graphs_hold_as_many_steps_as_the_times_are_divided_by():
     assert timing.Timer(replay, clock, steps=3, inside=20)() == 3.0
     assert len(steps_taken) == 60
     for tensors, inside in {4: 20, 50: 4, 600: 1}.items():
-        timer = gpu_case.device_timer({"tensors": tensors, "no_graph": {}}, devices.Cpu(), "loop", lambda: None)
+        timer = gpu_rows.device_timer({"tensors": tensors, "no_graph": {}}, devices.Cpu(), "loop", lambda: None)
         assert timer.inside == inside
 
 
@@ -144,41 +134,32 @@ def test_rows_by_hand():
     samples = {(kind, name): [8.0, 8.0] for kind in ("step", "device", "host") for name in contenders.CONTENDERS}
     samples |= {("device", "fastclip"): [1e-3, 2e-3], ("device", "fused"): [3e-3, 3e-3]}
     samples |= {("device", "value"): [0.5e-3, 0.5e-3], ("copy", ""): [1e-3, 1e-3]}
-    found = gpu_case.evaluate(row, samples, copied=2e9)  # 2 TB/s: 16 bytes for each of 100M take 0.8 ms
+    found = gpu_rows.evaluate(row, samples, copied=2e9)  # 2 TB/s: 16 bytes for each of 100M take 0.8 ms
     assert found["of_floor"]["samples"] == [0.8, 0.4]
     assert found["copy_gb_per_s"]["median"] == 2000
     assert found["device_vs_fused"]["samples"] == [3.0, 1.5]
     assert found["norm_vs_value"]["samples"] == [2.0, 4.0]
-    assert gpu_case.in_l2(row, {"l2_bytes": 800_000_000}) is True
-    assert gpu_case.in_l2(row, {"l2_bytes": 799_999_999}) is False
-    assert gpu_case.in_l2(row, None) is None
+    assert gpu_rows.in_l2(row, {"l2_bytes": 800_000_000}) is True
+    assert gpu_rows.in_l2(row, {"l2_bytes": 799_999_999}) is False
+    assert gpu_rows.in_l2(row, None) is None
 
 
-def results(**row):
-    base = {"model": "dnn", "clip": "value", "dtype": "float32", "momentum": 0.0}
-    return {"rehearsal": False, "cases": [base | {"momentum": 0.9, "kernels": ["a", "b"]}, base | row]}
+def test_the_summary_has_a_row_for_each_case_of_plain_sgd():
+    ratios = {"device_vs_fused": {"median": 2.04}, "host_vs_loop": {"median": 123.4}}
+    ratios |= {"device_us": {"fastclip": {"median": 5.512}}, "host_us": {"fastclip": {"median": 12.34}}}
+    row = {"model": "dnn", "dtype": "float32", "clip": "value", "momentum": 0.0, "kernels": ["step_kernel"], **ratios}
+    norm = {"clip": "norm", "norm_vs_value": {"median": 1.1}, "of_floor": {"median": 0.957}, "kernels": None}
+    lines = gpu_report.summary({"cases": [row, row | {"momentum": 0.9}, row | norm]})
+    assert lines[1:] == [
+        ["dnn", "float32", "value", "5.51", "", "2.0×", "", "12.3", "123×", "1"],
+        ["dnn", "float32", "norm", "5.51", "96 %", "2.0×", "1.10×", "12.3", "123×", ""],
+    ]
+    assert len(lines[0]) == len(lines[1])
 
 
-def test_targets_take_the_right_row():
-    by_name = {target.what: target for target in targets.TARGETS}
-    time, launches = by_name["device, the seed's DNN"], by_name["launches, the seed's DNN"]
-    found = results(device_us={"fastclip": {"median": 5.5}}, kernels=["step_kernel"])
-    assert (time.measured(found), time.reached(5.5), time.reached(6.5)) == (5.5, True, False)
-    assert (launches.measured(found), launches.measured(results(kernels=None))) == (1, None)
-    lines = targets.lines(found)
-    assert [time.what, "≤ 6 µs", "5.5 µs", "yes"] in lines
-    assert lines[1][2:] == ["not measured", ""]
-    assert all(line[3] in ("reached", "") for line in targets.lines(found | {"rehearsal": True}))
-
-
-def test_the_targets_models_are_measured():
-    measured = {(model, str(dtype).removeprefix("torch.")) for model, dtype in gpu.DEFAULT}
-    assert {(target.model, target.dtype) for target in targets.TARGETS} <= measured
-
-
-def test_the_readme_s_gpu_table_is_that_of_the_committed_results_or_says_that_there_are_none():
-    begin, end = report.markers("gpu")
-    held = (ROOT / "README.md").read_text().split(begin)[1].split(end)[0].strip()
+def test_the_page_s_gpu_table_is_that_of_the_committed_results_or_says_that_there_are_none():
+    begin, end = report.markers("benchmark:gpu")
+    held = (ROOT / "docs/performance.md").read_text().split(begin)[1].split(end)[0].strip()
     path = ROOT / "benchmarks/results/gpu.json"
     if path.exists():
         assert held == report.markdown(json.loads(path.read_text()))
@@ -190,17 +171,17 @@ def test_the_commit_may_be_told_where_there_is_no_git(monkeypatch):
     def no_git(*_):
         raise OSError
 
-    monkeypatch.setattr(machine, "git", no_git)
+    monkeypatch.setattr(record, "git", no_git)
     monkeypatch.delenv("FASTCLIP_COMMIT", raising=False)
-    assert formats.commit(machine.revision()) == "unknown"
+    assert formats.commit(record.revision()) == "unknown"
     monkeypatch.setenv("FASTCLIP_COMMIT", "0123456789abcdef")
-    assert formats.commit(machine.revision()) == "0123456789 (as told)"
+    assert formats.commit(record.revision()) == "0123456789 (as told)"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_the_commands_say_so(capsys, tmp_path):
     assert gpu.main(["--out", str(tmp_path)]) == 2
-    assert steps.main([]) == 2
+    assert profile.main([]) == 2
     assert exercise.main([]) == 2
     assert capsys.readouterr().err.count("sees no GPU") == 3
     assert not list(tmp_path.iterdir())
@@ -218,7 +199,9 @@ def test_events_and_graphs_time_what_they_should(monkeypatch):
     assert counter.item() == 9
     assert device.describe()["name"]
     monkeypatch.setattr(timing, "BLOCK_SECONDS", 1e-4)
-    row = gpu_case.measure(Problem("tiny", [(50, 30), (7,)], device="cuda"), "norm", rules.CASES["sgd"][1], device, 2)
+    row = gpu_rows.measure(
+        Problem("tiny", [(50, 30), (7,)], device="cuda"), "norm", contenders.RULES["sgd"][1], device, 2
+    )
     assert row["no_graph"] == {} and row["in_l2"] is True
 
 
@@ -234,5 +217,5 @@ def test_the_exercise_finds_a_wrong_step(monkeypatch, capsys):
 
 
 def test_the_steps_for_a_profiler_run(capsys):
-    assert steps.main(["--device", "cpu", "--model", "dnn", "--clip", "norm", "--steps", "2"]) == 0
+    assert profile.main(["--device", "cpu", "--model", "dnn", "--clip", "norm", "--steps", "2"]) == 0
     assert "2 steps of fastclip: dnn, norm clip" in capsys.readouterr().out

@@ -8,11 +8,13 @@ import torch
 
 pytest.importorskip("tqdm", reason="the benchmark shows its progress with tqdm: pip install fastclip[demo]")
 
-from benchmarks import host_time, report, report_host, timing  # noqa: E402
-from benchmarks.contenders import CLIPS, Contender  # noqa: E402
-from benchmarks.rules import CASES  # noqa: E402
+from benchmarks import host as host_time  # noqa: E402
+from benchmarks.core import timing  # noqa: E402
+from benchmarks.core.contenders import CLIPS, RULES, Contender  # noqa: E402
+from benchmarks.report import documents as report  # noqa: E402
+from benchmarks.report import tensors as tensors_report  # noqa: E402
 
-ADAMW = CASES["adamw"][0]
+ADAMW = RULES["adamw"][0]
 
 
 def test_a_walk_reads_and_checks_but_writes_nothing():
@@ -33,7 +35,7 @@ def test_the_command_writes_what_the_report_reads(monkeypatch, capsys, tmp_path)
     monkeypatch.setattr(host_time, "MOST_FOR_DTENSORS", 3)
     assert host_time.main(["--count", "3", "4", "--rounds", "2", "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "host_time.json").read_text())
-    assert len(found["cases"]) == 2 * len(host_time.RULES) * len(CLIPS)
+    assert len(found["cases"]) == 2 * len(host_time.MEASURED) * len(CLIPS)
     for row in found["cases"]:
         others = {"fused", "foreach", "fastclip dtensors", "foreach dtensors"} if row["tensors"] == 3 else set()
         assert row["ns_per_tensor"].keys() == {"fastclip", "walk"} | others
@@ -62,5 +64,5 @@ def test_growth_by_hand():
         return {"tensors": tensors, "momentum": 0.0, "clip": "value", "ns_per_tensor": {"fastclip": {"median": ns}}}
 
     rows = [row(100, 9.0), row(1_000, 10.0), row(1_000, 20.0), row(100_000, 25.0), row(100_000, 30.0)]
-    assert report_host.growth({"cases": rows}) == "Each of 100,000 tensors costs 1.5 to 2.5 times each of 1,000."
-    assert report_host.growth({"cases": rows[:1]}).startswith("No 1,000 tensors")
+    assert tensors_report.growth({"cases": rows}) == "Each of 100,000 tensors costs 1.5 to 2.5 times each of 1,000."
+    assert tensors_report.growth({"cases": rows[:1]}).startswith("No 1,000 tensors")

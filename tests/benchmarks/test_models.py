@@ -11,10 +11,11 @@ import torch
 
 pytest.importorskip("tqdm", reason="the benchmark shows its progress with tqdm: pip install fastclip[demo]")
 
-from benchmarks import agreement, case, contenders, cpu, devices, gpu, gpu_case, memory, models, rules, timing  # noqa: E402
-from benchmarks.deepspeech2 import DeepSpeech2  # noqa: E402
-from benchmarks.problem import Problem  # noqa: E402
-from benchmarks.shapes import MODELS, count  # noqa: E402
+from benchmarks import cpu, gpu  # noqa: E402
+from benchmarks import shapes as libraries  # noqa: E402
+from benchmarks.core import agreement, contenders, devices, gpu_rows, memory, models, rows, timing  # noqa: E402
+from benchmarks.core.models import MODELS, DeepSpeech2, count  # noqa: E402
+from benchmarks.core.problem import Problem  # noqa: E402
 
 # Tensors; parameters; tensors of up to 1K, 4K, 64K, 256K, 1M, 4M elements, and of more.
 PUBLISHED = {
@@ -48,10 +49,10 @@ def test_models_have_the_published_sizes(model):
     assert tuple(places.count(place) for place in range(7)) == histogram
 
 
-@pytest.mark.parametrize("model", models.MODELS)
+@pytest.mark.parametrize("model", libraries.MODELS)
 def test_the_recorded_shapes_are_those_that_the_library_builds(model):
     try:
-        built = models.build(model)
+        built = libraries.build(model)
     except ImportError as error:
         pytest.skip(str(error))
     assert built == MODELS[model]
@@ -73,19 +74,19 @@ def without(monkeypatch, missing):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
         return real(name)
 
-    monkeypatch.setattr(models.importlib, "import_module", import_module)
+    monkeypatch.setattr(libraries.importlib, "import_module", import_module)
 
 
 @pytest.mark.parametrize(("missing", "model"), [("torchaudio", "conformer-s"), ("transformers", "whisper-small")])
 def test_a_missing_library_is_named_and_nothing_written(missing, model, monkeypatch, tmp_path, capsys):
     without(monkeypatch, missing)
     with pytest.raises(ImportError, match=f"needs {missing}: pip install"):
-        models.build(model)
-    monkeypatch.setattr(models, "MODELS", {model: models.MODELS[model]})
+        libraries.build(model)
+    monkeypatch.setattr(libraries, "MODELS", {model: libraries.MODELS[model]})
     path = tmp_path / "shapes.json"
     path.write_text('{"models": {}}')
     monkeypatch.setattr(models, "PATH", path)
-    assert models.main(["--write"]) == 1
+    assert libraries.main(["--write"]) == 1
     assert f"needs {missing}" in capsys.readouterr().err
     assert path.read_text() == '{"models": {}}'
 
@@ -94,22 +95,22 @@ def test_a_library_that_does_not_load_is_named(monkeypatch):
     def import_module(name):
         raise OSError("libc10_cuda.so: cannot open")
 
-    monkeypatch.setattr(models.importlib, "import_module", import_module)
+    monkeypatch.setattr(libraries.importlib, "import_module", import_module)
     with pytest.raises(ImportError, match=r"needs torchaudio, which does not import \(libc10_cuda.*torchaudio_on_cpu"):
-        models.build("conformer-s")
+        libraries.build("conformer-s")
 
 
 def test_the_command_writes_the_file_and_finds_what_differs(monkeypatch, tmp_path, capsys):
     built = {"conformer-s": lambda: torch.nn.Linear(3, 2), "whisper-small": lambda: torch.nn.Linear(2, 1)}
-    monkeypatch.setattr(models, "MODELS", built)
+    monkeypatch.setattr(libraries, "MODELS", built)
     monkeypatch.setattr(models, "PATH", tmp_path / "shapes.json")
-    monkeypatch.setattr(models.importlib.metadata, "version", lambda name: "1.2")
-    assert models.main(["--write"]) == 0
-    assert models.read() == {"conformer-s": [(2, 3), (2,)], "whisper-small": [(1, 2), (1,)]}
+    monkeypatch.setattr(libraries.importlib.metadata, "version", lambda name: "1.2")
+    assert libraries.main(["--write"]) == 0
+    assert models.recorded() == {"conformer-s": [(2, 3), (2,)], "whisper-small": [(1, 2), (1,)]}
     assert json.loads(models.PATH.read_text())["made_with"] == {"torchaudio": "1.2", "transformers": "1.2"}
     capsys.readouterr()
     monkeypatch.setitem(built, "conformer-s", lambda: torch.nn.Linear(4, 2))
-    assert models.main([]) == 1
+    assert libraries.main([]) == 1
     assert capsys.readouterr().out.splitlines() == [
         "conformer-s: DIFFERS from shapes.json",
         "whisper-small: as in shapes.json",
@@ -135,8 +136,8 @@ def live_bytes():
     ("dtype", "which"), [(torch.float32, "sgd"), (torch.bfloat16, "sgd"), (torch.float32, "amsgrad")]
 )
 def test_the_memory_needed_is_what_a_run_takes(dtype, which, live_bytes, monkeypatch):
-    rule = rules.CASES[which][-1]
-    monkeypatch.setattr(case, "LARGE", 1)
+    rule = contenders.RULES[which][-1]
+    monkeypatch.setattr(rows, "LARGE", 1)
     monkeypatch.setattr(timing, "BLOCK_SECONDS", 1e-9)
     # torch's fused SGD without momentum leaves bfloat16 parameters as they are in its CPU kernel's vectors (2.13).
     monkeypatch.setitem(contenders.CONTENDERS, "fused", contenders.foreach)
@@ -153,12 +154,12 @@ def test_the_memory_needed_is_what_a_run_takes(dtype, which, live_bytes, monkeyp
     monkeypatch.setattr(agreement, "compare", watched(agreement.compare))
     monkeypatch.setattr(timing, "rounds", watched(timing.rounds))
     problem = Problem("dnn", MODELS["dnn"], dtype=dtype)
-    case.agreement_row(problem, "norm", rule)
+    rows.agreement_row(problem, "norm", rule)
     if dtype is torch.float32:
-        case.measure(problem, "norm", rule, [1], 1)
+        cpu.timed_rows(problem, "norm", rule, [1], 1)
     device = devices.Cpu()
     device.copy_elements = 1
-    gpu_case.measure(problem, "norm", rule, device, 1)
+    gpu_rows.measure(problem, "norm", rule, device, 1)
     need = memory.needed(["dnn"], dtype.itemsize, len(rule.states))
     assert 0.99 * need < max(seen) < 1.01 * need
 

@@ -49,7 +49,7 @@ uint16_t nearest(uint32_t bits) {
     exact_bits(middle) <= magnitude ? low = middle : high = middle - 1;
   }
   if (low == 0x7bff) return sign | low;
-  const auto value = [](uint32_t b) {  // of a float32, in units of 2^-149 and below 2^64: in double, which flushes none of them
+  const auto value = [](uint32_t b) {  // a float32 in units of 2^-149, below 2^64; in double, which flushes none
     const int exponent = static_cast<int>(b >> 23);
     return exponent ? std::ldexp(double((b & 0x7fffff) | 0x800000), exponent - 1) : double(b);
   };

@@ -186,7 +186,7 @@ class Tile:
 
     @property
     def elements(self):
-        """Of one round of the loop, per lane."""
+        """Counts of one round of the loop, per lane."""
         return self.at_once * PACK_BYTES // self.item_bytes
 
 

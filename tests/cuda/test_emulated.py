@@ -28,10 +28,12 @@ ALL_TESTS = [
     "step/test_between_steps",
     "step/test_not_covered",
     "concurrency/test_threads",
+    "concurrency/test_meanwhile",
+    "concurrency/test_processes",
     "drop_in/test_amp",
 ]
 # A child that is forked in the middle of a step waits for the emulated device's lock.
-NOT_EMULATED = "--deselect=tests/concurrency/test_threads.py::test_data_loader_workers_beside_steps"
+NOT_EMULATED = "--deselect=tests/concurrency/test_processes.py::test_data_loader_workers_beside_steps"
 
 
 @pytest.mark.parametrize(

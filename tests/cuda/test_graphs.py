@@ -59,7 +59,7 @@ class Captured:
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("clip", CLIPS)
 def test_replays_equal_eager_steps(clip, rule, model):
-    """Of Adam, also where it is not told that it will be captured: steps are counted on the device in any case."""
+    """Adam too, also where it does not know that it will be captured: it counts steps on the device in any case."""
     pair = Captured(MODELS[model], weight_decay=0.01, **RULES[rule], **CLIPS[clip])
     pair.capture()
     for lr in (0.1, 0.05, 0.2):

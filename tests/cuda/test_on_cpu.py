@@ -181,7 +181,7 @@ BUGS = {
         "static_cast<int32_t>(tile - entry.first_tile) * header.tile",
         ("huge",),
     ),
-    "table not uploaded anew": (
+    "table not uploaded again": (
         "cuda/step.cu",
         "if (bytes == table.uploaded) return cudaSuccess;",
         "return cudaSuccess;",

@@ -350,7 +350,7 @@ def test_few_registers_spill_and_it_is_found(tmp_path):
 
 
 def test_contraction_is_found(tmp_path):
-    """Of squares in float64: in the update of float32 there is nothing to contract. The last flag counts."""
+    """Squares in float64 are contracted: the update in float32 has nothing to contract. The last flag counts."""
     tile = sass.Tile("measure", "two", "float64")
     _, functions = compile_one(tmp_path, "-fmad=true", dtypes="any")
     (loop,) = [f.hot_loop() for f in functions if f.tile == tile]

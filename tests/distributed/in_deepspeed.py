@@ -119,7 +119,7 @@ def a_norm_of_a_piece_is_refused():
 
 @on_ranks()
 def the_recipe_ends_where_the_loop_ends():
-    """Each rank takes its share of the utterances: together those of a batch that is so many times larger."""
+    """Each rank takes its share of the utterances: together they are one larger batch."""
     import_deepspeed()
     from tests.support.trainers import MAX_NORM, norm_clip, options, plain_loop, recipe
 

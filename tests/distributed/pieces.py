@@ -67,7 +67,7 @@ def assert_refused(optimizer, setting):
 
 @on_ranks(2, 4)
 def pieces_are_refused():
-    """Of all groups or of one, for the kernels and for plain torch."""
+    """Pieces of all groups or of one, for the kernels and for plain torch."""
     for kind in OPTIMIZERS:
         for settings in SETTINGS:
             for which in ((0, 1), (0,), (1,)):

@@ -19,7 +19,7 @@ from .worker import PASSED, start_ranks
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """Of all cases: processes need seconds to start, so those of each number of ranks are started once."""
+    """Results of all cases. Processes take seconds to start, so each number of ranks starts them once."""
     folder = tmp_path_factory.mktemp("distributed")
 
     def run(ranks):

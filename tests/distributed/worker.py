@@ -35,7 +35,7 @@ def results_folder(folder, world_size):
 
 
 def start_ranks(world_size, folder, cases, seconds=240):
-    """Runs the cases of these names on so many ranks; returns {name: {rank: "passed" or what went wrong}}.
+    """Runs the cases of these names on `world_size` ranks; returns {name: {rank: "passed" or what went wrong}}.
 
     A rank that waits for another one in vain is given up after half a minute, and all after `seconds`.
     """

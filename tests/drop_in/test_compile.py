@@ -67,7 +67,7 @@ def test_compiled_loop_bodies_train_as_plain_ones(case):
 
 @pytest.mark.parametrize("module", [torch.optim, fastclip])
 def test_settings_are_read_within_a_graph(module):
-    """As torch's, which need no break: a graph is made anew where one has changed."""
+    """As in torch's optimizers, which need no break: where a setting has changed, torch makes a new graph."""
     model = torch.nn.Linear(2, 2)
     optimizer = module.SGD(model.parameters(), lr=0.5)
 

@@ -174,7 +174,7 @@ def test_names_travel_as_in_torch(optim, source, target):
 
 
 def test_a_hook_that_maps_names_loads_into_another_order():
-    """torch's documentation tells to do so where the loaded parameters are ordered otherwise."""
+    """torch's documentation says to do so where the loaded parameters have another order."""
     model = torch.nn.Linear(3, 2)
     optimizer = fastclip.SGD(model.named_parameters(), lr=0.1, momentum=0.9)
     model(torch.ones(3)).sum().backward()

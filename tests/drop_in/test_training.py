@@ -97,7 +97,7 @@ SCHEDULERS = {
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("optim", [SGD, ADAM], ids=repr)
 def test_schedulers_set_the_same_and_resume(optim, name, clip, tensor_lr):
-    """OneCycleLR and CyclicLR also set the momentum, or beta1. In the middle, everything is saved and made anew."""
+    """OneCycleLR and CyclicLR also set the momentum, or beta1. In the middle, everything is saved and made again."""
     kwargs = {**optim.stateful, "lr": torch.tensor(0.01, dtype=torch.float64) if tensor_lr else 0.01}
     trajectories, runs = [], []
     for cls, clips in ((optim.torch, {}), (optim.fastclip, clip)):

@@ -13,10 +13,13 @@ import torch
 for module in ("matplotlib", "tqdm"):
     pytest.importorskip(module, reason=f"the examples need {module}")
 
-from examples import article, safe_files, speech_data, update_memory  # noqa: E402
-from examples.acoustic_models import CTC_MODELS, DNN  # noqa: E402
-from examples.frame_labels import CEPSTRA, FrameLabels, cepstra  # noqa: E402
-from examples.speech_console import SpeechDataError  # noqa: E402
+from examples.article import __main__ as article  # noqa: E402
+from examples.article import update_memory  # noqa: E402
+from examples.article.frame_labels import CEPSTRA, FrameLabels, cepstra  # noqa: E402
+from examples.speech import data as speech_data  # noqa: E402
+from examples.speech.models import CTC_MODELS, DNN  # noqa: E402
+from examples.support import safe_files  # noqa: E402
+from examples.support.console import SpeechDataError  # noqa: E402
 from tests.support.recordings import tone, write_recordings, write_wav  # noqa: E402
 
 
@@ -28,7 +31,7 @@ def folder(tmp_path):
 @pytest.fixture
 def no_picture(monkeypatch):
     """Drawing takes most of a tiny run."""
-    monkeypatch.setattr(article.article_report, "draw", lambda folder, *_: folder / "article.png")
+    monkeypatch.setattr(article.report, "draw", lambda folder, *_: folder / "article.png")
 
 
 def run_article(capsys, data, *more, out="out"):

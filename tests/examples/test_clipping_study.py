@@ -15,11 +15,13 @@ from tests.support.project import ROOT
 for module in ("matplotlib", "tqdm"):
     pytest.importorskip(module, reason=f"the study needs {module}")
 
-from examples import clipping_study, clipping_study_cell, safe_files  # noqa: E402
-from examples import clipping_study_page as page_of  # noqa: E402
-from examples import clipping_study_results as results_of  # noqa: E402
-from examples import clipping_study_summary as summary_of  # noqa: E402
-from examples.clipping_study_cell import Cell, held_out_voice, load_data, train_cell  # noqa: E402
+from examples.support import safe_files  # noqa: E402
+from studies.clipping import __main__ as clipping_study  # noqa: E402
+from studies.clipping import cell as clipping_study_cell  # noqa: E402
+from studies.clipping import page as page_of  # noqa: E402
+from studies.clipping import results as results_of  # noqa: E402
+from studies.clipping import summary as summary_of  # noqa: E402
+from studies.clipping.cell import Cell, held_out_voice, load_data, train_cell  # noqa: E402
 
 TINY = ["--quick", "--models", "cnn", "--seeds", "1", "--epochs", "1", "--strings", "32"]
 CELLS = 6

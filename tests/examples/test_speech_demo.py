@@ -9,9 +9,11 @@ import torch
 for module in ("matplotlib", "tqdm"):
     pytest.importorskip(module, reason=f"the demo needs {module}")
 
-from examples import speech_clips, speech_demo  # noqa: E402
-from examples.speech_data import read_wav, resample  # noqa: E402
-from examples.speech_model import edit_distance, greedy_decode, outputs_needed, word_error_rate  # noqa: E402
+from examples.speech import __main__ as speech_demo  # noqa: E402
+from examples.speech import clips as speech_clips  # noqa: E402
+from examples.speech.batches import edit_distance, greedy_decode, word_error_rate  # noqa: E402
+from examples.speech.data import read_wav, resample  # noqa: E402
+from examples.speech.models import outputs_needed  # noqa: E402
 from tests.support.recordings import tone, write_recordings, write_wav  # noqa: E402
 
 

@@ -81,7 +81,7 @@ def test_lightning_with_a_scaler_gives_the_bits_of_the_loop(monkeypatch):
 
 
 class OwnScaler(torch.amp.GradScaler):
-    """Of the kind that asks other ranks whether to step."""
+    """A scaler of the kind that asks other ranks whether to step."""
 
     def _maybe_opt_step(self, *args, **kwargs):
         return super()._maybe_opt_step(*args, **kwargs)

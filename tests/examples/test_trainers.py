@@ -121,13 +121,13 @@ def test_bad_options_are_named(bad, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_readme_has_a_row_for_each_recipe_that_says_what_the_recipe_does():
+def test_the_page_has_a_row_for_each_recipe_that_says_what_the_recipe_does():
     rows = re.findall(
-        r"^\| \[.+\]\(examples/trainers/(\w+)\.py\) (.+)$", (ROOT / "README.md").read_text(), re.MULTILINE
+        r"^\| \[.+\]\(\.\./examples/trainers/(\w+)\.py\) (.+)$", (ROOT / "docs/trainers.md").read_text(), re.MULTILINE
     )
     assert sorted(name for name, _ in rows) == sorted(LOOPS + TRAINERS + ELSEWHERE)
     for name, row in rows:
         text = " ".join((ROOT / "examples" / "trainers" / f"{name}.py").read_text().split())
         for code in re.findall(r"`(.+?)`", row):
-            assert code in text, f"README's row for {name} has {code!r}, the recipe has not"
+            assert code in text, f"the row for {name} has {code!r}, the recipe has not"
         assert text.count("# <copy>") == text.count("# </copy>") > 0

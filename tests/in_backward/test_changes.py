@@ -7,10 +7,10 @@ import torch
 
 import fastclip
 from tests.support.cases import assert_same_bits
-from tests.support.in_backward_cases import assert_same, losses, pair, step_as_ever
+from tests.support.in_backward_cases import assert_same, losses, pair, take_ordinary_step
 
 
-def test_parameters_frozen_thawed_added_and_moved_between_groups():
+def test_parameters_frozen_unfrozen_added_and_moved_between_groups():
     (ordinary, stepped), _ = pair()
 
     def freeze(model, optimizer):
@@ -45,13 +45,13 @@ def test_parameters_frozen_thawed_added_and_moved_between_groups():
             change(model, optimizer)
         for loss in losses(3):
             loss(ordinary[0]).backward()
-            step_as_ever(*ordinary)
+            take_ordinary_step(*ordinary)
             loss(stepped[0]).backward()
             assert all(p.grad is None for p in stepped[0].parameters())
             assert_same(ordinary, stepped)
 
 
-@pytest.mark.parametrize("change", ["thawed", "added"])
+@pytest.mark.parametrize("change", ["unfrozen", "added"])
 def test_parameters_that_are_the_only_ones_in_a_pass(change):
     """Also where all hooks that there were belong to others."""
     model = torch.nn.Sequential(*[torch.nn.Linear(8, 8, bias=False) for _ in range(4)]).requires_grad_(False)
@@ -80,12 +80,12 @@ def test_parameters_of_no_optimizer_and_of_two():
     loss(model).backward()
     first, second = ([p.grad is None for p in half.param_groups[0]["params"]] for half in halves)
     assert all(first) and not any(second)
-    step_as_ever(model, halves[1])
+    take_ordinary_step(model, halves[1])
     fastclip.step_in_backward(model, halves[1])
     loss(model).backward()
     for _ in range(2):
         loss(ordinary[0]).backward()
-        step_as_ever(*ordinary)
+        take_ordinary_step(*ordinary)
     assert_same_bits(ordinary[0].parameters(), model.parameters())
 
 
@@ -102,7 +102,7 @@ def test_a_pass_that_raises_is_over():
     fails.remove()
     stepped[1].zero_grad()
     second(ordinary[0]).backward()
-    step_as_ever(*ordinary)
+    take_ordinary_step(*ordinary)
     second(stepped[0]).backward()
     assert_same(ordinary, stepped)
 
@@ -125,10 +125,10 @@ def test_a_bad_setting_between_passes(name, bad, bucket_cap_mb):
     if bucket_cap_mb > 0:  # all gradients are there
         optimizer.step()
         first(ordinary[0]).backward()
-        step_as_ever(*ordinary)
+        take_ordinary_step(*ordinary)
     optimizer.zero_grad()
     second(ordinary[0]).backward()
-    step_as_ever(*ordinary)
+    take_ordinary_step(*ordinary)
     second(model).backward()
     assert_same(ordinary, stepped)
 
@@ -144,7 +144,7 @@ def test_gradients_of_some_inputs_only(bucket_cap_mb):
             assert_same_bits(before.parameters(), model.parameters())
             loss(model).backward(inputs=[model.out.bias, *model.norm.parameters()])
             if optimizer is ordinary[1]:
-                step_as_ever(model, optimizer)
+                take_ordinary_step(model, optimizer)
             assert torch.equal(before.twice.weight, model.twice.weight)
         assert_same(ordinary, stepped)
 
@@ -155,7 +155,7 @@ def test_checkpointed_and_compiled_models():
     for how in ({"checkpointed": True}, {}):
         for loss in losses(2):
             loss(ordinary[0], **how).backward()
-            step_as_ever(*ordinary)
+            take_ordinary_step(*ordinary)
             loss(compiled if not how else stepped[0], **how).backward()
             assert_same(ordinary, stepped)
 
@@ -167,7 +167,7 @@ def test_losses_that_share_a_graph():
     value = loss(ordinary[0])
     value.backward(retain_graph=True)
     (2 * value).backward()
-    step_as_ever(*ordinary)
+    take_ordinary_step(*ordinary)
     value = loss(stepped[0])
     with in_backward.accumulate():
         value.backward(retain_graph=True)
@@ -185,7 +185,7 @@ def test_a_model_cast_between_passes():
             optimizer.load_state_dict(optimizer.state_dict())  # casts the state
         for loss in losses(2):
             loss(ordinary[0]).backward()
-            step_as_ever(*ordinary)
+            take_ordinary_step(*ordinary)
             loss(stepped[0]).backward()
             assert_same(ordinary, stepped)
 
@@ -213,11 +213,11 @@ def test_remove_and_leaving_a_with():
         for each in (ordinary, (model, optimizer)):
             loss(each[0]).backward()
             assert each[0].out.bias.grad is not None
-            step_as_ever(*each)
+            take_ordinary_step(*each)
     assert_same(ordinary, (model, optimizer))
 
 
-def test_copies_step_as_ever():
+def test_copies_take_ordinary_steps():
     _, in_backward = pair()
     (_, (model, optimizer)), in_backward = pair()
     both = copy.deepcopy((model, optimizer))

@@ -8,7 +8,7 @@ import torch
 
 import fastclip
 from tests.support.cases import assert_same_bits
-from tests.support.in_backward_cases import assert_same, losses, pair, step_as_ever
+from tests.support.in_backward_cases import assert_same, losses, pair, take_ordinary_step
 
 GONE = "the optimizer of step_in_backward is gone, and nothing has updated this model.*call remove"
 
@@ -39,7 +39,7 @@ def test_an_optimizer_that_is_gone_is_told_once(cls):
 
 
 def test_an_optimizer_that_is_gone_gives_way_to_another_in_the_backward_pass():
-    """Of all parameters: nothing to tell. Of some: nothing updates the others."""
+    """The new optimizer has all parameters: no error. It has some: nothing updates the others."""
     for all_of_them in (True, False):
         ordinary, model = gone()
         optimizers = [fastclip.SGD((m if all_of_them else m.twice).parameters(), lr=0.1) for m in (ordinary, model)]
@@ -65,7 +65,7 @@ def test_what_is_returned_keeps_the_optimizer_and_need_not_be_kept():
     first, second = losses(2)
     for loss in (first, second):
         loss(ordinary[0]).backward()
-        step_as_ever(*ordinary)
+        take_ordinary_step(*ordinary)
     first(model).backward()
     optimizer = in_backward._optimizer
     del in_backward
@@ -85,7 +85,7 @@ def test_removed_on_purpose():
 
 
 def test_copies():
-    """A copied or unpickled model has no hooks, and its optimizer steps as ever."""
+    """A copied or unpickled model has no hooks, and its optimizer takes ordinary steps."""
     (_, (model, optimizer)), in_backward = pair()
     losses(1)[0](model).backward()
     for copied in (copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))):

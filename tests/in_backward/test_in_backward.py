@@ -10,7 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import fastclip
 from tests.support.cases import RULES, assert_same_bits
-from tests.support.in_backward_cases import SOME_KIB, assert_same, losses, net, pair, step_as_ever, three
+from tests.support.in_backward_cases import SOME_KIB, assert_same, losses, net, pair, take_ordinary_step, three
 
 BITWISE = ["none", "value", "pair"]
 RULES_OF_ADAM = [{"optimizer": "Adam", "maximize": True}, {"optimizer": "AdamW", "amsgrad": True}]
@@ -29,8 +29,8 @@ def test_same_bits_as_ordinary_steps(rule, clip):
         for model in (plain[0], ordinary[0], stepped[0]):
             loss(model).backward()
         assert all(p.grad is None for p in stepped[0].parameters())
-        step_as_ever(*plain, of=ordinary[1])
-        step_as_ever(*ordinary)
+        take_ordinary_step(*plain, of=ordinary[1])
+        take_ordinary_step(*ordinary)
         stepped[1].step()  # nothing is left
         stepped[1].zero_grad()
         for scheduler in schedulers:
@@ -47,7 +47,7 @@ def test_same_bits_with_buckets_of_any_size(bucket_cap_mb, dtype):
     for loss in losses(3):
         for model in (ordinary[0], stepped[0]):
             loss(model).backward()
-        step_as_ever(*ordinary)
+        take_ordinary_step(*ordinary)
         assert_same(ordinary, stepped)
 
 
@@ -85,7 +85,7 @@ def test_accumulated_gradients_are_stepped_on_by_the_next_pass():
         stepped[1].zero_grad(set_to_none=number % 2 == 0)
         first(ordinary[0]).backward()
         second(ordinary[0], sometimes=False).backward()
-        step_as_ever(*ordinary)
+        take_ordinary_step(*ordinary)
         before = copy.deepcopy(stepped[0])
         with in_backward.accumulate():
             first(stepped[0]).backward()
@@ -99,7 +99,7 @@ def test_accumulated_gradients_are_stepped_on_by_step():
     (ordinary, stepped), in_backward = pair()
     for loss in losses(2):
         loss(ordinary[0]).backward()
-        step_as_ever(*ordinary)
+        take_ordinary_step(*ordinary)
         with in_backward.accumulate():
             loss(stepped[0]).backward()
         stepped[1].step()
@@ -147,7 +147,7 @@ def test_checkpoints_go_to_and_from_ordinary_steps():
         optimizer.param_groups[1]["lr"] *= 3
         for loss in losses(2):
             loss(ordinary[0]).backward()
-            step_as_ever(*ordinary)
+            take_ordinary_step(*ordinary)
             loss(stepped[0]).backward()
             assert_same(ordinary, stepped)
 
@@ -158,7 +158,7 @@ def test_clip_stats_are_those_of_the_whole_pass(bucket_cap_mb):
     stepped[1].param_groups[1]["clip_value"] = ordinary[1].param_groups[1]["clip_value"] = 0.001
     for loss in losses(3):
         loss(ordinary[0]).backward()
-        step_as_ever(*ordinary)
+        take_ordinary_step(*ordinary)
         loss(stepped[0]).backward()
         stepped[1].step()
         expected, stats = ordinary[1].clip_stats(), stepped[1].clip_stats()
@@ -175,7 +175,7 @@ def test_clip_stats_of_accumulated_gradients_are_those_of_step():
     for model, optimizer in (ordinary, stepped):
         first(model).backward()
         if optimizer is ordinary[1]:
-            step_as_ever(model, optimizer)
+            take_ordinary_step(model, optimizer)
         with in_backward.accumulate():
             second(model).backward()
         optimizer.step()
@@ -225,7 +225,7 @@ def test_models_in_two_threads():
         thread.start()
     for loss in losses(20):
         loss(ordinary[0]).backward()
-        step_as_ever(*ordinary)
+        take_ordinary_step(*ordinary)
     for thread in threads:
         thread.join()
     for stepped in both:

@@ -10,7 +10,7 @@ import torch
 
 import fastclip
 from tests.support.cases import assert_same_bits
-from tests.support.in_backward_cases import loss_of, losses, pair, step_as_ever
+from tests.support.in_backward_cases import loss_of, losses, pair, take_ordinary_step
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_a_pass_under_way_is_finished_by_its_optimizer_that_is_dropped(bucket_ca
     loss.backward()
     assert not optimizers
     first(ordinary[0]).backward()
-    step_as_ever(*ordinary)
+    take_ordinary_step(*ordinary)
     assert_same_bits(ordinary[0].parameters(), model.parameters())
     with pytest.raises(RuntimeError, match="the optimizer of step_in_backward is gone"):
         second(model).backward()
@@ -111,7 +111,7 @@ def test_a_parameter_leaves_while_a_pass_is_under_way(bucket_cap_mb, when, leave
     names = [name for name, _ in model.named_parameters()]
     gradients = {name: p.grad.clone() for name, p in ordinary[0].named_parameters()}
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    step_as_ever(*ordinary)
+    take_ordinary_step(*ordinary)
     after = {name: p.detach() for name, p in ordinary[0].named_parameters()}
     at_gradient_of(model.get_parameter(when), lambda: leave(optimizer, model.norm.bias))
     loss(model).backward()

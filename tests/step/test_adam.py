@@ -68,7 +68,7 @@ def test_same_bits_over_many_and_large_tensors(shapes, threads):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_within_units_in_the_last_place_of_torch_as_it_is(name, device):
-    """With the square roots that torch takes: now and then an update has another last bit, and may round otherwise."""
+    """With torch's own square roots: now and then an update has another last bit, which may round differently."""
     ours = make_params(SHAPES + LARGE, device=device)
     theirs = copy_params(ours)
     ours_of, theirs_of = OPTIMIZERS[name]

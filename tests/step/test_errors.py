@@ -213,3 +213,18 @@ def test_numbers_that_change_their_list_or_their_parameter():
     optimizer.param_groups[1]["clip_value"] = values
     optimizer.step()
     assert torch.equal(a.detach(), torch.zeros(2))
+
+
+@pytest.mark.parametrize("how", ["data", "grad", "assignment"])
+def test_torch_itself_refuses_gradients_on_another_device(how):
+    """So a step never sees one: all three ways to give one raise."""
+    p = torch.zeros(3, requires_grad=True)
+    p.grad = torch.ones(3)
+    elsewhere = torch.ones(3, device="meta")
+    with pytest.raises(RuntimeError):
+        if how == "data":
+            p.data = elsewhere
+        elif how == "grad":
+            p.grad.data = elsewhere
+        else:
+            p.grad = elsewhere

@@ -161,7 +161,7 @@ def test_states_of_adam_have_the_strides_of_torchs(param_format, grad_format):
 
 @pytest.mark.parametrize("rule", [RULES[0], RULES[4], ADAM], ids=["plain", "momentum", "adam"])
 def test_strides_of_dimensions_of_size_1_mean_nothing(rule):
-    """Of parameters and gradients: both are taken by the kernels, whatever such a stride says."""
+    """The kernels take such parameters and gradients, whatever the stride says."""
     loop, theirs, optimizer, ours = pair([(4, 1, 3), (1, 6), (5, 1), (6, 1, 9)], CLIPS["value"], **rule)
     ours[1].data = ours[1].data.as_strided((1, 6), (77, 1))
     ours[3].data = ours[3].data.transpose(0, 2).contiguous().transpose(0, 2)  # not contiguous in any case
@@ -300,3 +300,15 @@ def test_overlapping_views_and_a_parameter_appended_twice():
     optimizer.param_groups[0]["params"].append(p)
     optimizer.step()
     assert torch.equal(p.detach(), torch.full((3,), -2.0))
+
+
+@pytest.mark.falls_back
+def test_strides_of_no_elements_mean_nothing():
+    """Found by make fuzz: torch gives (2, 0, 1) a first stride of 0."""
+    p, q = torch.zeros(2, 0, 1, requires_grad=True), torch.zeros(4, requires_grad=True)
+    optimizer = fastclip.SGD([p, q], lr=1.0, momentum=0.9)
+    for _ in range(2):
+        p.grad, q.grad = torch.empty_strided((2, 0, 1), (0, 1, 1)), torch.ones(8)[::2]
+        optimizer.state[p]["momentum_buffer"] = torch.empty_strided((2, 0, 1), (0, 1, 1))
+        optimizer.step()
+    torch.testing.assert_close(q.detach(), torch.full((4,), -2.9))

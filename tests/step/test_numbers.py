@@ -167,7 +167,7 @@ def test_mixed_dtypes_share_one_norm(device):
 
 
 def test_where_torch_rounds_twice_the_difference_is_one_ulp():
-    """Of the larger term. ATEN_CPU_CAPABILITY=default has no fma; fastclip's rule always has."""
+    """One ulp of the larger term. ATEN_CPU_CAPABILITY=default has no fma; fastclip's rule always has."""
     result = run_script(
         """if True:
         import torch, fastclip

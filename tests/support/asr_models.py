@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, ctc_loss, pad
 
-from benchmarks.deepspeech2 import DeepSpeech2
-from benchmarks.models import library
-from examples.speech_model import MELS, LogMel
+from benchmarks.core.models import DeepSpeech2
+from benchmarks.shapes import library
+from examples.speech.features import MELS, LogMel
 
 RATE = 8000
 SYMBOLS = 11  # 0 is CTC's blank, and what fills up a batch

@@ -67,7 +67,7 @@ def three(clip, bucket_cap_mb=SOME_KIB, dtype=torch.float64, optimizer="SGD", **
     return [*zip(models, optimizers, strict=True)], in_backward
 
 
-def step_as_ever(model, optimizer, of=None):
+def take_ordinary_step(model, optimizer, of=None):
     """Clips as the groups of `of` say, steps, and forgets the gradients."""
     for group, clips in zip(optimizer.param_groups, of.param_groups if of else [], strict=of is not None):
         for p in group["params"]:

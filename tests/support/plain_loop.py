@@ -1,6 +1,6 @@
 """The plain loop that the property tests check fastclip against: clips, then torch's optimizer with foreach=False.
 
-What torch would round otherwise is stepped by `fastclip/plain/step.py` instead.
+Where torch would round differently, `fastclip/plain/step.py` takes the step.
 """
 
 import collections
@@ -21,7 +21,7 @@ from .tensors import writable
 
 
 class PlainLoop:
-    """Of all groups. `by_reference`: the parameters that are stepped so, whose states are in `reference_state`."""
+    """A loop over all groups. The reference steps those in `by_reference`, whose states are in `reference_state`."""
 
     def __init__(self, rule, shared):
         self.rule, self.shared = getattr(torch.optim, rule), shared
@@ -90,7 +90,7 @@ class PlainLoop:
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                # Of bounds that are rounded to the gradient's dtype, whatever it is computed in.
+                # The bounds are rounded to the gradient's dtype, whatever it is computed in.
                 low, high = torch.tensor(reference.bounds(group["clip_value"]), dtype=p.dtype).tolist()
                 values[p] = grads[p].clamp(low, high)
                 moved += ((grads[p] < low) | (grads[p] > high)).sum().item()

@@ -1,7 +1,7 @@
 """Plays a `Scenario` with fastclip and with the plain loop, and compares them after every step.
 
-Bits are the same everywhere: as in torch, or where torch rounds otherwise as in `fastclip/plain/step.py`. The norm has
-to agree with math.hypot to 1e-14; then the loop goes on with fastclip's, so that the rest has to have its bits.
+Bits are the same everywhere: as in torch, or where torch rounds differently as in `fastclip/plain/step.py`. The norm
+has to agree with math.hypot to 1e-14; then the loop goes on with fastclip's, so that the rest has to have its bits.
 """
 
 import math

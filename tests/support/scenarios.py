@@ -16,7 +16,7 @@ from . import surroundings
 from .surroundings import Around
 from .tensors import Layout
 
-# "test" is the same in every run; "fuzz" (make fuzz) draws anew, from a seed that it prints. No deadlines: a machine
+# "test" is the same in every run; "fuzz" (make fuzz) draws others, from a seed that it prints. No deadlines: a machine
 # may be busy.
 COMMON = {"deadline": None, "print_blob": False, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("test", max_examples=300, derandomize=True, database=None, **COMMON)
@@ -108,7 +108,7 @@ def settings_of_sgd(draw):
     return {"momentum": momentum, "dampening": dampening, "nesterov": nesterov}
 
 
-# Not beta1 = 0: torch's averages then have 0.0 or -0.0, in a vector's lanes otherwise than behind them.
+# Not beta1 = 0: torch's averages then have 0.0 or -0.0, in the lanes of a vector not as behind them.
 settings_of_adam = st.fixed_dictionaries(
     {
         "betas": st.tuples(st.sampled_from([0.9, 0.5, 0.3, 0.001]), st.sampled_from([0.999, 0.0, 0.5])),
@@ -130,7 +130,7 @@ roundings = st.one_of(
 
 @st.composite
 def own_settings(draw, optimizer):
-    """Of one group."""
+    """The settings of one group."""
     return {
         "lr": draw(st.sampled_from([0.1, 1.0, 0.0, 1e-3])),
         **draw(settings_of_sgd() if optimizer == "SGD" else settings_of_adam),

@@ -109,7 +109,7 @@ class Sides:
         if how in ("fresh", "file"):
             with duplicates_are_meant():
                 self.optimizer = self.ours_of([{"params": g["params"]} for g in self.optimizer.param_groups], lr=7.0)
-            self.skipped = 0  # a new optimizer counts anew
+            self.skipped = 0  # a new optimizer counts from 0
         self.loop.reload()
         handles = []
         if hook == "renamed":

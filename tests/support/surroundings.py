@@ -18,7 +18,7 @@ from .cases import flush_denormal
 
 @dataclasses.dataclass(frozen=True)
 class Around:
-    """Of all steps of a scenario. Each field is a name of one of the tables below."""
+    """Surroundings of all steps of a scenario. Each field is a name of one of the tables below."""
 
     step: str = "plain"
     numbers: str = "plain"

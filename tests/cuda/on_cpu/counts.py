@@ -150,7 +150,7 @@ def test_16_bytes_at_once_wherever_alignment_allows(offset, dtype):
     assert counted.narrow_reads == 2 * (head + (numel - head) % per_pack)
 
 
-def test_a_gradient_that_lies_otherwise_costs_no_more_bytes():
+def test_a_gradient_in_another_order_costs_no_more_bytes():
     """As in a bucket of DistributedDataParallel, with gradient_as_bucket_view=True."""
     p = flat(10_000, grad_offset=1)
     counted = emulator.count(fastclip.SGD([p], lr=0.1, **VALUE).step)

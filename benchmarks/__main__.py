@@ -1,0 +1,32 @@
+"""The command line: python -m benchmarks COMMAND. Each command is a module, and only that one is loaded."""
+
+import argparse
+import importlib
+import sys
+
+# Name: module, help.
+COMMANDS = {
+    "cpu": (".cpu", "time a step against the Python loop and the best of torch"),
+    "gpu": (".gpu", "the same on a GPU, by events and CUDA graphs"),
+    "host": (".host", "time what a step costs per tensor, for 100 to 100,000 tensors"),
+    "large": (".large", "take real steps on the largest models: check samples, then time"),
+    "report": (".report.documents", "write the tables of README and docs from result files"),
+    "shapes": (".shapes", "compare the recorded shapes of models with the libraries that define them"),
+    "profile": (".profile", "take a few steps of one contender, for a profiler to look at"),
+    "gpu-session": (".gpu_session", "all that there is to do on a machine with a GPU; `make gpu` calls it"),
+}
+
+
+def main(arguments=None):
+    """Returns the exit code of the command."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", epilog="COMMAND --help says what each one takes.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (_, about) in COMMANDS.items():
+        commands.add_parser(name, help=about, add_help=False)
+    module, _ = COMMANDS[parser.parse_args(arguments[:1]).command]
+    return importlib.import_module(module, __package__).main(arguments[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""The contenders: update rules, and for each the ways to clip and step. Three ways are torch's, one is fastclip's."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+
+import fastclip
+
+CLIPS = {"value": ("value", 0.01), "norm": ("norm", 1.0)}  # kind and threshold
+
+# Elements per parameter that any step moves: the gradient is read, the parameter read and written. The norm reads the
+# gradients before.
+MOVED = {"value": 3, "norm": 4}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An optimizer of torch's, fastclip's in its place, and the settings of both."""
+
+    title: str
+    of_torch: type
+    of_fastclip: type
+    settings: dict = field(hash=False)
+    states: tuple  # names of the states, each in the shape of its parameter
+
+    def elements(self, clip):
+        """Elements per parameter that a step has to move: each state is read and written."""
+        return MOVED[clip] + 2 * len(self.states)
+
+    def in_row(self):
+        """The entry of this rule in a row of the results."""
+        return {"momentum": self.settings["momentum"]} if "momentum" in self.settings else {"rule": self.title}
+
+
+def sgd(momentum):
+    states = ("momentum_buffer",) if momentum else ()
+    return Rule(f"momentum {momentum:g}", torch.optim.SGD, fastclip.SGD, {"lr": 0.01, "momentum": momentum}, states)
+
+
+def adamw(title, amsgrad):
+    states = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if amsgrad else 2]
+    settings = {"lr": 0.01, "weight_decay": 0.01, "amsgrad": amsgrad}
+    return Rule(title, torch.optim.AdamW, fastclip.AdamW, settings, states)
+
+
+# The choices of --cases, each timed on its own.
+RULES = {
+    "sgd": (sgd(0.0), sgd(0.9)),
+    "adamw": (adamw("AdamW", amsgrad=False),),
+    "amsgrad": (adamw("AdamW amsgrad", amsgrad=True),),
+}
+
+
+def rule_of(row):
+    """The rule of a row of the results."""
+    return next(rule for rules in RULES.values() for rule in rules if rule.in_row().items() <= row.items())
+
+
+def loop(params, clip, rule):
+    """The article's: one parameter after the other, clip, then step. Returns the optimizer and its step, as all do."""
+    kind, limit = clip
+    optimizer = rule.of_torch(params, **rule.settings, foreach=False)
+
+    def value_step():
+        for p in params:
+            p.grad.data.clamp_(-limit, limit)
+        optimizer.step()
+
+    def norm_step():
+        clip_grad_norm_(params, limit, foreach=False)
+        optimizer.step()
+
+    return optimizer, value_step if kind == "value" else norm_step
+
+
+def foreach(params, clip, rule):
+    """torch's multi-tensor operations for both."""
+    kind, limit = clip
+    optimizer = rule.of_torch(params, **rule.settings, foreach=True)
+    clip_gradients = clip_grad_value_ if kind == "value" else clip_grad_norm_
+
+    def step():
+        clip_gradients(params, limit, foreach=True)
+        optimizer.step()
+
+    return optimizer, step
+
+
+def fused(params, clip, rule):
+    """torch's fused optimizer after its clip functions with their default settings."""
+    kind, limit = clip
+    optimizer = rule.of_torch(params, **rule.settings, fused=True)
+    clip_gradients = clip_grad_value_ if kind == "value" else clip_grad_norm_
+
+    def step():
+        clip_gradients(params, limit)
+        optimizer.step()
+
+    return optimizer, step
+
+
+def one_pass(params, clip, rule):
+    """fastclip: clip and update together."""
+    kind, limit = clip
+    optimizer = rule.of_fastclip(params, **rule.settings, **{"clip_value" if kind == "value" else "max_norm": limit})
+    return optimizer, optimizer.step
+
+
+CONTENDERS = {"loop": loop, "foreach": foreach, "fused": fused, "fastclip": one_pass}
+OF_TORCH = ("loop", "foreach", "fused")
+
+
+class Contender:
+    """A contender at work on copies of its own, so that no one warms another one's cache."""
+
+    def __init__(self, name, copies, clip, rule):
+        self.params, self.rule = copies, rule
+        self.optimizer, self.step = CONTENDERS[name](copies, clip, rule)
+
+    def results(self):
+        """All tensors that a step writes: parameters, and their states if there are any."""
+        states = [self.optimizer.state[p] for p in self.params]
+        written = {"parameter": [p.detach() for p in self.params]}
+        return written | {name: [state[name] for state in states if name in state] for name in self.rule.states}

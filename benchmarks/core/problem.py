@@ -1,0 +1,61 @@
+"""Parameters and gradients of a model to work on, with a copy for every contender."""
+
+import torch
+
+from .contenders import CONTENDERS
+
+
+class Problem:
+    """The start of all contenders, and the memory of each: kept from the check to the last measurement, as the first
+    touch of memory takes longer than many steps."""
+
+    def __init__(self, model, shapes, seed=0, device="cpu", dtype=torch.float32):
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def random(shape):
+            return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+
+        self.model, self.device, self.dtype = model, torch.device(device), dtype
+        self.params = [0.05 * random(shape) for shape in shapes]
+        # A value clip at 0.01 cuts more than half of these.
+        self.grads = [0.02 * random(shape) for shape in shapes]
+        self.numel = sum(p.numel() for p in self.params)
+        self.copies = {name: self.copy() for name in CONTENDERS}
+
+    def copy(self, dtype=None):
+        """Parameters with gradients."""
+        dtype = dtype or self.dtype
+        copies = [torch.nn.Parameter(p.to(dtype, copy=True)) for p in self.params]
+        for p, grad in zip(copies, self.grads, strict=True):
+            p.grad = grad.to(dtype, copy=True)
+        return copies
+
+    @torch.no_grad()
+    def reset_params(self, copies, from_zero=False):
+        """Parameters of a copy back to the start, or to 0."""
+        for p, origin in zip(copies, self.params, strict=True):
+            p.zero_() if from_zero else p.copy_(origin)
+
+    def reset_grads(self, copies, factor=1.0):
+        """Gradients of a copy to factor * those of the start."""
+        for p, grad in zip(copies, self.grads, strict=True):
+            torch.mul(grad, factor, out=p.grad)
+
+
+class Probe:
+    """The memory's speed, as torch's add_ of as many elements as the model has reaches it."""
+
+    BYTES = 12  # per element: two are read, one is written
+
+    def __init__(self, numel):
+        self.target, self.source = torch.zeros(numel), torch.ones(numel)
+
+    def step(self):
+        self.target.add_(self.source, alpha=1e-6)
+
+
+def is_normal(tensors, elements=2**16):
+    """Whether the first elements of each are 0 or normal: denormals, infinities and NaN have timings of their own."""
+    tiny = torch.finfo(torch.float32).tiny
+    heads = (t.detach().flatten()[:elements] for t in tensors)
+    return all(((t == 0) | ((t.abs() >= tiny) & t.isfinite())).all() for t in heads)

@@ -1,0 +1,83 @@
+"""The tables of many tensors and of large ones: what a step costs per tensor, and real steps on the largest models."""
+
+from .cpu import machine
+from .formats import duration, rounded, rule, table
+
+WHAT = {
+    "fastclip": "fastclip",
+    "walk": "of it, finding and checking",
+    "fused": "torch, fused",
+    "foreach": "torch, foreach",
+    "fastclip dtensors": "fastclip, DTensors",
+    "foreach dtensors": "torch, foreach, DTensors",
+}
+LARGE_HEADER = [
+    "model",
+    "share of",
+    "numbers",
+    "rule",
+    "tensors",
+    "elements",
+    "GiB",
+    "samples",
+    "ms per step",
+    "of the floor",
+]
+
+
+def markdown(results):
+    return large(results) if results["kind"] == "large" else host(results)
+
+
+def host(results):
+    """Medians in ns per tensor: a row for each rule, clip and contender, a column for each number of tensors."""
+    rows = results["cases"]
+    counts = sorted({row["tensors"] for row in rows})
+    lines = {}
+    for row in rows:
+        for name, summary in row["ns_per_tensor"].items():
+            lines.setdefault((title(row), row["clip"], name), {})[row["tensors"]] = summary["median"]
+    header = ["rule", "clip", "ns per tensor", *(f"{count:,} tensors" for count in counts)]
+    body = [
+        [of, clip, WHAT[name], *(duration(line[count]) if count in line else "" for count in counts)]
+        for (of, clip, name), line in lines.items()
+    ]
+    return "\n\n".join([f"{machine(results)} Medians, one thread.", table([header, *body], words=3), growth(results)])
+
+
+def title(row):
+    return f"SGD, momentum {rule(row)}" if "momentum" in row else rule(row)
+
+
+def growth(results):
+    """A sentence on what a tensor costs among the most tensors, compared with one among 1,000."""
+    medians = {}
+    for row in results["cases"]:
+        medians.setdefault(row["tensors"], []).append(row["ns_per_tensor"]["fastclip"]["median"])
+    few, many = (medians.get(count, []) for count in (1_000, max(medians)))
+    if not few or few is many:
+        return "No 1,000 tensors to compare the most with."
+    ratios = [b / a for a, b in zip(few, many, strict=True)]
+    return f"Each of {max(medians):,} tensors costs {min(ratios):.1f} to {max(ratios):.1f} times each of 1,000."
+
+
+def large(results):
+    """A row for each case; a norm clip in all."""
+    threads = {row["threads"] for row in results["cases"]}
+    body = [
+        [
+            row["model"],
+            f"1 of {row['devices']:,}" if row["devices"] > 1 else "all",
+            row["dtype"],
+            title(row),
+            f"{row['tensors']:,}",
+            rounded(row["elements"]),
+            f"{row['gib']:.2g}",
+            f"{row['samples']:,}",
+            duration(row["ms"]),
+            f"{100 * row['floor_ms'] / row['ms']:.0f} %",
+        ]
+        for row in results["cases"]
+    ]
+    where = f"{machine(results)} Threads: {', '.join(map(str, sorted(threads)))}. Norm clip; medians."
+    return f"{where}\n\n{table([LARGE_HEADER, *body], words=4)}"

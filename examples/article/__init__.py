@@ -1,0 +1,1 @@
+"""The training of the article that this project started from: `python -m examples.article`."""

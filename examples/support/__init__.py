@@ -1,0 +1,1 @@
+"""Shared by the programs: training in lockstep, options, progress and messages, files that are written whole."""

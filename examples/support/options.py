@@ -1,0 +1,56 @@
+"""Options of the command line that several programs take."""
+
+import argparse
+import contextlib
+import math
+from pathlib import Path
+
+from .console import SpeechDataError
+
+
+def number(kind, low, above=False):
+    """A parser of finite numbers of at least `low`, or above it."""
+
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            if low < value < math.inf or (value == low and not above):
+                return value
+        wanted = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted} {'above' if above else 'of at least'} {low}")
+
+    return parse
+
+
+count, positive = number(int, 1), number(float, 0, above=True)
+
+
+def make_parser(module, doc, out):
+    """The parser of a program with the docstring `doc`: where its data are, and its results, by default in `out`."""
+    about, _, more = doc.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        f"python -m {module}",
+        description=about,
+        epilog=more,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--data", type=Path, metavar="DIR", help="your own wav files and transcripts.txt")
+    add("--cache", type=Path, metavar="DIR", default=Path(__file__).parents[2] / ".cache" / "speech",
+        help="where the fetched clips are kept (default: .cache/speech in the repository)")  # fmt: skip
+    add("--out", type=Path, metavar="DIR", default=Path(out), help="for the results (default: %(default)s)")
+    return parser
+
+
+def add_seed_and_threads(parser):
+    add = parser.add_argument
+    add("--seed", type=number(int, 0), metavar="N", default=0, help="of data, model and order (default: %(default)s)")
+    add("--threads", type=count, metavar="N", default=1, help="of torch (default: %(default)s)")
+
+
+def make_folder(out):
+    """The folder of --out; raises SpeechDataError."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SpeechDataError(f"--out {out}: {error.strerror}") from None

@@ -1,0 +1,1 @@
+"""Research that fastclip was used for. Nothing else needs it."""

@@ -1,0 +1,155 @@
+"""One cell of the clipping study: the data of its seed, and one training."""
+
+import dataclasses
+import math
+import random
+import re
+import time
+from collections import Counter
+from functools import partial
+from statistics import mean, median, quantiles
+
+import torch
+
+import fastclip
+from examples.speech.batches import BATCH, batches_of_like_length, ctc_loss, error_rate, extract
+from examples.speech.data import DIGIT_RATE, Speech, digit_clips, digit_string, own_recordings
+from examples.speech.models import CNN, SpeechModel
+
+# Small, so that a cell takes seconds: the effect of a clip is in the comparison, not in the best of error rates.
+MODELS = {
+    "gru": partial(SpeechModel, hidden=64, layers=1),
+    "cnn": partial(CNN, channels=64),
+    "lstm": partial(SpeechModel, hidden=64, layers=1, cell=torch.nn.LSTM),
+}
+MAX_DIGITS, TEST_STRINGS, MOMENTUM = 2, 200, 0.9
+WINDOW, PATIENCE = 20, 100  # steps whose mean loss is looked at; steps in which a bad start may still come right
+LOST = 1.5  # times the untrained model's loss: a training that crawls stays below it
+CURVE_POINTS = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    model: str
+    kind: str  # "none", "value" or "norm"
+    threshold: float | None
+    lr: float
+    seed: int
+
+
+@dataclasses.dataclass
+class Data:
+    """Examples as `extract` makes them."""
+
+    speech: Speech
+    train: list
+    test: list
+    unheard: list  # strings of a voice that is not in `train`; may be empty
+
+
+def load_data(folder, cache, seed, strings):
+    """The recordings in `folder`, or else `strings` strings of digits of all voices but one, which is for a test.
+
+    The other test has new strings of the trained voices: made of clips that are in the training strings, too.
+    """
+    if folder:
+        speech = own_recordings(folder)
+        return Data(speech, *extract(speech))
+    kind, voices = digit_clips(cache)
+    held_out = held_out_voice(voices, seed)
+    known = [clips for voice, clips in voices.items() if voice != held_out]
+    make = random.Random(seed)
+    made = [digit_string(known, make, MAX_DIGITS) for _ in range(strings + TEST_STRINGS)]
+    unheard = [digit_string([voices[held_out]], make, MAX_DIGITS) for _ in range(TEST_STRINGS)] if held_out else []
+    caption = f"{kind} digits, strings of 1 to {MAX_DIGITS}, {len(known)} voices"
+    train, test = made[TEST_STRINGS:], made[:TEST_STRINGS]
+    speech = Speech(kind, caption, DIGIT_RATE, list("0123456789"), train, test, unheard)
+    return Data(speech, *extract(speech))
+
+
+def held_out_voice(voices, seed):
+    """A voice whose language another one speaks, too: of other languages nothing could be recognised. Or None."""
+    languages = {voice: re.match("[a-z]+", voice)[0] for voice in voices}
+    speakers = Counter(languages.values())
+    candidates = [voice for voice in voices if speakers[languages[voice]] > 1]
+    return candidates[seed % len(candidates)] if candidates else None
+
+
+def make_optimizer(cell, params):
+    clip = {"none": {}, "value": {"clip_value": cell.threshold}, "norm": {"max_norm": cell.threshold}}[cell.kind]
+    return fastclip.SGD(params, cell.lr, MOMENTUM, **clip)
+
+
+def diverges(losses, norm, untrained):
+    """A loss or norm is not finite; or, after PATIENCE steps, the losses are on average far above the untrained one."""
+    return not math.isfinite(losses[-1] + norm) or (
+        len(losses) > PATIENCE and mean(losses[-WINDOW:]) > LOST * untrained
+    )
+
+
+@torch.no_grad()
+def mean_loss(model, examples):
+    """The mean over all batches, not the first: a batch holds strings of like length, and so of like loss."""
+    every = range(0, len(examples), BATCH)
+    return mean(ctc_loss(examples[start : start + BATCH])(model).item() for start in every)
+
+
+def train_cell(cell, data, epochs):
+    """Trains a cell, and returns the rest of its row: a dict.
+
+    A training that diverges is stopped; its error rates are recorded as 100.
+    """
+    began = time.process_time()
+    torch.manual_seed(cell.seed)
+    model = MODELS[cell.model](len(data.speech.symbols))
+    params = list(model.parameters())
+    optimizer = make_optimizer(cell, params)
+    order = torch.Generator().manual_seed(cell.seed)
+    untrained = mean_loss(model, data.train)
+    losses, norms, clipped, diverged = [], [], [], False
+    batches = (batch for _ in range(epochs) for batch in batches_of_like_length(data.train, order))
+    for batch in batches:
+        optimizer.zero_grad()
+        loss = ctc_loss([data.train[i] for i in batch])(model)
+        loss.backward()
+        norms.append(torch.nn.utils.get_total_norm([p.grad for p in params]).item())
+        losses.append(loss.item())
+        if diverged := diverges(losses, norms[-1], untrained):
+            break
+        optimizer.step()
+        clipped.append(clipped_share(optimizer.clip_stats()))
+    seconds = time.process_time() - began
+    return {
+        "diverged": int(diverged),
+        "wer": 100.0 if diverged else error_rate(model, data.test, data.speech),
+        "wer_new_voice": unheard_error_rate(model, data, diverged),
+        "final_loss": mean(losses[-WINDOW:]),
+        "steps": len(clipped),
+        "clipped": mean(clipped) if clipped else math.nan,
+        "norm_median": median(norms),
+        "norm_p90": quantiles(norms, n=10)[-1] if len(norms) > 1 else norms[0],
+        "parameters": sum(p.numel() for p in params),
+        "cpu_seconds": seconds,
+        "losses": curve(losses),
+    }
+
+
+def unheard_error_rate(model, data, diverged):
+    """NaN without an unheard voice."""
+    if not data.unheard:
+        return math.nan
+    return 100.0 if diverged else error_rate(model, data.unheard, data.speech)
+
+
+def clipped_share(stats):
+    """The fraction of elements that a value clip clamped in a step; for a norm clip, 1 if it acted, else 0."""
+    if stats.clamped_fraction is not None:
+        return stats.clamped_fraction.item()
+    return float(stats.clip_coefficient is not None and stats.clip_coefficient.item() < 1)
+
+
+def curve(losses):
+    """Mean losses of up to CURVE_POINTS equal stretches of the training."""
+    points = min(CURVE_POINTS, len(losses))
+    edges = [round(i * len(losses) / points) for i in range(points + 1)]
+    return [mean(losses[a:b]) for a, b in zip(edges, edges[1:], strict=False)]

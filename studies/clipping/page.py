@@ -1,0 +1,128 @@
+"""The tables of docs/clipping.md, from the rows of the clipping study and nothing else."""
+
+import re
+from statistics import mean
+
+from examples.support import safe_files
+from examples.support.console import SpeechDataError
+
+from .results import read_rows
+from .summary import KINDS, best_table, clip_name, clips_of, groups_of, percent, spread, values_of
+
+
+def markdown(heads, lines, left=1):
+    rule = ["---" if column < left else "---:" for column in range(len(heads))]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [heads, rule, *lines])
+
+
+def wer_table(rows, model):
+    """Clips down, learning rates across; diverged runs are counted."""
+    groups, rates = groups_of(rows), values_of(rows, "lr", model=model)
+    lines = []
+    for kind, threshold in clips_of([row for row in rows if row["model"] == model]):
+        line = [clip_name(kind, threshold)]
+        for lr in rates:
+            group = groups.get((model, kind, threshold, lr))
+            line.append("–" if group is None else wer_text(group))
+        lines.append(line)
+    return markdown(["", *(f"lr {lr:g}" for lr in rates)], lines)
+
+
+def wer_text(group):
+    return f"{group.median('wer'):.0f}" + (f" ×{group.diverged}" if group.diverged else "")
+
+
+def norm_table(rows):
+    """The norms of the trainings without a clip that did not diverge: what a user measures first."""
+    lines = []
+    for (model, _, _, lr), group in sorted(groups_of([row for row in rows if row["kind"] == "none"]).items()):
+        if not group.diverged:
+            lines.append([model, f"{lr:g}", f"{group.median('norm_median'):.2g}", f"{group.median('norm_p90'):.2g}"])
+    return markdown(["model, no clip", "lr", "median norm", "90 % quantile"], lines)
+
+
+def clipped_table(rows, model):
+    """In percent: of a value clip the elements clamped, of a norm clip the steps in which it acted."""
+    groups, rates = groups_of(rows), values_of(rows, "lr", model=model)
+    lines = []
+    for kind, threshold in clips_of([row for row in rows if row["model"] == model]):
+        if kind != "none":
+            found = [groups.get((model, kind, threshold, lr)) for lr in rates]
+            lines.append([clip_name(kind, threshold),
+                          *("–" if g is None else percent(g.median("clipped")) for g in found)])  # fmt: skip
+    return markdown(["", *(f"lr {lr:g}" for lr in rates)], lines)
+
+
+def product_table(rows, kind):
+    """Error rates over learning rate times threshold: once a clip acts in every step, the length of an update."""
+    found = {}
+    for (model, of_kind, threshold, lr), group in groups_of(rows).items():
+        if of_kind == kind:
+            found.setdefault(float(f"{lr * threshold:.1g}"), {}).setdefault(model, []).append(group.median("wer"))
+    models = values_of(rows, "model")
+    lines = [[f"{product:g}", *(spread(found[product].get(model, []), 0) for model in models)]
+             for product in sorted(found)]  # fmt: skip
+    return markdown([f"lr × {KINDS[kind]} threshold", *models], lines)
+
+
+def parameter_table(rows):
+    lines = []
+    for model in values_of(rows, "model"):
+        line = [model]
+        for kind in KINDS:
+            counts = {row["parameters"] for row in rows if (row["model"], row["kind"]) == (model, kind)}
+            line.append(", ".join(f"{count:,}" for count in sorted(counts)) or "–")
+        seconds = [[row["cpu_seconds"] / row["steps"] for row in rows
+                    if (row["model"], row["kind"], row["diverged"]) == (model, kind, 0)] for kind in KINDS]  # fmt: skip
+        lines.append([*line, *(f"{1000 * mean(s):.1f}" if s else "–" for s in seconds)])
+    heads = ["model", *(f"parameters, {name}" for name in KINDS.values())]
+    return markdown([*heads, *(f"ms per step, {name}" for name in KINDS.values())], lines)
+
+
+def extent(rows):
+    """One sentence: what part of the grid was run."""
+    seeds = {seed: sum(row["seed"] == seed for row in rows) for seed in values_of(rows, "seed")}
+    each = ", ".join(f"{number} with seed {seed}" for seed, number in seeds.items())
+    failed = sum(row["diverged"] for row in rows)
+    seconds = sum(row["cpu_seconds"] for row in rows)
+    machines = ", ".join(sorted({f"{row['machine']}, torch {row['torch']}" for row in rows}))
+    commits = ", ".join(dict.fromkeys(row["commit"][:10] for row in rows))
+    return (
+        f"{len(rows)} cells ({each}), {failed} of them diverged; {seconds / 60:.0f} minutes of training on one core. "
+        f"{machines}, commit {commits}."
+    )
+
+
+def blocks(rows):
+    """The texts between <!-- study:name --> and <!-- /study:name --> in a page, by name."""
+    found = {"extent": extent(rows), "best": markdown(*best_table(rows), left=2), "norms": norm_table(rows),
+             "parameters": parameter_table(rows), "product-value": product_table(rows, "value"),
+             "product-norm": product_table(rows, "norm")}  # fmt: skip
+    for model in values_of(rows, "model"):
+        found |= {f"wer-{model}": wer_table(rows, model), f"clipped-{model}": clipped_table(rows, model)}
+    return found
+
+
+def updated(page, rows, name="the page"):
+    """The page with all its blocks written again; SpeechDataError for a block that can't be made."""
+    found = blocks(rows)
+
+    def block(match):
+        if match[1] not in found:
+            raise SpeechDataError(f"{name}: the rows give nothing for <!-- study:{match[1]} -->")
+        return f"<!-- study:{match[1]} -->\n{found[match[1]]}\n<!-- /study:{match[1]} -->"
+
+    return re.sub(r"<!-- study:(\S+) -->\n.*?<!-- /study:\1 -->", block, page, flags=re.DOTALL)
+
+
+def update(page, folder):
+    """Writes the tables of the results in `folder` into the page; returns the rows."""
+    rows = read_rows(folder / "clipping.csv")
+    if not rows:
+        raise SpeechDataError(f"{folder / 'clipping.csv'}: no rows")
+    try:
+        text = page.read_text(encoding="utf-8")
+    except OSError as error:
+        raise SpeechDataError(f"{page}: {error.strerror}") from None
+    safe_files.write(page, updated(text, rows, page).encode())
+    return rows
