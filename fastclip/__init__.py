@@ -5,6 +5,7 @@ from .adam import Adam, AdamW
 from .clip_grad import clip_grad_norm_, clip_grad_value_
 from .clip_stats import ClipStats
 from .in_backward import step_in_backward
+from .lion import Lion
 from .sgd import SGD
 
 __version__ = "0.1.0"
@@ -14,6 +15,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "ClipStats",
+    "Lion",
     "build_info",
     "clip_grad_norm_",
     "clip_grad_value_",

@@ -91,6 +91,15 @@ def update_adam(group, param, grad, states, step):
     )
 
 
+def update_lion(group, param, grad, states, step):
+    beta1, beta2 = group["betas"]
+    grad = -grad if group["maximize"] else grad
+    exp_avg = states["exp_avg"]
+    param.mul_(1 - group["lr"] * group["weight_decay"])
+    param.add_(exp_avg.mul(beta1).add_(grad, alpha=1 - beta1).sign_(), alpha=-group["lr"])
+    exp_avg.mul_(beta2).add_(grad, alpha=1 - beta2)
+
+
 SGD = Rule(
     "sgd",
     "SGD",
@@ -113,5 +122,16 @@ ADAM = Rule(
     momentum="exp_avg",
     numbers=("betas", "eps"),
 )
+LION = Rule(
+    "lion",
+    "Lion",
+    update_lion,
+    arrays=("exp_avg",),
+    states=lambda group: ("exp_avg",),
+    counts_steps=False,
+    momentum="exp_avg",
+    numbers=("betas",),
+    takes_complex=False,
+)
 
-RULES = (SGD, ADAM)
+RULES = (SGD, ADAM, LION)

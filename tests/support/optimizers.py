@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import lion_pytorch
 import torch
 from hypothesis import strategies as st
 
@@ -101,6 +102,23 @@ def averages(buffer):
     }
 
 
+class PlainLion(lion_pytorch.Lion):
+    """PyPI's, with the arguments of torch's optimizers."""
+
+    def __init__(self, params, lr=1e-4, *, foreach=None, maximize=False, **settings):
+        super().__init__(params, lr, **settings)
+        self.maximize = maximize
+
+    def step(self, closure=None):
+        grads = [(p, p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for p, grad in grads:
+            p.grad = -grad if self.maximize else grad
+        loss = super().step(closure)
+        for p, grad in grads:
+            p.grad = grad
+        return loss
+
+
 CASES = [
     Case(
         "SGD",
@@ -138,6 +156,14 @@ CASES = [
         moderate={"eps": 0.1},
         drawn=drawn_adam,
         after=averages,
+    ),
+    Case(
+        "Lion",
+        stateful={"lr": 0.1},
+        variants=product(betas=[(0.9, 0.99), (0.5, 0.4)], weight_decay=[0, 0.1]) + [{"maximize": True}],
+        another={"betas": (0.6, 0.7)},
+        changes=[{"betas": (0.5, 0.6)}],
+        expected=PlainLion,
     ),
 ]
 OPTIMIZERS = {case.name: case for case in CASES}
