@@ -74,7 +74,14 @@ def give_grads(*param_lists, scale=1.0):
             p.grad = grad.to(p.device, p.dtype, copy=True)
 
 
+# What torch takes square roots by: methods, and for lists of tensors.
 OWN_SQRT, OWN_SQRT_IN_PLACE = torch.Tensor.sqrt, torch.Tensor.sqrt_
+OWN_ROOTS = {
+    (torch.Tensor, "sqrt"): OWN_SQRT,
+    (torch.Tensor, "sqrt_"): OWN_SQRT_IN_PLACE,
+    (torch, "_foreach_sqrt"): torch._foreach_sqrt,
+    (torch, "_foreach_sqrt_"): torch._foreach_sqrt_,
+}
 _exact = threading.Lock()
 _users = [0]  # of exact_square_roots: in several threads, the last one out restores torch's
 
@@ -89,8 +96,20 @@ def _exact_sqrt(tensor):
 
 
 def _exact_sqrt_in_place(tensor):
-    root = _exact_sqrt(tensor)
-    return OWN_SQRT_IN_PLACE(tensor) if tensor.requires_grad else tensor.copy_(root)
+    return OWN_SQRT_IN_PLACE(tensor) if tensor.requires_grad else tensor.copy_(_exact_sqrt(tensor))
+
+
+EXACT_ROOTS = {
+    (torch.Tensor, "sqrt"): _exact_sqrt,
+    (torch.Tensor, "sqrt_"): _exact_sqrt_in_place,
+    (torch, "_foreach_sqrt"): lambda tensors: [_exact_sqrt(t) for t in tensors],
+    (torch, "_foreach_sqrt_"): lambda tensors: [_exact_sqrt_in_place(t) for t in tensors],
+}
+
+
+def _set_roots(functions):
+    for (owner, name), function in functions.items():
+        setattr(owner, name, function)
 
 
 @contextmanager
@@ -99,14 +118,14 @@ def exact_square_roots():
     are not."""
     with _exact:
         _users[0] += 1
-        torch.Tensor.sqrt, torch.Tensor.sqrt_ = _exact_sqrt, _exact_sqrt_in_place
+        _set_roots(EXACT_ROOTS)
     try:
         yield
     finally:
         with _exact:
             _users[0] -= 1
             if _users[0] == 0:
-                torch.Tensor.sqrt, torch.Tensor.sqrt_ = OWN_SQRT, OWN_SQRT_IN_PLACE
+                _set_roots(OWN_ROOTS)
 
 
 def reference_step(optimizer):
