@@ -1,6 +1,7 @@
 """Gradient clipping and the optimizer update of all parameters, in one pass over memory."""
 
 from ._extension import build_info
+from .adadelta import Adadelta
 from .adam import Adam, AdamW
 from .clip_grad import clip_grad_norm_, clip_grad_value_
 from .clip_stats import ClipStats
@@ -15,6 +16,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "ClipStats",
+    "Adadelta",
     "Lion",
     "build_info",
     "clip_grad_norm_",

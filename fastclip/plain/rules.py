@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch.optim.adadelta import adadelta
 from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
@@ -100,6 +101,20 @@ def update_lion(group, param, grad, states, step):
     exp_avg.mul_(beta2).add_(grad, alpha=1 - beta2)
 
 
+def update_adadelta(group, param, grad, states, step):
+    adadelta(
+        [param],
+        [grad],
+        [states["square_avg"]],
+        [states["acc_delta"]],
+        [step],
+        foreach=False,
+        capturable=False,
+        has_complex=param.is_complex(),
+        **picked(group, "lr", "rho", "eps", "weight_decay", "maximize", "differentiable"),
+    )
+
+
 SGD = Rule(
     "sgd",
     "SGD",
@@ -133,5 +148,13 @@ LION = Rule(
     numbers=("betas",),
     takes_complex=False,
 )
+ADADELTA = Rule(
+    "adadelta",
+    "Adadelta",
+    update_adadelta,
+    arrays=("square_avg", "acc_delta"),
+    states=lambda group: ("square_avg", "acc_delta"),
+    numbers=("rho", "eps"),
+)
 
-RULES = (SGD, ADAM, LION)
+RULES = (SGD, ADAM, LION, ADADELTA)

@@ -165,5 +165,21 @@ CASES = [
         changes=[{"betas": (0.5, 0.6)}],
         expected=PlainLion,
     ),
+    Case(
+        "Adadelta",
+        stateful={"lr": 1.0},
+        variants=product(rho=[0.9, 0.5], weight_decay=[0, 0.1], maximize=[False, True]),
+        another={"rho": 0.5},
+        changes=[{"rho": 0.6}, {"eps": 0.1}, {"capturable": False}],
+        moderate={"eps": 0.1},
+        drawn=st.fixed_dictionaries(
+            {"rho": st.sampled_from([0.9, 0.5, 0.0]), "eps": st.sampled_from([1e-6, 1e-3, 1.0])}
+        ),
+        after=lambda buffer: {
+            "step": torch.tensor(3.0),
+            "square_avg": buffer.square() + 1,
+            "acc_delta": buffer.square() + 2,
+        },
+    ),
 ]
 OPTIMIZERS = {case.name: case for case in CASES}
