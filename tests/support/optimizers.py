@@ -26,6 +26,7 @@ class Case:
         drawn: a hypothesis strategy for settings of its own; None where the fuzz has no plain loop to compare with.
         expected: a class that takes the same steps in plain torch; torch's of the same name by default.
         after: the states before a step that is to be differentiated, of a tensor.
+        has_state_at_once: whether its constructor makes the states, and not the first step.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Case:
     drawn: Any = None
     expected: Callable | None = None
     after: Callable = lambda buffer: {}
+    has_state_at_once: bool = False
 
     @property
     def torch(self):
