@@ -2,6 +2,7 @@
 
 from ._extension import build_info
 from .adadelta import Adadelta
+from .adagrad import Adagrad
 from .adam import Adam, AdamW
 from .clip_grad import clip_grad_norm_, clip_grad_value_
 from .clip_stats import ClipStats
@@ -16,6 +17,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "ClipStats",
+    "Adagrad",
     "Adadelta",
     "Lion",
     "build_info",

@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "adadelta.h"
+#include "adagrad.h"
 #include "adam.h"
 #include "clip_grad.h"
 #include "lion.h"
@@ -74,7 +75,7 @@ struct RuleList {
 };
 
 // The only list. Python finds a rule by its kName.
-using Rules = RuleList<SGD, Adam, Lion, Adadelta, ClipGrad>;
+using Rules = RuleList<SGD, Adam, Lion, Adadelta, Adagrad, ClipGrad>;
 
 // All hyperparameters of one group: those that all rules have, and those of its rule.
 struct Hyper : SharedHyper {

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch.optim.adadelta import adadelta
+from torch.optim.adagrad import adagrad
 from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
@@ -115,6 +116,20 @@ def update_adadelta(group, param, grad, states, step):
     )
 
 
+def update_adagrad(group, param, grad, states, step):
+    adagrad(
+        [param],
+        [grad],
+        [states["sum"]],
+        [step],
+        has_sparse_grad=grad.is_sparse,
+        foreach=False,
+        fused=False,
+        has_complex=param.is_complex(),
+        **picked(group, "lr", "weight_decay", "lr_decay", "eps", "maximize", "differentiable"),
+    )
+
+
 SGD = Rule(
     "sgd",
     "SGD",
@@ -156,5 +171,15 @@ ADADELTA = Rule(
     states=lambda group: ("square_avg", "acc_delta"),
     numbers=("rho", "eps"),
 )
+ADAGRAD = Rule(
+    "adagrad",
+    "Adagrad",
+    update_adagrad,
+    arrays=("sum",),
+    states=lambda group: ("sum",),
+    new_value=lambda group: group["initial_accumulator_value"],
+    numbers=("lr_decay", "eps", "initial_accumulator_value"),
+    takes_sparse=True,
+)
 
-RULES = (SGD, ADAM, LION, ADADELTA)
+RULES = (SGD, ADAM, LION, ADADELTA, ADAGRAD)

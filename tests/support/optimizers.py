@@ -183,5 +183,24 @@ CASES = [
             "acc_delta": buffer.square() + 2,
         },
     ),
+    Case(
+        "Adagrad",
+        stateful={"lr": 0.1},
+        variants=product(
+            lr_decay=[0, 0.1], initial_accumulator_value=[0, 0.5], weight_decay=[0, 0.1], maximize=[False, True]
+        ),
+        another={"lr_decay": 0.2},
+        changes=[{"lr_decay": 0.3}, {"eps": 0.1}],
+        moderate={"eps": 0.1},
+        drawn=st.fixed_dictionaries(
+            {
+                "lr_decay": st.sampled_from([0, 0.1]),
+                "eps": drawn_eps,
+                "initial_accumulator_value": st.sampled_from([0, 0.5]),
+            }
+        ),
+        after=lambda buffer: {"step": torch.tensor(3.0), "sum": buffer.square() + 1},
+        has_state_at_once=True,
+    ),
 ]
 OPTIMIZERS = {case.name: case for case in CASES}
