@@ -8,6 +8,7 @@ from .clip_grad import clip_grad_norm_, clip_grad_value_
 from .clip_stats import ClipStats
 from .in_backward import step_in_backward
 from .lion import Lion
+from .nadam import NAdam
 from .sgd import SGD
 
 __version__ = "0.1.0"
@@ -17,6 +18,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "ClipStats",
+    "NAdam",
     "Adagrad",
     "Adadelta",
     "Lion",

@@ -10,6 +10,7 @@
 #include "adam.h"
 #include "clip_grad.h"
 #include "lion.h"
+#include "nadam.h"
 #include "rule.h"
 #include "sgd.h"
 
@@ -75,7 +76,7 @@ struct RuleList {
 };
 
 // The only list. Python finds a rule by its kName.
-using Rules = RuleList<SGD, Adam, Lion, Adadelta, Adagrad, ClipGrad>;
+using Rules = RuleList<SGD, Adam, Lion, Adadelta, Adagrad, NAdam, ClipGrad>;
 
 // All hyperparameters of one group: those that all rules have, and those of its rule.
 struct Hyper : SharedHyper {

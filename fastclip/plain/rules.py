@@ -10,6 +10,7 @@ import torch
 from torch.optim.adadelta import adadelta
 from torch.optim.adagrad import adagrad
 from torch.optim.adam import adam
+from torch.optim.nadam import nadam
 from torch.optim.sgd import sgd
 
 
@@ -130,6 +131,24 @@ def update_adagrad(group, param, grad, states, step):
     )
 
 
+def update_nadam(group, param, grad, states, step):
+    nadam(
+        [param],
+        [grad],
+        [states["exp_avg"]],
+        [states["exp_avg_sq"]],
+        [states["mu_product"]],
+        [step],
+        foreach=False,
+        capturable=False,
+        has_complex=param.is_complex(),
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        **picked(group, "lr", "weight_decay", "momentum_decay", "eps", "maximize", "differentiable"),
+        decoupled_weight_decay=group["decoupled_weight_decay"],
+    )
+
+
 SGD = Rule(
     "sgd",
     "SGD",
@@ -181,5 +200,15 @@ ADAGRAD = Rule(
     numbers=("lr_decay", "eps", "initial_accumulator_value"),
     takes_sparse=True,
 )
+NADAM = Rule(
+    "nadam",
+    "NAdam",
+    update_nadam,
+    arrays=("exp_avg", "exp_avg_sq"),
+    states=lambda group: ("exp_avg", "exp_avg_sq"),
+    scalar=("mu_product", 1.0),
+    momentum="exp_avg",
+    numbers=("betas", "eps", "momentum_decay"),
+)
 
-RULES = (SGD, ADAM, LION, ADADELTA, ADAGRAD)
+RULES = (SGD, ADAM, LION, ADADELTA, ADAGRAD, NADAM)

@@ -202,5 +202,33 @@ CASES = [
         after=lambda buffer: {"step": torch.tensor(3.0), "sum": buffer.square() + 1},
         has_state_at_once=True,
     ),
+    Case(
+        "NAdam",
+        stateful={"lr": 0.1},
+        variants=product(
+            betas=[(0.9, 0.999), (0.5, 0.4)],
+            weight_decay=[0, 0.1],
+            decoupled_weight_decay=[False, True],
+            momentum_decay=[4e-3, 0.3],
+        )
+        + [{"maximize": True}],
+        another={"betas": (0.6, 0.7), "momentum_decay": 0.1},
+        changes=[{"betas": (0.5, 0.6)}, {"momentum_decay": 0.2}, {"eps": 0.1}, {"decoupled_weight_decay": True}],
+        moderate={"eps": 0.1},
+        drawn=st.fixed_dictionaries(
+            {
+                "betas": drawn_betas,
+                "eps": drawn_eps,
+                "momentum_decay": st.sampled_from([4e-3, 0.1]),
+                "decoupled_weight_decay": st.booleans(),
+            }
+        ),
+        after=lambda buffer: {
+            "step": torch.tensor(3.0),
+            "mu_product": torch.tensor(0.5),
+            "exp_avg": buffer.clone(),
+            "exp_avg_sq": buffer.square() + 1,
+        },
+    ),
 ]
 OPTIMIZERS = {case.name: case for case in CASES}
