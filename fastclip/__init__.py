@@ -9,6 +9,7 @@ from .clip_stats import ClipStats
 from .in_backward import step_in_backward
 from .lion import Lion
 from .nadam import NAdam
+from .radam import RAdam
 from .sgd import SGD
 
 __version__ = "0.1.0"
@@ -18,6 +19,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "ClipStats",
+    "RAdam",
     "NAdam",
     "Adagrad",
     "Adadelta",

@@ -11,6 +11,7 @@ from torch.optim.adadelta import adadelta
 from torch.optim.adagrad import adagrad
 from torch.optim.adam import adam
 from torch.optim.nadam import nadam
+from torch.optim.radam import radam
 from torch.optim.sgd import sgd
 
 
@@ -149,6 +150,22 @@ def update_nadam(group, param, grad, states, step):
     )
 
 
+def update_radam(group, param, grad, states, step):
+    radam(
+        [param],
+        [grad],
+        [states["exp_avg"]],
+        [states["exp_avg_sq"]],
+        [step],
+        foreach=False,
+        capturable=False,
+        has_complex=param.is_complex(),
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        **picked(group, "lr", "weight_decay", "eps", "decoupled_weight_decay", "maximize", "differentiable"),
+    )
+
+
 SGD = Rule(
     "sgd",
     "SGD",
@@ -210,5 +227,14 @@ NADAM = Rule(
     momentum="exp_avg",
     numbers=("betas", "eps", "momentum_decay"),
 )
+RADAM = Rule(
+    "radam",
+    "RAdam",
+    update_radam,
+    arrays=("exp_avg", "exp_avg_sq"),
+    states=lambda group: ("exp_avg", "exp_avg_sq"),
+    momentum="exp_avg",
+    numbers=("betas", "eps"),
+)
 
-RULES = (SGD, ADAM, LION, ADADELTA, ADAGRAD, NADAM)
+RULES = (SGD, ADAM, LION, ADADELTA, ADAGRAD, NADAM, RADAM)

@@ -230,5 +230,20 @@ CASES = [
             "exp_avg_sq": buffer.square() + 1,
         },
     ),
+    Case(
+        "RAdam",
+        stateful={"lr": 0.1},
+        variants=product(betas=[(0.9, 0.999), (0.5, 0.4)], weight_decay=[0, 0.1], decoupled_weight_decay=[False, True])
+        + [{"maximize": True}],
+        another={"betas": (0.6, 0.7)},
+        changes=[{"betas": (0.5, 0.6)}, {"eps": 0.1}, {"decoupled_weight_decay": True}, {"betas": (0.9, 0.999)}],
+        moderate={"eps": 0.1},
+        drawn=st.fixed_dictionaries({"betas": drawn_betas, "eps": drawn_eps, "decoupled_weight_decay": st.booleans()}),
+        after=lambda buffer: {
+            "step": torch.tensor(7.0),
+            "exp_avg": buffer.clone(),
+            "exp_avg_sq": buffer.square() + 1,
+        },
+    ),
 ]
 OPTIMIZERS = {case.name: case for case in CASES}
