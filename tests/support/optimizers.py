@@ -27,6 +27,7 @@ class Case:
         expected: a class that takes the same steps in plain torch; torch's of the same name by default.
         after: the states before a step that is to be differentiated, of a tensor.
         has_state_at_once: whether its constructor makes the states, and not the first step.
+        differentiable_once: settings with which torch cannot differentiate through a second step.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Case:
     expected: Callable | None = None
     after: Callable = lambda buffer: {}
     has_state_at_once: bool = False
+    differentiable_once: tuple = ()
 
     @property
     def torch(self):
@@ -148,6 +150,7 @@ CASES = [
         moderate={"eps": 0.1},
         drawn=drawn_adam,
         after=averages,
+        differentiable_once=("amsgrad",),
     ),
     Case(
         "AdamW",
@@ -158,6 +161,7 @@ CASES = [
         moderate={"eps": 0.1},
         drawn=drawn_adam,
         after=averages,
+        differentiable_once=("amsgrad",),
     ),
     Case(
         "Lion",
