@@ -249,5 +249,30 @@ CASES = [
             "exp_avg_sq": buffer.square() + 1,
         },
     ),
+    Case(
+        "RMSprop",
+        stateful={"lr": 0.1, "momentum": 0.9, "centered": True},
+        variants=product(
+            alpha=[0.9], momentum=[0, 0.5], centered=[False, True], weight_decay=[0, 0.1], maximize=[False, True]
+        ),
+        another={"alpha": 0.5},
+        changes=[{"alpha": 0.6}, {"eps": 0.1}, {"momentum": 0}, {"capturable": False}],
+        moderate={"eps": 0.1},
+        drawn=st.fixed_dictionaries(
+            {
+                "alpha": st.sampled_from([0.99, 0.5, 0.0]),
+                "eps": drawn_eps,
+                "momentum": st.sampled_from([0, 0.9]),
+                "centered": st.booleans(),
+            }
+        ),
+        after=lambda buffer: {
+            "step": torch.tensor(3.0),
+            "square_avg": buffer.square() + 1,
+            "momentum_buffer": buffer.clone(),
+            "grad_avg": buffer * 0.1,
+        },
+        differentiable_once=("centered", "momentum"),
+    ),
 ]
 OPTIMIZERS = {case.name: case for case in CASES}
