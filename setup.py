@@ -174,6 +174,7 @@ class Build(BuildExtension):
             command = [
                 nvcc,
                 *NVCC_FLAGS,
+                "-Xfatbin=-compress-all",  # a fifth of the size; as torch's own
                 f"--threads={nvcc_threads()}",
                 *flags,
                 "-c",
