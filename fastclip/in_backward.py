@@ -99,7 +99,7 @@ class StepInBackward:
             self._passes.accumulating = before
 
     def remove(self) -> None:
-        """Ends the steps in `backward()`: from now on only `optimizer.step()` steps. Gradients stay. May be called twice.
+        """Ends the steps in `backward()`: now only `optimizer.step()` steps. Gradients stay. May be called twice.
 
         Example:
             >>> fastclip.step_in_backward(model, opt).remove()
