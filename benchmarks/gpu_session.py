@@ -101,7 +101,7 @@ def parse(arguments):
 
 
 def find_gpu():
-    """Name and compute capability of the GPU; None, and a message, where there is none for this Python."""
+    """Returns name and compute capability of the GPU. Prints the reason and returns None if this Python has none."""
     try:
         import torch
     except ImportError:
@@ -206,7 +206,7 @@ def run_all(chosen, out):
 
 
 def run(step, out, left):
-    """Runs a step for as long as its limit and what is left of the session's time allow."""
+    """Runs a step for as long as its limit and the rest of the session's time allow."""
 
     def outcome(state, reason="", seconds=0.0):
         return Outcome(step.name, state, round(seconds, 1), step.log, reason, step.optional)

@@ -16,11 +16,11 @@ MOVED = {"value": 3, "norm": 4}
 
 @dataclass(frozen=True)
 class Rule:
-    """An optimizer of torch's, fastclip's in its place, and the settings of both."""
+    """An optimizer of torch, fastclip's optimizer in its place, and the settings of both."""
 
     title: str
-    of_torch: type
-    of_fastclip: type
+    torch_class: type
+    fastclip_class: type
     settings: dict = field(hash=False)
     states: tuple  # names of the states, each in the shape of its parameter
 
@@ -60,7 +60,7 @@ def rule_of(row):
 def loop(params, clip, rule):
     """The article's: one parameter after the other, clip, then step. Returns the optimizer and its step, as all do."""
     kind, limit = clip
-    optimizer = rule.of_torch(params, **rule.settings, foreach=False)
+    optimizer = rule.torch_class(params, **rule.settings, foreach=False)
 
     def value_step():
         for p in params:
@@ -77,7 +77,7 @@ def loop(params, clip, rule):
 def foreach(params, clip, rule):
     """torch's multi-tensor operations for both."""
     kind, limit = clip
-    optimizer = rule.of_torch(params, **rule.settings, foreach=True)
+    optimizer = rule.torch_class(params, **rule.settings, foreach=True)
     clip_gradients = clip_grad_value_ if kind == "value" else clip_grad_norm_
 
     def step():
@@ -90,7 +90,7 @@ def foreach(params, clip, rule):
 def fused(params, clip, rule):
     """torch's fused optimizer after its clip functions with their default settings."""
     kind, limit = clip
-    optimizer = rule.of_torch(params, **rule.settings, fused=True)
+    optimizer = rule.torch_class(params, **rule.settings, fused=True)
     clip_gradients = clip_grad_value_ if kind == "value" else clip_grad_norm_
 
     def step():
@@ -103,7 +103,7 @@ def fused(params, clip, rule):
 def one_pass(params, clip, rule):
     """fastclip: clip and update together."""
     kind, limit = clip
-    optimizer = rule.of_fastclip(params, **rule.settings, **{"clip_value" if kind == "value" else "max_norm": limit})
+    optimizer = rule.fastclip_class(params, **rule.settings, **{"clip_value" if kind == "value" else "max_norm": limit})
     return optimizer, optimizer.step
 
 

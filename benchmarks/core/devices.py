@@ -18,7 +18,7 @@ class Cuda:
         return record.gpu()
 
     def available_memory(self):
-        """Bytes, less those of the copy that the memory's speed is measured with."""
+        """Returns free bytes, without the bytes of the copy that measures the memory's speed."""
         return torch.cuda.mem_get_info()[0] - 8 * self.copy_elements
 
     def block(self, step, steps):

@@ -70,8 +70,8 @@ def floor_bytes(row, itemsize=4):
     return rule_of(row).elements(row["clip"]) * itemsize
 
 
-def of_floor(moved, speeds, own):
-    """The part of the time that the bytes which have to move take at the speed measured in the same round."""
+def share_of_floor(moved, speeds, own):
+    """Returns the share of the step's time that its bytes take, at the speed measured in the same round."""
     return described([moved / speed / seconds for speed, seconds in zip(speeds, own, strict=True)])
 
 

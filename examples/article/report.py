@@ -24,7 +24,7 @@ def rows_of(name, task, arms):
     rows = []
     for arm in arms:
         last = arm.losses[-LAST:]
-        state_bytes, extra_bytes = update_memory.of_update(arm, loss_of)
+        state_bytes, extra_bytes = update_memory.bytes_of_update(arm, loss_of)
         shares = [update / step for update, step in zip(arm.update_seconds, arm.step_seconds, strict=True)]
         rows.append(
             {

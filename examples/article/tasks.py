@@ -56,7 +56,7 @@ class FrameTask:
         return 100 * (model(features).argmax(1) == labels).float().mean().item()
 
     def chance(self, name):
-        """The score of whoever always says the most common class."""
+        """Returns the score of always answering the most common class."""
         labels = self.tests[name][1]
         return 100 * torch.bincount(labels).max().item() / len(labels)
 

@@ -36,7 +36,7 @@ class Speech:
     symbols: list
     train: list
     test: list
-    unheard: list = dataclasses.field(default_factory=list)  # of voices that are in neither of the others
+    unheard: list = dataclasses.field(default_factory=list)  # strings of voices that neither of the others has
 
     def words(self, text):
         """The units of the error rate: digits, or the words of a text."""

@@ -12,7 +12,7 @@ MEASURED = ("losses", "norms", "norm_steps", "clamped", "step_seconds", "update_
 
 
 class Arm:
-    """One of the runs: a model, its optimizer, and what was measured."""
+    """One of the runs: a model, its optimizer, and its measurements."""
 
     def __init__(self, name, model, make_optimizer, clip=None):
         self.name = name

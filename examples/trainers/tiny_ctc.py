@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 BANDS, SYMBOLS, STRIDE = 40, 10, 2
 MOMENTUM = 0.9
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of --amp
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # the choices of --amp
 
 
 def utterances(count, seed):
@@ -112,7 +112,7 @@ def parse(about, arguments=None):
         default="no",
         help="mixed precision; few trainers have fp16 on the CPU (default: %(default)s)",
     )
-    add("--cpu", action="store_true", help="stay on the CPU where there is a GPU")
+    add("--cpu", action="store_true", help="stay on the CPU even with a GPU")
     add("--seed", type=_number(int, 0), metavar="N", default=0, help="of data and model (default: %(default)s)")
     options = parser.parse_args(arguments)
     if options.utterances % (options.batch * options.accumulate) != 0:

@@ -56,8 +56,8 @@ def clipped_table(rows, model):
 def product_table(rows, kind):
     """Error rates over learning rate times threshold: once a clip acts in every step, the length of an update."""
     found = {}
-    for (model, of_kind, threshold, lr), group in groups_of(rows).items():
-        if of_kind == kind:
+    for (model, group_kind, threshold, lr), group in groups_of(rows).items():
+        if group_kind == kind:
             found.setdefault(float(f"{lr * threshold:.1g}"), {}).setdefault(model, []).append(group.median("wer"))
     models = values_of(rows, "model")
     lines = [[f"{product:g}", *(spread(found[product].get(model, []), 0) for model in models)]

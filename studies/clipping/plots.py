@@ -20,9 +20,9 @@ def draw(rows, folder):
 
     paths = []
     for model in values_of(rows, "model"):
-        of_model = [row for row in rows if row["model"] == model]
+        model_rows = [row for row in rows if row["model"] == model]
         for name, picture in (("heatmap", heat_maps), ("curves", curves)):
-            figure = picture(plt, of_model, model)
+            figure = picture(plt, model_rows, model)
             paths.append(folder / f"{name}_{model}.png")
             try:
                 figure.savefig(paths[-1], dpi=80)
