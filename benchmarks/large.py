@@ -41,11 +41,11 @@ class Case:
         return [(-(-shape[0] // self.devices), *shape[1:]) if shape else () for shape in MODELS[self.model]]
 
     def bytes(self):
-        """Memory of parameters, gradients and states."""
+        """Returns the memory of parameters, gradients and states."""
         return count(self.shapes()) * self.dtype.itemsize * (2 + len(self.rule.states))
 
     def moved(self):
-        """Bytes that a step with a norm clip has to move."""
+        """Returns the bytes that a step with a norm clip has to move."""
         return count(self.shapes()) * self.dtype.itemsize * self.rule.elements("norm")
 
 
@@ -126,7 +126,7 @@ def run(case, rounds):
 
 
 def repeated(shape, dtype, scale, seed):
-    """A tensor of random numbers that repeat: drawing a billion would take a minute."""
+    """Returns a tensor of random numbers that repeat: drawing a billion would take a minute."""
     numbers = (scale * drawn(seed)).to(dtype)
     tensor = torch.empty(shape, dtype=dtype)
     for piece in tensor.view(-1).split(len(numbers)):
@@ -160,7 +160,7 @@ def picked(tensors, places):
 
 
 def compare(case, optimizer, params, places, expected):
-    """How far the sampled elements are off, as a fraction of what rounding allows; raises Wrong above 1."""
+    """Returns how far the sampled elements are off, as a fraction of what rounding allows; raises Wrong above 1."""
     largest = 0.0
     for kind, wanted in expected.items():
         tensors = params if kind == "parameter" else [optimizer.state[p][kind] for p in params]

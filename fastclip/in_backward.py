@@ -81,7 +81,7 @@ class StepInBackward:
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
-        """Within it, backward passes add to the gradients and update nothing. The next pass outside of it, or
+        """Makes backward passes in a `with` block add to the gradients and update nothing. The next pass after it, or
         `optimizer.step()`, takes the step on the sums.
 
         All gradients stay in memory from one pass to the next: that is the price of adding them up.

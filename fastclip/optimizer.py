@@ -61,7 +61,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
         self.__dict__.pop("param_groups", None)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; a group may have a `clip_value` of its own. Refuses bad values.
+        """Adds a group as torch does; it may have a `clip_value` of its own. Refuses bad values.
 
         Example:
             >>> opt = fastclip.SGD([torch.zeros(3)], clip_value=0.01)

@@ -25,7 +25,7 @@ class Disagreement(Exception):
 
 
 def check(problem, clip, rule, threads=(1,)):
-    """Three steps of every contender from the same start, compared in parameters and states.
+    """Takes three steps of every contender from the same start, and compares parameters and states.
 
     The steps take turns with the thread counts. Value clip: fastclip has to give the bits of the loop (but for Adam's
     parameters), torch's own variants 1e-6; on CUDA and in 16 bits, all one unit in the last place per step. Norm clip:

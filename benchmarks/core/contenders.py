@@ -29,7 +29,7 @@ class Rule:
         return MOVED[clip] + 2 * len(self.states)
 
     def in_row(self):
-        """The entry of this rule in a row of the results."""
+        """Returns the entry of this rule in a row of the results."""
         return {"momentum": self.settings["momentum"]} if "momentum" in self.settings else {"rule": self.title}
 
 
@@ -53,12 +53,12 @@ RULES = {
 
 
 def rule_of(row):
-    """The rule of a row of the results."""
+    """Returns the rule of a row of the results."""
     return next(rule for rules in RULES.values() for rule in rules if rule.in_row().items() <= row.items())
 
 
 def loop(params, clip, rule):
-    """The article's: one parameter after the other, clip, then step. Returns the optimizer and its step, as all do."""
+    """Makes the article's loop: one parameter after the other, clip, then step. As all, returns optimizer and step."""
     kind, limit = clip
     optimizer = rule.torch_class(params, **rule.settings, foreach=False)
 
@@ -101,7 +101,7 @@ def fused(params, clip, rule):
 
 
 def one_pass(params, clip, rule):
-    """fastclip: clip and update together."""
+    """Makes fastclip's optimizer: clip and update together."""
     kind, limit = clip
     optimizer = rule.fastclip_class(params, **rule.settings, **{"clip_value" if kind == "value" else "max_norm": limit})
     return optimizer, optimizer.step
@@ -119,7 +119,7 @@ class Contender:
         self.optimizer, self.step = CONTENDERS[name](copies, clip, rule)
 
     def results(self):
-        """All tensors that a step writes: parameters, and their states if there are any."""
+        """Returns all tensors that a step writes: parameters, and their states if there are any."""
         states = [self.optimizer.state[p] for p in self.params]
         written = {"parameter": [p.detach() for p in self.params]}
         return written | {name: [state[name] for state in states if name in state] for name in self.rule.states}

@@ -40,7 +40,7 @@ class Cuda:
         return seconds
 
     def graph(self, step, steps):
-        """A function that replays the steps with one call. The step must have run before; RuntimeError if it can't."""
+        """Returns a function that replays the steps by one call. The step must have run before; RuntimeError if not."""
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             with torch.cuda.graph(graph):

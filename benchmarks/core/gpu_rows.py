@@ -26,7 +26,7 @@ class Copy:
 
 
 def measure(problem, clip, rule, device, rounds):
-    """A row. Three times of each contender:
+    """Returns a row. Three times of each contender:
 
     - step: steps in a row, as a training loop takes them, by events. The host bounds it where models are small.
     - device: steps replayed from a CUDA graph, by events: the host has no part in it.
@@ -53,7 +53,7 @@ def measure(problem, clip, rule, device, rounds):
 
 
 def device_timer(row, device, name, step):
-    """A timer of a graph of steps; of steps in a row if they can't be captured, and the row then says why."""
+    """Returns a timer of a graph of steps; of steps in a row if they can't be captured, and the row then says why."""
     steps = GRAPH_STEPS if name != "loop" else max(1, min(GRAPH_STEPS, GRAPH_TENSORS // row["tensors"]))
     try:
         return timing.Timer(device.graph(step, steps), device.block, inside=steps)

@@ -10,7 +10,7 @@ LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def kept(model, itemsize=4):
-    """Bytes of a problem: parameters and gradients at the start, and a copy of both for every contender."""
+    """Returns the bytes of a problem: parameters and gradients at the start, and a copy of both for every contender."""
     return 2 * (1 + len(CONTENDERS)) * itemsize * count(MODELS[model])
 
 
@@ -24,7 +24,7 @@ def at_work(model, itemsize=4, states=1):
 
 
 def needed(models, itemsize=4, states=1):
-    """Bytes for problems that are allocated together, and worked on one after the other."""
+    """Returns the bytes for problems that are allocated together, and worked on one after the other."""
     return sum(kept(model, itemsize) for model in models) + max(at_work(model, itemsize, states) for model in models)
 
 

@@ -69,7 +69,7 @@ def steps_per_block(step, clock=block):
 
 
 def summary(samples):
-    """Median, 10th and 90th percentile."""
+    """Returns median, 10th and 90th percentile."""
     if len(samples) == 1:
         return {"median": samples[0], "p10": samples[0], "p90": samples[0]}
     deciles = statistics.quantiles(samples, n=10, method="inclusive")
@@ -82,5 +82,5 @@ def ratios(numerators, denominators):
 
 
 def fastest(samples):
-    """Name with the smallest median."""
+    """Returns the name with the smallest median."""
     return min(samples, key=lambda name: statistics.median(samples[name]))

@@ -56,7 +56,7 @@ def markdown(results):
 
 
 def tables(found):
-    """All tables for documents, by the name of their markers; `found` holds results by the name of their file."""
+    """Returns the tables for documents, by the name of their markers; `found` holds results by file name."""
     texts = {f"benchmark:{name}": markdown(results) for name, results in found.items()}
     cpu_results = {name: results for name, results in found.items() if reporter(results) is cpu}
     texts |= {f"benchmark:{name}-summary": cpu.summary(results) for name, results in cpu_results.items()}

@@ -18,7 +18,7 @@ LAST = 50  # steps whose mean is called the final loss
 
 
 def rows_of(name, task, arms):
-    """A dict per arm."""
+    """Returns a dict per arm."""
     order = task.batches(None)
     loss_of = task.loss_of(next(iter(order)))
     rows = []
@@ -50,7 +50,7 @@ def rows_of(name, task, arms):
 
 
 def table(rows, tests):
-    """The rows as text."""
+    """Returns the rows as text."""
     columns = [
         ("model", "model", "{}"),
         ("params", "parameters", "{:,}"),

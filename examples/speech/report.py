@@ -12,7 +12,7 @@ SMOOTHING = 0.9
 
 
 def summarise(arms, baseline):
-    """A dict per arm; `baseline` names the arm that the speed-up refers to."""
+    """Returns a dict per arm; `baseline` names the arm that the speed-up refers to."""
     rows = [
         {
             "arm": arm.name,

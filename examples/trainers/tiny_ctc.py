@@ -14,7 +14,7 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  #
 
 
 def utterances(count, seed):
-    """A list of {"features": [frames, BANDS], "targets": [3 to 6]}: each symbol has its own spectrum, plus noise."""
+    """Returns a list of {"features": [frames, BANDS], "targets": [3 to 6]}: a spectrum for each symbol, plus noise."""
     random = torch.Generator().manual_seed(seed)
     spectra = torch.randn(SYMBOLS, BANDS, generator=random)
     made = []
@@ -96,7 +96,7 @@ def _number(kind, at_least):
 
 
 def parse(about, arguments=None):
-    """The options that all recipes have; `about` is the recipe's docstring."""
+    """Returns the options that all recipes have; `about` is the recipe's docstring."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, count, size = parser.add_argument, _number(int, 1), _number(float, 0)
     add("--epochs", type=count, metavar="N", default=5, help="default: %(default)s")
