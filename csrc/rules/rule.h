@@ -21,7 +21,7 @@
 //   reads(terms), writes(terms)  the state arrays that it reads and writes, as bits; a tensor has those that it writes
 //   Constants<T>          the numbers that each element needs, all of type T
 //   constants(hyper, settings, lr, progress)  derives them in double
-//   next_scalar(settings, progress)  the scalar's value after this step; only with a kScalar
+//   next_scalar(settings, progress)  the scalar's value after this step, as it is stored; only with a kScalar
 //   update(terms, constants, param, d, states)  updates one element; `d` is the gradient after its clips, negated to
 //                         maximize. Each fma is one that torch's CPU kernels compute, too. It does torch's operations
 //                         in torch's order, and so gets torch's bits
@@ -59,6 +59,7 @@ constexpr Scalar kNoScalar = {nullptr, 0};
 struct Progress {
   double step;
   double scalar;
+  bool scalar_is_float64;
 };
 
 // The hyperparameters of a group that all rules have.
