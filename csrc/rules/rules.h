@@ -6,9 +6,13 @@
 #include <tuple>
 
 #include "adadelta.h"
+#include "adagrad.h"
 #include "adam.h"
 #include "clip_grad.h"
 #include "lion.h"
+#include "nadam.h"
+#include "radam.h"
+#include "rmsprop.h"
 #include "rule.h"
 #include "sgd.h"
 
@@ -74,7 +78,7 @@ struct RuleList {
 };
 
 // The only list. Python finds a rule by its kName.
-using Rules = RuleList<SGD, Adam, Lion, Adadelta, ClipGrad>;
+using Rules = RuleList<SGD, Adam, Lion, Adadelta, Adagrad, NAdam, RAdam, RMSprop, ClipGrad>;
 
 // All hyperparameters of a group: those that all rules have, and those of its own rule.
 struct Hyper : SharedHyper {
