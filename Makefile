@@ -1,5 +1,5 @@
-# Every command a developer types. By default in a virtual environment of its own, .venv; with VENV= (empty) in the
-# environment of PYTHON, which must have torch, pytest and the rest already: nothing is installed there.
+# The commands that a developer types. They run in a virtual environment of their own, .venv. With VENV= (empty) they run
+# in the environment of PYTHON, which must have torch, pytest and the rest already: nothing is installed there.
 #   make test
 #   make test VENV= PYTHON=python3
 
@@ -8,7 +8,7 @@ VENV ?= .venv
 OUT ?= gpu_out
 TORCH ?= torch==2.13.0
 
-# Where a GPU is, torch is there for it: no environment is made, and nothing installed.
+# A machine with a GPU already has its torch: no environment is made there, and nothing is installed.
 ifneq ($(filter gpu,$(MAKECMDGOALS)),)
 VENV :=
 endif
@@ -34,7 +34,7 @@ article: build  ## a DNN, a CNN and an RNN on real speech, loop and fastclip: ac
 study: build  ## what clipping does to training: 378 small trainings, 30 to 60 minutes; goes on where it was stopped
 	$(PY) -m studies.clipping $(ARGS)
 
-# With pytest-xdist, in several processes: their OpenMP threads must not spin while another one's work.
+# With pytest-xdist, in several processes: their OpenMP threads must not spin while another process works.
 IN_PARALLEL = $(shell $(PY) -c "import xdist" 2>/dev/null && echo " -n auto --maxprocesses 4 --dist loadfile")
 
 check: export OMP_WAIT_POLICY ?= passive
@@ -86,7 +86,7 @@ ifeq ($(strip $(VENV)),)
 else
 .requirements: $(VENV)/installed-$(subst =,-,$(TORCH))
 .PHONY: .requirements
-# torch is pinned: a range would bring gigabytes of CUDA libraries that this needs nothing of.
+# torch is pinned: a range would bring gigabytes of CUDA libraries that fastclip does not need.
 $(VENV)/installed-$(subst =,-,$(TORCH)): requirements.txt requirements-trainers.txt
 	@echo "Making $(VENV): torch and the rest, about three minutes (300 MB)"
 	$(PYTHON) -m venv $(VENV)

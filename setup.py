@@ -31,9 +31,9 @@ CXX_FLAGS = [
     "-fvisibility=hidden",
     "-fvisibility-inlines-hidden",
     "-fno-plt",
-    # Only the fma that is written: the bits must not depend on what a compiler contracts.
+    # Only the fma that the code writes: the bits must not depend on a compiler's contractions.
     "-ffp-contract=off",
-    # Comparisons may become selects, and fma its instruction.
+    # Compilers may turn comparisons into selects, and fma into its instruction.
     "-fno-trapping-math",
     "-fno-math-errno",
 ]
@@ -48,7 +48,7 @@ ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
 
 
 def find_nvcc():
-    """The path of nvcc, or None; CUDA_HOME goes before PATH."""
+    """Returns the path of nvcc, or None; CUDA_HOME goes before PATH."""
     if os.environ.get("FASTCLIP_CUDA") == "0":
         return None
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
@@ -64,7 +64,7 @@ def cuda_error(problem, way_out="Mend that, name another toolkit by CUDA_HOME"):
 
 
 def ask(nvcc, pattern, *arguments):
-    """All that matches `pattern` in what nvcc says."""
+    """Returns all matches of `pattern` in nvcc's output."""
     try:
         said = output(nvcc, *arguments)
     except (OSError, subprocess.CalledProcessError) as error:
@@ -78,7 +78,8 @@ def ask(nvcc, pattern, *arguments):
 
 
 def cuda_architectures(nvcc):
-    """Those asked for, e.g. ["8.0", "9.0+PTX"]; else those the toolkit has, PTX of the newest."""
+    """Returns the architectures asked for, such as ["8.0", "9.0+PTX"]. By default all of ARCHITECTURES that the toolkit
+    knows, with PTX of the newest."""
     known = ask(nvcc, r"^compute_(\d+)$", "--list-gpu-arch")
     entries = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
     asked = {entry: architectures_of(entry) for entry in entries}
@@ -97,7 +98,8 @@ def cuda_architectures(nvcc):
 
 
 def architectures_of(entry):
-    """Of an entry of TORCH_CUDA_ARCH_LIST: a number as "8.6+PTX" or "9.0a", or a name that torch knows, as "Ampere"."""
+    """Returns the architectures of an entry of TORCH_CUDA_ARCH_LIST: a number such as "8.6+PTX" or "9.0a", or a name
+    that torch knows, such as "Ampere"."""
     if re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", entry):
         return [entry]
     try:
@@ -128,7 +130,7 @@ def gencode(architecture):
 
 
 def cuda_libraries(nvcc):
-    """The folder of libcudart_static.a."""
+    """Returns the folder of libcudart_static.a."""
     top = Path(ask(nvcc, r"^#\$ TOP=(.+)$", "--dryrun", "-E", "-x", "cu", os.devnull)[0])
     folders = [top / "lib64", top / "lib", *top.glob("targets/*/lib")]
     found = [str(f) for f in folders if (f / "libcudart_static.a").exists()]
@@ -138,7 +140,7 @@ def cuda_libraries(nvcc):
 
 
 def nvcc_threads():
-    """How many architectures nvcc compiles at a time."""
+    """Returns the number of architectures that nvcc compiles at a time."""
     limits = (os.environ.get(name, "") for name in ("NVCC_THREADS", "MAX_JOBS"))
     return next((limit for limit in limits if limit.isdigit()), str(os.cpu_count()))
 
@@ -188,7 +190,7 @@ class Build(BuildExtension):
         return str(target)
 
     def write_build_info(self):
-        """What fastclip can say of itself even where the extension does not load."""
+        """Writes the facts that fastclip can tell about itself even if the extension does not load."""
         nvcc = find_nvcc()
         folder = Path("fastclip") if self.inplace else Path(self.build_lib) / "fastclip"
         info = {
@@ -208,7 +210,7 @@ if __name__ == "__main__":
                 sources=sorted(map(str, [*Path("csrc/cpu").glob("*.cpp"), *Path("csrc/host").glob("*.cpp")])),
                 depends=sorted(
                     str(path) for path in Path("csrc").rglob("*") if path.is_file()
-                ),  # of a change, and what an sdist takes along
+                ),  # a change in one rebuilds; an sdist takes them along
                 extra_compile_args=CXX_FLAGS + os.environ.get("FASTCLIP_CXX_FLAGS", "").split(),
             )
         ],

@@ -145,5 +145,5 @@ def evaluate(row, samples):
         in_add = [row["parameters"] * Probe.BYTES / seconds for seconds in samples["add_"]]
         found["gb_per_s"] = rows.described(rows.scaled(1e-9, in_add))
         found["floor_bytes_per_parameter"] = rows.floor_bytes(row)
-        found["of_floor"] = rows.of_floor(row["parameters"] * found["floor_bytes_per_parameter"], in_add, own)
+        found["of_floor"] = rows.share_of_floor(row["parameters"] * found["floor_bytes_per_parameter"], in_add, own)
     return found

@@ -48,7 +48,7 @@ def main(arguments=None):
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "gpu.json"
     for _ in measure(found, problems, device, options.rounds, end):
-        record.write(found, path)  # after every case: what was measured outlives a crash
+        record.write(found, path)  # after every case: finished measurements outlive a crash
     print(report.console(found))
     print(f"\nWritten: {path}")
     return 1 if found["failed"] else 0
@@ -74,7 +74,7 @@ def parse(arguments):
 
 
 def agree(found, model, dtype, device):
-    """Whether all contenders fit the device and do the same; adds rows of deviations, or why not."""
+    """Returns whether all contenders fit the device and agree. Adds rows of deviations, or the reason."""
     name = str(dtype).removeprefix("torch.")
     shortage = memory.shortage([model], device.available_memory(), dtype.itemsize)
     if shortage:

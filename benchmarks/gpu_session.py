@@ -101,7 +101,7 @@ def parse(arguments):
 
 
 def find_gpu():
-    """Name and compute capability of the GPU; None, and a message, where there is none for this Python."""
+    """Returns name and compute capability of the GPU. Prints the reason and returns None if this Python has none."""
     try:
         import torch
     except ImportError:
@@ -121,7 +121,7 @@ def find_gpu():
 
 
 def steps(out, options, capability):
-    """All steps, the most important first, as the time may be up before the last."""
+    """Returns all steps, the most important first, as the time may be up before the last."""
     python, device = sys.executable, options.device
     # For this GPU alone: all architectures take minutes.
     narrowed = {"TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST") or capability} if capability else {}
@@ -159,8 +159,8 @@ def benchmark(out, options):
 
 
 def sanitizer(tool, device):
-    """A tool of compute-sanitizer over the exercise. Every tensor is an allocation of its own, so that an access just
-    behind one is found; errors of API calls that torch makes to find things out are none of ours."""
+    """Makes the step that runs a tool of compute-sanitizer over the exercise. Every tensor is an allocation of its own,
+    so that an access just behind one is found. Errors of API calls that torch makes to find things out do not count."""
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", "--target-processes", "all"]
     command += ["--report-api-errors", "no"] if tool == "memcheck" else []
     return Step(
@@ -206,7 +206,7 @@ def run_all(chosen, out):
 
 
 def run(step, out, left):
-    """Runs a step for as long as its limit and what is left of the session's time allow."""
+    """Runs a step for as long as its limit and the rest of the session's time allow."""
 
     def outcome(state, reason="", seconds=0.0):
         return Outcome(step.name, state, round(seconds, 1), step.log, reason, step.optional)
@@ -238,7 +238,7 @@ def run(step, out, left):
 
 
 def execute(step, log, limit):
-    """The exit code; None where the time was up. Ends all processes that the step has started."""
+    """Returns the exit code; None if the time was up. Ends all processes that the step has started."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", **step.environment}
     process = subprocess.Popen(
         step.command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -264,7 +264,7 @@ def summary(outcomes):
 
 
 def main_rows(path):
-    """The main results, and what to do with their file."""
+    """Returns the main results, and what to do with their file."""
     try:
         results = json.loads(path.read_text())
     except (OSError, ValueError):

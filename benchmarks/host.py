@@ -62,7 +62,7 @@ def alone(function, *arguments):
 
 
 def measure(count, rule, clip, rounds):
-    """A row: nanoseconds per tensor of each contender, and of fastclip's walk."""
+    """Returns a row: nanoseconds per tensor of each contender, and of fastclip's walk."""
     torch.set_num_threads(1)
     with process_group(8):
         samples = timing.rounds(timers(count, rule, clip), rounds)
@@ -99,7 +99,7 @@ def process_group(devices):
 
 
 def sharded(count):
-    """The same under FSDP2, which makes DTensors of them: each device has one element of a tensor."""
+    """Makes tensors sharded by FSDP2, which are DTensors: each device has one element of a tensor."""
     devices = torch.distributed.get_world_size()
     model = torch.nn.ParameterList(torch.randn(devices) for _ in range(count))
     fully_shard(model, mesh=init_device_mesh("cpu", (devices,)))
@@ -110,7 +110,7 @@ def sharded(count):
 
 
 def walk(made, clip, rule):
-    """A step that AMP skips, by fastclip: every tensor is found, read and checked, and then nothing is written."""
+    """Makes a step that AMP skips: fastclip finds, reads and checks every tensor, and then writes nothing."""
     contender = Contender("fastclip", made, clip, rule)
     contender.step()  # makes the states
     contender.optimizer.found_inf = torch.ones(())

@@ -41,11 +41,11 @@ class Case:
         return [(-(-shape[0] // self.devices), *shape[1:]) if shape else () for shape in MODELS[self.model]]
 
     def bytes(self):
-        """Memory of parameters, gradients and states."""
+        """Returns the memory of parameters, gradients and states."""
         return count(self.shapes()) * self.dtype.itemsize * (2 + len(self.rule.states))
 
     def moved(self):
-        """Bytes that a step with a norm clip has to move."""
+        """Returns the bytes that a step with a norm clip has to move."""
         return count(self.shapes()) * self.dtype.itemsize * self.rule.elements("norm")
 
 
@@ -95,13 +95,13 @@ def parse(arguments):
 
 
 def run(case, rounds):
-    """A row: what was checked, how long a step takes, and how long its bytes take."""
+    """Returns a row: the check, the time of a step, and the time of its bytes."""
     params = [torch.nn.Parameter(repeated(shape, case.dtype, 0.05, seed=0)) for shape in case.shapes()]
     for p in params:
         p.grad = repeated(p.shape, case.dtype, 0.02, seed=1)
     norm = math.sqrt(sum(squares(p.grad) for p in params))
     places, expected = oracle(case.rule, params, norm)
-    optimizer = case.rule.of_fastclip(params, **case.rule.settings | {"lr": LR}, max_norm=norm / 2)
+    optimizer = case.rule.fastclip_class(params, **case.rule.settings | {"lr": LR}, max_norm=norm / 2)
     optimizer.step()
     row = {
         "model": case.model,
@@ -119,14 +119,14 @@ def run(case, rounds):
     probe = Probe(PROBE)
     actors = {"step": optimizer.step, "add_": probe.step}
     times = timing.rounds({name: timing.Timer(step) for name, step in actors.items()}, rounds)
-    seconds, of_probe = (statistics.median(times[name]) for name in actors)
-    speed = PROBE * Probe.BYTES / of_probe
+    seconds, probe_seconds = (statistics.median(times[name]) for name in actors)
+    speed = PROBE * Probe.BYTES / probe_seconds
     row |= {"threads": torch.get_num_threads(), "ms": digits(seconds * 1e3), "gb_per_s": digits(speed * 1e-9)}
     return row | {"floor_ms": digits(case.moved() / speed * 1e3)}
 
 
 def repeated(shape, dtype, scale, seed):
-    """A tensor of random numbers that repeat: drawing a billion would take a minute."""
+    """Returns a tensor of random numbers that repeat: drawing a billion would take a minute."""
     numbers = (scale * drawn(seed)).to(dtype)
     tensor = torch.empty(shape, dtype=dtype)
     for piece in tensor.view(-1).split(len(numbers)):
@@ -150,7 +150,7 @@ def oracle(rule, params, norm):
         at[0], at[1] = 0, p.numel() - 1
     small = torch.nn.Parameter(picked(params, places))
     small.grad = picked([p.grad for p in params], places) * ((norm / 2) / (norm + 1e-6))
-    optimizer = rule.of_torch([small], **rule.settings | {"lr": LR}, foreach=False)
+    optimizer = rule.torch_class([small], **rule.settings | {"lr": LR}, foreach=False)
     optimizer.step()
     return places, {"parameter": small.detach()} | {name: optimizer.state[small][name] for name in rule.states}
 
@@ -160,7 +160,7 @@ def picked(tensors, places):
 
 
 def compare(case, optimizer, params, places, expected):
-    """How far the sampled elements are off, as a fraction of what rounding allows; raises Wrong above 1."""
+    """Returns how far the sampled elements are off, as a fraction of what rounding allows; raises Wrong above 1."""
     largest = 0.0
     for kind, wanted in expected.items():
         tensors = params if kind == "parameter" else [optimizer.state[p][kind] for p in params]

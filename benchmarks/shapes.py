@@ -12,12 +12,12 @@ from .core import models
 
 
 def conformer(dim, layers):
-    """An encoder of the sizes of https://arxiv.org/abs/2005.08100."""
+    """Returns an encoder of the sizes of https://arxiv.org/abs/2005.08100."""
     return library("torchaudio").models.Conformer(dim, 4, 4 * dim, layers, depthwise_conv_kernel_size=31)
 
 
 def whisper(dim, layers, heads):
-    """The configuration of openai/whisper-small or -large; settings that are not named are the same in all."""
+    """Returns the configuration of openai/whisper-small or -large; settings that are not named are the same in all."""
     transformers = library("transformers")
     encoder = {"encoder_layers": layers, "encoder_attention_heads": heads, "encoder_ffn_dim": 4 * dim}
     decoder = {"decoder_layers": layers, "decoder_attention_heads": heads, "decoder_ffn_dim": 4 * dim}
@@ -42,7 +42,7 @@ MODELS = {
 
 
 def library(name):
-    """A library; ImportError says how to get it."""
+    """Imports a library; ImportError says how to get it."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -69,7 +69,7 @@ def write():
 
 
 def compare(model, recorded):
-    """A message on a model, and whether it is recorded as its library builds it."""
+    """Returns a message on a model, and whether it is recorded as its library builds it."""
     try:
         same = build(model) == recorded
     except ImportError as error:

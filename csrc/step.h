@@ -9,34 +9,34 @@
 
 namespace fastclip {
 
-// Tensors are cut into chunks of this many elements, the last of each being shorter. A chunk is the
-// unit of scheduling and of the norm: its sum is always taken in the same order, and the sums are
-// added in chunk order, so the norm has the same bits on any number of threads or blocks.
+// Elements of a chunk. Tensors are cut into chunks, and the last chunk of a tensor may be shorter. A chunk is the CPU's
+// unit of scheduling and of the norm: its sum is always taken in the same order, and the sums are added in chunk order.
+// So the norm has the same bits on any number of threads. A GPU's unit is the tile, see cuda/table.cuh.
 constexpr int64_t kChunk = 4096;
 
 // One tensor with a gradient. All its arrays have the same element order in memory.
 struct TensorEntry {
-  void* param;   // what the rule updates: the parameter, its master weights, or the gradient itself
-  void* rounded; // the parameter that master weights are rounded to, or nullptr
+  void* param;    // the array that the rule updates: the parameter, its master weights, or the gradient itself
+  void* rounded;  // the 16-bit parameter that master weights are rounded to, or nullptr
   void* grad;
-  void* states[kMaxStates];  // nullptr where the rule, or the group, has none
-  void* step;                // the number of steps this tensor has seen: read, and counted up by the step. Or nullptr
-  void* scalar;              // the rule's number: read, and replaced by the step. Or nullptr
+  void* states[kMaxStates];  // nullptr where the rule, or the group, has no such state
+  void* step;                // the tensor's count of steps, or nullptr. The step reads it and counts it up
+  void* scalar;              // the rule's number, or nullptr. The step reads it and replaces it
   int64_t numel;
   int64_t first_chunk;
-  int32_t hyper;
-  uint32_t index;  // among all parameters: of its own random numbers
-  DType dtype;     // of `param`,
+  int32_t hyper;   // its row in Step::hypers
+  uint32_t index;  // its place among all parameters: each has random numbers of its own
+  DType dtype;     // the dtype of `param`
   DType rounded_dtype;
   DType grad_dtype;
   DType state_dtypes[kMaxStates];
   bool is_first;  // the step fills its states
-  bool uniform;   // all arrays have the dtype of `param`, and nothing is rounded at random
+  bool uniform;   // all arrays have the dtype of `param`, and none is rounded at random
   bool step_is_float64;
   bool scalar_is_float64;
 };
 
-// A number that is kept of a tensor in float32 or float64, as torch keeps its count of steps.
+// Reads a number that a tensor keeps in float32 or float64, as torch keeps its count of steps.
 FASTCLIP_HD double number_at(const void* number, bool is_float64) {
   return is_float64 ? *static_cast<const double*>(number) : *static_cast<const float*>(number);
 }
@@ -44,14 +44,14 @@ FASTCLIP_HD void store_number(void* number, bool is_float64, double value) {
   is_float64 ? *static_cast<double*>(number) = value : *static_cast<float*>(number) = static_cast<float>(value);
 }
 
-// How far a tensor is in this step. Entry is a TensorEntry, or has the same members.
+// Returns a tensor's progress in this step. Entry is a TensorEntry, or has the same members.
 template <class Entry>
 FASTCLIP_HD Progress progress_of(const Entry& tensor) {
   return {tensor.step ? number_at(tensor.step, tensor.step_is_float64) + 1 : 0,
           tensor.scalar ? number_at(tensor.scalar, tensor.scalar_is_float64) : 0, bool{tensor.scalar_is_float64}};
 }
 
-// Notes that a tensor has taken its step. The scalar first, which is about the step before it is counted.
+// Counts a tensor's step. The scalar comes first: its next value depends on the count before that.
 template <class R, class Entry>
 FASTCLIP_HD void advance(const Entry& tensor, const Hyper& hyper) {
   if constexpr (R::kScalar.name != nullptr) {
@@ -60,43 +60,44 @@ FASTCLIP_HD void advance(const Entry& tensor, const Hyper& hyper) {
       store_number(tensor.scalar, tensor.scalar_is_float64, next);
     }
   }
-  if (tensor.step) store_number(tensor.step, tensor.step_is_float64, number_at(tensor.step, tensor.step_is_float64) + 1);
+  if (tensor.step)
+    store_number(tensor.step, tensor.step_is_float64, number_at(tensor.step, tensor.step_is_float64) + 1);
 }
 
-// Which passes a call makes. The two are called one by one where a norm is taken over several devices: in
-// between, every device is given the sums of all.
+// The passes that a call makes. A norm over several devices takes two calls, `measure` and `update`: in between, every
+// device is given the sums of all.
 enum class Passes : uint8_t { all, measure, update };
 
 struct Step {
-  explicit Step(Rules::Id of) : rule(of) {}
+  explicit Step(Rules::Id id) : rule(id) {}
 
   Rules::Id rule;
   Passes passes = Passes::all;
-  Norm norm = Norm::none;  // none: gradients are read once, and nothing is measured
+  Norm norm = Norm::none;  // none: nothing is measured, and gradients are read once
   double max_norm = 0;
-  bool skip_nonfinite = false;  // leave everything as it is where the measure met an inf or NaN
+  bool skip_nonfinite = false;  // change nothing if the measure met an inf or NaN
   std::vector<TensorEntry> tensors;
   std::vector<Hyper> hypers;
   int64_t chunks = 0;
   int64_t elements = 0;
-  int64_t clampable = 0;      // elements under a value clip
-  bool has_step_counts = false;  // some tensor has a `step`: then there is an outcome
+  int64_t clampable = 0;      // number of elements under a value clip
+  bool has_step_counts = false;  // some tensor has a `step`; `outcome` is set then
   // Device memory, borrowed for the call.
   const float* grad_scale = nullptr;  // AMP: gradients are divided by it
-  const float* found_inf = nullptr;   // AMP: not 0 means leave everything as it is
+  const float* found_inf = nullptr;   // AMP: change nothing unless it is 0
   Outcome* outcome = nullptr;
-  // Counts of the elements that the value clip moved: one on the CPU, one per block on a GPU, 0 for blocks that there were
-  // not. Written by every step that is not skipped. nullptr where there is no value clip.
+  // Counts of clamped elements: one on the CPU, one per block on a GPU (unused ones are 0). Written by every step that
+  // is not skipped. nullptr without a value clip.
   double* clamped = nullptr;
-  Measure* measures = nullptr;  // scratch, where there is a norm: one per chunk on the CPU, cuda::measures()
-  const Measure* sums = nullptr;  // Passes::update: the `sum` of each part's outcome, in device memory,
-  int parts = 1;                  // and how many they are
-  bool counts_skips = true;       // one part of a step counts the skipped steps
+  Measure* measures = nullptr;    // scratch memory for a norm: one per chunk on the CPU, Needs::measures on a GPU
+  const Measure* sums = nullptr;  // for Passes::update: the `sum` of each part's outcome, in device memory
+  int parts = 1;                  // number of these sums
+  bool counts_skips = true;       // exactly one part of a step counts skipped steps
 };
 
 namespace cpu {
 
-// Calls work(context) `count` times, on as many threads. The host gives torch's pool.
+// Runs work(context) `count` times, each on a thread of its own. The host provides torch's pool.
 struct ThreadPool {
   int threads;
   void (*run)(int count, void (*work)(void*), void* context);
@@ -109,28 +110,28 @@ const char* capability();  // the instruction set that runs: "AVX512", "AVX2" or
 
 namespace cuda {
 
-// A step's table in device memory, for more tensors than fit into the kernel arguments (about 790).
+// A step's table in device memory. It is used for more tensors than fit into the kernel arguments (about 790).
 struct DeviceTable {
   void* memory = nullptr;
-  std::vector<unsigned char> uploaded;  // what is there
+  std::vector<unsigned char> uploaded;  // the bytes that are there
 };
 
-// The most blocks of a launch, and the length of Step::clamped.
+// The largest number of blocks in a launch, and the length of Step::clamped.
 constexpr int kMaxBlocks = 4096;
 
-// What the host has to allocate for a step.
+// The memory that the host must allocate for a step.
 struct Needs {
-  int64_t measures;     // where there is a norm
+  int64_t measures;     // number of Measures, for a norm
   int64_t table_bytes;  // 0: the table fits into the kernel arguments
 };
 Needs needs(const Step& step);
 
-// Whether what is enqueued on the stream is captured by a CUDA graph.
+// Returns whether a CUDA graph captures the stream.
 bool is_capturing(void* stream);
 
-// Enqueues one launch on `stream` of `device`, which is the current one, and never blocks. A norm takes a second launch where
-// the device cannot run all blocks at once; a table in device memory that has changed, one per 32,000 bytes. Returns
-// nullptr, or what went wrong.
+// Enqueues one launch on `stream` of `device`, which must be the current device, and never blocks. A norm takes a
+// second launch on a device that cannot run all blocks at once. A changed table in device memory takes one more launch
+// per 32,000 bytes. Returns nullptr, or the error's description.
 const char* run(const Step& step, DeviceTable& table, int device, void* stream);
 
 }  // namespace cuda

@@ -1,4 +1,4 @@
-"""python -m fastclip: what was built, and what runs here."""
+"""python -m fastclip: prints how fastclip was built, and what runs on this machine."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Loads the compiled half, or says what to do where it can't be loaded."""
+"""Loads the compiled half. Where it cannot be loaded, says how to build it."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ except ImportError as error:
 
 
 def _release(version):
-    """'2.13.0+cpu' -> '2.13': what has to agree, as torch's C++ interface changes between minor releases."""
+    """'2.13.0+cpu' -> '2.13', the part that must agree: torch's C++ interface changes between minor releases."""
     return ".".join(version.split("+")[0].split(".")[:2])
 
 
@@ -26,11 +26,11 @@ if _release(torch.__version__) != _release(BUILD_INFO["torch"]):
         f"Build it again, in a clone of fastclip: {BUILD_COMMAND}"
     )
 
-from . import _C  # noqa: E402  after the check, whose message beats that of an undefined symbol
+from . import _C  # noqa: E402  after the check: its message says more than an undefined symbol
 
 
 def build_info() -> dict[str, Any]:
-    """What was built, and what runs here.
+    """Returns how fastclip was built, and the instruction set that it uses here.
 
     Returns:
         dict: ``torch`` (the version built against), ``cuda`` (the toolkit's version, or None where the CUDA half was

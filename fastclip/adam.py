@@ -18,14 +18,14 @@ class Adam(ClippedOptimizer, torch.optim.Adam):
         torch.nn.utils.clip_grad_norm_(params, max_norm)     # if max_norm is given
         torch.optim.Adam(params, ...).step()
 
-    except that the gradients stay as they were. Value clip (and no clip) gives the same bits as torch on the CPU
-    for float32 and float64, where torch's square roots, from MKL, are right to the last bit. 16-bit parameters are
+    except that the gradients stay as they were. With a value clip, or without a clip, the bits are torch's on the CPU
+    in float32 and float64, wherever torch's square roots (from MKL) are right to the last bit. 16-bit parameters are
     computed in float32 and rounded once. On a GPU the count of steps in the state, `step`, lies on the device, as
     with torch's `fused=True`.
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, maximize, differentiable, decoupled_weight_decay: as in
-            `torch.optim.Adam`. Of lr and betas given as tensors the numbers count, in double precision.
+            `torch.optim.Adam`. lr and betas given as tensors are read as numbers, in double precision.
         foreach, fused, capturable: accepted and not needed; the step is fused, and can be captured, in any case.
         clip_value, max_norm, norm_type, skip_nonfinite: as in `fastclip.SGD`.
         master_weights, stochastic_rounding, rounding_seed: as in `fastclip.SGD`.
@@ -93,7 +93,7 @@ class AdamW(ClippedOptimizer, torch.optim.AdamW):
         torch.nn.utils.clip_grad_norm_(params, max_norm)     # if max_norm is given
         torch.optim.AdamW(params, ...).step()
 
-    except for what `fastclip.Adam` says.
+    with the exceptions that `fastclip.Adam` lists.
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, maximize, differentiable: as in `torch.optim.AdamW`.

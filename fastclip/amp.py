@@ -1,26 +1,27 @@
-"""Which gradient scalers leave unscaling, and the verdict to skip, to the optimizer's step."""
+"""Decides which gradient scalers leave unscaling, and the verdict to skip, to the optimizer's step."""
 
 import sys
 
 import torch
 
-# What unscales, or decides whether a step is taken. `update` does neither: it reads the same findings in both ways.
-_OF_TORCH = {
+# torch's methods that unscale, or decide whether a step is taken. `update` does neither: it reads the same findings
+# either way.
+_TORCHS_METHODS = {
     name: getattr(torch.amp.GradScaler, name) for name in ("step", "unscale_", "_unscale_grads_", "_maybe_opt_step")
 }
 
 IN_BACKWARD = (
     "step_in_backward has stepped on gradients that GradScaler had scaled, and the parameters are wrong: load them "
-    "anew, and train without one of the two (bfloat16 needs no GradScaler)"
+    "again, and train without one of the two (bfloat16 needs no GradScaler)"
 )
 
 
 class SupportsAmpScaling:
-    """`_step_supports_amp_scaling`, which `GradScaler.step` asks for: if it is true, the scaler leaves all to the step,
-    in `optimizer.grad_scale` and `optimizer.found_inf`, and passes its own methods by.
+    """`_step_supports_amp_scaling`, which `GradScaler.step` asks for. If it is true, the scaler leaves all to the step,
+    in `optimizer.grad_scale` and `optimizer.found_inf`, and does not call its own methods.
 
-    So it is false where a scaler asks that has methods of its own, such as FSDP's `ShardedGradScaler`, which makes one
-    verdict of all ranks. Nothing that it hands over tells which one asks, so its frame has to.
+    It is false for a scaler that has methods of its own, such as FSDP's `ShardedGradScaler`, which makes one verdict
+    for all ranks. Nothing in the arguments reveals which scaler asks, so its frame is looked for on the stack.
     """
 
     def __get__(self, optimizer, owner=None):
@@ -34,20 +35,22 @@ class SupportsAmpScaling:
         return scaler is None or _is_torchs(scaler)
 
     def __set__(self, optimizer, value):
-        vars(optimizer)["_step_supports_amp_scaling"] = value  # torch's __init__ does where fused=True
+        vars(optimizer)["_step_supports_amp_scaling"] = value  # torch's __init__ sets it if fused=True
 
 
 def _scaler_that_asks(frame):
-    """None where it is no scaler that asks: Lightning wants to know whether it may clip."""
+    """Returns the scaler that asks, or None: Lightning asks, too, to know whether it may clip."""
     while frame is not None:
         if frame.f_code.co_name == "step":
-            asks = frame.f_locals.get("self")
-            if hasattr(type(asks), "unscale_"):
-                return asks
+            caller = frame.f_locals.get("self")
+            if hasattr(type(caller), "unscale_"):
+                return caller
         frame = frame.f_back
     return None
 
 
 def _is_torchs(scaler):
-    """Whether no method of it that decides is its own, its class's, or put into torch's class since."""
-    return all(getattr(getattr(scaler, name, None), "__func__", None) is torchs for name, torchs in _OF_TORCH.items())
+    """Returns whether all methods that decide are torch's: not the scaler's, its class's, or put into torch's class."""
+    return all(
+        getattr(getattr(scaler, name, None), "__func__", None) is torchs for name, torchs in _TORCHS_METHODS.items()
+    )

@@ -1,4 +1,4 @@
-"""What loading a checkpoint has to keep: the dtypes of states, and settings that the file does not know."""
+"""Loading checkpoints: keeps the dtypes of states, and the settings that a file lacks."""
 
 from contextlib import contextmanager
 
@@ -9,7 +9,7 @@ from .settings import OWN_SETTINGS
 
 
 def complete(group, own):
-    """Gives a group the settings that it lacks: those of `own`. Returns whether it lacked any."""
+    """Gives a group the settings that it lacks, from `own`. Returns whether it lacked any."""
     missing = {name: own.get(name, none) for name, none in OWN_SETTINGS.items() if name not in group}
     group.update(missing)
     return bool(missing)
@@ -17,8 +17,8 @@ def complete(group, own):
 
 @contextmanager
 def numbers_in(states, names):
-    """For a `with` block, each of these dicts has the numbers of these names: torch's optimizers look for them when
-    they load or copy, also in a dict that holds nothing but states of others."""
+    """Gives each of these dicts numbers of these names, for a `with` block. torch's optimizers look for them when they
+    load or copy, even in a dict that holds only states of others."""
     missing = [
         (entry, name) for entry in states.values() if isinstance(entry, dict) for name in names if name not in entry
     ]
@@ -32,8 +32,8 @@ def numbers_in(states, names):
 
 
 def restore_dtypes(optimizer, rule, state_dict):
-    """Gives states that were just loaded the dtypes in which the optimizer makes them. torch has cast them to those of
-    the parameters; `state_dict` holds them as they were."""
+    """Gives states that were just loaded the dtypes in which the optimizer makes them. torch has cast them to the
+    parameters' dtypes; `state_dict` holds them as they were."""
     saved = [i for group in state_dict["param_groups"] for i in group["params"]]
     pairs = [(group, param) for group in optimizer.param_groups for param in group["params"]]
     for key, (group, param) in zip(saved, pairs, strict=True):
@@ -50,14 +50,14 @@ def restore_dtypes(optimizer, rule, state_dict):
 
 
 def is_flat_loader(frame):
-    """Whether this is the frame in which torch.distributed.checkpoint reads a flattened optimizer."""
+    """Returns whether this is the frame in which torch.distributed.checkpoint reads a flattened optimizer."""
     return frame.f_code.co_name == "_unflatten_optim_state_dict"
 
 
 def groups_in_file(groups, frame):
-    """The groups without those of our settings that the file lacks: it is from plain torch, or from a fastclip that had
-    fewer. The loader says KeyError for each key of a group that is not in the file; `load_state_dict` later keeps what
-    the optimizer has."""
+    """Returns the groups without the settings of fastclip that the file lacks: the file is from plain torch, or from a
+    fastclip that had fewer. The loader raises KeyError for each key of a group that is not in the file. Later,
+    `load_state_dict` keeps the optimizer's own settings."""
     state_dict, names = frame.f_locals["state_dict"], frame.f_locals["info"].fqn_param_mapping
 
     def is_saved(group, setting):

@@ -19,7 +19,7 @@ def _as_list(parameters):
 
 
 def _with_unique_grads(parameters):
-    """One parameter for each gradient: one that is given twice counts once."""
+    """Returns one parameter for each gradient: a gradient that is given twice counts once."""
     return list({id(p.grad): p for p in parameters if p.grad is not None}.values())
 
 
@@ -28,7 +28,7 @@ def _named(parameters):
 
 
 def _as_number(value, name):
-    """A threshold as torch's functions take it: also the text of a number, which YAML makes of 1e-3."""
+    """Converts a threshold as torch's functions do: also from text, which YAML makes of 1e-3."""
     try:
         return float(value)
     except ValueError:
@@ -40,7 +40,7 @@ def _engine():
 
 
 def _in_kernels(clip, *arguments):
-    """Whether the kernels have clipped. Gradients with other placements than their parameters are moved to these."""
+    """Clips in the kernels, and returns whether they could. First moves gradients to their parameters' placements."""
     not_covered = clip(*arguments)
     if not_covered is not None and not_covered.misplaced:
         place_gradients(not_covered.misplaced)
@@ -58,8 +58,8 @@ def clip_grad_value_(
 ) -> None:
     """Clamps the gradients of `parameters` to [-clip_value, clip_value], in place.
 
-    Equivalent to `torch.nn.utils.clip_grad_value_`, in one pass instead of two. Differs: parameters without gradients
-    are fine, `clip_value` may be a pair (low, high), and a negative one is refused.
+    Equivalent to `torch.nn.utils.clip_grad_value_`, in one pass instead of two. Differences: all parameters may lack
+    gradients, and `clip_value` may be a pair (low, high), but must not be negative.
 
     Args:
         parameters (Iterable[Tensor] or Tensor): of any shapes; those without a gradient are left out.
@@ -67,7 +67,7 @@ def clip_grad_value_(
         foreach (bool, optional): accepted, and not needed.
 
     Raises:
-        ValueError, TypeError: a bad `clip_value`, or a gradient that can't be clipped: sparse, complex, or an expanded
+        ValueError, TypeError: a bad `clip_value`, or a gradient that cannot be clipped: sparse, complex, or an expanded
             one (RuntimeError, as in torch). No gradient was changed.
 
     Example:
@@ -95,9 +95,9 @@ def clip_grad_norm_(
 ) -> torch.Tensor:
     """Scales the gradients of `parameters` so that their total norm is at most `max_norm`, in place; returns the norm.
 
-    Equivalent to `torch.nn.utils.clip_grad_norm_`. Differs: the norm is right to 1e-6 for every finite input, on the
-    parameters' device also where there are no gradients, and never in a 16-bit type; a gradient that is given twice
-    counts once; a negative or NaN `max_norm` is refused.
+    Equivalent to `torch.nn.utils.clip_grad_norm_`. Differences: the norm is right to 1e-6 for every finite input. It
+    lies on the parameters' device even without gradients, and never has a 16-bit type. A gradient that is given twice
+    counts once. `max_norm` must not be negative or NaN.
 
     Args:
         parameters (Iterable[Tensor] or Tensor): of any shapes; those without a gradient are left out.
@@ -148,7 +148,7 @@ def clip_grad_norm_(
             factors = scaling_of(norm, max_norm)
             for grad in grads:
                 scaled(grad, factors, in_place=True)
-    if norm is None:  # not one parameter
+    if norm is None:  # no parameters at all
         return torch.zeros(())
     return norm.to(
         functools.reduce(

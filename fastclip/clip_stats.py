@@ -1,4 +1,4 @@
-"""What clipping did in a step: numbers to log, and which gradient was not finite."""
+"""Results of a clip: numbers to log, and the first gradient that was not finite."""
 
 from typing import NamedTuple
 
@@ -10,20 +10,21 @@ from .plain.values import values_of
 
 
 class ClipStats(NamedTuple):
-    """What the last step did to the gradients, from `optimizer.clip_stats()`.
+    """Statistics of the last step, from `optimizer.clip_stats()`.
 
-    All are scalar tensors on the parameters' device, computed without waiting for it, and None where there was no such
-    clip.
+    All are scalar tensors on the parameters' device, computed without waiting for it. None stands for a clip that is
+    not set.
 
     Attributes:
-        total_norm (float64): of all gradients, after a value clip and before the norm clip; None without `max_norm`.
-        clip_coefficient (float64): what the norm clip multiplied by, min(1, max_norm / (total_norm + 1e-6)) as in
-            `torch.nn.utils.clip_grad_norm_`; 1 where it left the gradients alone. None without `max_norm`.
-        clamped_fraction (float64): of the elements under a `clip_value`, those that were outside of its bounds, from 0
-            to 1. A NaN, which `clamp_` leaves alone, is not among them. 0 in a step that was skipped; None where no
-            group has a `clip_value`, or only infinite ones.
+        total_norm (float64): norm of all gradients, after a value clip and before the norm clip; None without
+            `max_norm`.
+        clip_coefficient (float64): factor of the norm clip, min(1, max_norm / (total_norm + 1e-6)) as in
+            `torch.nn.utils.clip_grad_norm_`; 1 if it left the gradients alone. None without `max_norm`.
+        clamped_fraction (float64): fraction of the elements under a `clip_value` that were outside its bounds, from 0
+            to 1. A NaN, which `clamp_` leaves alone, does not count. 0 in a skipped step; None if no group has a
+            `clip_value`, or only infinite ones.
         skipped (bool): whether the step was skipped, by `skip_nonfinite` or by AMP.
-        skipped_steps (int64): how many were, see `optimizer.skipped_steps`.
+        skipped_steps (int64): number of skipped steps, see `optimizer.skipped_steps`.
 
     Example:
         >>> opt = fastclip.SGD(model.parameters(), lr=0.1, max_norm=5.0)
@@ -41,7 +42,7 @@ class ClipStats(NamedTuple):
 
 @torch.no_grad()
 def first_nonfinite(groups):
-    """Names the first parameter of `groups` whose gradient holds an inf or NaN, or None. Waits for each device once."""
+    """Names the first parameter with an inf or NaN in its gradient; or returns None. Waits for each device once."""
     places = [(i, j, param) for i, group in enumerate(groups) for j, param in enumerate(group["params"])]
     flags = [
         None if param.grad is None else values_of(local_of(param.grad.detach())).isfinite().all().logical_not()

@@ -1,7 +1,7 @@
-"""Sharded models: over which ranks the sums of the shards have to be added up, and how that is done.
+"""Sharded models: finds the ranks whose sums must be added up, and adds them up.
 
 Each rank of FSDP2 (`fully_shard`) or of tensor parallelism holds shards of the parameters, as DTensors. The kernels
-step on the shards; what is here makes one norm of their sums.
+step on the shards; this module makes one norm of the sums of all ranks.
 """
 
 import math
@@ -17,19 +17,19 @@ from .plain.names import name_of
 
 
 class Reduction(NamedTuple):
-    """The process groups over which sums are added up, one after the other: none where all ranks hold the same."""
+    """The process groups over which sums are added up, one after the other. None if all ranks hold the same."""
 
     groups: tuple = ()
-    device_type: str = "cpu"  # of the tensors that these groups take
+    device_type: str = "cpu"  # the device of the tensors that these groups take
 
 
 def is_dtensor(tensor):
-    """Without an import that takes seconds: where nobody has made it, there is no DTensor."""
+    """Returns whether a tensor is a DTensor. Imports nothing: that takes seconds, and without it there is none."""
     kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)  # another thread may be importing it
     return kind is not None and isinstance(tensor, kind)
 
 
-# What shares whole parameters out, each rank making an optimizer for its own: their modules, and their names.
+# Wrappers that share whole parameters out: each rank makes an optimizer for its own share. Modules, and names.
 _SHARE_OUT = {
     "torch.distributed.optim.zero_redundancy_optimizer": "ZeroRedundancyOptimizer",
     "fairscale.optim.oss": "FairScale's OSS",
@@ -37,8 +37,8 @@ _SHARE_OUT = {
 
 
 def who_shares_out():
-    """The name of what is making an optimizer for this rank's share of the parameters, or None. Nothing that it hands
-    over tells, so its frame has to."""
+    """Names the wrapper that is making an optimizer for this rank's share of the parameters; None if there is none.
+    Nothing in the arguments reveals it, so its frame is looked for on the stack."""
     loaded = {name: vars(sys.modules[module]) for module, name in _SHARE_OUT.items() if module in sys.modules}
     frame = sys._getframe() if loaded else None
     while frame:
@@ -50,15 +50,15 @@ def who_shares_out():
 
 
 def local_of(tensor):
-    """The shard of a DTensor that is here; any other tensor itself."""
+    """Returns this rank's shard of a DTensor; any other tensor itself."""
     return tensor._local_tensor if is_dtensor(tensor) else tensor
 
 
 def reduction_of(spec, name):
-    """The Reduction of a parameter of this name with this DTensorSpec: the dimensions of its mesh that shard it.
+    """Returns the Reduction of a parameter of this name with this DTensorSpec: over the mesh dimensions that shard it.
 
     Raises:
-        TypeError: a placement that says nothing about which elements are here.
+        TypeError: a placement that does not say which elements are here.
         ValueError: this rank is not in the mesh.
     """
     from torch.distributed.tensor import Replicate, Shard
@@ -79,25 +79,26 @@ def reduction_of(spec, name):
 
 @torch.no_grad()
 def total_measure(reductions, measures, norm_type, found_inf=None):
-    """Adds up what all ranks have measured, and AMP's verdicts.
+    """Adds up the measures of all ranks, and AMP's verdicts.
 
-    Every rank calls the same collectives in the same order, one per process group and with a few numbers each, whatever
-    it has measured itself; their order is that of `reductions`, which follows from the parameters alone.
+    Every rank calls the same collectives in the same order, whatever it has measured itself: one per process group,
+    with a few numbers each. Their order is that of `reductions`, which depends on the parameters alone.
 
     Args:
-        reductions (list of Reduction): each once, as the parameters come.
-        measures (list of (Reduction or None, Tensor)): float64 [3] of csrc/rules/clip.h, of what is here.
+        reductions (list of Reduction): each once, in the order of the parameters.
+        measures (list of (Reduction or None, Tensor)): measures of this rank's elements, float64 [3] as in
+            csrc/rules/clip.h.
         norm_type (float): 2 or inf.
         found_inf (Tensor, optional): AMP's; given on all ranks or on none.
 
     Returns:
-        (Tensor, Tensor or None): the measure of all parameters, [3], and whether any rank has found an inf, [1]; the
-        same on all ranks.
+        (Tensor, Tensor or None): the measure of all parameters, [3], and whether any rank has found an inf, [1]. All
+        ranks get the same.
     """
-    of_class = {reduction: [] for reduction in reductions}
+    by_reduction = {reduction: [] for reduction in reductions}
     for reduction, measure in measures:
-        of_class.setdefault(reduction or Reduction(), []).append(measure)
-    rows = {r: _sum(list_, norm_type, _device_of(r, list_)) for r, list_ in of_class.items()}
+        by_reduction.setdefault(reduction or Reduction(), []).append(measure)
+    rows = {r: _sum(parts, norm_type, _device_of(r, parts)) for r, parts in by_reduction.items()}
     flag = torch.zeros(0, device="cpu") if found_inf is None else found_inf.detach().reshape(1)
     for group, device_type in dict.fromkeys((group, r.device_type) for r in reductions for group in r.groups):
         members = [r for r in rows if group in r.groups and r.device_type == device_type]
@@ -109,14 +110,14 @@ def total_measure(reductions, measures, norm_type, found_inf=None):
 
 
 def _device_of(reduction, measures):
-    """Where the sums of a class are added up: its groups may not take tensors of the parameters' device."""
+    """Returns the device of a reduction's sum: its groups may not take tensors of the parameters' device."""
     if reduction.groups and (not measures or measures[0].device.type != reduction.device_type):
         return torch.device(reduction.device_type)
     return measures[0].device
 
 
 def _sum(measures, norm_type, device):
-    """One measure of several: in their order, so that all ranks get the same bits."""
+    """Adds measures up in their order, so that all ranks get the same bits."""
     total = torch.zeros(3, dtype=torch.float64, device=device)
     for measure in measures:
         total = combined(total, measure.to(device, non_blocking=device.type == "cuda"), norm_type)
@@ -124,7 +125,7 @@ def _sum(measures, norm_type, device):
 
 
 def _all_reduced(numbers, norm_type, group):
-    """Over the ranks of `group`: the sum, or the largest. A NaN stays one, which MAX alone does not promise."""
+    """Returns the sum, or the largest, over the ranks of `group`. A NaN stays NaN, which MAX alone does not promise."""
     dist = torch.distributed
     if norm_type != math.inf:
         dist.all_reduce(numbers, group=group)
@@ -136,17 +137,17 @@ def _all_reduced(numbers, norm_type, group):
 
 
 def on_any_rank(flags, params):
-    """For each parameter whether its flag, a bool, is set on any rank that has a part of it. All ranks have to call it,
-    and wait for each other."""
+    """Returns for each parameter whether its flag, a bool, is set on any rank that has a part of it. All ranks must
+    call it, and wait for each other."""
     flags = list(flags)
-    groups_of = [
+    mesh_groups = [
         [(param.device_mesh.get_group(dim), param.device_mesh.device_type) for dim in range(param.device_mesh.ndim)]
         if is_dtensor(param)
         else []
         for param in params
     ]
-    for group, device_type in dict.fromkeys(group for groups in groups_of for group in groups):
-        members = [i for i, groups in enumerate(groups_of) if (group, device_type) in groups]
+    for group, device_type in dict.fromkeys(group for groups in mesh_groups for group in groups):
+        members = [i for i, groups in enumerate(mesh_groups) if (group, device_type) in groups]
         together = torch.tensor([flags[i] for i in members], dtype=torch.int32, device=device_type)
         torch.distributed.all_reduce(together, op=torch.distributed.ReduceOp.MAX, group=group)
         for i, flag in zip(members, together.tolist(), strict=True):
@@ -156,7 +157,7 @@ def on_any_rank(flags, params):
 
 @contextmanager
 def gradients_placed_as(params):
-    """For a `with` block, gradients that are placed as their parameters: Partial ones are summed, say."""
+    """Places gradients as their parameters, for a `with` block. Partial gradients, for example, are summed."""
     before = [param.grad for param in params]
     try:
         place_gradients(params)
@@ -167,15 +168,15 @@ def gradients_placed_as(params):
 
 
 def place_gradients(params):
-    """Redistributes the gradients of sharded parameters to the parameters' placements. All ranks have to call it."""
+    """Redistributes the gradients of sharded parameters to the parameters' placements. All ranks must call it."""
     for param in params:
         param.grad = param.grad.redistribute(param.device_mesh, param.placements)
 
 
 @contextmanager
 def local_shards(named_params):
-    """For a `with` block over pairs (parameter, name): {parameter: its shard with its gradient, or itself}, and the
-    Reductions of these; None where no parameter is a DTensor."""
+    """Yields, for pairs (parameter, name), {parameter: its shard with the shard's gradient, or itself} and the
+    Reductions of these; None in place of the Reductions if no parameter is a DTensor."""
     sharded = {param: name for param, name in named_params if is_dtensor(param)}
     local = {param: local_of(param) for param, _ in named_params}
     if not sharded:
@@ -193,8 +194,8 @@ def local_shards(named_params):
 
 
 def step_on_shards(step, numbers, groups, state, *amp):
-    """A step in plain torch: `step`, on what is here of each parameter, with the norm of all ranks. `numbers` are the
-    names of states that are single numbers."""
+    """Takes `step`, a step in plain torch, on this rank's shards, with the norm of all ranks. `numbers` are the names
+    of states that are single numbers."""
     if not any(is_dtensor(param) for group in groups for param in group["params"]):
         return step(groups, state, *amp)
     if any(group["differentiable"] for group in groups):
@@ -214,7 +215,8 @@ def step_on_shards(step, numbers, groups, state, *amp):
 
 
 def placed_as(param, value):
-    """A DTensor of `value` on each rank, where the parameter is one."""
+    """Returns a DTensor of each rank's `value`, placed as the parameter; `value` itself if the parameter is no
+    DTensor."""
     if not is_dtensor(param):
         return value
     whole = {"shape": param.shape, "stride": param.stride()}

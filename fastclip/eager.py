@@ -1,4 +1,4 @@
-"""Keeps torch.compile out of what it can't trace."""
+"""Keeps torch.compile out of functions that it cannot trace."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -9,12 +9,14 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def eager(function: Function) -> Function:
-    """Has torch.compile break its graph where `function` is called, and run it, and all that it calls, as it is.
+    """Makes torch.compile break its graph at each call of `function`, and run it, and all that it calls, untraced.
 
-    As `torch.compiler.disable`, which costs every call what a small step costs, and imports torch._dynamo at once.
+    `torch.compiler.disable` does the same, but costs each call as much as a small step, and imports torch._dynamo
+    at once.
     """
     dynamo = torch._C._dynamo.eval_frame
     skip = dynamo._FrameAction.SKIP
-    dynamo.set_code_exec_strategy(function.__code__, dynamo._FrameExecStrategy(skip, skip))  # it, and what it calls
+    strategy = dynamo._FrameExecStrategy(skip, skip)  # for the function, and for its callees
+    dynamo.set_code_exec_strategy(function.__code__, strategy)
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
     return function

@@ -14,30 +14,31 @@ def step_in_backward(
 ) -> "StepInBackward":
     """Lets `backward()` update the parameters, and free each gradient as soon as it was used.
 
-    After each backward pass parameters and state are, to the bit, as after `optimizer.step()` and
-    `optimizer.zero_grad()`; no more gradients than `bucket_cap_mb` and one were in memory at a time. `step()` and
+    After each backward pass, parameters and state have the bits that `optimizer.step()` and `optimizer.zero_grad()`
+    would give them. At most `bucket_cap_mb` of gradients, and one more gradient, are in memory at a time. `step()` and
     `zero_grad()` may stay in the training loop, and find nothing to do. Schedulers, checkpoints and groups work as
-    ever, and `clip_stats()` is about the whole pass.
+    usual, and `clip_stats()` is about the whole pass.
 
-    What it can't do: `max_norm`, `skip_nonfinite` and `GradScaler` need all gradients first. What changes gradients
-    between `backward()` and `step()` (a trainer's clip, an all-reduce, hooks of `step`) comes too late; hooks of a
-    tensor come in time. A second pass through a graph of updated parameters raises: add the losses up instead. A pass
-    that raises may have updated some parameters. Passes in several threads at once must be of different optimizers.
-    `torch.compile` hands over all gradients of a graph at once: the same bits, and no memory saved; its compiled
-    autograd, an option of it, raises.
+    Limits: `max_norm`, `skip_nonfinite` and `GradScaler` need all gradients first. Changes of gradients between
+    `backward()` and `step()` (a trainer's clip, an all-reduce, hooks of `step`) come too late; hooks of a tensor come
+    in time. A second pass through a graph of updated parameters raises: add the losses up instead. A pass that raises
+    may have updated some parameters. Passes that run in several threads at once must belong to different optimizers.
+    `torch.compile` hands over all gradients of a graph at once: the bits are the same, and no memory is saved. Its
+    compiled autograd, an option, raises.
 
     A pass steps on all parameters of the optimizer that get a gradient. The loss of a GAN's generator goes through the
-    discriminator, and steps on it, too: call `discriminator.requires_grad_(False)` before that loss is computed; or
-    `backward()` under the discriminator's `accumulate()`, and its optimizer's `zero_grad()` afterwards.
+    discriminator, and steps on it, too. Call `discriminator.requires_grad_(False)` before that loss is computed. Or
+    call `backward()` under the discriminator's `accumulate()`, and its optimizer's `zero_grad()` afterwards.
 
     Args:
-        model (torch.nn.Module): holds all parameters of the optimizer. Those that the optimizer does not hold keep
-            their gradients, as ever.
-        optimizer (fastclip.SGD): any of fastclip's. Keep it, or what this returns, for as long as the model is trained:
-            once it is gone, the next `backward()` raises. Parameters that it no longer holds are let go; new ones come
-            by `add_param_group` (by hand, from the end of the next pass over others on, or the next `step()`).
-        bucket_cap_mb (float): gradients of so many MiB are collected and stepped in one call, which takes less time
-            than a call each. 0 for a call each.
+        model (torch.nn.Module): holds all parameters of the optimizer. Parameters that the optimizer does not hold keep
+            their gradients, as usual.
+        optimizer (fastclip.SGD): any of fastclip's. Keep it, or the returned object, for as long as the model is
+            trained: once it is gone, the next `backward()` raises. Parameters that it no longer holds are let go. New
+            ones come by `add_param_group`; those added by hand are stepped from the end of the next pass over others
+            on, or from the next `step()` on.
+        bucket_cap_mb (float): MiB of gradients that are collected and stepped in one call, which takes less time than a
+            call for each gradient. 0 makes a call for each.
 
     Returns:
         StepInBackward: to accumulate gradients, and to go back to ordinary steps; also a context manager.
@@ -65,7 +66,7 @@ def step_in_backward(
 
 
 class StepInBackward:
-    """What `fastclip.step_in_backward` returns.
+    """The object that `fastclip.step_in_backward` returns.
 
     Example:
         >>> with fastclip.step_in_backward(model, opt) as in_backward:
@@ -80,10 +81,10 @@ class StepInBackward:
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
-        """Within it, backward passes add to the gradients and update nothing. The next pass outside of it, or
+        """Makes backward passes in a `with` block add to the gradients and update nothing. The next pass after it, or
         `optimizer.step()`, takes the step on the sums.
 
-        All gradients are in memory from one pass to the next: that is what adding them up costs.
+        All gradients stay in memory from one pass to the next: that is the price of adding them up.
 
         Example:
             >>> in_backward = fastclip.step_in_backward(model, opt)
@@ -98,7 +99,7 @@ class StepInBackward:
             self._passes.accumulating = before
 
     def remove(self) -> None:
-        """From now on only `optimizer.step()` steps. Gradients that are there stay. May be called twice.
+        """Ends the steps in `backward()`: now only `optimizer.step()` steps. Gradients stay. May be called twice.
 
         Example:
             >>> fastclip.step_in_backward(model, opt).remove()

@@ -1,4 +1,4 @@
-"""What `fastclip.step_in_backward` refuses, and why: there a step would be wrong, and nothing would tell."""
+"""Refuses the cases in which `fastclip.step_in_backward` would be silently wrong."""
 
 import gc
 import itertools
@@ -10,7 +10,7 @@ import torch
 from .optimizer import ClippedOptimizer
 from .plain.names import name_of
 
-# What calls back a torch.autograd.Function.
+# The code that calls back a torch.autograd.Function.
 _FUNCTION_BACKWARD = {
     torch.autograd.function.BackwardCFunction.__dict__[name].__code__
     for name in ("apply", "apply_boxed")
@@ -19,7 +19,7 @@ _FUNCTION_BACKWARD = {
 
 
 def check_arguments(model, optimizer, bucket_cap_mb):
-    """The arguments of `step_in_backward`."""
+    """Checks the arguments of `step_in_backward`."""
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(optimizer, ClippedOptimizer):
@@ -36,10 +36,10 @@ def check_arguments(model, optimizer, bucket_cap_mb):
     check_settings(optimizer)
     check_not_replicated(optimizer)
     check_memory(model, optimizer)
-    of_model = set(map(id, model.parameters()))
+    model_ids = set(map(id, model.parameters()))
     for index, group in enumerate(optimizer.param_groups):
         for i, param in enumerate(group["params"]):
-            if id(param) not in of_model:
+            if id(param) not in model_ids:
                 raise ValueError(
                     f"{name_of(group, index, i)} is not a parameter of the model: were the model's replaced after the "
                     "optimizer was made? Several models can be given as a torch.nn.ModuleList"
@@ -47,17 +47,17 @@ def check_arguments(model, optimizer, bucket_cap_mb):
 
 
 def check_memory(model, optimizer):
-    """Autograd notices that a parameter which it still needs was updated, but not by way of another parameter."""
+    """Refuses parameters that share memory. Autograd notices an early update, but not one through another parameter."""
     stepped = {id(param) for group in optimizer.param_groups for param in group["params"]}
-    ends = []  # of the memory of each, from where it begins
+    spans = []  # the memory of each parameter
     for name, param in model.named_parameters():
         if torch.nn.parameter.is_lazy(param) or param.layout != torch.strided or hasattr(param, "full_tensor"):
             continue
         begin, bytes_ = param.data_ptr(), param.numel() * param.element_size()
         if begin and bytes_ and torch.ops.aten.is_non_overlapping_and_dense(param):
-            ends.append((begin, begin + bytes_, name, id(param) in stepped))
-    ends.sort()
-    for (_, end, first, first_is_stepped), (begin, _, second, second_is_stepped) in itertools.pairwise(ends):
+            spans.append((begin, begin + bytes_, name, id(param) in stepped))
+    spans.sort()
+    for (_, end, first, first_is_stepped), (begin, _, second, second_is_stepped) in itertools.pairwise(spans):
         if begin < end and (first_is_stepped or second_is_stepped):
             raise ValueError(
                 f"step_in_backward can't step '{first}' and '{second}', which share memory: one would change while the "
@@ -66,7 +66,7 @@ def check_memory(model, optimizer):
 
 
 def check_settings(optimizer):
-    """What a step decides over all gradients; asked at each pass, as settings can be changed, and loaded."""
+    """Refuses settings that need all gradients first. Runs at each pass, as settings can be changed, and loaded."""
     optimizer._complete(optimizer.param_groups)
     for index, group in enumerate(optimizer.param_groups):
         if group["max_norm"] is not None:
@@ -86,7 +86,7 @@ def check_settings(optimizer):
 
 
 def check_parameter(param, group, group_index, index):
-    """A shard's gradient is not there, or not whole, when the hook of a parameter runs."""
+    """Refuses shards: the gradient of a shard is not there, or not whole, when the hook of a parameter runs."""
     if hasattr(param, "_fsdp_flattened") or hasattr(param, "full_tensor"):
         kind = "a DTensor" if hasattr(param, "full_tensor") else "of FullyShardedDataParallel"
         raise TypeError(
@@ -96,8 +96,8 @@ def check_parameter(param, group, group_index, index):
 
 
 def check_not_replicated(optimizer):
-    """DistributedDataParallel leaves no mark on the parameters, and may have been given the model before or after
-    `step_in_backward`: it is looked for among all objects, where there are several processes at all."""
+    """Refuses DistributedDataParallel. It leaves no mark on the parameters, and may be given the model before or after
+    `step_in_backward`. So it is looked for among all objects, if there are several processes at all."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
         return
@@ -113,7 +113,7 @@ def check_not_replicated(optimizer):
 
 
 def check_pass(optimizer):
-    """What would make the steps of the backward pass under way wrong, before the first of them."""
+    """Refuses a backward pass whose steps would be wrong, before its first step."""
     check_settings(optimizer)
     if torch.is_grad_enabled():
         raise RuntimeError(

@@ -1,4 +1,4 @@
-"""The hooks of `step_in_backward`: on the parameters that its optimizer holds, and soon on no others."""
+"""The hooks of `step_in_backward`, on the parameters that its optimizer holds."""
 
 import weakref
 
@@ -8,16 +8,16 @@ from .plain.names import name_of
 
 
 class Hooks:
-    """What autograd calls when a gradient is ready: hands it to what steps `optimizer` in the backward pass.
+    """The callable that autograd calls when a gradient is ready. It hands the gradient to the passes of `optimizer`.
 
-    Parameters own their hooks, and with these all that is here. So parameters and optimizer are referred to weakly: the
-    garbage collector does not see what autograd's hooks hold, and would free neither.
+    Parameters own their hooks, and so this object. It refers to parameters and optimizer weakly: the garbage collector
+    does not look into autograd's hooks, and would free neither.
     """
 
     def __init__(self, optimizer):
         self._optimizer = weakref.ref(optimizer)
         self._hooked = {}  # id of a parameter: (handle, weak reference)
-        self._places = {}  # id of a parameter: (group, index), where it was last
+        self._places = {}  # id of a parameter: (group, index), its last place
 
     @eager
     def __call__(self, param):
@@ -33,7 +33,7 @@ class Hooks:
             optimizer._in_backward.gradient_is_ready(optimizer, param)
 
     def follow(self, groups):
-        """Hooks the parameters of `groups`, and lets go of those that have left them. Raises before any is hooked."""
+        """Hooks the parameters of `groups`, and lets go of those that have left. Raises before it hooks any."""
         placed = [(g, i, param) for g, group in enumerate(groups) for i, param in enumerate(group["params"])]
         self._check_each_is_there_once(groups, placed)
         new = [place for place in placed if not self._has(place[2])]
@@ -61,11 +61,12 @@ class Hooks:
                 )
 
     def follows(self, groups, params):
-        """Whether nothing has left or joined `groups`, as far as a look at these of their parameters tells."""
+        """Returns whether no parameter has left or joined `groups`. Looks only at `params`, some of their
+        parameters."""
         return len(self._places) == sum(len(group["params"]) for group in groups) and all(map(self._has, params))
 
     def place_of(self, param, groups):
-        """(group, index) of a parameter that is hooked; None where it has left `groups`."""
+        """Returns (group, index) of a hooked parameter; None if it has left `groups`."""
         group_index, index = self._places.get(id(param), (len(groups), 0))
         params = groups[group_index]["params"] if group_index < len(groups) else []
         if index >= len(params) or params[index] is not param:
@@ -78,15 +79,15 @@ class Hooks:
 
     def _has(self, param):
         _, reference = self._hooked.get(id(param), (None, None))
-        return reference is not None and reference() is param  # ids are used again
+        return reference is not None and reference() is param  # ids are reused
 
     def _hook(self, param):
         if not (param.is_floating_point() or param.is_complex()):
             return  # never has a gradient
         frozen = not param.requires_grad
-        if frozen:  # it may be thawed later, and autograd takes no hook for one that is frozen
+        if frozen:  # it may be thawed later, and autograd hooks no frozen parameter
             param.requires_grad_(True)
-        # torch.utils.swap_tensors would take the hook away, and refuses a tensor that is referred to weakly.
+        # torch.utils.swap_tensors would take the hook away, but it refuses a tensor with a weak reference.
         self._hooked[id(param)] = param.register_post_accumulate_grad_hook(self), weakref.ref(param)
         if frozen:
             param.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""One backward pass after another: collects gradients, steps on them and frees them."""
+"""The backward passes of an optimizer: collects gradients, steps on them and frees them."""
 
 import threading
 import weakref
@@ -14,17 +14,17 @@ from .plain.step import clips_value
 
 
 class Passes:
-    """Owned by an optimizer, and by what `step_in_backward` has returned for it."""
+    """The passes of one optimizer. Owned by it, and by the object that `step_in_backward` returned for it."""
 
     def __init__(self, optimizer, bucket_cap_mb):
-        self._reference = weakref.ref(optimizer)  # it is freed with its last owner, and not by the garbage collector
+        self._reference = weakref.ref(optimizer)  # weak: its last owner frees it, not the garbage collector
         self._cap = bucket_cap_mb * 2**20
         self._lock = threading.RLock()  # autograd has a thread for each device; a step may run any Python
         self.accumulating = False
         self._checked = False
         self._last = None  # a weak reference to the last _Pass
-        self._clamped = []  # of the steps of this pass but the last: (fraction, of how many elements)
-        self._clampable = 0  # elements under a value clip in the last one
+        self._clamped = []  # each step of this pass but the last: (fraction, number of elements)
+        self._clampable = 0  # elements under a value clip in the last step
         self._hooks = Hooks(optimizer)
         self._hooks.follow(optimizer.param_groups)
         optimizer._in_backward = self
@@ -41,7 +41,7 @@ class Passes:
             optimizer._in_backward = None
 
     def leaves_a_step(self):
-        """Whether there are gradients for `optimizer.step()`, whose statistics are then the last ones."""
+        """Returns whether gradients are left for `optimizer.step()`. Its statistics then replace those of the pass."""
         with self._lock:
             left = self._left(self._optimizer.param_groups)
         if left:
@@ -49,7 +49,7 @@ class Passes:
         return bool(left)
 
     def clip_stats(self):
-        """ClipStats of the whole pass; None where it took one step, which the optimizer knows of."""
+        """Returns the ClipStats of the whole pass; None if it took one step, whose statistics the optimizer has."""
         if not self._clamped:
             return None
         last = self._optimizer._stats_of_call()
@@ -59,7 +59,7 @@ class Passes:
         return last._replace(clamped_fraction=clamped / sum(count for _, count in steps))
 
     def add_group(self):
-        """A group was added to the optimizer; raises before anything is hooked."""
+        """Hooks the parameters of a new group. Raises before it hooks any."""
         with self._lock:
             self._hooks.follow(self._optimizer.param_groups)
 
@@ -71,7 +71,7 @@ class Passes:
             if self._hooks.place_of(param, optimizer.param_groups) is None:
                 return
             buckets = self._pass_under_way(optimizer).buckets
-            # A gradient may be read on the stream it was computed on; at the end of the pass, on any.
+            # A gradient may be read on the stream that computed it, and on any stream at the end of the pass.
             stream = torch.cuda.current_stream(param.device) if param.is_cuda else None
             bucket = buckets[stream]
             bucket.parameters.append(param)
@@ -92,12 +92,12 @@ class Passes:
         self._clampable = 0
         begun = _Pass(number)
         self._last = weakref.ref(begun)
-        # Autograd frees the callback where the pass is over, also where it raises. Until then the optimizer is there.
+        # Autograd frees the callback when the pass is over, also if it raises. Until then it holds the optimizer.
         torch.autograd.Variable._execution_engine.queue_callback(partial(self._end, optimizer, begun))
         return begun
 
     def _step_bucket(self, optimizer, parameters):
-        # Each in its place and nothing in the others', so that errors name it as ever.
+        # Each parameter in its place, and nothing in the places of the others: so errors name it as usual.
         nothing = torch.empty(0, device=parameters[0].device)
         places = [(param, self._hooks.place_of(param, optimizer.param_groups)) for param in parameters]
         groups = [{**group, "params": [nothing] * len(group["params"])} for group in optimizer.param_groups]
@@ -108,7 +108,7 @@ class Passes:
 
     @eager
     def _end(self, optimizer, this_pass):
-        """Steps on all that is left: buckets, and what `accumulate` has left on parameters that this pass left out."""
+        """Steps on all gradients that are left: in buckets, and from `accumulate` on unused parameters."""
         with self._lock:
             if self._last() is not this_pass or optimizer._in_backward is not self:
                 return
@@ -119,10 +119,10 @@ class Passes:
                     param.grad.record_stream(torch.cuda.current_stream(param.device))
             if left:
                 self._step(optimizer, groups, left)
-            optimizer._opt_called = True  # else schedulers warn that step() was never called
+            optimizer._opt_called = True  # if not, schedulers warn that step() was never called
 
     def _left(self, groups):
-        """(group, index, parameter) of all that have a gradient; who joined or left the groups is noticed here."""
+        """Returns (group, index, parameter) for each gradient. Notices parameters that joined or left the groups."""
         left = [
             (group_index, index, param)
             for group_index, group in enumerate(groups)
@@ -134,7 +134,7 @@ class Passes:
         return left
 
     def _step(self, optimizer, groups, placed):
-        """Steps on `placed`, all of `groups` that have a gradient, and frees these."""
+        """Steps on `placed`, the parameters of `groups` that have a gradient, and frees the gradients."""
         if self._clampable:
             self._clamped.append((optimizer._stats_of_call().clamped_fraction, self._clampable))
             self._clampable = 0
@@ -146,11 +146,11 @@ class Passes:
 
 
 class _Pass:
-    """What is kept of a backward pass until it is over."""
+    """The record of a backward pass, kept until it is over."""
 
     def __init__(self, number):
-        self.number = number  # autograd's
-        self.buckets = defaultdict(_Bucket)  # of each stream
+        self.number = number  # autograd's number of the pass
+        self.buckets = defaultdict(_Bucket)  # one per stream
 
 
 class _Bucket:

@@ -25,7 +25,7 @@ class Lion(ClippedOptimizer):
     Args:
         params: as in `torch.optim.AdamW`.
         lr (float or Tensor): by how much an element moves; about a tenth of AdamW's.
-        betas ((float, float)): the weights of the average in the direction of a step, and in what is kept of it.
+        betas ((float, float)): the weights of the old average in the direction of a step, and in the new average.
         weight_decay (float): about ten times AdamW's.
         maximize (bool): moves up the gradients.
         clip_value, max_norm, norm_type, skip_nonfinite: as in `fastclip.SGD`. A norm clip changes the direction through

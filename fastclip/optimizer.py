@@ -1,4 +1,4 @@
-"""The base of the optimizers: what a clip adds to a torch.optim optimizer, and the way to the kernels."""
+"""The base of the optimizers: adds clips to a torch.optim optimizer, and takes its steps in the kernels."""
 
 import inspect
 import sys
@@ -25,7 +25,7 @@ from .settings import OWN_SETTINGS, SHARED_SETTINGS
 class ClippedOptimizer(torch.optim.Optimizer):
     """Mixed in before an optimizer of `torch.optim`: takes over its `step`, and keeps everything else.
 
-    A subclass says by `_rule` which row of the table in `plain/rules.py` is its own.
+    A subclass names its row of the table in `plain/rules.py` by `_rule`.
     """
 
     _step_supports_amp_scaling = amp.SupportsAmpScaling()
@@ -33,7 +33,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
     def __init__(self, *positional, **named):
         self._own_defaults = {name: named.pop(name, none) for name, none in OWN_SETTINGS.items()}
         super().__init__(*positional, **named)
-        del self._own_defaults  # from now on a new group takes max_norm from those there are
+        del self._own_defaults  # from now on a new group takes max_norm from the existing ones
 
     @property
     def param_groups(self):
@@ -61,7 +61,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
         self.__dict__.pop("param_groups", None)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; a group may have a `clip_value` of its own. Refuses bad values.
+        """Adds a group as torch does; it may have a `clip_value` of its own. Refuses bad values.
 
         Example:
             >>> opt = fastclip.SGD([torch.zeros(3)], clip_value=0.01)
@@ -115,7 +115,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
                 )
 
     def _start(self):
-        """What is not state: made anew for a new or copied optimizer."""
+        """Makes the attributes that are not state, for a new or copied optimizer."""
         self._engine = _C.Engine(self._rule.name, reduction_of, total_measure)
         self._given = Given()
         self._loading = None
@@ -139,14 +139,14 @@ class ClippedOptimizer(torch.optim.Optimizer):
             restore_dtypes(self, self._rule, self._loading)
 
     def load_state_dict(self, state_dict):
-        """As in torch, but that states keep the dtypes that this optimizer gives them: torch rounds all to the
-        parameter's, so that master weights and averages of 16-bit parameters would lose what they are there for.
+        """Loads as torch does, except that states keep the dtypes that this optimizer gives them. torch rounds all
+        states to the parameter's dtype: master weights and averages of 16-bit parameters would lose their precision.
 
         Example:
             >>> opt = fastclip.AdamW(model.bfloat16().parameters(), master_weights=True)
             >>> opt.load_state_dict(torch.load("optimizer.pt"))
         """
-        loading = {}  # what is loaded, as the last of the hooks leaves it; for __setstate__, before others' hooks
+        loading = {}  # the state as the last hook leaves it; __setstate__ reads it before other hooks run
         hooks = self._optimizer_load_state_dict_pre_hooks
         outer, self._loading = self._loading, loading  # a hook may load, too
         self._optimizer_load_state_dict_pre_hooks = {**hooks, "last": lambda _, hooked: loading.update(hooked)}
@@ -158,12 +158,11 @@ class ClippedOptimizer(torch.optim.Optimizer):
 
     @property
     def total_norm(self) -> torch.Tensor | None:
-        """Norm of the gradients in the last step, after a value clip and before the norm clip: what
-        `torch.nn.utils.clip_grad_norm_` returns, to log.
+        """Norm of the gradients in the last step, after a value clip and before the norm clip, to log:
+        `torch.nn.utils.clip_grad_norm_` returns the same.
 
-        A float64 scalar tensor on the parameters' device, computed without waiting for the device; None where
-        `max_norm` is not set or no step was taken, inf where AMP skipped the step. `max_norm=inf` measures and does not
-        clip.
+        A float64 scalar tensor on the parameters' device, computed without waiting for the device. None if `max_norm`
+        is not set or no step was taken; inf if AMP skipped the step. `max_norm=inf` measures and does not clip.
 
         Example:
             >>> opt = fastclip.SGD(model.parameters(), lr=0.1, max_norm=5.0)
@@ -174,7 +173,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
 
     @property
     def skipped_steps(self) -> torch.Tensor:
-        """How many steps were skipped, and have changed nothing: by `skip_nonfinite`, or by AMP's `found_inf`.
+        """Number of steps that were skipped, and changed nothing: by `skip_nonfinite`, or by AMP's `found_inf`.
 
         An int64 scalar tensor on the parameters' device, counted there and read without waiting for it. Counts from 0
         in an optimizer that was made, copied or unpickled; it is not part of the state_dict.
@@ -188,9 +187,9 @@ class ClippedOptimizer(torch.optim.Optimizer):
         return (self._engine.skipped_steps().to(device) + self._reference_skips).to(device)
 
     def clip_stats(self) -> clip_stats.ClipStats:
-        """What clipping did in the last step, to log: norm, coefficient, fraction of elements clamped, steps skipped.
+        """Returns statistics of the last step, to log: norm, coefficient, fraction of elements clamped, steps skipped.
 
-        Costs no pass over memory, and waits for no device: it was counted while the step went over the gradients.
+        Costs no pass over memory, and waits for no device: the step counts while it goes over the gradients.
 
         Returns:
             ClipStats: scalar tensors on the parameters' device, see there; None for a clip that is not set.
@@ -207,11 +206,11 @@ class ClippedOptimizer(torch.optim.Optimizer):
         return self._reference_stats or clip_stats.ClipStats(*self._engine.clip_stats(), None)
 
     def first_nonfinite(self) -> str | None:
-        """Says which parameter is the first whose gradient holds an inf or NaN, as 'parameter 3 of group 0', with its
-        name where the optimizer was built from named parameters; None if there is none.
+        """Names the first parameter whose gradient holds an inf or NaN, as 'parameter 3 of group 0', with its name if
+        the optimizer was built from named parameters; None if there is none.
 
-        Reads the gradients as they are now, and waits for the device: for whoever wants to know why a step was skipped,
-        before `zero_grad`.
+        Reads the gradients as they are now, and waits for the device. Call it before `zero_grad`, to find out why a
+        step was skipped.
 
         Example:
             >>> opt = fastclip.SGD(model.named_parameters(), lr=0.1, skip_nonfinite=True)
@@ -232,8 +231,8 @@ class ClippedOptimizer(torch.optim.Optimizer):
             ValueError, TypeError: bad hyperparameters, or a gradient that does not fit its parameter. Nothing was
                 changed then.
         """
-        # torch wraps every step to run hooks and to show in profiles, which costs as much as all of a small model's
-        # update: here only where somebody listens. The step of a subclass may have been wrapped by torch already.
+        # torch wraps every step, to run hooks and to show it in profiles. That costs as much as the whole update of a
+        # small model, so it is done only if somebody listens. torch may have wrapped the step of a subclass already.
         listened = (
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
@@ -247,7 +246,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
             named = {} if closure is None else {"closure": closure}
             return _hooked_step(self, *positional, **named) if listened else self._step(*positional, **named)
         except BaseException:
-            # GradScaler leaves them where a step raises, and would multiply its scale by them at the next try.
+            # GradScaler leaves these if a step raises, and would multiply its scale by them at the next try.
             self.__dict__.pop("grad_scale", None)
             self.__dict__.pop("found_inf", None)
             raise
@@ -275,7 +274,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
         return loss
 
     def _update(self, groups, grad_scale=None, found_inf=None):
-        """A step over `groups`, in form of `param_groups`, without hooks."""
+        """Takes a step over `groups`, which have the form of `param_groups`, without hooks."""
         try:
             not_covered = self._engine.step(groups, self.state, grad_scale, found_inf)
         except KeyError:
@@ -287,8 +286,8 @@ class ClippedOptimizer(torch.optim.Optimizer):
         self._reference_stats = None if taken else self._step_elsewhere(groups, not_covered, grad_scale, found_inf)
 
     def _complete(self, groups):
-        """Gives groups that were made by hand, of torch's settings only, what `add_param_group` would. Returns whether
-        there are such."""
+        """Gives groups that were made by hand, with torch's settings only, the settings that `add_param_group` gives.
+        Returns whether there are such groups."""
         own = dict(self.defaults)
         for name in SHARED_SETTINGS:
             own[name] = next((group[name] for group in groups if name in group), own[name])
@@ -321,8 +320,8 @@ _hooked_step = torch.optim.Optimizer.profile_hook_step(ClippedOptimizer._step)
 
 
 def _is_in_hooked_step(optimizer):
-    """Whether torch's wrapper is at work on this optimizer. No mark on a class tells: what `functools.wraps` makes of a
-    step bears the marks of the step."""
+    """Returns whether torch's wrapper is at work on this optimizer. No mark on a class tells: `functools.wraps` copies
+    the marks of a step to a wrapper."""
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code is _hooked_step.__code__ and frame.f_locals.get("self") is optimizer:

@@ -1,4 +1,4 @@
-"""Wrappers that exchange the parameters in an optimizer's groups for pieces: what tells a piece from the whole."""
+"""Wrappers that exchange the parameters in an optimizer's groups for pieces: tells a piece from the whole."""
 
 import operator
 import sys
@@ -9,25 +9,25 @@ _is_initialized = torch.distributed.is_initialized if torch.distributed.is_avail
 
 
 def _may_be_pieces():
-    """DeepSpeed steps group by group on one rank, too."""
+    """Returns whether there may be pieces. DeepSpeed steps group by group, even on one rank."""
     return torch.distributed.get_world_size() > 1 or "deepspeed" in sys.modules
 
 
 class Given:
-    """What an optimizer was given: its tensors, by identity and size, and how many elements of them are trained."""
+    """The tensors that an optimizer was given, by identity and size, and the number of their trained elements."""
 
     def __init__(self):
-        self._sizes = {}  # by id: a weak reference would stand in the way of torch.utils.swap_tensors
+        self._sizes = {}  # by id: torch.utils.swap_tensors refuses a tensor with a weak reference
         self._trained = 0
-        self._checked = [], []  # the lists that were the whole at the last look, and their lengths
+        self._checked = [], []  # the groups' lists at the last look, and their lengths
 
     def add(self, params):
-        """The parameters of a group. Frozen ones are not summed, as wrappers leave them out."""
+        """Adds the parameters of a group. Frozen ones do not count, as wrappers leave them out."""
         self._sizes.update((id(param), param.numel()) for param in params)
         self._trained += sum(_numel(param) for param in params if param.requires_grad)
 
     def check(self, groups):
-        """Refuses a norm, or a verdict, over tensors that were not given and have fewer elements than those that were.
+        """Refuses a norm, or a verdict, over tensors that were not given and have fewer elements than the given ones.
 
         Looks at tensors only where the groups hold other lists than at the last look, or of other lengths.
 
@@ -59,5 +59,5 @@ class Given:
 
 
 def _numel(param):
-    """The elements on all ranks: a DTensor counts them itself, DeepSpeed's ZeRO-3 leaves empty tensors and a note."""
+    """Returns the number of elements on all ranks. ZeRO-3 leaves empty tensors, and the number in `ds_numel`."""
     return getattr(param, "ds_numel", None) or param.numel()

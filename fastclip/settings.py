@@ -6,7 +6,7 @@ from typing import Any, TypedDict, TypeVar
 
 import torch
 
-# The values that mean torch's own step.
+# Each setting, with the value that means torch's own step.
 OWN_SETTINGS = {
     "clip_value": None,
     "max_norm": None,
@@ -37,7 +37,7 @@ Init = TypeVar("Init", bound=Callable[..., Any])
 
 
 def lists_clip_settings(init: Init) -> Init:
-    """Has `help()` and `inspect.signature` list the settings by name in place of `**clip`."""
+    """Makes `help()` and `inspect.signature` list the settings by name in place of `**clip`."""
     signature = inspect.signature(init)
     own = [
         inspect.Parameter(

@@ -18,8 +18,8 @@ class SGD(ClippedOptimizer, torch.optim.SGD):
         torch.nn.utils.clip_grad_norm_(params, max_norm)     # if max_norm is given
         torch.optim.SGD(params, ...).step()
 
-    except that the gradients stay as they were. Value clip (and no clip) gives the same bits as torch on the CPU for
-    float32 and float64; the norm is more exact than torch's (1e-6 for any finite input). 16-bit parameters are
+    except that the gradients stay as they were. With a value clip, or without a clip, the bits are torch's on the CPU
+    in float32 and float64. The norm is more exact than torch's (1e-6 for any finite input). 16-bit parameters are
     computed in float32 and rounded once; their gradients may be float32 (`p.grad_dtype = torch.float32`).
 
     Args:
@@ -30,19 +30,20 @@ class SGD(ClippedOptimizer, torch.optim.SGD):
         max_norm (float, optional): gradients are scaled down so that their norm over all groups is at most this. 0 is
             allowed; inf only measures, see `total_norm`.
         norm_type (float): 2 or inf.
-        skip_nonfinite (bool): leaves parameters and momentum as they are where any gradient holds an inf or NaN, also
-            one that a value clip would bound; see `skipped_steps`. Reads the gradients once more, unless `max_norm`
-            does already. By default, as in torch, such values take their course.
-        master_weights (bool): 16-bit parameters have a float32 copy in the state, `master_param`, which is what is
-            updated; the parameter is that, rounded. All their states are float32 then. The copy is made in the first
-            step: parameters that are changed by others later go back to it.
-        stochastic_rounding (bool): what is stored in 16 bits is rounded up or down at random, so that it is right on
-            average: parameters learn what rounding to nearest loses, with no more memory. Each parameter then counts
-            its steps in the state, as `step`, and the bits depend on it, on `rounding_seed` and on the parameter's
-            place among the groups: they are the same in every run, on any number of threads and on a GPU.
+        skip_nonfinite (bool): leaves parameters and momentum as they are if any gradient holds an inf or NaN, even one
+            that a value clip would bound; see `skipped_steps`. Reads the gradients once more, unless `max_norm` does
+            already. By default, as in torch, such values take their course.
+        master_weights (bool): 16-bit parameters have a float32 copy in the state, `master_param`. Each step updates the
+            copy and rounds it to the parameter. All states of the parameter are float32. The first step makes the copy;
+            later steps undo other changes of the parameter.
+        stochastic_rounding (bool): values stored in 16 bits are rounded up or down at random, so that they are right on
+            average. Parameters learn the small updates that rounding to nearest loses, with no more memory. Each
+            parameter then counts its steps in the state, as `step`. The bits depend on this count, on `rounding_seed`
+            and on the parameter's place among the groups: they are the same in every run, on any number of threads and
+            on a GPU.
         rounding_seed (int): from 0 to 2**32 - 1.
-        momentum_dtype (torch.dtype, optional): of `momentum_buffer`; by default that of the gradient, or float32 with
-            `master_weights`. bfloat16 halves what a float32 parameter's momentum takes.
+        momentum_dtype (torch.dtype, optional): dtype of `momentum_buffer`; by default the gradient's, or float32 with
+            `master_weights`. bfloat16 halves the memory for a float32 parameter's momentum.
 
     Raises:
         ValueError: a negative or NaN threshold, low > high, another norm type, `max_norm` or `skip_nonfinite` different

@@ -1,1 +1,1 @@
-"""What all benchmarks measure with: models, contenders, agreement, clocks, and the rows of a result."""
+"""The parts that all benchmarks share: models, contenders, agreement, clocks, and the rows of a result."""

@@ -25,7 +25,7 @@ class Disagreement(Exception):
 
 
 def check(problem, clip, rule, threads=(1,)):
-    """Three steps of every contender from the same start, compared in parameters and states.
+    """Takes three steps of every contender from the same start, and compares parameters and states.
 
     The steps take turns with the thread counts. Value clip: fastclip has to give the bits of the loop (but for Adam's
     parameters), torch's own variants 1e-6; on CUDA and in 16 bits, all one unit in the last place per step. Norm clip:
@@ -47,15 +47,15 @@ def check(problem, clip, rule, threads=(1,)):
         if by_norm or name != "loop":
             result = three_steps(problem, name, problem.copies[name], clip, rule, threads)
             tolerance = norm_tolerance(name, problem) if by_norm else value_tolerance(name, problem)
-            of_params = max(tolerance, ADAM_TOLERANCE) if "exp_avg" in rule.states else tolerance
-            deviations[name] = compare(name, result, reference, tolerance, of_params)
+            param_tolerance = max(tolerance, ADAM_TOLERANCE) if "exp_avg" in rule.states else tolerance
+            deviations[name] = compare(name, result, reference, tolerance, param_tolerance)
     return deviations
 
 
 def three_steps(problem, name, copies, clip, rule, threads):
-    """Parameters and states after three steps of a contender."""
-    # From zero, the parameters are the sum of the updates: what a norm lost is not hidden under a parameter, and an
-    # update in 16 bits does not vanish in one.
+    """Returns parameters and states after three steps of a contender."""
+    # From zero, the parameters are the sum of the updates. So no parameter hides the error of a norm, and no update in
+    # 16 bits vanishes in one.
     problem.reset_params(copies, from_zero=clip[0] == "norm" or problem.dtype.itemsize == 2)
     contender = Contender(name, copies, clip, rule)
     for index, factor in enumerate(FACTORS):
@@ -73,18 +73,18 @@ def value_tolerance(name, problem):
     if problem.dtype.itemsize == 2:
         return len(FACTORS) * torch.finfo(problem.dtype).eps
     if problem.device.type == "cuda":
-        # Which products of torch's CUDA kernels are contracted to an fma is its compiler's choice.
+        # torch's compiler chooses which products of its CUDA kernels become an fma.
         return 1e-6 if name in OF_TORCH[1:] else len(FACTORS) * torch.finfo(problem.dtype).eps
     # torch's add(other, alpha) is an fma only in its vectorised kernels, and fastclip follows those.
     vectorised = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     return 1e-6 if name in OF_TORCH[1:] or not vectorised else 0.0
 
 
-def compare(name, result, reference, of_states, of_params):
-    """Largest deviation; Disagreement where one is above its tolerance. A tolerance of 0 means the same bits."""
+def compare(name, result, reference, state_tolerance, param_tolerance):
+    """Returns the largest deviation. Disagreement: one is above its tolerance. A tolerance of 0 means the same bits."""
     largest = 0.0
     for kind, expected_tensors in reference.items():
-        tolerance = of_params if kind == "parameter" else of_states
+        tolerance = param_tolerance if kind == "parameter" else state_tolerance
         if len(result[kind]) != len(expected_tensors):
             raise Disagreement(f"{name}: {len(result[kind])} {kind} tensors instead of {len(expected_tensors)}")
         for index, (tensor, expected) in enumerate(zip(result[kind], expected_tensors, strict=True)):
@@ -100,7 +100,7 @@ def compare(name, result, reference, of_states, of_params):
 
 
 def relative_deviation(tensor, expected):
-    """Largest difference over the largest element: an element that happens to be near 0 has no relative accuracy."""
+    """Returns the largest difference over the largest element: an element near 0 has no relative accuracy."""
     pieces = [t.flatten().split(PIECE) for t in (tensor, expected)]
     differences = [piece.double().sub_(wanted).abs_().max() for piece, wanted in zip(*pieces, strict=True)]
     largest = [torch.linalg.vector_norm(wanted, torch.inf) for wanted in pieces[1]]

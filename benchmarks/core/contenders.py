@@ -16,11 +16,11 @@ MOVED = {"value": 3, "norm": 4}
 
 @dataclass(frozen=True)
 class Rule:
-    """An optimizer of torch's, fastclip's in its place, and the settings of both."""
+    """An optimizer of torch, fastclip's optimizer in its place, and the settings of both."""
 
     title: str
-    of_torch: type
-    of_fastclip: type
+    torch_class: type
+    fastclip_class: type
     settings: dict = field(hash=False)
     states: tuple  # names of the states, each in the shape of its parameter
 
@@ -29,7 +29,7 @@ class Rule:
         return MOVED[clip] + 2 * len(self.states)
 
     def in_row(self):
-        """The entry of this rule in a row of the results."""
+        """Returns the entry of this rule in a row of the results."""
         return {"momentum": self.settings["momentum"]} if "momentum" in self.settings else {"rule": self.title}
 
 
@@ -53,14 +53,14 @@ RULES = {
 
 
 def rule_of(row):
-    """The rule of a row of the results."""
+    """Returns the rule of a row of the results."""
     return next(rule for rules in RULES.values() for rule in rules if rule.in_row().items() <= row.items())
 
 
 def loop(params, clip, rule):
-    """The article's: one parameter after the other, clip, then step. Returns the optimizer and its step, as all do."""
+    """Makes the article's loop: one parameter after the other, clip, then step. As all, returns optimizer and step."""
     kind, limit = clip
-    optimizer = rule.of_torch(params, **rule.settings, foreach=False)
+    optimizer = rule.torch_class(params, **rule.settings, foreach=False)
 
     def value_step():
         for p in params:
@@ -77,7 +77,7 @@ def loop(params, clip, rule):
 def foreach(params, clip, rule):
     """torch's multi-tensor operations for both."""
     kind, limit = clip
-    optimizer = rule.of_torch(params, **rule.settings, foreach=True)
+    optimizer = rule.torch_class(params, **rule.settings, foreach=True)
     clip_gradients = clip_grad_value_ if kind == "value" else clip_grad_norm_
 
     def step():
@@ -90,7 +90,7 @@ def foreach(params, clip, rule):
 def fused(params, clip, rule):
     """torch's fused optimizer after its clip functions with their default settings."""
     kind, limit = clip
-    optimizer = rule.of_torch(params, **rule.settings, fused=True)
+    optimizer = rule.torch_class(params, **rule.settings, fused=True)
     clip_gradients = clip_grad_value_ if kind == "value" else clip_grad_norm_
 
     def step():
@@ -101,9 +101,9 @@ def fused(params, clip, rule):
 
 
 def one_pass(params, clip, rule):
-    """fastclip: clip and update together."""
+    """Makes fastclip's optimizer: clip and update together."""
     kind, limit = clip
-    optimizer = rule.of_fastclip(params, **rule.settings, **{"clip_value" if kind == "value" else "max_norm": limit})
+    optimizer = rule.fastclip_class(params, **rule.settings, **{"clip_value" if kind == "value" else "max_norm": limit})
     return optimizer, optimizer.step
 
 
@@ -119,7 +119,7 @@ class Contender:
         self.optimizer, self.step = CONTENDERS[name](copies, clip, rule)
 
     def results(self):
-        """All tensors that a step writes: parameters, and their states if there are any."""
+        """Returns all tensors that a step writes: parameters, and their states if there are any."""
         states = [self.optimizer.state[p] for p in self.params]
         written = {"parameter": [p.detach() for p in self.params]}
         return written | {name: [state[name] for state in states if name in state] for name in self.rule.states}

@@ -18,7 +18,7 @@ class Cuda:
         return record.gpu()
 
     def available_memory(self):
-        """Bytes, less those of the copy that the memory's speed is measured with."""
+        """Returns free bytes, without the bytes of the copy that measures the memory's speed."""
         return torch.cuda.mem_get_info()[0] - 8 * self.copy_elements
 
     def block(self, step, steps):
@@ -40,7 +40,7 @@ class Cuda:
         return seconds
 
     def graph(self, step, steps):
-        """A function that replays the steps with one call. The step must have run before; RuntimeError if it can't."""
+        """Returns a function that replays the steps by one call. The step must have run before; RuntimeError if not."""
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             with torch.cuda.graph(graph):

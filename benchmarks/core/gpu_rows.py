@@ -5,11 +5,11 @@ import torch
 from . import rows, timing
 from .contenders import CLIPS, Contender, rule_of
 
-# A block has no more steps than the device's queue takes without making the host wait. A step of the loop is hundreds
-# of launches, the others' are few.
+# Steps per block: no more than the device's queue takes without making the host wait. A step of the loop has hundreds
+# of launches, the steps of the others have few.
 HOST_STEPS = {"loop": 1, "foreach": 4, "fused": 4, "fastclip": 4}
-GRAPH_STEPS = 20  # that a replay of one graph takes: the time between two replays is shared by them
-GRAPH_TENSORS = 200  # the loop's graph has as many steps as update these, and at least one
+GRAPH_STEPS = 20  # steps in one graph: they share the time between two replays
+GRAPH_TENSORS = 200  # tensors that the loop's graph updates, in at least one step
 
 
 class Copy:
@@ -26,7 +26,7 @@ class Copy:
 
 
 def measure(problem, clip, rule, device, rounds):
-    """A row. Three times of each contender:
+    """Returns a row. Three times of each contender:
 
     - step: steps in a row, as a training loop takes them, by events. The host bounds it where models are small.
     - device: steps replayed from a CUDA graph, by events: the host has no part in it.
@@ -53,7 +53,7 @@ def measure(problem, clip, rule, device, rounds):
 
 
 def device_timer(row, device, name, step):
-    """A timer of a graph of steps; of steps in a row if they can't be captured, and the row then says why."""
+    """Returns a timer of a graph of steps; of steps in a row if they can't be captured, and the row then says why."""
     steps = GRAPH_STEPS if name != "loop" else max(1, min(GRAPH_STEPS, GRAPH_TENSORS // row["tensors"]))
     try:
         return timing.Timer(device.graph(step, steps), device.block, inside=steps)
@@ -85,12 +85,12 @@ def evaluate(row, samples, copied):
     if "value" in on_device:
         found["norm_vs_value"] = rows.described(timing.ratios(own, on_device["value"]))
     if row["parameters"] >= rows.LARGE:
-        found["of_floor"] = rows.of_floor(row["parameters"] * floor, speeds, own)
+        found["of_floor"] = rows.share_of_floor(row["parameters"] * floor, speeds, own)
     return found
 
 
 def in_l2(row, gpu):
-    """Whether what a step touches fits the device's L2 cache; None where its size is not known."""
+    """Returns whether the arrays of a step fit the device's L2 cache; None if its size is not known."""
     if not gpu or not gpu["l2_bytes"]:
         return None
     return (2 + len(rule_of(row).states)) * itemsize(row) * row["parameters"] <= gpu["l2_bytes"]

@@ -1,21 +1,21 @@
-"""The memory that a benchmark needs, and that there is. Too little is noticed before anything is allocated."""
+"""Needed and available memory. A benchmark notices too little memory before it allocates any."""
 
 from pathlib import Path
 
 from .contenders import CONTENDERS
 from .models import MODELS, count
 
-# A container's own limit (cgroup 2); "max" where there is none.
+# A container's own limit (cgroup 2); "max" means no limit.
 LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def kept(model, itemsize=4):
-    """Bytes of a problem: parameters and gradients at the start, and a copy of both for every contender."""
+    """Returns the bytes of a problem: parameters and gradients at the start, and a copy of both for every contender."""
     return 2 * (1 + len(CONTENDERS)) * itemsize * count(MODELS[model])
 
 
 def at_work(model, itemsize=4, states=1):
-    """Bytes that come on top while contenders are compared or timed, with this number of states per parameter."""
+    """Returns the extra bytes while contenders are compared or timed, with this number of states per parameter."""
     # The loop in float64: parameters, gradients and states; then without gradients, beside two contenders' states.
     compared = max(8 * (2 + states), 8 * (1 + states) + 2 * itemsize * states)
     # The states of all; on a GPU one more contender, which is more than the CPU's probe of its memory.
@@ -24,12 +24,12 @@ def at_work(model, itemsize=4, states=1):
 
 
 def needed(models, itemsize=4, states=1):
-    """Bytes for problems that are allocated together, and worked on one after the other."""
+    """Returns the bytes for problems that are allocated together, and worked on one after the other."""
     return sum(kept(model, itemsize) for model in models) + max(at_work(model, itemsize, states) for model in models)
 
 
 def shortage(models, available, itemsize=4, states=1):
-    """The message where there is too little memory; None where there is enough, or nobody knows."""
+    """Returns a message if there is too little memory; None if there is enough, or nobody knows."""
     need = needed(models, itemsize, states)
     if available is None or need <= available:
         return None
@@ -37,7 +37,7 @@ def shortage(models, available, itemsize=4, states=1):
 
 
 def available():
-    """Bytes of the host's memory that can be had; None where the system does not tell."""
+    """Returns the available bytes of the host's memory; None if the system does not tell."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))

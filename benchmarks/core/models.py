@@ -14,12 +14,12 @@ PATH = Path(__file__).with_name("shapes.json")
 
 
 def dnn():
-    """The acoustic model of the article the project started from: 80-256-64."""
+    """Returns the acoustic model of the article the project started from: 80-256-64."""
     return module_shapes(torch.nn.Linear(80, 256, device="meta"), torch.nn.Linear(256, 64, device="meta"))
 
 
 def gru_ctc(mels=40, hidden=96, symbols=11):
-    """A small CTC recogniser of spoken digits: a strided convolution and two bidirectional GRU layers."""
+    """Returns a small CTC recogniser of spoken digits: a strided convolution and two bidirectional GRU layers."""
     return module_shapes(
         torch.nn.Conv1d(mels, hidden, 5, stride=4, device="meta"),
         torch.nn.GRU(hidden, hidden, num_layers=2, bidirectional=True, device="meta"),
@@ -39,7 +39,7 @@ def module_shapes(*modules):
 
 
 def recorded():
-    """The shapes in shapes.json, by model."""
+    """Returns the shapes in shapes.json, by model."""
     models = json.loads(PATH.read_text())["models"]
     return {model: [tuple(shape) for shape in shapes] for model, shapes in models.items()}
 
@@ -97,5 +97,5 @@ MODELS = {
 
 
 def count(shapes):
-    """Number of elements of all tensors together."""
+    """Returns the number of elements of all tensors together."""
     return sum(math.prod(shape) for shape in shapes)

@@ -37,13 +37,13 @@ class Problem:
             p.zero_() if from_zero else p.copy_(origin)
 
     def reset_grads(self, copies, factor=1.0):
-        """Gradients of a copy to factor * those of the start."""
+        """Sets the gradients of a copy to factor times the first gradients."""
         for p, grad in zip(copies, self.grads, strict=True):
             torch.mul(grad, factor, out=p.grad)
 
 
 class Probe:
-    """The memory's speed, as torch's add_ of as many elements as the model has reaches it."""
+    """Measures the memory's speed by torch's add_ over the same number of elements as the model."""
 
     BYTES = 12  # per element: two are read, one is written
 
@@ -55,7 +55,7 @@ class Probe:
 
 
 def is_normal(tensors, elements=2**16):
-    """Whether the first elements of each are 0 or normal: denormals, infinities and NaN have timings of their own."""
+    """Returns whether the first elements are 0 or normal: denormals, infinities and NaN have timings of their own."""
     tiny = torch.finfo(torch.float32).tiny
     heads = (t.detach().flatten()[:elements] for t in tensors)
     return all(((t == 0) | ((t.abs() >= tiny) & t.isfinite())).all() for t in heads)

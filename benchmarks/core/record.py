@@ -18,7 +18,7 @@ NOT_CODE = [":!benchmarks/results", ":!README.md", ":!docs/performance.md"]
 
 
 def describe(arguments, command):
-    """Everything that is known before a run starts."""
+    """Returns everything that is known before a run starts."""
     return {
         "machine": machine(),
         "versions": versions(),
@@ -29,7 +29,7 @@ def describe(arguments, command):
 
 
 def write(found, path):
-    """JSON with every list of numbers on one line."""
+    """Writes JSON with every list of numbers on one line."""
     text = json.dumps({"schema": 1, **found}, indent=1)
     path.write_text(re.sub(r"\[[-+\d.eE,\s]*\]", lambda numbers: " ".join(numbers[0].split()), text) + "\n")
 
@@ -45,7 +45,7 @@ def machine():
 
 
 def gpu():
-    """The current CUDA device, for the results of a GPU."""
+    """Returns the current CUDA device, for the results of a GPU."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     return {
         "name": properties.name,
@@ -58,7 +58,7 @@ def gpu():
 
 
 def driver():
-    """The version of NVIDIA's driver; None where nvidia-smi does not tell it."""
+    """Returns the version of NVIDIA's driver; None if nvidia-smi does not tell it."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split()
@@ -90,7 +90,7 @@ def versions():
 
 
 def revision():
-    """The commit, and whether the code differs from it.
+    """Returns the commit, and whether the code differs from it.
 
     Where the code came without its history, FASTCLIP_COMMIT may tell the commit; whether it differs is unknown then.
     """

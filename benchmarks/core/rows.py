@@ -9,7 +9,7 @@ LARGE = 20_000_000
 
 
 def at_the_start(problem, clip, rule):
-    """All contenders, each on its copy of the problem."""
+    """Returns all contenders, each on its copy of the problem."""
     contenders = {}
     for name, copies in problem.copies.items():
         problem.reset_params(copies)
@@ -19,7 +19,7 @@ def at_the_start(problem, clip, rule):
 
 
 def agreement_row(problem, clip, rule, threads=(1,)):
-    """How far the contenders are apart; raises Disagreement."""
+    """Returns how far the contenders are apart; raises Disagreement."""
     try:
         deviations = agreement.check(problem, CLIPS[clip], rule, threads)
     except agreement.Disagreement as error:
@@ -29,7 +29,7 @@ def agreement_row(problem, clip, rule, threads=(1,)):
 
 
 def head(problem, clip, rule):
-    """The subject of a row: model, clip and rule."""
+    """Returns the subject of a row: model, clip and rule."""
     return {
         "model": problem.model,
         "tensors": len(problem.params),
@@ -41,7 +41,7 @@ def head(problem, clip, rule):
 
 
 def require_normal(contenders, row):
-    """ArithmeticError where a contender worked on numbers that have timings of their own."""
+    """Raises ArithmeticError if a contender worked on numbers that have timings of their own."""
     for name, contender in contenders.items():
         tensors = [t for written in contender.results().values() for t in written]
         if not is_normal(tensors + [p.grad for p in contender.params]):
@@ -66,12 +66,12 @@ def speed_ups(samples):
 
 
 def floor_bytes(row, itemsize=4):
-    """Bytes per parameter that a step has to move."""
+    """Returns the bytes per parameter that a step has to move."""
     return rule_of(row).elements(row["clip"]) * itemsize
 
 
-def of_floor(moved, speeds, own):
-    """The part of the time that the bytes which have to move take at the speed measured in the same round."""
+def share_of_floor(moved, speeds, own):
+    """Returns the share of the step's time that its bytes take, at the speed measured in the same round."""
     return described([moved / speed / seconds for speed, seconds in zip(speeds, own, strict=True)])
 
 
@@ -80,7 +80,7 @@ def scaled(factor, samples):
 
 
 def described(samples):
-    """Summary and samples, to five digits."""
+    """Returns summary and samples, to five digits."""
     summary = {name: digits(value) for name, value in timing.summary(samples).items()}
     return summary | {"samples": [digits(value) for value in samples]}
 

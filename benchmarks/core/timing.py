@@ -1,4 +1,4 @@
-"""Times things in turns, and says what came out: median and spread."""
+"""Times contenders in turns, and returns median and spread."""
 
 import gc
 import random
@@ -12,9 +12,9 @@ class Timer:
     """Times a step in blocks; each call gives seconds per step.
 
     Args:
-        step (Callable): what is timed.
+        step (Callable): the step to time.
         clock (Callable, optional): block() below, or another function of the same arguments and result.
-        steps (int, optional): per block; as many as take BLOCK_SECONDS where it is not given.
+        steps (int, optional): steps per block. By default, as many as take BLOCK_SECONDS.
         inside (int): steps that one call of `step` takes, as the replay of a graph may hold several.
     """
 
@@ -29,8 +29,7 @@ class Timer:
 def rounds(timers, count, on_round=None):
     """Samples in seconds per step: in every round, each timer times one block.
 
-    The order changes from round to round: what the machine does besides, and what the one before left in the caches,
-    slows all of them.
+    The order changes from round to round: other work of the machine, and the caches' contents, slow all timers alike.
 
     Args:
         timers (dict): functions that return seconds per step, by name.
@@ -70,7 +69,7 @@ def steps_per_block(step, clock=block):
 
 
 def summary(samples):
-    """Median, 10th and 90th percentile."""
+    """Returns median, 10th and 90th percentile."""
     if len(samples) == 1:
         return {"median": samples[0], "p10": samples[0], "p90": samples[0]}
     deciles = statistics.quantiles(samples, n=10, method="inclusive")
@@ -83,5 +82,5 @@ def ratios(numerators, denominators):
 
 
 def fastest(samples):
-    """Name with the smallest median."""
+    """Returns the name with the smallest median."""
     return min(samples, key=lambda name: statistics.median(samples[name]))

@@ -25,7 +25,7 @@ def markdown(results):
 
 
 def summary(results):
-    """A row for each model and clip, of medians of the rules in turn; columns for each number of threads."""
+    """Returns a row for each model and clip, of medians of the rules in turn; columns for each number of threads."""
     counts = sorted({row["threads"] for row in results["cases"]})
     header = ["model", "clip"]
     for threads in counts:
@@ -48,7 +48,7 @@ def summary(results):
 
 
 def speed(all_results):
-    """The README's table: medians of a few rows, one thread. None unless the results have all of them."""
+    """Returns the README's table: medians of a few rows, one thread. None unless the results have all of them."""
     timed = {
         (row["model"], rule(row), row["clip"]): row
         for results in all_results
@@ -66,7 +66,7 @@ def speed(all_results):
 
 
 def kind_of_rule(results):
-    """The name of the column that tells the rules apart."""
+    """Returns the name of the column that tells the rules apart."""
     return "momentum" if all("momentum" in row for row in results["cases"]) else "rule"
 
 
@@ -103,7 +103,7 @@ def table_row(row):
 
 
 def console(results):
-    """All contenders' times in µs per step, for a terminal."""
+    """Returns all contenders' times in µs per step, for a terminal."""
     titles = ["model", "clip", "rule", "thr.", "loop", "foreach", "fused", "fastclip µs", "vs loop", "vs best of torch"]
     lines = [titles + ["host µs", "ns/tensor", "GB/s", "of the floor"]]
     for row in results["cases"]:

@@ -56,11 +56,11 @@ def markdown(results):
 
 
 def tables(found):
-    """All tables for documents, by the name of their markers; `found` holds results by the name of their file."""
+    """Returns the tables for documents, by the name of their markers; `found` holds results by file name."""
     texts = {f"benchmark:{name}": markdown(results) for name, results in found.items()}
-    of_cpu = {name: results for name, results in found.items() if reporter(results) is cpu}
-    texts |= {f"benchmark:{name}-summary": cpu.summary(results) for name, results in of_cpu.items()}
-    speed = cpu.speed(of_cpu.values())
+    cpu_results = {name: results for name, results in found.items() if reporter(results) is cpu}
+    texts |= {f"benchmark:{name}-summary": cpu.summary(results) for name, results in cpu_results.items()}
+    speed = cpu.speed(cpu_results.values())
     return texts | ({"speed": speed} if speed else {})
 
 
@@ -69,7 +69,7 @@ def markers(name):
 
 
 def replaced(document, texts, path="the document"):
-    """The document with each text between its markers. ValueError where there are none, or not in order, once each."""
+    """Puts each text between its markers in a document. ValueError: markers are missing, repeated, or out of order."""
     present = [name for name in texts if any(marker in document for marker in markers(name))]
     if not present:
         raise ValueError(f"{path} has none of the markers {', '.join(markers(name)[0] for name in texts)}")

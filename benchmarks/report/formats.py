@@ -2,7 +2,7 @@
 
 
 def commit(results):
-    """The first ten digits of the commit, and whether the code differed from it."""
+    """Returns the first ten digits of the commit, and whether the code differed from it."""
     if not results["commit"]:
         return "unknown" + (" with changes" if results["dirty"] else "")
     return results["commit"][:10] + {True: " with changes", False: "", None: " (as told)"}[results["dirty"]]
@@ -20,14 +20,14 @@ def table(lines, words):
 
 
 def columns(lines):
-    """The same for a terminal."""
+    """Returns the same for a terminal."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     rows = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
     return "\n".join(row.rstrip() for row in rows)
 
 
 def deviations(results):
-    """How far the contenders' norm clips are from a step in float64, at most."""
+    """Returns how far the contenders' norm clips are from a step in float64, at most."""
     rows = [row["deviation"] for row in results["agreement"] if row["clip"] == "norm"]
     largest = {name: max(row[name] for row in rows) for name in rows[0]} if rows else {"not checked": 0}
     return "norm clip, off a float64 step by at most: " + ", ".join(f"{k} {v:.1g}" for k, v in largest.items())

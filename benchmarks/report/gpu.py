@@ -31,7 +31,7 @@ def markdown(results):
 
 
 def summary(results):
-    """The numbers that docs/performance.md predicts: a header, and a row of strings for each case of plain SGD."""
+    """Returns the numbers that docs/performance.md predicts: a header, and a row of strings per case of plain SGD."""
     rows = [row for row in results["cases"] if row["momentum"] == 0]
     return [SUMMARY, *map(summary_row, rows)]
 
@@ -98,7 +98,7 @@ def in_cache(row):
 
 
 def console(results):
-    """All contenders' times, for a terminal."""
+    """Returns all contenders' times, for a terminal."""
     kinds = {"us_per_step": "step µs", "device_us": "device µs", "host_us": "host µs"}
     names = ["loop", "foreach", "fused", "fastclip"]
     lines = [["model", "dtype", "clip", "mom.", "", *names, "copy GB/s", "of the floor"]]

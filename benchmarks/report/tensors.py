@@ -50,7 +50,7 @@ def title(row):
 
 
 def growth(results):
-    """A sentence on what a tensor costs among the most tensors, compared with one among 1,000."""
+    """Returns a sentence on what a tensor costs among the most tensors, compared with one among 1,000."""
     medians = {}
     for row in results["cases"]:
         medians.setdefault(row["tensors"], []).append(row["ns_per_tensor"]["fastclip"]["median"])
@@ -62,7 +62,7 @@ def growth(results):
 
 
 def large(results):
-    """A row for each case; a norm clip in all."""
+    """Returns a row for each case; a norm clip in all."""
     threads = {row["threads"] for row in results["cases"]}
     body = [
         [

@@ -1,5 +1,5 @@
-// Runs of float16, brought to float32 and back by the instructions made for it: they know subnormal numbers in every mode
-// of the CPU.
+// Converts runs of float16 to float32 and back, with the CPU's instructions for that. They convert subnormal numbers
+// correctly in every mode of the CPU.
 #pragma once
 
 #if defined(__x86_64__)
@@ -29,7 +29,7 @@ struct PortableHalves {
 constexpr int kNearestEven = 0;
 
 struct F16c {
-  // Compilers disagree on whether __builtin_cpu_supports knows it.
+  // Not every compiler's __builtin_cpu_supports knows F16C.
   static bool supported() {
     unsigned a, b, c, d;
     return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
@@ -50,7 +50,8 @@ struct F16c {
   }
 };
 
-// As wide as what the loops load and store: a load waits for two narrower stores until both are in the cache.
+// As wide as the loads and stores of the loops: a load that follows two narrower stores waits until both are in the
+// cache.
 struct Avx512Halves {
   static constexpr __mmask16 kAll = 0xffff;  // without a mask, GCC 12 warns of its own header
 
@@ -76,7 +77,7 @@ struct Avx512Halves {
 using BaselineHalves = PortableHalves;
 
 #elif defined(__aarch64__)
-// Every AArch64 has these.
+// Every AArch64 CPU has these instructions.
 struct Neon {
   static void read(const Float16* from, int64_t size, float* to) {
     int64_t i = 0;

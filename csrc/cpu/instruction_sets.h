@@ -14,12 +14,14 @@ namespace {
 using UpdateLoop = int64_t (*)(const TensorEntry&, int64_t begin, int64_t size, const Constants&);
 using MeasureLoop = void (*)(const TensorEntry&, int64_t begin, int64_t size, const Clip<double>&, Measure&);
 
-// How the arrays of a tensor are stored.
+// The storage of a tensor's arrays. staged: 16-bit or mixed arrays, which go through float32 block by block.
 enum class Storage { float32, float64, staged };
 constexpr int kNumStorages = 3;
 inline Storage storage_of(const TensorEntry& tensor) {
   if (!tensor.uniform) return Storage::staged;
-  return tensor.dtype == DType::float32 ? Storage::float32 : tensor.dtype == DType::float64 ? Storage::float64 : Storage::staged;
+  return tensor.dtype == DType::float32   ? Storage::float32
+         : tensor.dtype == DType::float64 ? Storage::float64
+                                          : Storage::staged;
 }
 
 // Each rule has a row of loops, one for each value of its terms; rows lie one after the other.
@@ -40,14 +42,14 @@ constexpr auto kFirstLoop = [] {
 
 struct LoopTable {
   UpdateLoop updates[kNumStorages][count_of_loops()];
-  MeasureLoop measures[kNumDTypes][2][3];  // inf norm, seen
+  MeasureLoop measures[kNumDTypes][2][3];  // by dtype, inf norm or not, Seen
 
   UpdateLoop update(Rules::Id rule, const TensorEntry& tensor, Terms terms) const {
     return updates[static_cast<int>(storage_of(tensor))][kFirstLoop[rule.index()] + terms];
   }
 };
 
-// The loops above are inlined into the members of each set, and so compiled for its target.
+// The entry points of one instruction set. The loops of loops.h are inlined into them, and so compiled for its target.
 #define FASTCLIP_INSTRUCTION_SET(NAME, HALVES, TARGET)                                                                 \
   struct NAME {                                                                                                        \
     using Halves = HALVES;                                                                                             \
@@ -129,13 +131,13 @@ struct InstructionSet {
   LoopTable loops;
 };
 
-// The best that the machine has, or the one named by FASTCLIP_CPU_CAPABILITY if the machine has it.
+// Chooses the best set that the machine has, or the one that FASTCLIP_CPU_CAPABILITY names, if the machine has it.
 const InstructionSet& instruction_set() {
   static const InstructionSet sets[] = {
 #if defined(__x86_64__)
       {"AVX512",
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && F16c::supported(),
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl") && F16c::supported(),
        make_loops<Avx512>()},
       {"AVX2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && F16c::supported(),
        make_loops<Avx2>()},

@@ -4,14 +4,15 @@
 #include <cstring>
 #include <type_traits>
 
-#include "halves.h"
 #include "../step.h"
+#include "halves.h"
 
-// A target or a pragma that a compiler ignores leaves the loops right, and slow.
+// Makes it an error if the compiler ignores a target or a pragma: the loops would be correct, but slow.
 #pragma GCC diagnostic error "-Wattributes"
 #pragma GCC diagnostic error "-Wunknown-pragmas"
 
-// The arrays of a tensor do not overlap, and the widest registers are to be used: clang does so unasked.
+// Tells the compiler that the arrays of a tensor do not overlap, and to use the widest registers, which clang does
+// unasked.
 #if defined(__clang__)
 #define FASTCLIP_IVDEP _Pragma("clang loop vectorize(assume_safety)")
 #define FASTCLIP_WIDEST
@@ -23,42 +24,42 @@
 namespace fastclip::cpu {
 namespace {
 
-// What a loop needs besides its tensor, in double; each loop converts it to its compute type, as
-// torch does with the scalars of an operation.
+// The numbers that a loop needs besides its tensor, in double. Each loop converts them to its compute type, as torch
+// does with the scalars of an operation.
 struct Constants {
   Clip<double> clip;
   alignas(double) unsigned char rule[Rules::kConstantsBytes];
   bool stochastic_rounding;
   uint32_t rounding_seed;
-  uint32_t step;  // this one; 0 where nobody counts
+  uint32_t step;  // the number of this step; 0 if steps are not counted
 };
 
 template <class R, class T>
 FASTCLIP_HD typename R::template Constants<T> constants_as(const Constants& constants) {
-  typename R::template Constants<double> of_rule;
-  memcpy(&of_rule, constants.rule, sizeof(of_rule));
-  return converted<typename R::template Constants<T>>(of_rule);
+  typename R::template Constants<double> rule_constants;
+  memcpy(&rule_constants, constants.rule, sizeof(rule_constants));
+  return converted<typename R::template Constants<T>>(rule_constants);
 }
 
-// The hardware prefetcher stops at each page and looks too short a way ahead: one core reads one stream
-// at about 60 % of what it can. Asking for the lines this far ahead brings the rest.
+// The distance at which memory is prefetched. The hardware prefetcher stops at each page and does not look far enough
+// ahead: one core then reads one stream at about 60 % of its bandwidth. Prefetching this far ahead brings the rest.
 constexpr int64_t kPrefetchBytes = 4096;
 constexpr int64_t kCacheLine = 64;
 
-// Asks for `count` elements, some way ahead of `from`.
+// Prefetches `count` elements, `bytes_ahead` ahead of `from`.
 template <class Stored>
 FASTCLIP_HD void prefetch(const Stored* from, int64_t count, int64_t bytes_ahead = kPrefetchBytes) {
   const char* ahead = reinterpret_cast<const char*>(from) + bytes_ahead;
   for (int64_t byte = 0; byte < count * int64_t{sizeof(Stored)}; byte += kCacheLine) __builtin_prefetch(ahead + byte);
 }
 
-// Elements per inner block. Clamped elements are counted per block, in a register as wide as the data: a running total
-// would be kept in memory.
+// Elements per inner block. Clamped elements are counted per block, in a register as wide as the data; compilers would
+// keep a running total in memory.
 constexpr int64_t kBlock = 128;
 
 constexpr bool has(uint32_t states, int s) { return states >> s & 1; }
 
-// Updates `size` elements of arrays in the compute type. Returns how many the value clip moved.
+// Updates `size` elements of arrays in the compute type. Returns how many of them the value clip changed.
 template <class T, class R, Terms kTerms>
 FASTCLIP_HD int64_t update_block(T* params, const T* grads, T* const* states, int64_t size, const Clip<T>& clip,
                                  const typename R::template Constants<T>& constants) {
@@ -87,7 +88,7 @@ FASTCLIP_HD int64_t update_block(T* params, const T* grads, T* const* states, in
   return clamped;
 }
 
-// Elements [begin, begin + size) of a tensor whose arrays all have the type it is computed in.
+// Updates elements [begin, begin + size) of a tensor whose arrays all have the compute type.
 template <class T, class R, Terms kTerms>
 FASTCLIP_HD int64_t update_uniform(const TensorEntry& tensor, int64_t begin, int64_t size, const Constants& all) {
   constexpr uint32_t kWrites = R::writes(kTerms);
@@ -97,7 +98,7 @@ FASTCLIP_HD int64_t update_uniform(const TensorEntry& tensor, int64_t begin, int
   const auto* const grads = static_cast<const T*>(tensor.grad) + begin;
   T* states[kMaxStates];
   for (int s = 0; s < kMaxStates; ++s) states[s] = static_cast<T*>(tensor.states[s]) + (has(kWrites, s) ? begin : 0);
-  const auto at = [&](int64_t i, T* (&moved)[kMaxStates]) __attribute__((always_inline)) {
+  const auto at = [&](int64_t i, T*(&moved)[kMaxStates]) __attribute__((always_inline)) {
     for (int s = 0; s < kMaxStates; ++s) moved[s] = states[s] + (has(kWrites, s) ? i : 0);
   };
   int64_t i = 0, clamped = 0;
@@ -116,7 +117,7 @@ FASTCLIP_HD int64_t update_uniform(const TensorEntry& tensor, int64_t begin, int
   return clamped + update_block<T, R, kTerms>(params + i, grads + i, moved, size - i, clip, constants);
 }
 
-// A block of an array of any of the narrower dtypes, in float.
+// Reads, writes or rounds a block of an array of float32 or a narrower dtype; the block is float32.
 template <class Stored>
 FASTCLIP_HD void read_block(const void* from, int64_t at, int64_t size, float* to) {
   const auto* const values = static_cast<const Stored*>(from) + at;
@@ -153,8 +154,8 @@ void round_any(DType dtype, void* to, int64_t at, int64_t size, const float* fro
   Set::template round_as<Float16>(to, at, size, from, key);
 }
 
-// The same for a tensor with 16-bit arrays, or a mixture of float32 and those: a block at a time is brought to float,
-// into the innermost cache.
+// Does the same for a tensor with 16-bit arrays, or with a mixture of these and float32. It brings one block at a time
+// to float32, in the innermost cache.
 template <class Set, class R, Terms kTerms>
 FASTCLIP_HD int64_t update_staged(const TensorEntry& tensor, int64_t begin, int64_t size, const Constants& all) {
   constexpr uint32_t kReads = R::reads(kTerms), kWrites = R::writes(kTerms);
@@ -185,22 +186,23 @@ FASTCLIP_HD int64_t update_staged(const TensorEntry& tensor, int64_t begin, int6
   return clamped;
 }
 
-// A chunk is summed in this many lanes, on every instruction set, and so to the same bits.
+// The number of lanes in which a chunk is summed. It is the same on every instruction set, and so are the bits.
 constexpr int kLanes = 32;
-// A whole chunk is read as four streams: one core keeps more lines in flight over several pages.
+// The number of streams in which a whole chunk is read: one core keeps more lines in flight over several pages.
 constexpr int kStreams = 4;
 
-// What a norm is taken of: gradients as they are, after unscaling and value clip, or so but for inf and NaN.
+// The values that a norm is taken over: raw gradients, unscaled and clipped ones, or these with inf and NaN left
+// unclipped.
 enum class Seen { raw, clipped, clipped_or_nonfinite };
 
 template <class Set, class Stored, Norm kNorm, Seen kSeen>
-FASTCLIP_HD void measure_loop(const TensorEntry& tensor, int64_t begin, int64_t size, const Clip<double>& of_group,
+FASTCLIP_HD void measure_loop(const TensorEntry& tensor, int64_t begin, int64_t size, const Clip<double>& group_clip,
                               Measure& result) {
   using T = ComputeType<Stored>;
   constexpr bool kFloat64 = std::is_same_v<Stored, double>;
-  const auto clip = converted<Clip<T>>(of_group);
+  const auto clip = converted<Clip<T>>(group_clip);
   const auto* const grads = static_cast<const Stored*>(tensor.grad) + begin;
-  constexpr int kWide = kFloat64 && kNorm == Norm::two ? kLanes : 1;  // lanes of the sums that only float64 needs
+  constexpr int kWide = kFloat64 && kNorm == Norm::two ? kLanes : 1;  // lanes of the two sums that only float64 needs
   double small[kWide] = {}, medium[kLanes] = {}, big[kWide] = {};
   const auto add = [&](const Stored* from) __attribute__((always_inline)) {
     T x[kLanes];
@@ -233,7 +235,8 @@ FASTCLIP_HD void measure_loop(const TensorEntry& tensor, int64_t begin, int64_t 
   }
   for (int half = kLanes / 2; half > 0; half /= 2) {
     for (int lane = 0; lane < half; ++lane) {
-      medium[lane] = kNorm == Norm::inf ? larger(medium[lane], medium[lane + half]) : medium[lane] + medium[lane + half];
+      medium[lane] =
+          kNorm == Norm::inf ? larger(medium[lane], medium[lane + half]) : medium[lane] + medium[lane + half];
       if constexpr (kWide > 1) {
         small[lane] += small[lane + half];
         big[lane] += big[lane + half];

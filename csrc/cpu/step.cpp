@@ -1,4 +1,4 @@
-// A step on the CPU: chunks over threads.
+// A step on the CPU: threads fetch chunks.
 #include <algorithm>
 #include <atomic>
 #include <cfenv>
@@ -9,30 +9,29 @@
 namespace fastclip::cpu {
 namespace {
 
-// Below this a second thread costs more than it brings.
+// Elements per thread. With fewer, a second thread costs more than it brings.
 constexpr int64_t kElementsPerThread = 32768;
-// Threads fetch this many chunks at a time: whoever is held up by other work on its core takes fewer.
+// Chunks that a thread fetches at a time. A thread that is held up by other work on its core fetches less often.
 constexpr int64_t kChunksPerFetch = 16;
 
 // Calls body(tensor, first element, number of elements) for each tensor's share of a range of chunks.
 template <class Body>
 void for_each_run(const Step& step, int64_t first_chunk, int64_t last_chunk, const Body& body) {
   if (step.tensors.empty()) return;
-  auto tensor = std::upper_bound(
-      step.tensors.begin(), step.tensors.end(), first_chunk,
-      [](int64_t chunk, const TensorEntry& entry) { return chunk < entry.first_chunk; });
+  auto tensor = std::upper_bound(step.tensors.begin(), step.tensors.end(), first_chunk,
+                                 [](int64_t chunk, const TensorEntry& entry) { return chunk < entry.first_chunk; });
   --tensor;
   for (int64_t chunk = first_chunk; chunk < last_chunk; ++tensor) {
     const int64_t begin = (chunk - tensor->first_chunk) * kChunk;
-    const int64_t end =
-        std::min(tensor->numel, (last_chunk - tensor->first_chunk) * kChunk);
+    const int64_t end = std::min(tensor->numel, (last_chunk - tensor->first_chunk) * kChunk);
     if (begin < end) body(*tensor, begin, end - begin);
     chunk += (end - begin + kChunk - 1) / kChunk;
   }
 }
 
-// Computes as the calling thread does, while this is there. torch.set_flush_denormal is about one thread only: whether a
-// subnormal number counts would depend on the thread that happens to fetch it.
+// Gives this thread the floating-point mode of the calling thread, for as long as the object lives.
+// torch.set_flush_denormal sets the mode of one thread only. Without this, a subnormal number would count or not,
+// depending on the thread that happens to fetch it.
 class FloatingPointMode {
  public:
   explicit FloatingPointMode(const std::fenv_t& wanted) {
@@ -46,12 +45,12 @@ class FloatingPointMode {
   std::fenv_t own_;
 };
 
-// One parallel region: calls body(first chunk, last chunk) until every chunk was fetched. `backwards`
-// starts where the pass before it ended, on what is still in the cache.
+// Runs one parallel region: calls body(first chunk, last chunk) until every chunk was fetched. `backwards` starts where
+// the previous pass ended, on data that is still in the cache.
 template <class Body>
 void for_each_chunk(const Step& step, const ThreadPool& pool, bool backwards, const Body& body) {
-  const int threads = static_cast<int>(std::min<int64_t>(
-      pool.threads, std::max<int64_t>(step.elements / kElementsPerThread, 1)));
+  const int threads =
+      static_cast<int>(std::min<int64_t>(pool.threads, std::max<int64_t>(step.elements / kElementsPerThread, 1)));
   if (threads == 1 && !backwards) return body(0, step.chunks);
 
   struct Work {
@@ -85,8 +84,8 @@ Constants constants_of(const Step& step, const Hyper& hyper, const Scaling& scal
   c.clip = clip_of<double>(hyper, step.grad_scale, scaling);
   Rules::visit(step.rule, [&](auto tag) {
     using R = typename decltype(tag)::Rule;
-    const auto of_rule = R::constants(hyper, hyper.of<R>(), hyper.lr, progress);
-    memcpy(c.rule, &of_rule, sizeof(of_rule));
+    const auto rule_constants = R::constants(hyper, hyper.of<R>(), hyper.lr, progress);
+    memcpy(c.rule, &rule_constants, sizeof(rule_constants));
   });
   c.stochastic_rounding = hyper.stochastic_rounding;
   c.rounding_seed = hyper.rounding_seed;
@@ -97,8 +96,7 @@ Constants constants_of(const Step& step, const Hyper& hyper, const Scaling& scal
 void measure_all(const Step& step, const ThreadPool& pool, const LoopTable& loops) {
   const bool inf = step.norm == Norm::inf;
   for_each_chunk(step, pool, false, [&](int64_t first_chunk, int64_t last_chunk) {
-    for_each_run(step, first_chunk, last_chunk, [&](const TensorEntry& tensor, int64_t begin,
-                                                    int64_t size) {
+    for_each_run(step, first_chunk, last_chunk, [&](const TensorEntry& tensor, int64_t begin, int64_t size) {
       const Hyper& hyper = step.hypers[tensor.hyper];
       const Clip<double> clip = clip_of<double>(hyper, step.grad_scale, {});
       const bool clips = clip.unscale != 1 || clips_value(hyper);
@@ -133,11 +131,11 @@ void update_all(const Step& step, const ThreadPool& pool, const LoopTable& loops
     Progress current_progress{-1, -1, false};
     Constants constants;
     int64_t clamped = 0;
-    for_each_run(step, first_chunk, last_chunk, [&](const TensorEntry& tensor, int64_t begin,
-                                                    int64_t size) {
+    for_each_run(step, first_chunk, last_chunk, [&](const TensorEntry& tensor, int64_t begin, int64_t size) {
       const Hyper& hyper = step.hypers[tensor.hyper];
       const Progress progress = progress_of(tensor);
-      if (current != tensor.hyper || current_progress.step != progress.step || current_progress.scalar != progress.scalar) {
+      if (current != tensor.hyper || current_progress.step != progress.step ||
+          current_progress.scalar != progress.scalar) {
         constants = constants_of(step, hyper, scaling, progress);
         current = tensor.hyper;
         current_progress = progress;
@@ -149,7 +147,8 @@ void update_all(const Step& step, const ThreadPool& pool, const LoopTable& loops
   if (step.clamped) *step.clamped = static_cast<double>(all_clamped);
   if (!step.has_step_counts) return;
   Rules::visit(step.rule, [&](auto tag) {
-    for (const TensorEntry& tensor : step.tensors) advance<typename decltype(tag)::Rule>(tensor, step.hypers[tensor.hyper]);
+    for (const TensorEntry& tensor : step.tensors)
+      advance<typename decltype(tag)::Rule>(tensor, step.hypers[tensor.hyper]);
   });
 }
 

@@ -1,26 +1,26 @@
-// The CUDA kernel: measures (where there is a norm), waits for the whole grid, updates.
+// The CUDA kernel: measures (if there is a norm), waits for the whole grid, updates.
 #pragma once
 
 #include "mixed.cuh"
 #include "tiles.cuh"
 
-// All of a block's shared memory: a Shared, then the slots.
+// The whole shared memory of a block: a Shared, then the slots.
 extern __shared__ uint4 dynamic_shared_memory[];
 
 namespace fastclip::cuda {
 namespace {
 
 struct alignas(kPackBytes) Shared {
-  Measure of_warp[kWarps];
+  Measure warp_sums[kWarps];
   Decision decision;
   bool last;
 };
 
 __device__ __forceinline__ Shared& shared() { return *reinterpret_cast<Shared*>(dynamic_shared_memory); }
 
-// Deals tiles out to the warps of all blocks, one round after the other, or back from the last to the
-// first: what a pass read last is what the next one still finds in L2. The tiles of the first rounds
-// have slots, in both directions the same. Calls body(tile, hyper, entry, first element, size, slot).
+// Deals tiles out to the warps of all blocks, round after round. `backwards` goes from the last round to the first: the
+// next pass still finds in L2 the tiles that this pass read last. The tiles of the first rounds have slots, the same
+// slots in both directions. Calls body(tile, hyper, entry, first element, size, slot).
 template <class K, DTypes kDTypes, int kTableBytes, class Body>
 __device__ __forceinline__ void for_each_tile(const Arguments<kTableBytes>& arguments, bool backwards, bool slots,
                                               const Body& body) {
@@ -41,12 +41,13 @@ __device__ __forceinline__ void for_each_tile(const Arguments<kTableBytes>& argu
     if (slots && slot < header.slots) {
       kept = dynamic_shared_memory + (sizeof(Shared) + size_t{slot} * header.slot_bytes) / sizeof(uint4);
     }
-    body(tile, table.hypers[entry.hyper], entry, begin, static_cast<int>(rest < header.tile ? rest : header.tile), kept);
+    body(tile, table.hypers[entry.hyper], entry, begin, static_cast<int>(rest < header.tile ? rest : header.tile),
+         kept);
   }
 }
 
-// Over the lanes of a warp, for lane 0, in an order that depends on nothing else. kWide: all three parts are in use,
-// and not only `medium`.
+// Sums over the lanes of a warp, for lane 0, always in the same order. kWide: all three parts are in use, not only
+// `medium`.
 template <bool kWide>
 __device__ __forceinline__ Measure sum_over_warp(Norm norm, Measure sum) {
   for (int offset = kWarp / 2; offset > 0; offset /= 2) {
@@ -58,20 +59,20 @@ __device__ __forceinline__ Measure sum_over_warp(Norm norm, Measure sum) {
   return sum;
 }
 
-// Over the threads of a block, for thread 0.
+// Sums over the threads of a block, for thread 0.
 template <bool kWide>
 __device__ __forceinline__ Measure sum_over_block(Norm norm, Measure sum) {
   sum = sum_over_warp<kWide>(norm, sum);
-  if (threadIdx.x % kWarp == 0) shared().of_warp[threadIdx.x / kWarp] = sum;
+  if (threadIdx.x % kWarp == 0) shared().warp_sums[threadIdx.x / kWarp] = sum;
   __syncthreads();
   if (threadIdx.x == 0) {
-    for (int warp = 1; warp < kWarps; ++warp) combine(norm, sum, shared().of_warp[warp]);
+    for (int warp = 1; warp < kWarps; ++warp) combine(norm, sum, shared().warp_sums[warp]);
   }
   return sum;
 }
 
-// The sum over all tiles, for thread 0 of one block, while the whole grid waits: several loads are under way at
-// once. Other blocks have written them: `volatile` reads what is there now. A 0 changes no sum and no maximum.
+// Sums over all tiles, for thread 0 of one block. The whole grid waits for it, so several loads are under way at once.
+// `volatile`, as other blocks have written the measures. A 0 changes no sum and no maximum.
 template <bool kWide>
 __device__ __forceinline__ Measure sum_over_tiles(const Header& header) {
   constexpr int kAtOnce = 8;
@@ -94,8 +95,8 @@ __device__ __forceinline__ Measure sum_over_tiles(const Header& header) {
   return sum_over_block<kWide>(header.norm, sum);
 }
 
-// All blocks meet here. The last to come adds up what was measured before it lets the others go on; where
-// nothing follows in this launch, nobody waits.
+// Lets all blocks meet. The last block to arrive adds up the measures, then lets the others go on. If nothing follows
+// in this launch, no block waits.
 template <DTypes kDTypes>
 __device__ __forceinline__ void meet_and_sum(const Header& header) {
   volatile Outcome& outcome = *header.outcome;
@@ -122,7 +123,7 @@ __device__ __forceinline__ void meet_and_sum(const Header& header) {
   }
 }
 
-// What the norm decides, known to all threads of the block.
+// Decides by the norm, and returns the decision to all threads of the block.
 __device__ __forceinline__ const Decision& decide_for_block(const Header& header) {
   if (threadIdx.x == 0) {
     Measure sum{};
@@ -137,7 +138,7 @@ __device__ __forceinline__ const Decision& decide_for_block(const Header& header
   return shared().decision;
 }
 
-// Each block writes its own count, and together they zero the unused slots. The host adds up on request.
+// Writes the block's own count. Together, the blocks zero the unused counts. The host adds them up on request.
 __device__ __forceinline__ void publish_clamped(double* counts, uint32_t clamped) {
   const double sum = sum_over_block<false>(Norm::two, {0, static_cast<double>(clamped), 0}).medium;
   for (uint32_t i = threadIdx.x * gridDim.x + blockIdx.x; i < kMaxBlocks; i += kThreads * gridDim.x) {
@@ -145,7 +146,7 @@ __device__ __forceinline__ void publish_clamped(double* counts, uint32_t clamped
   }
 }
 
-// The last block to finish counts the step of every tensor: until then, others may have to know which it is.
+// Counts the step of every tensor, in the last block to finish: until then, other blocks may still read the counts.
 template <class K, DTypes kDTypes, int kTableBytes>
 __device__ __forceinline__ void count_steps(const Arguments<kTableBytes>& arguments) {
   if constexpr (kCounts<K, kDTypes>) {
@@ -167,38 +168,41 @@ __device__ __forceinline__ void count_steps(const Arguments<kTableBytes>& argume
   }
 }
 
-// Blocks on a multiprocessor at the least: a cap on registers that leaves enough loads in flight.
+// Returns the smallest number of blocks on a multiprocessor. It caps the registers, so that enough loads are in flight.
 constexpr int min_blocks(DTypes dtypes) { return dtypes == DTypes::any ? 1 : 2; }
 
-// One launch does it all, if all blocks run at the same time. Else one measures and the next updates.
+// Measures and updates in one launch, if all blocks run at the same time. If not, one launch measures and the next
+// updates.
 template <class K, DTypes kDTypes, int kTableBytes>
 __global__ void __launch_bounds__(kThreads, min_blocks(kDTypes))
     step_kernel(const __grid_constant__ Arguments<kTableBytes> arguments) {
   const Header& header = arguments.header;
   if (header.found_inf && *header.found_inf != 0) {
-    if (header.update && blockIdx.x == 0 && threadIdx.x == 0) record(*header.outcome, skipped(header.max_norm), header.counts_skips);
+    if (header.update && blockIdx.x == 0 && threadIdx.x == 0)
+      record(*header.outcome, skipped(header.max_norm), header.counts_skips);
     return;
   }
   const bool keep = header.measure && header.update;
   if (header.measure) {
-    for_each_tile<K, kDTypes>(arguments, false, keep, [&](uint32_t tile, const Hyper& hyper, const auto& entry,
-                                                                int64_t begin, int size, uint4* slot) {
-      with_dtype<kDTypes>(grad_dtype_of(entry), [&](auto stored) {
-        using Stored = decltype(stored);
-        constexpr bool kFloat64 = sizeof(Stored) == sizeof(double);
-        Measure sum = header.norm == Norm::inf
-                          ? measure_tile<Norm::inf, Stored>(header, hyper, entry, begin, size, slot)
-                          : measure_tile<Norm::two, Stored>(header, hyper, entry, begin, size, slot);
-        sum = sum_over_warp<kFloat64>(header.norm, sum);
-        if (threadIdx.x % kWarp == 0) {
-          header.measures[tile] = sum.medium;
-          if constexpr (kDTypes == DTypes::any) {
-            header.measures[header.tiles + tile] = kFloat64 ? sum.small : 0;
-            header.measures[2 * header.tiles + tile] = kFloat64 ? sum.big : 0;
-          }
-        }
-      });
-    });
+    for_each_tile<K, kDTypes>(
+        arguments, false, keep,
+        [&](uint32_t tile, const Hyper& hyper, const auto& entry, int64_t begin, int size, uint4* slot) {
+          with_dtype<kDTypes>(grad_dtype_of(entry), [&](auto stored) {
+            using Stored = decltype(stored);
+            constexpr bool kFloat64 = sizeof(Stored) == sizeof(double);
+            Measure sum = header.norm == Norm::inf
+                              ? measure_tile<Norm::inf, Stored>(header, hyper, entry, begin, size, slot)
+                              : measure_tile<Norm::two, Stored>(header, hyper, entry, begin, size, slot);
+            sum = sum_over_warp<kFloat64>(header.norm, sum);
+            if (threadIdx.x % kWarp == 0) {
+              header.measures[tile] = sum.medium;
+              if constexpr (kDTypes == DTypes::any) {
+                header.measures[header.tiles + tile] = kFloat64 ? sum.small : 0;
+                header.measures[2 * header.tiles + tile] = kFloat64 ? sum.big : 0;
+              }
+            }
+          });
+        });
     meet_and_sum<kDTypes>(header);
   }
   if (!header.update) return;
@@ -210,20 +214,21 @@ __global__ void __launch_bounds__(kThreads, min_blocks(kDTypes))
     if (K::Rule::kClipsInPlace && scaling.coefficient == 1.0) return;
   }
   uint32_t clamped = 0;
-  for_each_tile<K, kDTypes>(arguments, keep, keep, [&](uint32_t, const Hyper& hyper, const Entry<K, kDTypes>& entry,
-                                                    int64_t begin, int size, const uint4* slot) {
-    if constexpr (kMixed<K, kDTypes>) {
-      if (kDTypes == DTypes::mixed || !entry.uniform) {
-        clamped += update_mixed_tile<K>(header, hyper, entry, begin, size, scaling, slot);
-        return;
-      }
-    }
-    if constexpr (kDTypes != DTypes::mixed) {
-      with_dtype<kDTypes>(entry.dtype, [&](auto stored) {
-        clamped += update_tile<K, decltype(stored)>(header, hyper, entry, begin, size, scaling, slot);
+  for_each_tile<K, kDTypes>(
+      arguments, keep, keep,
+      [&](uint32_t, const Hyper& hyper, const Entry<K, kDTypes>& entry, int64_t begin, int size, const uint4* slot) {
+        if constexpr (kMixed<K, kDTypes>) {
+          if (kDTypes == DTypes::mixed || !entry.uniform) {
+            clamped += update_mixed_tile<K>(header, hyper, entry, begin, size, scaling, slot);
+            return;
+          }
+        }
+        if constexpr (kDTypes != DTypes::mixed) {
+          with_dtype<kDTypes>(entry.dtype, [&](auto stored) {
+            clamped += update_tile<K, decltype(stored)>(header, hyper, entry, begin, size, scaling, slot);
+          });
+        }
       });
-    }
-  });
   if (!K::Rule::kClipsInPlace && header.clamped) publish_clamped(header.clamped, clamped);
   count_steps<K, kDTypes>(arguments);
 }

@@ -1,4 +1,4 @@
-// One tile of a tensor whose arrays have several dtypes, or are rounded at random, for one warp of a GPU.
+// Updates one tile of a tensor whose arrays have several dtypes or are rounded at random, by one warp of a GPU.
 #pragma once
 
 #include "tiles.cuh"
@@ -6,11 +6,11 @@
 namespace fastclip::cuda {
 namespace {
 
-// A lane takes four elements of every array at a time: 16 bytes of float32, 8 of the narrower dtypes. Which it is, is
-// the same for all lanes. A word is taken apart only when all that a lane has asked for are under way.
+// Elements of every array that a lane takes at a time: 16 bytes of float32, or 8 bytes of a narrower dtype. All lanes
+// of a warp have the same dtype. A word is unpacked only after the lane has asked for all of its words.
 constexpr int kElements = 4;
 
-// kSize is 4, or 1 where memory is not aligned.
+// Reads a word of kSize elements: 4, or 1 where memory is not aligned.
 template <int kSize>
 __device__ __forceinline__ uint4 read(const void* array, DType dtype, int64_t i) {
   uint4 word{};
@@ -68,7 +68,7 @@ __device__ __forceinline__ void unpack(const uint4& word, DType dtype, float (&v
   }
 }
 
-// store_to(value in 16 bits, value in float32, j) rounds.
+// Packs values into a word. store_to(16-bit value, float32 value, j) rounds one of them.
 template <class Store>
 __device__ __forceinline__ uint4 pack(const float (&values)[kElements], DType dtype, const Store& store_to) {
   uint32_t words[kElements] = {};
@@ -90,7 +90,7 @@ __device__ __forceinline__ uint4 pack(const float (&values)[kElements], DType dt
   return {words[0], words[1], words[2], words[3]};
 }
 
-// Returns how many elements of this lane the value clip moved.
+// Updates a tile. Returns how many elements of this lane the value clip changed.
 template <class K, class OneEntry>
 __device__ __noinline__ uint32_t update_mixed_tile(const Header& header, const Hyper& hyper, const OneEntry& entry,
                                                    int64_t begin, int size, Scaling scaling, const uint4* slot) {
@@ -101,7 +101,7 @@ __device__ __noinline__ uint32_t update_mixed_tile(const Header& header, const H
   const auto constants = constants_of<R, float>(hyper, entry);
   const Terms terms = possible_terms<K>(hyper, entry);
   const uint32_t reads = R::reads(terms), writes = R::writes(terms);
-  const int64_t place = begin + entry.head;  // of the tile's first element in its tensor
+  const int64_t place = begin + entry.head;  // the place of the tile's first element in its tensor
   uint32_t keys[1 + kRoom] = {};
   if (hyper.stochastic_rounding) {
     const auto count = static_cast<uint32_t>(static_cast<int64_t>(progress_of(entry).step));
@@ -162,7 +162,8 @@ __device__ __noinline__ uint32_t update_mixed_tile(const Header& header, const H
           }
         };
         write_array(0, entry.dtype, entry.param, param);
-        if (entry.rounded) write<kSize>(entry.rounded, entry.rounded_dtype, at(i), pack(param, entry.rounded_dtype, nearest));
+        if (entry.rounded)
+          write<kSize>(entry.rounded, entry.rounded_dtype, at(i), pack(param, entry.rounded_dtype, nearest));
 #pragma unroll
         for (int s = 0; s < kStates; ++s) {
           if (has(writes, s)) write_array(1 + s, entry.state_dtypes[s], entry.states[s], states[s]);

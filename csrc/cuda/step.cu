@@ -21,7 +21,8 @@ bool has_several_dtypes(const TensorEntry& tensor) {
 
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kPackBytes == 0; }
 
-// Elements before all arrays of a tensor are aligned; 0 where they are, or can't be together.
+// Returns the number of elements before all arrays of a tensor are aligned. 0 if they are, or cannot be at the same
+// element.
 int64_t unaligned_head(const TensorEntry& tensor) {
   if (has_several_dtypes(tensor)) return 0;
   const auto behind = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kPackBytes; };
@@ -35,8 +36,8 @@ int64_t unaligned_head(const TensorEntry& tensor) {
   return head < tensor.numel ? head : 0;
 }
 
-// Calls body(tensor, first element, number of elements) for what becomes an entry: a tensor, or the head
-// and the aligned rest of one, as of a view into a flat buffer.
+// Calls body(tensor, first element, number of elements) for each entry. A tensor is one entry, or two: a view into a
+// flat buffer may have an unaligned head, and an aligned rest.
 template <class Body>
 void for_each_entry(const Step& step, const Body& body) {
   for (const TensorEntry& tensor : step.tensors) {
@@ -46,9 +47,10 @@ void for_each_entry(const Step& step, const Body& body) {
   }
 }
 
-// Field by field in place: a whole entry, copied right after its bytes were written, waits for them.
+// Writes an entry field by field, in place: a copy of a whole entry would wait for the bytes just written.
 template <class K, DTypes kDTypes>
-void write_entry(const TensorEntry& tensor, int64_t begin, int64_t numel, uint32_t first_tile, Entry<K, kDTypes>& entry) {
+void write_entry(const TensorEntry& tensor, int64_t begin, int64_t numel, uint32_t first_tile,
+                 Entry<K, kDTypes>& entry) {
   const auto at = [begin](void* base, DType dtype) -> void* {
     return base ? static_cast<char*>(base) + begin * item_size(dtype) : nullptr;
   };
@@ -82,7 +84,7 @@ void write_entry(const TensorEntry& tensor, int64_t begin, int64_t numel, uint32
   }
 }
 
-// How many state arrays the tensors of a step have at the most.
+// Returns the largest number of state arrays among the tensors of a step.
 int states_of(const Step& step) {
   int states = 0;
   for (const TensorEntry& tensor : step.tensors) {
@@ -107,16 +109,16 @@ DTypes dtypes_of(const Step& step) {
   return DTypes::any;
 }
 
-// Calls body(kernel, dtypes) with both as types.
 template <DTypes kDTypes>
 using DTypesTag = std::integral_constant<DTypes, kDTypes>;
 
+// Calls body(kernel, dtypes), with both as types.
 template <class K, class Body>
 auto with_dtypes(DTypes dtypes, const Body& body) {
   if constexpr (K::Rule::kIsCommon) {
     if (dtypes == DTypes::float32) return body(K{}, DTypesTag<DTypes::float32>{});
     if (dtypes == DTypes::bfloat16) return body(K{}, DTypesTag<DTypes::bfloat16>{});
-    // Gradients alone are no mixture.
+    // A rule that clips in place sees one array, which is no mixture.
     if constexpr (!K::Rule::kClipsInPlace) {
       if (dtypes == DTypes::mixed) return body(K{}, DTypesTag<DTypes::mixed>{});
     }
@@ -143,20 +145,20 @@ auto with_kernel(Rules::Id rule, int states, DTypes dtypes, const Body& body) {
 
 struct Layout {
   Rules::Id rule;
-  int states = 0;  // arrays of a tensor, at the most
+  int states = 0;  // the largest number of state arrays of a tensor
   DTypes dtypes = DTypes::any;
   int64_t entries = 0;
   int64_t tiles = 0;
-  int tile_bits = 10;      // a tile has 2^tile_bits elements: divisions would be half of the host's work here
-  int32_t item_bytes = 0;  // of the widest gradient
+  int tile_bits = 10;      // a tile has 2^tile_bits elements: divisions would take half of the host's time here
+  int32_t item_bytes = 0;  // bytes per element of the widest gradient
   int64_t table_bytes = 0;
 
   int32_t tile() const { return 1 << tile_bits; }
   int64_t tiles_of(int64_t numel) const { return (numel + tile() - 1) >> tile_bits; }
 };
 
-// Small tiles keep all of a GPU busy with a small model; the last block adds up one sum per tile, so a large
-// model gets larger ones. Depends on the model alone, and with it the order of the sums.
+// Chooses the tile's size. Small tiles keep a whole GPU busy with a small model. The last block adds up one sum per
+// tile, so a large model gets larger tiles. The size depends on the model alone, and so does the order of the sums.
 Layout layout_of(const Step& step) {
   constexpr int64_t kManyTiles = 1 << 15;
   constexpr int kLargestTileBits = 14;
@@ -194,7 +196,7 @@ void write_table(const Step& step, const Layout& layout, unsigned char* bytes) {
 
 // ---- the launch ----------------------------------------------------------------------------------
 
-// How many blocks of a kernel a device runs at once, and what each of them can have of its shared memory.
+// The number of blocks of a kernel that a device runs at once, and the shared memory that each block can have.
 struct Room {
   int blocks = 0;
   int shared_bytes = 0;
@@ -224,7 +226,7 @@ cudaError_t ask_for_room(int device, Room& room) {
   return cudaSuccess;
 }
 
-// Asked for once per kernel and device.
+// Returns a kernel's room on a device. Asks the device once.
 template <auto kKernel>
 cudaError_t room_of(int device, Room& room) {
   static std::mutex mutex;
@@ -241,7 +243,8 @@ cudaError_t launch(const Layout& layout, Args& arguments, int device, cudaStream
   Room room;
   if (const cudaError_t error = room_of<kKernel>(device, room)) return error;
   Header& header = arguments.header;
-  const dim3 blocks(static_cast<unsigned>(std::min<int64_t>({room.blocks, std::max<int64_t>(layout.tiles, 1), kMaxBlocks})));
+  const dim3 blocks(
+      static_cast<unsigned>(std::min<int64_t>({room.blocks, std::max<int64_t>(layout.tiles, 1), kMaxBlocks})));
   void* pointers[] = {&arguments};
   if (header.measure && header.update && room.cooperative) {
     header.slot_bytes = layout.tile() * layout.item_bytes;
@@ -251,7 +254,7 @@ cudaError_t launch(const Layout& layout, Args& arguments, int device, cudaStream
     const size_t shared_bytes = sizeof(Shared) + size_t{header.slots} * header.slot_bytes;
     const cudaError_t error =
         cudaLaunchCooperativeKernel(kKernel, blocks, dim3(kThreads), pointers, shared_bytes, stream);
-    // Other clients of the device, or a tool, may leave less of it than it promises.
+    // Other clients of the device, or a tool, may leave less room than the device reports.
     if (error != cudaErrorCooperativeLaunchTooLarge && error != cudaErrorNotSupported) return error;
     cudaGetLastError();
     header.slots = 0;
@@ -267,7 +270,7 @@ cudaError_t launch(const Layout& layout, Args& arguments, int device, cudaStream
   return cudaLaunchKernel(kKernel, blocks, dim3(kThreads), pointers, sizeof(Shared), stream);
 }
 
-// Kernels of the rarer dtypes come with the large table only: they take the longest to compile.
+// Returns whether kernels of these dtypes exist for the small table, too. Rarer dtypes take the longest to compile.
 constexpr bool has_small_table(DTypes dtypes) { return dtypes == DTypes::float32 || dtypes == DTypes::bfloat16; }
 
 template <int kTableBytes>
@@ -307,7 +310,7 @@ Header header_of(const Step& step, const Layout& layout) {
   return header;
 }
 
-// Brings a table into device memory, where it has changed.
+// Uploads a table into device memory, if it has changed.
 cudaError_t upload(std::vector<unsigned char> bytes, DeviceTable& table, cudaStream_t stream) {
   if (bytes == table.uploaded) return cudaSuccess;
   table.uploaded.clear();
@@ -365,7 +368,7 @@ const char* run(const Step& step, DeviceTable& table, int device, void* stream) 
   if (step.hypers.size() > UINT16_MAX) return "more than 65,535 groups";
   const cudaError_t error = run_on_current_device(step, table, device, static_cast<cudaStream_t>(stream));
   if (error == cudaSuccess) return nullptr;
-  cudaGetLastError();  // said here, and not to be found by others
+  cudaGetLastError();  // clears the error, which is reported here: no later call finds it
   return cudaGetErrorString(error);
 }
 

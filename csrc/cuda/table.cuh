@@ -1,4 +1,4 @@
-// What a CUDA kernel is told: a header, the groups' hyperparameters, and one entry per tensor.
+// The arguments of a CUDA kernel: a header, the groups' hyperparameters, and one entry per tensor.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,12 +9,13 @@ namespace fastclip::cuda {
 namespace {
 
 constexpr int kWarp = 32;
-constexpr int kWarps = 8;  // of a block
+constexpr int kWarps = 8;  // per block
 constexpr int kThreads = kWarp * kWarps;
 constexpr int kPackBytes = 16;  // the widest load
 
-// Tensors are cut into tiles of `Header::tile` elements, and a warp takes one at a time: warps wait for
-// nobody inside a pass over memory, and work is dealt out by elements, not by tensors.
+// The part of an entry that all kernels have. Tensors are cut into tiles of `Header::tile` elements, and a warp takes
+// one tile at a time. So no warp waits for another inside a pass over memory, and work is dealt out by elements, not by
+// tensors.
 struct EntryHead {
   void* param;
   void* grad;
@@ -22,30 +23,30 @@ struct EntryHead {
   uint32_t first_tile;
   uint16_t hyper;
   DType dtype;
-  bool aligned : 1;          // all arrays start on 16 bytes, and with them every tile
-  bool first_of_tensor : 1;  // of several entries of one tensor, this one counts its steps
-  bool is_first : 1;         // as in TensorEntry
+  bool aligned : 1;  // all arrays start on 16 bytes, and with them every tile
+  bool first_of_tensor : 1;  // the first entry of its tensor: this one counts the steps
+  bool is_first : 1;  // as in TensorEntry
   bool step_is_float64 : 1;
   bool scalar_is_float64 : 1;
   uint8_t unused : 3;
 };
 static_assert(sizeof(EntryHead) == 32, "more tensors fit into the kernel arguments while it is small");
 
-// How many arrays `states`, as bits, need.
+// Returns the length of an array that holds these states, given as bits.
 constexpr int length_of(uint32_t states) {
   int length = 0;
   while (states >> length) ++length;
   return length;
 }
 
-// The kernels of one rule differ in how many state arrays they have registers for.
+// A kernel of a rule. The kernels of one rule differ in the number of state arrays that they have registers for.
 template <class R, int kStateArrays>
 struct Kernel {
   using Rule = R;
   static constexpr int kStates = kStateArrays;
-  static constexpr int kRoom = kStates > 0 ? kStates : 1;  // the length of arrays of them
+  static constexpr int kRoom = kStates > 0 ? kStates : 1;  // the length of an array of states
 
-  // The switches that a tensor with so few arrays can have on.
+  // The switches that can be on in a tensor with no more than kStates arrays.
   static constexpr Terms kPossible = [] {
     Terms possible = 0;
     for (Terms terms = 0; terms < 1u << R::kSwitches; ++terms) {
@@ -55,17 +56,17 @@ struct Kernel {
   }();
 };
 
-// Kernels for tensors of the dtypes that models are trained in, one for mixtures of 16 bits and float32 within a tensor,
-// and one for all others, which needs more registers: there all lanes of a warp take the same branch. Rare rules have
-// only the last.
+// The dtypes that a kernel knows. float32 and bfloat16 are the dtypes that models are trained in. `mixed` is a mixture
+// of 16 bits and float32 within a tensor. `any` is everything else; it needs more registers, and all lanes of a warp
+// take the same branch. Rare rules have only `any`.
 enum class DTypes { float32, bfloat16, mixed, any };
 template <class K, DTypes kDTypes>
 constexpr bool kMixed = !K::Rule::kClipsInPlace && (kDTypes == DTypes::mixed || kDTypes == DTypes::any);
 template <class K, DTypes kDTypes>
 constexpr bool kCounts = K::Rule::kCountsSteps || kMixed<K, kDTypes>;
 
-// What the tensors of a launch have, as far as it is the same for all: how many state arrays, whether steps are counted,
-// whether there is a scalar, and whether the arrays of one tensor may have several dtypes.
+// The parts of an entry that not all kernels have: state arrays, a count of steps, a scalar, and dtypes that may differ
+// within a tensor.
 template <int kRoom>
 struct StatesPart {
   void* states[kRoom];
@@ -90,7 +91,7 @@ template <bool kMixed, int kRoom>
 struct MixedPart {
   void* rounded;
   uint32_t index;
-  uint8_t head;  // elements of the tensor before this entry
+  uint8_t head;  // number of the tensor's elements before this entry
   DType grad_dtype;
   DType state_dtypes[kRoom];
   DType rounded_dtype;
@@ -117,27 +118,27 @@ struct Header {
   uint32_t hypers;
   uint32_t tensors;
   uint32_t tiles;
-  int32_t tile;        // elements
-  uint32_t slots;      // tiles that a block can keep in its shared memory between the passes,
-  int32_t slot_bytes;  // and the size of each
+  int32_t tile;  // elements
+  uint32_t slots;  // number of tiles that a block can keep in its shared memory between the passes
+  int32_t slot_bytes;  // the size of a slot
   const float* grad_scale;
   const float* found_inf;
   Outcome* outcome;
-  double* clamped;      // of every block
-  double* measures;     // of every tile: all `medium`, then all `small`, then all `big`
-  const Measure* sums;  // of every part of the step; nullptr where nothing is measured
+  double* clamped;  // one count per block
+  double* measures;  // three per tile: all `medium`, then all `small`, then all `big`
+  const Measure* sums;  // one per part of the step; nullptr without a norm
   int32_t parts;
   Norm norm;
-  bool measure;  // what this launch is for
-  bool update;
+  bool measure;  // whether this launch measures
+  bool update;  // whether it updates
   bool skip_nonfinite;
   bool counts_skips;
   bool has_step_counts;
   double max_norm;
 };
 
-// As a kernel argument the table needs no copy and no lifetime, and a CUDA graph captures it by value;
-// arguments may have 32,764 bytes since CUDA 12.1.
+// Sizes of a table that is a kernel argument. There it needs no copy and no lifetime, and a CUDA graph captures it by
+// value. Arguments may have 32,764 bytes since CUDA 12.1.
 constexpr int kSmallTable = 3072;
 #if CUDART_VERSION >= 12010
 constexpr int kLargeTable = 32000;
@@ -164,7 +165,7 @@ __device__ __forceinline__ Table<K, kDTypes> table_of(const Arguments<kTableByte
   return {hypers, reinterpret_cast<const Entry<K, kDTypes>*>(hypers + arguments.header.hypers)};
 }
 
-// The last entry that starts at or before a tile, for a whole warp: its lanes look at 32 places at once.
+// Finds the last entry that starts at or before a tile. The lanes of a warp look together, at 32 places at once.
 template <class OneEntry>
 __device__ __forceinline__ const OneEntry& entry_of(const OneEntry* entries, uint32_t count, uint32_t tile) {
   const uint32_t lane = threadIdx.x % kWarp;
@@ -180,8 +181,8 @@ __device__ __forceinline__ const OneEntry& entry_of(const OneEntry* entries, uin
   return entries[low];
 }
 
-// A piece of a table that is too large for the arguments, on its way into device memory: written by a
-// kernel, since a graph can capture that by value, too.
+// A piece of a table that is too large for the arguments, on its way into device memory. A kernel writes it there: a
+// graph captures the kernel's argument by value, too.
 struct Upload {
   unsigned char* to;
   uint32_t bytes;  // a multiple of 8, as are the sizes of all rows

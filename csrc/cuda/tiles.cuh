@@ -1,4 +1,4 @@
-// One tile of one tensor, for one warp of a GPU: measured, or updated.
+// Measures or updates one tile of one tensor, by one warp of a GPU.
 #pragma once
 
 #include <type_traits>
@@ -8,8 +8,8 @@
 namespace fastclip::cuda {
 namespace {
 
-// Memory moves in words of one value, or of as many as 16 bytes hold. A word is taken apart only when all that a
-// lane has asked for are under way: the compiler waits for each it sees taken apart.
+// The type of a word. Memory moves in words of one value, or of as many values as 16 bytes hold. A word is unpacked
+// only after the lane has asked for all of its words: at each unpacking, the compiler waits for that word.
 template <int kBytes>
 struct WordOf;
 template <>
@@ -43,10 +43,12 @@ struct Pack {
   }
 };
 
-// Loads that a lane keeps in flight per array: with 16 warps on a multiprocessor at least 32 KiB, more than the memory's
-// latency asks for.
+// Loads that a lane keeps in flight per array. With 16 warps on a multiprocessor these are at least 32 KiB, enough to
+// hide the memory's latency.
 template <int kArrays>
-constexpr int kInFlight = kArrays > 3 ? 1 : kArrays > 2 ? 2 : 4;
+constexpr int kInFlight = kArrays > 3   ? 1
+                          : kArrays > 2 ? 2
+                                        : 4;
 
 // Calls body(k, i) for the words i = first, first + 32, ... below `count` that a lane has under way at once.
 template <int kAtOnce, class Body>
@@ -59,8 +61,8 @@ __device__ __forceinline__ void for_words(int first, int count, const Body& body
   }
 }
 
-// Calls body(values in a word, first element, first word of the lane, number of words) until all elements were
-// handled: 16 bytes at a time as far as they go, and single values where memory is not aligned.
+// Calls body(values in a word, first element, first word of the lane, number of words) until all elements were handled.
+// Words have 16 bytes where memory is aligned; the rest, and unaligned memory, moves in single values.
 template <class Stored, int kAtOnce, class Body>
 __device__ __forceinline__ void for_tile(bool aligned, int size, const Body& body) {
   constexpr int kFull = kPackBytes / sizeof(Stored);
@@ -83,11 +85,10 @@ __device__ __forceinline__ double lr_of(const Hyper& hyper) {
                              : *static_cast<const float*>(hyper.lr_on_device);
 }
 
-// This lane's share of a tile's sum. Not inlined, as below: what the dtypes of a mixture keep in registers would
-// add up. Gradients are kept in `slot`, if there is one: each lane comes back
-// for its own, so nobody has to wait for anybody. Loads and stores say how the caches should treat them:
-// everything is used once and given back (`cs`), so that it drives nothing out; only a gradient that
-// will be read again stays in L2 (`cg`).
+// Measures this lane's share of a tile. Not inlined, like update_tile: the registers of all dtypes of a mixture would
+// add up. Keeps the gradients in `slot`, if there is one: each lane comes back for its own, so no lane waits for
+// another. Loads and stores tell the caches how long to keep the data. Data that is used once is evicted first (`cs`),
+// so that it drives nothing out. Only a gradient that will be read again stays in L2 (`cg`).
 template <Norm kNorm, class Stored>
 __device__ __noinline__ Measure measure_tile(const Header& header, const Hyper& hyper, const EntryHead& entry,
                                              int64_t begin, int size, uint4* slot) {
@@ -125,13 +126,13 @@ __device__ __noinline__ Measure measure_tile(const Header& header, const Hyper& 
   return {small, static_cast<double>(medium), big};
 }
 
-// Those of a tensor, with what a kernel leaves out known to the compiler.
+// Returns a tensor's terms. The mask tells the compiler which switches are never on in this kernel.
 template <class K>
 __device__ __forceinline__ Terms possible_terms(const Hyper& hyper, const EntryHead& entry) {
   return terms_of(hyper, entry.is_first) & K::kPossible;
 }
 
-// What the rule needs per element of a tensor, in the type it is computed in.
+// Returns the rule's constants for a tensor, in the compute type.
 template <class R, class T, class OneEntry>
 __device__ __forceinline__ typename R::template Constants<T> constants_of(const Hyper& hyper, const OneEntry& entry) {
   const auto constants = R::constants(hyper, hyper.of<R>(), lr_of(hyper), progress_of(entry));
@@ -140,7 +141,7 @@ __device__ __forceinline__ typename R::template Constants<T> constants_of(const 
 
 __device__ __forceinline__ constexpr bool has(uint32_t states, int s) { return states >> s & 1; }
 
-// Returns how many elements of this lane the value clip moved.
+// Updates a tile. Returns how many elements of this lane the value clip changed.
 template <class K, class Stored, class OneEntry>
 __device__ __noinline__ uint32_t update_tile(const Header& header, const Hyper& hyper, const OneEntry& entry,
                                              int64_t begin, int size, Scaling scaling, const uint4* slot) {
@@ -152,11 +153,11 @@ __device__ __noinline__ uint32_t update_tile(const Header& header, const Hyper& 
   const Clip<T> clip = clip_of<T>(hyper, header.grad_scale, scaling);
   const auto constants = constants_of<R, T>(hyper, entry);
   const Terms terms = possible_terms<K>(hyper, entry);
-  const uint32_t reads = R::reads(terms), writes = R::writes(terms);  // not the same in every group
+  const uint32_t reads = R::reads(terms), writes = R::writes(terms);  // groups differ in these
 
   auto* const params = static_cast<Stored*>(entry.param) + begin;
   const auto* const grads = static_cast<const Stored*>(entry.grad) + begin;
-  Stored* states_at[kRoom];  // in registers: the compiler would look them up for each word
+  Stored* states_at[kRoom];  // in registers: if not, the compiler looks them up for each word
 #pragma unroll
   for (int s = 0; s < kStates; ++s) states_at[s] = static_cast<Stored*>(entry.states[s]) + begin;
   uint32_t clamped = 0;
@@ -214,7 +215,7 @@ __device__ __noinline__ uint32_t update_tile(const Header& header, const Hyper& 
   return clamped;
 }
 
-// Calls body(value of the type that the arrays of a dtype hold).
+// Calls body with a value of the type that arrays of this dtype hold.
 template <DTypes kDTypes, class Body>
 __device__ __forceinline__ void with_dtype(DType dtype, const Body& body) {
   if constexpr (kDTypes == DTypes::float32) {

@@ -34,7 +34,7 @@ struct Adam {
   }
   static double new_value(const Settings&) { return 0; }
 
-  static constexpr Terms kIsAmsgrad = 2, kWeightDecay = 4;  // added to the gradient
+  static constexpr Terms kIsAmsgrad = 2, kWeightDecay = 4;  // the decay that is added to the gradient
   static constexpr int kSwitches = 3;
   static Terms terms(const SharedHyper& hyper, const Settings& settings) {
     return (settings.amsgrad ? kIsAmsgrad : 0) |
@@ -48,7 +48,7 @@ struct Adam {
   struct Constants {
     T negative_step_size;
     T weight_decay;
-    T decay;  // decoupled: what it leaves of a parameter. 1 where there is none, which changes no bits
+    T decay;  // decoupled: a factor of the parameter. 1 without it, which changes no bits
     T lerp_weight;
     T beta2;
     T one_minus_beta2;
@@ -69,7 +69,7 @@ struct Adam {
 
   template <class T>
   FASTCLIP_HD static void update(Terms terms, const Constants<T>& c, T& param, T d, T* states) {
-    using std::fma, std::sqrt;  // of T, not of double
+    using std::fma, std::sqrt;  // for T, not for double
     T& exp_avg = states[0];
     T& exp_avg_sq = states[1];
     if (terms & kWeightDecay) d = fma(c.weight_decay, param, d);

@@ -1,4 +1,4 @@
-// No optimizer: writes the clipped gradient back, as torch.nn.utils.clip_grad_value_ and clip_grad_norm_.
+// No optimizer: it writes the clipped gradient back, as torch.nn.utils.clip_grad_value_ and clip_grad_norm_ do.
 #pragma once
 
 #include "rule.h"

@@ -1,4 +1,4 @@
-// The element types the kernels read and write, and the type each is computed in.
+// The element types that the kernels read and write, and the type that each is computed in.
 #pragma once
 
 #include <cstdint>
@@ -58,9 +58,9 @@ FASTCLIP_HD float load(Float16 x) {
 #if defined(__CUDA_ARCH__)
   return __half2float(__ushort_as_half(x.bits));
 #else
-  // Branchless, so that loops over it vectorise, and without any subnormal float: torch.set_flush_denormal would make
-  // it 0, and many CPUs take a hundred cycles for it. The digits of a subnormal half go behind a 2^-14, which is then
-  // taken off.
+  // Branchless, so that loops over it vectorise. It makes no subnormal float: torch.set_flush_denormal would turn that
+  // into 0, and many CPUs take a hundred cycles for it. The digits of a subnormal half go behind a 2^-14, which is then
+  // subtracted.
   const uint32_t magnitude = (x.bits & 0x7fffu) << 13;
   const uint32_t normal = magnitude + (112u << 23);
   const uint32_t subnormal = bits_from_float(float_from_bits(magnitude + (113u << 23)) - 0x1p-14f);
@@ -71,7 +71,7 @@ FASTCLIP_HD float load(Float16 x) {
 #endif
 }
 
-// Round to nearest even, as torch does.
+// Rounds to nearest even, as torch does.
 FASTCLIP_HD void store(float& to, float x) { to = x; }
 FASTCLIP_HD void store(double& to, double x) { to = x; }
 
@@ -96,7 +96,7 @@ FASTCLIP_HD void store(Float16& to, float x) {
   const uint32_t normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
   // Below: the sum's last place is 2^-24, the spacing of subnormal halves, so the addition rounds.
   const uint32_t subnormal = bits_from_float(float_from_bits(magnitude) + 0.5f) - 0x3f000000u;
-  const uint32_t nan = 0x7e00u | (magnitude >> 13 & 0x3ffu);  // keeps what it says, as instructions do
+  const uint32_t nan = 0x7e00u | (magnitude >> 13 & 0x3ffu);  // keeps the NaN's payload, as CPU instructions do
   const uint32_t huge = magnitude > 0x7f800000u ? nan : 0x7c00u;
   uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
   half = magnitude >= 0x47800000u ? huge : half;
@@ -104,25 +104,25 @@ FASTCLIP_HD void store(Float16& to, float x) {
 #endif
 }
 
-// ---- stochastic rounding: up with the probability of how far a value is on its way up --------------------------
+// ---- stochastic rounding: the chance to round up is the fraction that is cut off -------------------------------
 
-// A hash of 32 bits (lowbias32, by C. Wellons). Rounding needs bits that are even and know nothing of the values, and the
-// same ones on every machine and any number of threads; no more.
+// Hashes 32 bits (lowbias32, by C. Wellons). Rounding needs bits that are evenly distributed, independent of the
+// values, and the same on every machine and any number of threads; no more.
 FASTCLIP_HD uint32_t hash(uint32_t x) {
   x = (x ^ (x >> 16)) * 0x7feb352du;
   x = (x ^ (x >> 15)) * 0x846ca68bu;
   return x ^ (x >> 16);
 }
 
-// Of what a value is rounded with: the seed, the step, the tensor's place in the optimizer, the array (0 is the
-// parameter, then its states), and in large tensors which 2^32 elements.
+// Returns the key of the noise for some elements. It depends on the seed, the step, the tensor's place in the
+// optimizer, the array (0 is the parameter, then its states), and, in large tensors, on the block of 2^32 elements.
 FASTCLIP_HD uint32_t noise_key(uint32_t seed, uint32_t step, uint32_t tensor, uint32_t array, int64_t element) {
   const auto high = static_cast<uint32_t>(element >> 32);
   return hash(hash(hash(seed) ^ step) ^ tensor) ^ hash(array + 4 * high);
 }
 FASTCLIP_HD uint32_t noise(uint32_t key, int64_t element) { return hash(static_cast<uint32_t>(element) ^ key); }
 
-// The noise goes into the bits that are cut off; what it carries over is the chance to be rounded up.
+// Rounds at random: adds the noise to the bits that are cut off. A carry rounds up.
 FASTCLIP_HD void store(BFloat16& to, float x, uint32_t noise) {
   const uint32_t bits = bits_from_float(x);
   const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
@@ -132,7 +132,7 @@ FASTCLIP_HD void store(BFloat16& to, float x, uint32_t noise) {
 FASTCLIP_HD void store(Float16& to, float x, uint32_t noise) {
   const uint32_t bits = bits_from_float(x);
   const uint32_t magnitude = bits & 0x7fffffffu;
-  const uint32_t cut = noise & 0x1fffu;  // 13 bits are cut off, but for subnormal halves
+  const uint32_t cut = noise & 0x1fffu;  // 13 bits are cut off, except for subnormal halves
   const uint32_t normal = (magnitude + cut - (112u << 23)) >> 13;
   // Below 2^-14: multiples of 2^-24, counted by a number below 1,025 with the noise behind its point.
   const float counted = float_from_bits(magnitude) * 0x1p24f + static_cast<float>(cut) * 0x1p-13f;

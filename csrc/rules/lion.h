@@ -51,7 +51,7 @@ struct Lion {
     using std::fma;
     T& exp_avg = states[0];
     const T direction = fma(c.one_minus_beta1, d, exp_avg * c.beta1);
-    const T sign = T(direction > T(0)) - T(direction < T(0));  // of a NaN 0, as torch.sign
+    const T sign = T(direction > T(0)) - T(direction < T(0));  // 0 for a NaN, as in torch.sign
     param = fma(c.negative_lr, sign, param * c.decay);
     exp_avg = fma(c.one_minus_beta2, d, exp_avg * c.beta2);
   }

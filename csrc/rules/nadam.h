@@ -8,7 +8,7 @@ namespace fastclip {
 struct NAdam {
   static constexpr const char* kName = "nadam";
   static constexpr std::array kStates = {StateArray{"exp_avg", true}, StateArray{"exp_avg_sq", false}};
-  static constexpr Scalar kScalar = {"mu_product", 1};  // of the momentum of all steps
+  static constexpr Scalar kScalar = {"mu_product", 1};  // the product of the momentum of all steps
   static constexpr bool kCountsSteps = true;
   static constexpr bool kFilledByFirstStep = false;
   static constexpr bool kClipsInPlace = false;
@@ -33,7 +33,7 @@ struct NAdam {
   }
   static double new_value(const Settings&) { return 0; }
 
-  static constexpr Terms kWeightDecay = 2;  // added to the gradient
+  static constexpr Terms kWeightDecay = 2;  // the decay that is added to the gradient
   static constexpr int kSwitches = 2;
   static Terms terms(const SharedHyper& hyper, const Settings& settings) {
     return hyper.weight_decay != 0 && !settings.decoupled_weight_decay ? kWeightDecay : 0;
@@ -42,7 +42,7 @@ struct NAdam {
   FASTCLIP_HD static constexpr uint32_t reads(Terms) { return 3; }
   FASTCLIP_HD static constexpr uint32_t writes(Terms) { return 3; }
 
-  // The momentum of a step.
+  // Returns the momentum of a step.
   FASTCLIP_HD static double momentum(const Settings& settings, double step) {
     return settings.beta1 * (1 - 0.5 * pow(0.96, step * settings.momentum_decay));
   }
@@ -54,10 +54,10 @@ struct NAdam {
 
   template <class T>
   struct Constants {
-    T grad_step_size;  // negative, as the next one
+    T grad_step_size;  // negative, like the next one
     T average_step_size;
     T weight_decay;
-    T decay;  // decoupled: the part that it leaves of a parameter
+    T decay;  // decoupled: a factor of the parameter
     T lerp_weight;
     T beta2;
     T one_minus_beta2;

@@ -30,7 +30,7 @@ struct RAdam {
   }
   static double new_value(const Settings&) { return 0; }
 
-  static constexpr Terms kWeightDecay = 2;  // added to the gradient
+  static constexpr Terms kWeightDecay = 2;  // the decay that is added to the gradient
   static constexpr int kSwitches = 2;
   static Terms terms(const SharedHyper& hyper, const Settings& settings) {
     return hyper.weight_decay != 0 && !settings.decoupled_weight_decay ? kWeightDecay : 0;
@@ -43,13 +43,13 @@ struct RAdam {
   struct Constants {
     T lr;
     T weight_decay;
-    T decay;  // decoupled: the part that it leaves of a parameter
+    T decay;  // decoupled: a factor of the parameter
     T lerp_weight;
     T beta2;
     T one_minus_beta2;
     T bias_correction1;
     T bias_correction2_sqrt;
-    T rectification;  // 0 where the variance is not known well enough, and the step is momentum's
+    T rectification;  // 0 while too little is known of the variance: the step is then momentum's
     T eps;
   };
   FASTCLIP_HD static Constants<double> constants(const SharedHyper& hyper, const Settings& settings, double lr,

@@ -27,7 +27,7 @@ template <class... AllRules>
 struct RuleList {
   static constexpr int kCount = sizeof...(AllRules);
 
-  // One of the list: there is no other way to come by one than `id_of` and `find`.
+  // A rule of the list. Only `id_of` and `find` return one.
   class Id {
    public:
     constexpr int index() const { return index_; }
@@ -46,13 +46,13 @@ struct RuleList {
     return Id(found);
   }
 
-  // Calls found(id) for the first rule that is wanted(tag). Returns whether there was one.
+  // Calls found(id) for the first rule whose wanted(tag) is true. Returns whether there was one.
   template <class Wanted, class Found>
   static bool find(const Wanted& wanted, const Found& found) {
     return ((wanted(Tag<AllRules>{}) && (found(id_of<AllRules>()), true)) || ...);
   }
 
-  // Calls body(tag) for the rule, and returns what it does.
+  // Calls body(tag) for the rule, and returns its result.
   template <class Body>
   static decltype(auto) visit(Id id, const Body& body) {
     return visit_from<0>(id, body);
@@ -80,7 +80,7 @@ struct RuleList {
 // The only list. Python finds a rule by its kName.
 using Rules = RuleList<SGD, Adam, Lion, Adadelta, Adagrad, NAdam, RAdam, RMSprop, ClipGrad>;
 
-// All hyperparameters of one group: those that all rules have, and those of its rule.
+// All hyperparameters of a group: those that all rules have, and those of its own rule.
 struct Hyper : SharedHyper {
   alignas(double) unsigned char settings[Rules::kSettingsBytes];
 
@@ -90,7 +90,7 @@ struct Hyper : SharedHyper {
   }
 };
 
-// The terms of a tensor of the group, whose states this step fills or updates.
+// Returns the terms of a tensor in the group. is_first: this step fills its states.
 FASTCLIP_HD Terms terms_of(const Hyper& hyper, bool is_first) { return hyper.terms | (is_first ? kFirst : 0); }
 
 }  // namespace fastclip

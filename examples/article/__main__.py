@@ -84,7 +84,7 @@ def train(name, task, options):
 
 
 def resume(path, settings, arms, steps):
-    """Loads the checkpoint into the arms; returns how many steps were taken, 0 where there is no checkpoint yet."""
+    """Loads the checkpoint into the arms. Returns the number of steps taken; 0 without a checkpoint."""
     if not path.exists():
         return 0
     saved = load_checkpoint(path)

@@ -15,14 +15,14 @@ CEPSTRA, FIT_FRAMES, ITERATIONS = 13, 20_000, 20
 
 
 def _differences(features):
-    """Slope of each column over five frames, [frames, columns]."""
+    """Returns the slope of each column over five frames, [frames, columns]."""
     padded = F.pad(features.T.unsqueeze(0), (2, 2), mode="replicate").squeeze(0).T
     frames = len(features)
     return (padded[3 : 3 + frames] - padded[1 : 1 + frames] + 2 * (padded[4:] - padded[:frames])) / 10
 
 
 def cepstra(log_mel):
-    """Log-mel features [frames, mels] to cepstral coefficients and both differences, [frames, 3 * CEPSTRA]."""
+    """Turns log-mel features [frames, mels] into cepstral coefficients and both differences, [frames, 3 * CEPSTRA]."""
     mels = log_mel.shape[1]
     cosines = torch.cos(math.pi / mels * (torch.arange(mels) + 0.5)[:, None] * torch.arange(CEPSTRA))
     coefficients = log_mel @ cosines

@@ -18,13 +18,13 @@ LAST = 50  # steps whose mean is called the final loss
 
 
 def rows_of(name, task, arms):
-    """A dict per arm."""
+    """Returns a dict per arm."""
     order = task.batches(None)
     loss_of = task.loss_of(next(iter(order)))
     rows = []
     for arm in arms:
         last = arm.losses[-LAST:]
-        state_bytes, extra_bytes = update_memory.of_update(arm, loss_of)
+        state_bytes, extra_bytes = update_memory.bytes_of_update(arm, loss_of)
         shares = [update / step for update, step in zip(arm.update_seconds, arm.step_seconds, strict=True)]
         rows.append(
             {
@@ -50,7 +50,7 @@ def rows_of(name, task, arms):
 
 
 def table(rows, tests):
-    """The rows as text."""
+    """Returns the rows as text."""
     columns = [
         ("model", "model", "{}"),
         ("params", "parameters", "{:,}"),

@@ -56,7 +56,7 @@ class FrameTask:
         return 100 * (model(features).argmax(1) == labels).float().mean().item()
 
     def chance(self, name):
-        """The score of whoever always says the most common class."""
+        """Returns the score of always answering the most common class."""
         labels = self.tests[name][1]
         return 100 * torch.bincount(labels).max().item() / len(labels)
 
@@ -94,7 +94,7 @@ RECIPES = {
 
 
 def make_tasks(recipes, speech, seed):
-    """A dict of tasks by name, on the same features of the same utterances."""
+    """Returns a dict of tasks by name, on the same features of the same utterances."""
     train, test, unheard = extract(speech, MELS, per_utterance=True)
     tests = {"held out": test} if speech.kind == "own" else {"heard clips": test, "unheard voice": unheard}
     tests = {name: examples for name, examples in tests.items() if examples}
@@ -102,7 +102,7 @@ def make_tasks(recipes, speech, seed):
 
 
 def fingerprint(task):
-    """A digest of the training data: a checkpoint fits no other."""
+    """Returns a digest of the training data: a checkpoint fits no other."""
     digest = hashlib.sha256()
     for tensor in task.train_set:
         digest.update(str(tuple(tensor.shape)).encode())

@@ -21,8 +21,8 @@ def allocated(update):
     return peak
 
 
-def of_update(arm, loss_of):
-    """(bytes of the optimizer's state, the most bytes besides in the first two steps of a new optimizer)."""
+def bytes_of_update(arm, loss_of):
+    """Returns (bytes of the optimizer's state, most other bytes in the first two steps of a new optimizer)."""
     arm = copy.copy(arm)
     arm.model = copy.deepcopy(arm.model)
     arm.params = list(arm.model.parameters())

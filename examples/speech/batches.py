@@ -34,7 +34,7 @@ def extract(speech, mels=MELS, per_utterance=False):
 
 
 def collate(examples):
-    """A batch: features, output lengths, targets end to end, and their lengths."""
+    """Returns a batch: features, output lengths, targets end to end, and their lengths."""
     features, targets, _ = zip(*examples, strict=True)
     lengths = torch.tensor([output_length(len(frames)) for frames in features])
     target_lengths = torch.tensor([len(target) for target in targets])
@@ -60,7 +60,7 @@ def ctc_loss(examples):
 
 @torch.no_grad()
 def error_rate(model, examples, speech):
-    """The model's word error rate in percent."""
+    """Returns the model's word error rate in percent."""
     examples = sorted(examples, key=lambda example: len(example[0]))
     wanted, got = [], []
     for start in range(0, len(examples), BATCH):
@@ -73,7 +73,7 @@ def error_rate(model, examples, speech):
 
 
 def greedy_decode(log_probs, lengths, symbols):
-    """The best symbol of each output, repetitions and blanks taken out; a text per utterance."""
+    """Returns the best symbol of each output, repetitions and blanks taken out; a text per utterance."""
     texts = []
     for best, length in zip(log_probs.argmax(-1).T.tolist(), lengths.tolist(), strict=True):
         best = best[:length]
@@ -82,7 +82,7 @@ def greedy_decode(log_probs, lengths, symbols):
 
 
 def edit_distance(reference, hypothesis):
-    """Fewest insertions, deletions and substitutions between two sequences (Levenshtein, 1966)."""
+    """Returns the fewest insertions, deletions and substitutions between two sequences (Levenshtein, 1966)."""
     row = list(range(len(hypothesis) + 1))
     for i, wanted in enumerate(reference, 1):
         diagonal, row[0] = row[0], i

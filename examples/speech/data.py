@@ -36,10 +36,10 @@ class Speech:
     symbols: list
     train: list
     test: list
-    unheard: list = dataclasses.field(default_factory=list)  # of voices that are in neither of the others
+    unheard: list = dataclasses.field(default_factory=list)  # strings of voices that neither of the others has
 
     def words(self, text):
-        """The units of the error rate: digits, or the words of a text."""
+        """Returns the units of the error rate: digits, or the words of a text."""
         return text.split() if self.kind == "own" else list(text)
 
 
@@ -53,7 +53,7 @@ def resample(samples, rate, new_rate):
 
 
 def read_wav(path, rate):
-    """A wav file of 16 bit PCM as one channel at `rate`; raises SpeechDataError."""
+    """Reads a wav file of 16 bit PCM as one channel at `rate`; raises SpeechDataError."""
     try:
         with wave.open(str(path), "rb") as file:
             channels, width, file_rate, frames = file.getparams()[:4]
@@ -116,7 +116,7 @@ def _without_silence(samples):
 
 
 def digit_string(clips, make, max_digits=MAX_DIGITS):
-    """A string of 1 to `max_digits` digits of one of the voices, with the speed, noise and gain that `make` draws."""
+    """Returns 1 to `max_digits` digits of one of the voices, with the speed, noise and gain that `make` draws."""
     voice = make.choice(clips)
     digits = [make.randrange(10) for _ in range(make.randint(1, max_digits))]
     pieces = []
@@ -158,7 +158,7 @@ def own_recordings(folder):
 
 
 def _split(utterances, speakers):
-    """A tenth of the speakers, where their recordings are in folders of their own, or else of the utterances."""
+    """Returns a tenth of the speakers, if each has a folder of recordings; if not, a tenth of the utterances."""
     draw = random.Random(0)
     everyone = sorted(set(speakers))
     if len(everyone) > 1:

@@ -39,5 +39,5 @@ class LogMel:
         return (self.filters @ spectrum.abs().square()).clamp_(min=1e-7).log_().T.contiguous()
 
     def frames(self, length):
-        """How many frames `length` samples give."""
+        """Returns how many frames `length` samples give."""
         return 1 + length // self.hop

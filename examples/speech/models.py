@@ -14,7 +14,7 @@ HIDDEN, STRIDE = 96, 4
 
 
 def output_length(frames):
-    """How many outputs the model gives for this many frames."""
+    """Returns how many outputs the model gives for this many frames."""
     return (frames - 1) // STRIDE + 1
 
 

@@ -12,7 +12,7 @@ SMOOTHING = 0.9
 
 
 def summarise(arms, baseline):
-    """A dict per arm; `baseline` names the arm that the speed-up refers to."""
+    """Returns a dict per arm; `baseline` names the arm that the speed-up refers to."""
     rows = [
         {
             "arm": arm.name,
@@ -31,7 +31,7 @@ def summarise(arms, baseline):
 
 
 def table(rows, caption, baseline):
-    """The rows as text, with a line that says what was recognised."""
+    """Returns the rows as text, with a line that shows recognised words."""
     lines = [f"Test: {caption}."]
     head = ("arm", "WER %", "final loss", "steps/s", "clip+update µs", "faster than loop")
     lines.append(f"{head[0]:<24}{head[1]:>8}{head[2]:>12}{head[3]:>10}{head[4]:>16}{head[5]:>18}")
@@ -45,7 +45,7 @@ def table(rows, caption, baseline):
 
 
 def smooth(values):
-    """Running mean, which starts again at whatever is not finite."""
+    """Returns a running mean, which starts again at each value that is not finite."""
     smoothed, mean = [], None
     keep = max(SMOOTHING, 1 - 100 / max(1, len(values)))  # smoother where there are thousands
     for value in values:

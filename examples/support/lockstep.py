@@ -12,7 +12,7 @@ MEASURED = ("losses", "norms", "norm_steps", "clamped", "step_seconds", "update_
 
 
 class Arm:
-    """One of the runs: a model, its optimizer, and what was measured."""
+    """One of the runs: a model, its optimizer, and its measurements."""
 
     def __init__(self, name, model, make_optimizer, clip=None):
         self.name = name
@@ -86,7 +86,7 @@ def step_all(arms, loss_of, taken):
 
 
 def first_difference(one, other):
-    """The first parameter or momentum buffer whose bits differ, or None; any NaN equals any other."""
+    """Returns the first parameter or momentum buffer whose bits differ, or None; any NaN equals any other."""
     pairs = zip(one.model.named_parameters(), other.model.parameters(), strict=True)
     for (name, p), q in pairs:
         buffers = [arm.optimizer.state.get(x, {}).get("momentum_buffer") for arm, x in ((one, p), (other, q))]

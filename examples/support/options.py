@@ -9,7 +9,7 @@ from .console import SpeechDataError
 
 
 def number(kind, low, above=False):
-    """A parser of finite numbers of at least `low`, or above it."""
+    """Returns a parser of finite numbers of at least `low`, or above it."""
 
     def parse(text):
         with contextlib.suppress(ValueError):
@@ -26,7 +26,7 @@ count, positive = number(int, 1), number(float, 0, above=True)
 
 
 def make_parser(module, doc, out):
-    """The parser of a program with the docstring `doc`: where its data are, and its results, by default in `out`."""
+    """Returns the parser of a program with the docstring `doc`: folders of data and of results, by default `out`."""
     about, _, more = doc.partition("\n\n")
     parser = argparse.ArgumentParser(
         f"python -m {module}",
@@ -49,7 +49,7 @@ def add_seed_and_threads(parser):
 
 
 def make_folder(out):
-    """The folder of --out; raises SpeechDataError."""
+    """Makes the folder of --out; raises SpeechDataError."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

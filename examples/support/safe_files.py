@@ -34,7 +34,7 @@ def save_checkpoint(path, content):
 
 
 def load_checkpoint(path):
-    """The content of a checkpoint, tensors and plain values only; raises SpeechDataError."""
+    """Returns the content of a checkpoint, tensors and plain values only; raises SpeechDataError."""
     try:
         return torch.load(path, weights_only=True)
     except OSError as error:

@@ -17,7 +17,7 @@ import fastclip
 
 from .tiny_ctc import DTYPES, MOMENTUM, Log, TinyCTC, loader, run
 
-PERIOD = 20  # of this short run
+PERIOD = 20  # steps in this short run
 
 
 # <copy>

@@ -10,11 +10,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 BANDS, SYMBOLS, STRIDE = 40, 10, 2
 MOMENTUM = 0.9
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of --amp
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # the choices of --amp
 
 
 def utterances(count, seed):
-    """A list of {"features": [frames, BANDS], "targets": [3 to 6]}: each symbol has its own spectrum, plus noise."""
+    """Returns a list of {"features": [frames, BANDS], "targets": [3 to 6]}: a spectrum for each symbol, plus noise."""
     random = torch.Generator().manual_seed(seed)
     spectra = torch.randn(SYMBOLS, BANDS, generator=random)
     made = []
@@ -96,7 +96,7 @@ def _number(kind, at_least):
 
 
 def parse(about, arguments=None):
-    """The options that all recipes have; `about` is the recipe's docstring."""
+    """Returns the options that all recipes have; `about` is the recipe's docstring."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, count, size = parser.add_argument, _number(int, 1), _number(float, 0)
     add("--epochs", type=count, metavar="N", default=5, help="default: %(default)s")
@@ -112,7 +112,7 @@ def parse(about, arguments=None):
         default="no",
         help="mixed precision; few trainers have fp16 on the CPU (default: %(default)s)",
     )
-    add("--cpu", action="store_true", help="stay on the CPU where there is a GPU")
+    add("--cpu", action="store_true", help="stay on the CPU even with a GPU")
     add("--seed", type=_number(int, 0), metavar="N", default=0, help="of data and model (default: %(default)s)")
     options = parser.parse_args(arguments)
     if options.utterances % (options.batch * options.accumulate) != 0:

@@ -48,7 +48,7 @@ def train(options):
             engine.backward(loss)
             engine.step()  # counts the batches itself; steps the scheduler, too
             if index % options.accumulate == 0:
-                norm = engine.get_global_grad_norm()  # of all ranks, before the clip
+                norm = engine.get_global_grad_norm()  # the norm of all ranks, before the clip
                 # </copy>
                 progress.set_postfix(norm=float(norm))
                 log.add(loss, optimizer.clip_stats())

@@ -2,8 +2,8 @@
 
     python -m examples.trainers.with_speechbrain --amp bf16
 
-`Brain.optimizers_step` calls `clip_grad_norm_` always, with `max_grad_norm=5.0` unless told otherwise, and over the
-first parameter group only. The override below is SpeechBrain's method without that; fastclip takes one norm over all
+`Brain.optimizers_step` always calls `clip_grad_norm_`, by default with `max_grad_norm=5.0`, and over the first
+parameter group only. The override below is SpeechBrain's method without that call; fastclip takes one norm over all
 groups. In a HyperPyYAML recipe: `opt_class: !name:fastclip.SGD`, then `lr`, `momentum` and `max_norm` below it,
 indented.
 """

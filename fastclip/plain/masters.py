@@ -1,4 +1,4 @@
-"""Notices writes to parameters that have master weights, where plain torch steps; csrc/host/masters.h elsewhere."""
+"""Notices writes to parameters that have master weights, for plain torch; csrc/host/masters.h does for the kernels."""
 
 import torch
 
@@ -8,9 +8,10 @@ from .values import item_of
 
 
 def undone(groups, state):
-    """(group, index) of the first parameter that somebody wrote to, and that its master weights change back; or None.
+    """Returns (group, index) of the first parameter that somebody wrote to, and that its master weights change back; or
+    None.
 
-    Looks at what is here of a sharded parameter: other ranks may not ask.
+    Looks at this rank's shard of a sharded parameter only: other ranks may not ask.
     """
     for group_index, group in enumerate(groups):
         for index, param in enumerate(group["params"]):

@@ -5,14 +5,15 @@ import math
 
 import torch
 
-# Squares of magnitudes below or above would vanish or overflow: they are summed scaled by powers of two (Blue, 1978).
+# Squares of magnitudes below SMALL may vanish, those above BIG overflow: these are summed scaled by powers of two
+# (Blue, 1978).
 SMALL, SCALE_SMALL = 2.0**-500, 2.0**600
 BIG, SCALE_BIG = 2.0**480, 2.0**-600
 
 
 def measure_of(grads, norm_type=2.0):
-    """Sums of the squares of small, medium and big magnitudes, float64 [3] on the first gradient's device; for the inf
-    norm the largest magnitude, in the middle."""
+    """Returns the sums of squares of small, medium and big magnitudes, float64 [3] on the first gradient's device; for
+    the inf norm the largest magnitude, in the middle."""
     device = next((grad.device for grad in grads), torch.device("cpu"))
     total = torch.zeros(3, dtype=torch.float64, device=device)
     for grad in grads:
@@ -22,16 +23,16 @@ def measure_of(grads, norm_type=2.0):
 
 
 def combined(a, b, norm_type):
-    """The measure of what two measures were taken of."""
+    """Returns the measure of two sets of gradients from the measures of each."""
     return torch.maximum(a, b) if norm_type == math.inf else a + b
 
 
 def norm_of(measure, norm_type=2.0):
-    """The norm, as a float64 scalar."""
+    """Returns the norm of a measure, as a float64 scalar."""
     small, medium, big = measure.unbind()
     if norm_type == math.inf:
         return medium
-    # One square root: the gradient of one that is not taken would be infinite, and 0 times that is NaN.
+    # One square root only. The gradient of one that is not used would be infinite, and 0 times that is NaN.
     are_big, are_small = big > 0, medium < 1e-200
     scale = torch.ones_like(medium).masked_fill(are_small, SCALE_SMALL).masked_fill(are_big, SCALE_BIG)
     extreme = torch.where(are_big, big, torch.where(are_small, small, 0.0))
@@ -39,10 +40,10 @@ def norm_of(measure, norm_type=2.0):
 
 
 def total_norm(grads, norm_type=2.0):
-    """The norm of all `grads` taken together, as a float64 scalar on the first one's device.
+    """Returns the norm of all `grads` taken together, as a float64 scalar on the first one's device.
 
-    Unlike `torch.nn.utils.get_total_norm` it is right for every finite input: gradients of 1e20 do not overflow, those
-    of 1e-25 do not vanish, and a million of them do not lose the sixth digit.
+    Unlike `torch.nn.utils.get_total_norm` it is right for every finite input: gradients of 1e20 do not overflow,
+    gradients of 1e-25 do not vanish, and the norm of a million gradients is right in the sixth digit.
     """
     return norm_of(measure_of(grads, norm_type), norm_type)
 

@@ -1,4 +1,4 @@
-"""16-bit parameters: which dtypes their states have, and how values are rounded to 16 bits, in plain torch."""
+"""16-bit parameters: the dtypes of their states, and rounding to 16 bits, in plain torch."""
 
 import torch
 
@@ -7,7 +7,7 @@ MASK = 0xFFFFFFFF
 
 
 def compute_dtype(param):
-    """16-bit parameters are computed in float32 and rounded once, when they are stored."""
+    """Returns the dtype that a parameter is computed in: 16 bits in float32. The store rounds once."""
     return torch.float32 if param.dtype in SIXTEEN_BIT else param.dtype
 
 
@@ -16,19 +16,19 @@ def has_master(group, param):
 
 
 def state_dtype(rule, group, param, name):
-    """The dtype of a floating-point state that a step makes, or that is loaded."""
+    """Returns the dtype of a floating-point state that a step makes, or that is loaded."""
     if name == rule.momentum and group["momentum_dtype"]:
         return group["momentum_dtype"]
     return torch.float32 if has_master(group, param) else param.dtype
 
 
 class Rounding:
-    """How a step rounds the arrays of one parameter to 16 bits: to nearest, or at random by the group's seed.
+    """Rounds the arrays of one parameter to 16 bits in a step: to nearest, or at random by the group's seed.
 
     Args:
-        group (dict): the parameter's.
-        index (int): the parameter's place among those of all groups.
-        step (Tensor or None): its count of steps, this one included.
+        group (dict): the parameter's group.
+        index (int): the parameter's place among the parameters of all groups.
+        step (Tensor or None): the parameter's count of steps, including this one.
     """
 
     def __init__(self, group, index, step):
@@ -47,7 +47,7 @@ class Rounding:
 
 
 def _hash(x):
-    """lowbias32, of an int or of an int64 tensor; see csrc/rules/dtypes.h."""
+    """Hashes an int or an int64 tensor by lowbias32; see csrc/rules/dtypes.h."""
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & MASK
     x = ((x ^ (x >> 15)) * 0x846CA68B) & MASK
     return x ^ (x >> 16)
@@ -58,7 +58,7 @@ def _hash_of_block(array, elements):
 
 
 def _places(tensor):
-    """Of each element, its place in memory, where the kernels count from."""
+    """Returns each element's place in memory, by which the kernels count."""
     count = torch.arange(tensor.numel(), device=tensor.device)
     dense = torch.empty_like(tensor).stride() == tensor.stride()  # with gaps, in the order of its indices
     return count.as_strided(tensor.shape, tensor.stride()) if dense else count.view(tensor.shape)

@@ -15,9 +15,9 @@ from .values import item_of, number_of, overlap_in_part, values_of
 
 
 def scaling_of(norm, max_norm):
-    """What `clip_grad_norm_` multiplies by, as two factors: (unit, coefficient); `max_norm=inf` asks for the norm only.
+    """Returns the factor of `clip_grad_norm_` as two factors: (unit, coefficient). `max_norm=inf` only measures.
 
-    The unit is 1, and 2^-100 where the coefficient alone would be subnormal in float32, and lose its digits.
+    The unit is 1, or 2^-100 where the coefficient alone would be subnormal in float32, and lose its digits.
     """
     if max_norm == math.inf:
         return torch.ones_like(norm), torch.ones_like(norm)
@@ -28,7 +28,7 @@ def scaling_of(norm, max_norm):
 
 
 def scaled(grad, factors, in_place=False):
-    """The gradient times scalar tensors, one after the other."""
+    """Multiplies a gradient by scalar tensors, one after the other."""
     for factor in factors:
         factor = factor.to(grad.device, grad.real.dtype)
         grad = grad.mul_(factor) if in_place else grad * factor
@@ -36,17 +36,17 @@ def scaled(grad, factors, in_place=False):
 
 
 def bounds(clip_value, dtype=torch.float64):
-    """(low, high) of a value clip given as a number or as a pair, rounded to the gradients' dtype."""
+    """Returns (low, high) of a value clip, a number or a pair, rounded to the gradients' dtype."""
     return _C.clip_bounds(clip_value, dtype)
 
 
 def clips_value(group):
-    """Whether the value clip of a group bounds anything."""
+    """Returns whether the value clip of a group bounds anything."""
     return any(map(math.isfinite, bounds(group["clip_value"])))
 
 
 def in_plain_numbers(rule, group):
-    """A group whose settings torch takes, whatever its numbers were given as."""
+    """Returns the group with plain numbers, which torch takes, whatever types they were given in."""
     plain = {}
     for name in ("lr", "weight_decay", "max_norm", *rule.numbers):
         if name == "betas":
@@ -57,30 +57,30 @@ def in_plain_numbers(rule, group):
 
 
 def widened(grad, param):
-    """A gradient in the type that it is computed in."""
+    """Returns a gradient in its compute type."""
     return grad.to(compute_dtype(param)) if grad.dtype in SIXTEEN_BIT else grad
 
 
 def unscaled(param, inverse_scale):
-    """The gradient divided by the scale of AMP; `param.grad` itself is left alone."""
+    """Returns the gradient divided by AMP's scale; `param.grad` itself is left alone."""
     grad = param.grad.clone() if overlap_in_part(param, param.grad) else param.grad.resolve_conj()
     return grad if inverse_scale is None else widened(grad, param) * inverse_scale.to(grad.device)
 
 
 def clamped(grad, clip_value, dtype):
-    """`grad` clamped to bounds that are rounded to `dtype`, as clamp_ does, and how many elements that moved."""
+    """Returns `grad` clamped to bounds rounded to `dtype`, as clamp_ does, and the number of changed elements."""
     low, high = bounds(clip_value, dtype)
     return grad.clamp(low, high), ((grad < low) | (grad > high)).detach().sum()
 
 
 @torch.no_grad()
 def step(rule, groups, state, grad_scale=None, found_inf=None, reductions=None):
-    """One step by `rule` over `groups` (a list of dicts) with `state` (a dict of dicts by parameter).
+    """Takes one step by `rule` over `groups` (a list of dicts) with `state` (a dict of dicts by parameter).
 
     Order: unscale, value clip, norm clip, update.
 
     Args:
-        rule (Rule): of `plain.rules`.
+        rule (Rule): a row of `plain.rules`.
         grad_scale, found_inf (Tensor, optional): AMP's.
         reductions (dict, optional): the Reduction of each parameter of a sharded model.
 
@@ -90,31 +90,32 @@ def step(rule, groups, state, grad_scale=None, found_inf=None, reductions=None):
     groups = [in_plain_numbers(rule, group) for group in groups]
     check(rule, groups, state)
     stepped = [[p for p in group["params"] if p.grad is not None] for group in groups]
-    params = [p for of_group in stepped for p in of_group]
+    params = [p for group_params in stepped for p in group_params]
     max_norm, skip_nonfinite = groups[0]["max_norm"], groups[0]["skip_nonfinite"]
     norm_type = math.inf if max_norm is None else float(groups[0]["norm_type"])
     inverse_scale = None if grad_scale is None else grad_scale.double().reciprocal().float()
     moved, looked_at = 0, 0
     with torch.set_grad_enabled(any(group["differentiable"] for group in groups)):
         grads = []
-        for group, of_params in zip(groups, stepped, strict=True):
-            of_group = [unscaled(p, inverse_scale) for p in of_params]
+        for group, group_params in zip(groups, stepped, strict=True):
+            group_grads = [unscaled(p, inverse_scale) for p in group_params]
             if clips_value(group):
                 pairs = [
-                    clamped(g, group["clip_value"], p.grad.dtype) for g, p in zip(of_group, of_params, strict=True)
+                    clamped(g, group["clip_value"], p.grad.dtype)
+                    for g, p in zip(group_grads, group_params, strict=True)
                 ]
-                of_group = [grad for grad, _ in pairs]
+                group_grads = [grad for grad, _ in pairs]
                 moved = sum((count.to(pairs[0][1].device) for _, count in pairs), start=moved)
-                looked_at += sum(g.numel() for g in of_group)
-            grads.append(of_group)
+                looked_at += sum(g.numel() for g in group_grads)
+            grads.append(group_grads)
         norm = None
         if max_norm is not None or skip_nonfinite:
-            flat = [values_of(g) for of_group in grads for g in of_group]
-            if skip_nonfinite:  # a value clip would hide what it has to see
+            flat = [values_of(g) for group_grads in grads for g in group_grads]
+            if skip_nonfinite:  # a value clip would hide an inf
                 raw = [values_of(p.grad) for p in params]
                 flat = flat if all(item_of(g.isfinite().all(), unknown=True) for g in raw) else raw
-            of_params = dict(zip(params, flat, strict=True))  # one that is given twice counts once
-            measure, found_inf = measure_of_all(of_params, of_params.values(), norm_type, found_inf, reductions)
+            measured = dict(zip(params, flat, strict=True))  # a parameter that is given twice counts once
+            measure, found_inf = measure_of_all(measured, measured.values(), norm_type, found_inf, reductions)
             norm = norm_of(measure, norm_type)
         if found_inf is not None and item_of(found_inf, unknown=0) != 0:
             return stats_of(groups, math.inf, skipped=True)
@@ -123,29 +124,29 @@ def step(rule, groups, state, grad_scale=None, found_inf=None, reductions=None):
         if max_norm is not None:
             factors = scaling_of(norm, max_norm)
             grads = [
-                [scaled(widened(g, p), factors) for g, p in zip(*of_group, strict=True)]
-                for of_group in zip(grads, stepped, strict=True)
+                [scaled(widened(g, p), factors) for g, p in zip(group_grads, group_params, strict=True)]
+                for group_grads, group_params in zip(grads, stepped, strict=True)
             ]
         first = 0
-        for group, of_group in zip(groups, grads, strict=True):
-            update_group(rule, group, of_group, state, first)
+        for group, group_grads in zip(groups, grads, strict=True):
+            update_group(rule, group, group_grads, state, first)
             first += len(group["params"])
     return stats_of(groups, norm, moved, looked_at)
 
 
 def measure_of_all(params, grads, norm_type, found_inf, reductions):
-    """The measure of the gradients of a whole model, and AMP's verdict on them: over all ranks of a sharded one."""
+    """Returns the measure of a model's gradients, and AMP's verdict on them; over all ranks if it is sharded."""
     if not reductions:
         return measure_of(grads, norm_type), found_inf
-    of_class = {}
+    by_reduction = {}
     for param, grad in zip(params, grads, strict=True):
-        of_class.setdefault(reductions[param], []).append(grad)
-    measures = [(reduction, measure_of(of_one, norm_type)) for reduction, of_one in of_class.items()]
+        by_reduction.setdefault(reductions[param], []).append(grad)
+    measures = [(reduction, measure_of(part, norm_type)) for reduction, part in by_reduction.items()]
     return total_measure([r for r in dict.fromkeys(reductions.values()) if r.groups], measures, norm_type, found_inf)
 
 
 def stats_of(groups, norm, moved=0, looked_at=0, skipped=False):
-    """ClipStats of a step in which the value clip moved so many of the elements that it looked at."""
+    """Returns the ClipStats of a step whose value clip looked at `looked_at` elements, and changed `moved` of them."""
     max_norm = groups[0]["max_norm"]
     device = next((p.device for group in groups for p in group["params"]), torch.device("cpu"))
     norm = None if max_norm is None else torch.as_tensor(norm, dtype=torch.float64, device=device).detach()
@@ -162,10 +163,10 @@ def stats_of(groups, norm, moved=0, looked_at=0, skipped=False):
 
 
 def update_group(rule, group, grads, state, first):
-    """Updates the parameters of one group by the given gradients, `first` being the place of its first parameter among
-    those of all groups.
+    """Updates the parameters of one group by the given gradients. `first` is the place of its first parameter among the
+    parameters of all groups.
 
-    One parameter after the other, as torch does it: they may share memory.
+    Updates one parameter after the other, as torch does: they may share memory.
     """
     params = [p for p in group["params"] if p.grad is not None]
     names = rule.states(group)
@@ -175,13 +176,14 @@ def update_group(rule, group, grads, state, first):
         own = state[p] if names or counts or rule.scalar or has_master(group, p) else {}
         make_states(rule, group, p, own, names, counts)
         own_states.append(own)
-    kept = [{name: own.get(name) for name in names} for own in own_states]  # a parameter may be there twice
+    kept = [{name: own.get(name) for name in names} for own in own_states]  # a parameter may be in the group twice
     for p, grad, own, before, place in zip(params, grads, own_states, kept, places_of(group, first), strict=True):
         wide = wide_param(group, p, own)
         states = {name: widened_state(rule, before[name], wide) for name in names}
         if rule.scalar:
             states[rule.scalar[0]] = own[rule.scalar[0]]
-        # A buffer that SGD's first step fills has the gradient's dtype, which `p.grad_dtype` may let be another.
+        # A buffer that SGD's first step fills has the gradient's dtype, which may not be the parameter's
+        # (`p.grad_dtype`).
         grad = widened(grad, p) if rule.filled_by_first_step else grad.to(wide.dtype)
         rule.update(group, wide, grad, states, own.get("step"))
         if counts and not rule.counts_steps:
@@ -198,7 +200,7 @@ def update_group(rule, group, grads, state, first):
 
 
 def make_states(rule, group, param, own, names, counts):
-    """Makes what a parameter's first step needs."""
+    """Makes the states that a parameter's first step needs."""
     if counts and "step" not in own:
         own["step"] = new_number(0.0)
     if rule.scalar:
@@ -211,8 +213,8 @@ def make_states(rule, group, param, own, names, counts):
 
 
 def first_state(rule, group, param, name, filled):
-    """The state that a first step has filled, in its own dtype: the one asked for, or torch's, which depends on the
-    gradient's."""
+    """Returns the state that a first step has filled, in its own dtype: the one asked for, or torch's, which depends on
+    the gradient's."""
     if has_master(group, param) or group["momentum_dtype"]:
         dtype = state_dtype(rule, group, param, name)
     else:
@@ -222,25 +224,25 @@ def first_state(rule, group, param, name, filled):
 
 
 def widened_state(rule, state, wide):
-    """A state in the type it is computed in. SGD's buffer, if it is wider, keeps its precision, as in torch."""
+    """Returns a state in its compute type. A wider buffer of SGD keeps its precision, as in torch."""
     if state is None or (rule.filled_by_first_step and state.dtype not in SIXTEEN_BIT):
         return state
     return state.to(wide.dtype)
 
 
 def new_number(value):
-    """On the CPU, where the host reads it; the kernels move it to the parameter's device. Of a literal, whose value is
-    known of fake tensors, too."""
+    """Makes a number on the CPU, where the host reads it; the kernels move it to the parameter's device. It is made of
+    a literal, whose value is known even for a fake tensor."""
     return torch.tensor(value, dtype=_get_scalar_dtype(), device="cpu")
 
 
 def places_of(group, first):
-    """The place, among the parameters of all groups, of each one with a gradient."""
+    """Returns the place of each parameter with a gradient, among the parameters of all groups."""
     return [first + i for i, p in enumerate(group["params"]) if p.grad is not None]
 
 
 def wide_param(group, param, own):
-    """What a rule updates: the parameter itself, or in float32 a 16-bit one, or its master weights."""
+    """Returns the tensor that a rule updates: the parameter, a 16-bit parameter in float32, or its master weights."""
     if not has_master(group, param):
         return param.to(compute_dtype(param))
     if "master_param" not in own:

@@ -21,14 +21,14 @@ def is_sparse(tensor):
 
 
 def values_of(grad):
-    """The values that a gradient holds: of a sparse or nested one, those it stores."""
+    """Returns the values of a gradient; of a sparse or nested one, the values that it stores."""
     if grad.layout == torch.strided:
         return grad
     return grad.coalesce().values() if grad.layout == torch.sparse_coo else grad.values()
 
 
 def item_of(tensor, unknown):
-    """`tensor.item()`, or `unknown` where nobody knows it: on meta, of fake tensors, while operations are traced."""
+    """Returns `tensor.item()`, or `unknown` if nobody knows it: on meta, in fake tensors, while torch traces."""
     if tensor.is_meta or (isinstance(tensor, FakeTensor) and tensor.constant is None):
         return unknown
     try:
@@ -40,15 +40,15 @@ def item_of(tensor, unknown):
 
 
 def number_of(value):
-    """A setting as a plain number, which torch takes everywhere: a Fraction or an array would fail in some steps only.
-    A tensor that the step is to be differentiated by stays one."""
+    """Returns a setting as a plain number, which torch takes everywhere; a Fraction or an array would fail in some
+    steps. A tensor that the step is differentiated by stays a tensor."""
     if not isinstance(value, torch.Tensor):
         return float(value)
     return value if value.requires_grad else item_of(value, unknown=value)
 
 
 def span_of(tensor):
-    """(begin, end) of the memory that a tensor lies in; (0, 0) where it has none of its own."""
+    """Returns (begin, end) of a tensor's memory; (0, 0) if it has none of its own."""
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided or tensor.is_meta:
         return 0, 0
     if tensor.numel() == 0:
@@ -58,7 +58,7 @@ def span_of(tensor):
 
 
 def overlap_in_part(a, b):
-    """Whether two tensors share memory, and not element by element."""
+    """Returns whether two tensors share memory, but not element by element."""
     (begin_a, end_a), (begin_b, end_b) = span_of(a), span_of(b)
     alike = (begin_a, a.shape, a.stride(), a.dtype) == (begin_b, b.shape, b.stride(), b.dtype)
     return max(begin_a, begin_b) < min(end_a, end_b) and not alike

@@ -1,1 +1,1 @@
-"""What clipping does to training: `python -m studies.clipping`. Its results are read in docs/clipping.md."""
+"""The effect of clipping on training: `python -m studies.clipping`. Its results are read in docs/clipping.md."""

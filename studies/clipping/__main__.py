@@ -1,4 +1,4 @@
-"""What clipping does to training: threshold x learning rate x kind of clip x model, on spoken digits.
+"""The effect of clipping on training: threshold x learning rate x kind of clip x model, on spoken digits.
 
     python -m studies.clipping
 
@@ -34,7 +34,7 @@ QUICK_THRESHOLDS = {"none": (None,), "value": (1e-2,), "norm": (1,)}
 
 
 def grid(models, seeds, quick):
-    """Seed by seed: a run that is stopped has whole grids of fewer seeds."""
+    """Returns the cells, seed by seed: a run that is stopped has whole grids of fewer seeds."""
     rates, thresholds = (QUICK_LEARNING_RATES, QUICK_THRESHOLDS) if quick else (LEARNING_RATES, THRESHOLDS)
     return [
         Cell(model, kind, threshold, lr, seed)
@@ -44,7 +44,7 @@ def grid(models, seeds, quick):
 
 
 def run(options):
-    """Trains what is missing; returns the exit code."""
+    """Trains the missing cells; returns the exit code."""
     torch.set_num_threads(1)
     table = options.out / "clipping.csv"
     with alone_in(options.out):
@@ -76,13 +76,13 @@ def fill(missing, rows, options, table):
     commit = (found["commit"] or "unknown") + ("+changes" if found["dirty"] else "")
     origin = {"torch": torch.__version__, "fastclip": found["versions"]["fastclip"],
               "machine": found["machine"]["cpu"], "commit": commit}  # fmt: skip
-    data, of_seed, failed = None, None, 0
+    data, loaded_seed, failed = None, None, 0
     with progress(total=len(missing), desc="study", unit="cell") as bar:
         for cell in missing:
-            if cell.seed != of_seed:
+            if cell.seed != loaded_seed:
                 data = load_data(options.data, options.cache, cell.seed, options.strings)
-                keep_settings(options, data, found if of_seed is None else None)
-                of_seed = cell.seed
+                keep_settings(options, data, found if loaded_seed is None else None)
+                loaded_seed = cell.seed
             threshold = "" if cell.threshold is None else f" {cell.threshold:g}"
             bar.set_postfix_str(f"{cell.model} {cell.kind}{threshold} lr {cell.lr:g}, {failed} diverged", refresh=False)
             rows.append({**vars(cell), **train_cell(cell, data, options.epochs), **origin})

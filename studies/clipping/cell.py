@@ -68,7 +68,7 @@ def load_data(folder, cache, seed, strings):
 
 
 def held_out_voice(voices, seed):
-    """A voice whose language another one speaks, too: of other languages nothing could be recognised. Or None."""
+    """Returns a voice whose language another one speaks, too: no other could be recognised. None if there is none."""
     languages = {voice: re.match("[a-z]+", voice)[0] for voice in voices}
     speakers = Counter(languages.values())
     candidates = [voice for voice in voices if speakers[languages[voice]] > 1]
@@ -81,7 +81,7 @@ def make_optimizer(cell, params):
 
 
 def diverges(losses, norm, untrained):
-    """A loss or norm is not finite; or, after PATIENCE steps, the losses are on average far above the untrained one."""
+    """Returns whether a loss or norm is not finite, or, after PATIENCE steps, losses are far above the untrained."""
     return not math.isfinite(losses[-1] + norm) or (
         len(losses) > PATIENCE and mean(losses[-WINDOW:]) > LOST * untrained
     )
@@ -89,7 +89,7 @@ def diverges(losses, norm, untrained):
 
 @torch.no_grad()
 def mean_loss(model, examples):
-    """The mean over all batches, not the first: a batch holds strings of like length, and so of like loss."""
+    """Returns the mean over all batches, not the first: a batch holds strings of like length, and so of like loss."""
     every = range(0, len(examples), BATCH)
     return mean(ctc_loss(examples[start : start + BATCH])(model).item() for start in every)
 
@@ -135,21 +135,21 @@ def train_cell(cell, data, epochs):
 
 
 def unheard_error_rate(model, data, diverged):
-    """NaN without an unheard voice."""
+    """Returns the error rate on the unheard voice; NaN without one."""
     if not data.unheard:
         return math.nan
     return 100.0 if diverged else error_rate(model, data.unheard, data.speech)
 
 
 def clipped_share(stats):
-    """The fraction of elements that a value clip clamped in a step; for a norm clip, 1 if it acted, else 0."""
+    """Returns the fraction of elements that a value clip clamped in a step; for a norm clip, 1 if it acted, else 0."""
     if stats.clamped_fraction is not None:
         return stats.clamped_fraction.item()
     return float(stats.clip_coefficient is not None and stats.clip_coefficient.item() < 1)
 
 
 def curve(losses):
-    """Mean losses of up to CURVE_POINTS equal stretches of the training."""
+    """Returns mean losses of up to CURVE_POINTS equal stretches of the training."""
     points = min(CURVE_POINTS, len(losses))
     edges = [round(i * len(losses) / points) for i in range(points + 1)]
     return [mean(losses[a:b]) for a, b in zip(edges, edges[1:], strict=False)]

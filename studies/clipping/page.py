@@ -33,7 +33,7 @@ def wer_text(group):
 
 
 def norm_table(rows):
-    """The norms of the trainings without a clip that did not diverge: what a user measures first."""
+    """Returns the norms of the trainings without a clip that did not diverge, which a user measures first."""
     lines = []
     for (model, _, _, lr), group in sorted(groups_of([row for row in rows if row["kind"] == "none"]).items()):
         if not group.diverged:
@@ -42,7 +42,7 @@ def norm_table(rows):
 
 
 def clipped_table(rows, model):
-    """In percent: of a value clip the elements clamped, of a norm clip the steps in which it acted."""
+    """Returns percentages: elements that a value clip clamped, or steps in which a norm clip acted."""
     groups, rates = groups_of(rows), values_of(rows, "lr", model=model)
     lines = []
     for kind, threshold in clips_of([row for row in rows if row["model"] == model]):
@@ -54,10 +54,10 @@ def clipped_table(rows, model):
 
 
 def product_table(rows, kind):
-    """Error rates over learning rate times threshold: once a clip acts in every step, the length of an update."""
+    """Returns error rates over learning rate times threshold: the length of an update, if the clip always acts."""
     found = {}
-    for (model, of_kind, threshold, lr), group in groups_of(rows).items():
-        if of_kind == kind:
+    for (model, group_kind, threshold, lr), group in groups_of(rows).items():
+        if group_kind == kind:
             found.setdefault(float(f"{lr * threshold:.1g}"), {}).setdefault(model, []).append(group.median("wer"))
     models = values_of(rows, "model")
     lines = [[f"{product:g}", *(spread(found[product].get(model, []), 0) for model in models)]
@@ -80,7 +80,7 @@ def parameter_table(rows):
 
 
 def extent(rows):
-    """One sentence: what part of the grid was run."""
+    """Returns one sentence, on the part of the grid that was run."""
     seeds = {seed: sum(row["seed"] == seed for row in rows) for seed in values_of(rows, "seed")}
     each = ", ".join(f"{number} with seed {seed}" for seed, number in seeds.items())
     failed = sum(row["diverged"] for row in rows)
@@ -94,7 +94,7 @@ def extent(rows):
 
 
 def blocks(rows):
-    """The texts between <!-- study:name --> and <!-- /study:name --> in a page, by name."""
+    """Returns the texts between <!-- study:name --> and <!-- /study:name --> in a page, by name."""
     found = {"extent": extent(rows), "best": markdown(*best_table(rows), left=2), "norms": norm_table(rows),
              "parameters": parameter_table(rows), "product-value": product_table(rows, "value"),
              "product-norm": product_table(rows, "norm")}  # fmt: skip
@@ -104,7 +104,7 @@ def blocks(rows):
 
 
 def updated(page, rows, name="the page"):
-    """The page with all its blocks written again; SpeechDataError for a block that can't be made."""
+    """Returns the page with all its blocks written again; SpeechDataError for a block that can't be made."""
     found = blocks(rows)
 
     def block(match):

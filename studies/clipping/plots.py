@@ -14,15 +14,15 @@ MARKERS = "osD^vPX"
 
 
 def draw(rows, folder):
-    """Two PNG files per model; returns their paths. SpeechDataError where they can't be written."""
+    """Draws two PNG files per model; returns their paths. SpeechDataError if they cannot be written."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     paths = []
     for model in values_of(rows, "model"):
-        of_model = [row for row in rows if row["model"] == model]
+        model_rows = [row for row in rows if row["model"] == model]
         for name, picture in (("heatmap", heat_maps), ("curves", curves)):
-            figure = picture(plt, of_model, model)
+            figure = picture(plt, model_rows, model)
             paths.append(folder / f"{name}_{model}.png")
             try:
                 figure.savefig(paths[-1], dpi=80)
@@ -34,7 +34,7 @@ def draw(rows, folder):
 
 
 def heat_maps(plt, rows, model):
-    """A panel per kind of clip, threshold over learning rate; the lowest line is without a clip."""
+    """Draws a panel per kind of clip, threshold over learning rate; the lowest line is without a clip."""
     groups, rates = groups_of(rows), values_of(rows, "lr")
     figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for axes, kind in zip(panels, ("value", "norm"), strict=True):

@@ -22,7 +22,7 @@ def cell_of(row):
 
 
 def read_rows(path):
-    """A list of dicts, empty without a file; raises SpeechDataError where the file is no such CSV."""
+    """Returns a list of dicts, empty without a file; raises SpeechDataError where the file is no such CSV."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
             lines = list(csv.reader(file))

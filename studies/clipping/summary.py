@@ -21,7 +21,7 @@ class Group:
         return [row[name] for row in self.rows if row[name] is not None and math.isfinite(row[name])]
 
     def median(self, name):
-        """NaN where no row has a finite value."""
+        """Returns the median; NaN if no row has a finite value."""
         return median(self.values(name)) if self.values(name) else math.nan
 
 
@@ -35,7 +35,7 @@ def groups_of(rows):
 
 
 def values_of(rows, name, **equal):
-    """The values of a column, in order, in the rows where others have the given values."""
+    """Returns the values of a column, in order, in the rows where others have the given values."""
     found = {row[name] for row in rows if all(row[key] == value for key, value in equal.items())}
     return sorted(found, key=lambda value: (value is not None, value))
 
@@ -61,7 +61,7 @@ def best_of(rows, model, kind, **equal):
 
 
 def spread(values, digits=1):
-    """Median and, of several values, their range."""
+    """Returns the median, and the range of several values."""
     if not values:
         return "–"
     middle = f"{median(values):.{digits}f}"
@@ -88,7 +88,7 @@ def percent(share):
 
 
 def summary(rows):
-    """The table at the end of a run."""
+    """Returns the table at the end of a run."""
     if not rows:
         return "No cells."
     heads, lines = best_table(rows)

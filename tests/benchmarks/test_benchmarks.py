@@ -80,7 +80,7 @@ def test_one_wrong_bit_of_a_state_is_a_disagreement(monkeypatch):
 
 
 def unclipped(params, clip, rule):
-    optimizer = rule.of_torch(params, **rule.settings)
+    optimizer = rule.torch_class(params, **rule.settings)
     return optimizer, optimizer.step
 
 

@@ -58,7 +58,7 @@ def test_bfloat16_agrees_and_has_half_the_bytes(monkeypatch):
 @pytest.mark.parametrize("name", ["loop", "fastclip"])
 def test_in_16_bits_a_clip_that_is_not_applied_is_a_disagreement(name, clip, monkeypatch):
     def unclipped(params, clip, rule):
-        optimizer = rule.of_torch(params, **rule.settings)
+        optimizer = rule.torch_class(params, **rule.settings)
         return optimizer, optimizer.step
 
     problem = Problem("tiny", [(100, 100)], dtype=torch.bfloat16)

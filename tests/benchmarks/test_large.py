@@ -41,7 +41,7 @@ def test_the_command_writes_what_the_report_reads(tmp_path, capsys):
 def test_a_step_that_is_not_taken_or_not_clipped_is_wrong(skipped, index, monkeypatch, tmp_path, capsys):
     case = large.RUNS[index]
 
-    class Broken(case.rule.of_fastclip):
+    class Broken(case.rule.fastclip_class):
         def __init__(self, params, max_norm, **settings):
             super().__init__(params, max_norm=math.inf, **settings)
 
@@ -50,7 +50,7 @@ def test_a_step_that_is_not_taken_or_not_clipped_is_wrong(skipped, index, monkey
                 self.param_groups[0]["lr"] = 0.0
             super().step()
 
-    monkeypatch.setattr(large, "RUNS", [replace(case, rule=replace(case.rule, of_fastclip=Broken))])
+    monkeypatch.setattr(large, "RUNS", [replace(case, rule=replace(case.rule, fastclip_class=Broken))])
     assert large.main(["--out", str(tmp_path)]) == 1
     assert "WRONG: dnn, torch." in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
