@@ -12,6 +12,7 @@ from .eager import eager
 from .plain.checks import check_clip
 from .plain.measure import norm_of
 from .plain.step import bounds, measure_of_all, scaled, scaling_of
+from .reasons import named
 
 
 def _as_list(parameters):
@@ -24,7 +25,7 @@ def _with_unique_grads(parameters):
 
 
 def _named(parameters):
-    return [(p, f"parameter {i}") for i, p in enumerate(parameters)]
+    return [(p, named(i)) for i, p in enumerate(parameters)]
 
 
 def _as_number(value, name):

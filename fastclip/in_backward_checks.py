@@ -7,8 +7,9 @@ import sys
 
 import torch
 
+from .distributed import is_dtensor
 from .optimizer import ClippedOptimizer
-from .plain.names import name_of
+from .reasons import name_of
 
 # What calls back a torch.autograd.Function.
 _FUNCTION_BACKWARD = {
@@ -51,7 +52,7 @@ def check_memory(model, optimizer):
     stepped = {id(param) for group in optimizer.param_groups for param in group["params"]}
     ends = []  # of the memory of each, from where it begins
     for name, param in model.named_parameters():
-        if torch.nn.parameter.is_lazy(param) or param.layout != torch.strided or hasattr(param, "full_tensor"):
+        if torch.nn.parameter.is_lazy(param) or param.layout != torch.strided or is_dtensor(param):
             continue
         begin, bytes_ = param.data_ptr(), param.numel() * param.element_size()
         if begin and bytes_ and torch.ops.aten.is_non_overlapping_and_dense(param):
@@ -87,8 +88,8 @@ def check_settings(optimizer):
 
 def check_parameter(param, group, group_index, index):
     """A shard's gradient is not there, or not whole, when the hook of a parameter runs."""
-    if hasattr(param, "_fsdp_flattened") or hasattr(param, "full_tensor"):
-        kind = "a DTensor" if hasattr(param, "full_tensor") else "of FullyShardedDataParallel"
+    if hasattr(param, "_fsdp_flattened") or is_dtensor(param):
+        kind = "a DTensor" if is_dtensor(param) else "of FullyShardedDataParallel"
         raise TypeError(
             f"step_in_backward can't step {name_of(group, group_index, index)}: it is {kind}, whose gradient "
             "is reduced after the hooks of autograd"

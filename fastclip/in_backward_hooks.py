@@ -4,7 +4,7 @@ import weakref
 
 from .eager import eager
 from .in_backward_checks import check_parameter
-from .plain.names import name_of
+from .reasons import name_of
 
 
 class Hooks:

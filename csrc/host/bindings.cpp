@@ -79,7 +79,9 @@ PYBIND11_MODULE(_C, module) {
   });
 
   py::class_<NotCovered>(module, "NotCovered")
-      .def_readonly("reason", &NotCovered::reason)
+      .def_property_readonly("reason", [](const NotCovered& why_not) {
+        return py::reinterpret_borrow<py::object>(why_not.reason.words().object);
+      })
       .def_property_readonly("misplaced", [](const NotCovered& why_not) {
         py::list params;
         for (const Held& param : why_not.misplaced) params.append(py::handle(param.object));

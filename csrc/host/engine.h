@@ -18,11 +18,8 @@ namespace fastclip {
 // Why the kernels did not take a step. `misplaced` are the parameters whose gradients have other placements than they have:
 // all ranks have to redistribute these first, and call again.
 struct NotCovered {
-  std::string reason;
+  Reason reason;
   std::vector<Held> misplaced;
-
-  NotCovered(std::string why, std::vector<Held> params) : reason(std::move(why)), misplaced(std::move(params)) {}
-  NotCovered(NotCovered&&) = default;
 };
 
 // Owned by an optimizer.
@@ -36,7 +33,7 @@ class Engine {
   // nothing was changed.
   std::optional<NotCovered> step(PyObject* groups, PyObject* state, PyObject* grad_scale, PyObject* found_inf);
 
-  // Warns, once, that a step undoes what somebody wrote to a parameter that has master weights; `param` names it, or is "".
+  // Warns, once, that a step undoes what somebody wrote to a parameter that has master weights; `param` names it.
   void warn_of_undone(const std::string& param, int stack_level);
 
   // Clips the gradients of `params` (a list) in place: of the rule that does so. Returns as step does.
