@@ -9,7 +9,7 @@ import torch
 
 from .distributed import is_dtensor
 from .optimizer import ClippedOptimizer
-from .reasons import name_of
+from .reasons import name_of, negative, not_a_number
 
 # What calls back a torch.autograd.Function.
 _FUNCTION_BACKWARD = {
@@ -29,9 +29,9 @@ def check_arguments(model, optimizer, bucket_cap_mb):
     if type(optimizer).step is not ClippedOptimizer.step:
         raise TypeError(f"{type(optimizer).__name__} has a step() of its own, which a backward pass would not run")
     if not isinstance(bucket_cap_mb, (int, float)):
-        raise TypeError(f"bucket_cap_mb must be a number, got {bucket_cap_mb!r}")
+        raise not_a_number("bucket_cap_mb", bucket_cap_mb)
     if math.isnan(bucket_cap_mb) or bucket_cap_mb < 0:
-        raise ValueError(f"bucket_cap_mb must be at least 0, got {bucket_cap_mb}")
+        raise negative("bucket_cap_mb", bucket_cap_mb)
     if optimizer._in_backward is not None:
         raise ValueError("this optimizer steps in the backward pass already")
     check_settings(optimizer)
@@ -108,7 +108,7 @@ def check_not_replicated(optimizer):
         if any(id(p) in stepped for p in replicated.parameters()):
             raise TypeError(
                 "step_in_backward can't step the parameters of DistributedDataParallel: it reduces gradients "
-                "after the hooks of autograd, so that each rank would step on its own; and it keeps a buffer of all "
+                "after autograd's hooks, so that each rank would step on its own; and it keeps a buffer of all "
                 "gradients in any case"
             )
 

@@ -97,7 +97,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
         if of_all_ranks and any(hasattr(p, "_fsdp_flattened") for p in tensors):
             raise TypeError(
                 f"{of_all_ranks[0]} can't be applied to param_groups[{index}]: each rank of FullyShardedDataParallel "
-                "sees its own shard only; its clip_grad_norm_ takes the norm of all"
+                "sees its own shard only; its clip_grad_norm_ looks at all shards"
             )
         if of_all_ranks and (zero := who_shares_out()):
             raise TypeError(

@@ -7,6 +7,7 @@ errors. `what` is what a message is about, as `named` has it.
 import torch
 
 from ._extension import BUILD_INFO
+from .plain.values import is_sparse
 from .settings import SHARED_SETTINGS
 
 # ---- what a message is about ---------------------------------------------------------------------
@@ -34,6 +35,22 @@ def no_tensor(what, value):
 
 def no_dict(what, value):
     return TypeError(f"{what} must be a dict, got {type(value).__name__}")
+
+
+def no_list(what, value):
+    return TypeError(f"{what} must be a list, got {type(value).__name__}")
+
+
+def not_a_number(what, value):
+    return TypeError(f"{what} must be a number, got {value!r} of type {type(value).__name__}")
+
+
+def negative(what, value):
+    return ValueError(f"{what} must not be negative or NaN, got {value!r}")
+
+
+def not_one_element(what, tensor):
+    return ValueError(f"{what} must be a 1-element tensor, got one of shape {[*tensor.shape]}")
 
 
 def no_dtensor(what):
@@ -72,10 +89,6 @@ def no_float32(what, tensor):
     return TypeError(f"{what} must be float32, got {tensor.dtype}")
 
 
-def no_number(what, tensor):
-    return ValueError(f"{what} must be a 1-element tensor, got one of shape {[*tensor.shape]}")
-
-
 def no_count(what, number):
     return ValueError(f"{what} must be a count of steps, got {number.item()}")
 
@@ -97,6 +110,7 @@ def not_shared(groups, index):
 # ---- left to plain torch: these return the words -------------------------------------------------
 
 _COVERED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_NO_KERNELS = "which fastclip has no kernels for"
 
 
 def watched():
@@ -130,7 +144,7 @@ def no_kernels_for_number(what, number, param):
 
 
 def no_kernels_for_lr(lr):
-    return f"lr is a {lr.dtype} tensor on {lr.device}, which fastclip has no kernels for"
+    return f"lr is a {lr.dtype} tensor on {lr.device}, {_NO_KERNELS}"
 
 
 def other_device_than_lr(what, param, lr):
@@ -142,7 +156,7 @@ def _kind(tensor):
     if tensor.is_nested:
         return "is nested"
     if tensor.layout != torch.strided:
-        return "is sparse"
+        return "is sparse" if is_sparse(tensor) else f"has the layout {tensor.layout}, {_NO_KERNELS}"
     if torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.Python):
         return f"is a tensor subclass, {type(tensor).__name__}"
     if tensor.is_complex():
@@ -152,14 +166,14 @@ def _kind(tensor):
     if tensor.is_cuda and not BUILD_INFO["cuda"]:
         return "is on a GPU, and fastclip was built without CUDA"
     if tensor.device.type not in ("cpu", "cuda"):
-        return f"is on device '{tensor.device}', which fastclip has no kernels for"
+        return f"is on device '{tensor.device}', {_NO_KERNELS}"
     return None
 
 
 def _difference(tensor, param):
     """How an ordinary tensor differs from what the kernels take with its parameter."""
     if tensor.dtype not in _COVERED:
-        return f"is {tensor.dtype}, which fastclip has no kernels for"
+        return f"is {tensor.dtype}, {_NO_KERNELS}"
     if tensor.dtype != param.dtype and torch.float64 in (tensor.dtype, param.dtype):
         return f"is {tensor.dtype}, and its parameter is {param.dtype}"
     if tensor.device != param.device:
@@ -168,4 +182,4 @@ def _difference(tensor, param):
         return f"has another memory layout than its parameter: strides {tensor.stride()} instead of {param.stride()}"
     if not torch.ops.aten.is_non_overlapping_and_dense(tensor):
         return f"has gaps or overlaps in memory: strides {tensor.stride()} for shape {tuple(tensor.shape)}"
-    return "is of a kind that fastclip has no kernels for"
+    return "is of a kind without kernels"

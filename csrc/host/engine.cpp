@@ -53,7 +53,7 @@ class Engine::Busy {
 
 std::optional<NotCovered> Engine::step(PyObject* groups, PyObject* state, PyObject* grad_scale, PyObject* found_inf) {
   const Busy busy(*this);
-  if (!PyList_Check(groups) && !PyTuple_Check(groups)) raise(PyExc_TypeError, "param_groups must be a list");
+  if (!PyList_Check(groups) && !PyTuple_Check(groups)) raise_refusal("no_list", {object_of("param_groups"), object_of(groups)});
   States& states = walk_.states();
   states.begin(state);
   const at::Tensor scale = optional_scalar(grad_scale, "grad_scale");

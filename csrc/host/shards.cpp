@@ -63,7 +63,9 @@ void Shard::keep_in(Borrowed& borrowed) && {
 std::optional<Shard> shard_of(const at::Tensor& tensor, PyObject* object) {
   if (!is_subclass(tensor) || !is_dtensor(object)) return {};
   Shard shard{Held(object), attribute(object, names().local_tensor), attribute(object, names().spec)};
-  if (!is_tensor(shard.tensor.object)) raise(PyExc_TypeError, "the local tensor of a DTensor must be a tensor");
+  if (!is_tensor(shard.tensor.object)) {
+    raise_refusal("no_tensor", {object_of("the local tensor of a DTensor"), object_of(shard.tensor.object)});
+  }
   return shard;
 }
 

@@ -88,7 +88,7 @@ StateNames state_names(Rules::Id rule, const Group& group) {
 }
 
 void States::begin(PyObject* state) {
-  if (!PyDict_Check(state)) raise(PyExc_TypeError, "state must be a dict");
+  if (!PyDict_Check(state)) raise_refusal("no_dict", {object_of("state"), object_of(state)});
   state_ = state;
 }
 

@@ -224,7 +224,7 @@ void Walk::check_memory(const at::Tensor& param, const at::Tensor& grad, const S
 bool Walk::covers_number(const at::Tensor& param, const Place& place, const Name& name, const at::Tensor*& number) {
   // On a GPU the device decides whether a step is skipped, so it counts them, too.
   if (param.is_cuda() && number->is_cpu()) number = states_.make(place, name, number->to(param.device()));
-  if (number->numel() != 1) refuse("no_number", place, name.text, *number);
+  if (number->numel() != 1) refuse("not_one_element", place, name.text, *number);
   check_inference(*number, name.text, place);
   const bool counts = number->scalar_type() == at::kFloat || number->scalar_type() == at::kDouble;
   if (counts && is_ordinary(number->unsafeGetTensorImpl()) && number->device() == param.device()) return true;

@@ -19,8 +19,8 @@ from ..reasons import (
     no_count,
     no_dict,
     no_float32,
-    no_number,
     no_tensor,
+    not_one_element,
     other_device,
     other_dtype,
     other_shape,
@@ -60,9 +60,15 @@ def check_dtypes(rule, group, param, where):
                 f"{what} is {tensor.dtype}: a step needs floating-point or complex numbers of 16 bits or more"
             )
     if group["momentum_dtype"] and rule.states(group) and param.is_complex():
-        raise TypeError(
-            f"momentum_dtype can't be applied to {where}, which is complex: give it a group with momentum_dtype=None"
-        )
+        raise not_applied("momentum_dtype", f"{where}, which is complex: give it a group with momentum_dtype=None")
+
+
+def not_applied(setting, what):
+    return TypeError(f"{setting} can't be applied to {what}")
+
+
+def other_kind(what, kind):
+    return TypeError(f"{what} is {kind}, and the parameter is not")
 
 
 def check_gradient(rule, group, param, where):
@@ -70,24 +76,24 @@ def check_gradient(rule, group, param, where):
     grad = param.grad
     clips = [name for name in ("clip_value", "max_norm") if group[name] is not None]
     if is_dtensor(grad):  # of a DTensor parameter, a step in plain torch sees the shard
-        raise TypeError(f"the gradient of {where} is a DTensor, and the parameter is not")
-    sparse = is_sparse(grad)
+        raise other_kind(f"the gradient of {where}", "a DTensor")
+    sparse, sparse_gradient = is_sparse(grad), f"the sparse gradient of {where}"
     if grad.is_nested and not rule.takes_nested:
-        raise RuntimeError(f"{rule.title} does not support nested gradients, as that of {where}; SGD does")
+        raise RuntimeError(f"{rule.title} does not support nested gradients, as that of {where}: SGD does")
     if sparse and not rule.takes_sparse:
         raise RuntimeError(f"{rule.title} does not support sparse gradients, as that of {where}: SparseAdam does")
     if param.is_complex() and not rule.takes_complex:
         raise TypeError(f"{rule.title} does not support complex parameters, as {where}")
     if sparse and (isinstance(group["weight_decay"], torch.Tensor) or group["weight_decay"] != 0):
-        raise TypeError(f"weight_decay can't be applied to the sparse gradient of {where}")
+        raise not_applied("weight_decay", sparse_gradient)
     if sparse and group["stochastic_rounding"] and rule.states(group):
-        raise TypeError(f"stochastic_rounding can't be applied to the sparse momentum of {where}")
+        raise not_applied("stochastic_rounding", f"the sparse momentum of {where}")
     if sparse and clips:
-        raise TypeError(f"{clips[0]} can't be applied to the sparse gradient of {where}")
+        raise not_applied(clips[0], sparse_gradient)
     if grad.is_complex() and not param.is_complex():
-        raise TypeError(f"the gradient of {where} is complex, and the parameter is not")
+        raise other_kind(f"the gradient of {where}", "complex")
     if grad.is_complex() and "clip_value" in clips:
-        raise TypeError(f"clip_value can't be applied to the complex gradient of {where}")
+        raise not_applied("clip_value", f"the complex gradient of {where}")
 
 
 def check_states(rule, group, param, state, where):
@@ -119,7 +125,7 @@ def check_states(rule, group, param, state, where):
 def check_number(number, name, where):
     what = f"the {name} of {where}"
     if number.numel() != 1:
-        raise no_number(what, number)
+        raise not_one_element(what, number)
     check_inference(number, what)
     if name == "step" and not 0 <= item_of(number, unknown=0) < math.inf:  # Adam would divide by 0 at step 0
         raise no_count(what, number)
@@ -145,7 +151,7 @@ def check_state(group, param, tensor, name, where):
     if sparse_tensor and not sparse_grad:
         raise TypeError(f"{what} is sparse, and its gradient is not")
     if group.get("nesterov") and sparse_grad and not sparse_tensor:
-        raise TypeError(f"nesterov can't be applied to the sparse gradient of {where}: its {name} is dense")
+        raise not_applied("nesterov", f"the sparse gradient of {where}: its {name} is dense")
     if overlaps(tensor):
         raise expanded(what)
 
@@ -159,7 +165,7 @@ def check_clip(name, parameters):
         what = named(i, part="gradient")
         known = grad.layout == torch.strided and grad.dtype in KNOWN_DTYPES
         if not known or (grad.is_complex() and name == "clip_value"):
-            raise TypeError(f"{name} can't be applied to {what}: {grad.dtype}, {grad.layout}")
+            raise not_applied(name, f"{what}: {grad.dtype}, {grad.layout}")
         if overlaps(grad):
             raise RuntimeError(f"{name} can't be applied in place: {expanded(what)}")
 
