@@ -48,7 +48,7 @@ FASTCLIP_HD void store_number(void* number, bool is_float64, double value) {
 template <class Entry>
 FASTCLIP_HD Progress progress_of(const Entry& tensor) {
   return {tensor.step ? number_at(tensor.step, tensor.step_is_float64) + 1 : 0,
-          tensor.scalar ? number_at(tensor.scalar, tensor.scalar_is_float64) : 0};
+          tensor.scalar ? number_at(tensor.scalar, tensor.scalar_is_float64) : 0, bool{tensor.scalar_is_float64}};
 }
 
 // Notes that a tensor has taken its step. The scalar first, which is about the step before it is counted.
@@ -56,7 +56,7 @@ template <class R, class Entry>
 FASTCLIP_HD void advance(const Entry& tensor, const Hyper& hyper) {
   if constexpr (R::kScalar.name != nullptr) {
     if (tensor.scalar) {
-      const double next = R::next_scalar(hyper.of<R>(), progress_of(tensor), tensor.scalar_is_float64);
+      const double next = R::next_scalar(hyper.of<R>(), progress_of(tensor));
       store_number(tensor.scalar, tensor.scalar_is_float64, next);
     }
   }

@@ -1,10 +1,12 @@
 """Gradient clipping and the optimizer update of all parameters, in one pass over memory."""
 
 from ._extension import build_info
+from .adadelta import Adadelta
 from .adam import Adam, AdamW
 from .clip_grad import clip_grad_norm_, clip_grad_value_
 from .clip_stats import ClipStats
 from .in_backward import step_in_backward
+from .lion import Lion
 from .sgd import SGD
 
 __version__ = "0.1.0"
@@ -14,6 +16,8 @@ __all__ = [
     "Adam",
     "AdamW",
     "ClipStats",
+    "Adadelta",
+    "Lion",
     "build_info",
     "clip_grad_norm_",
     "clip_grad_value_",

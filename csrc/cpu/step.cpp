@@ -130,7 +130,7 @@ void update_all(const Step& step, const ThreadPool& pool, const LoopTable& loops
   std::atomic<int64_t> all_clamped{0};
   for_each_chunk(step, pool, normed, [&](int64_t first_chunk, int64_t last_chunk) {
     int32_t current = -1;
-    Progress current_progress{-1, -1};
+    Progress current_progress{-1, -1, false};
     Constants constants;
     int64_t clamped = 0;
     for_each_run(step, first_chunk, last_chunk, [&](const TensorEntry& tensor, int64_t begin,

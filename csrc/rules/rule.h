@@ -20,7 +20,7 @@
 //   reads(terms), writes(terms)  which state arrays it reads and writes, as bits; a tensor has those that it writes
 //   Constants<T>          what an element needs, all of type T
 //   constants(hyper, settings, lr, progress)  derives them in double
-//   next_scalar(settings, progress)  where there is a kScalar: its value after this step
+//   next_scalar(settings, progress)  where there is a kScalar: its value after this step, as it is stored
 //   update(terms, constants, param, d, states)  the math of one element; `d` is the gradient after its clips, negated to
 //                         maximize. Each fma is one that torch's CPU kernels compute, too: same operations in the same
 //                         order, so the same bits
@@ -57,6 +57,7 @@ constexpr Scalar kNoScalar = {nullptr, 0};
 struct Progress {
   double step;
   double scalar;
+  bool scalar_is_float64;
 };
 
 // The hyperparameters of one group that all rules have.

@@ -5,8 +5,10 @@
 #include <cstddef>
 #include <tuple>
 
+#include "adadelta.h"
 #include "adam.h"
 #include "clip_grad.h"
+#include "lion.h"
 #include "rule.h"
 #include "sgd.h"
 
@@ -72,7 +74,7 @@ struct RuleList {
 };
 
 // The only list. Python finds a rule by its kName.
-using Rules = RuleList<SGD, Adam, ClipGrad>;
+using Rules = RuleList<SGD, Adam, Lion, Adadelta, ClipGrad>;
 
 // All hyperparameters of one group: those that all rules have, and those of its rule.
 struct Hyper : SharedHyper {

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch.optim.adadelta import adadelta
 from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
@@ -91,6 +92,29 @@ def update_adam(group, param, grad, states, step):
     )
 
 
+def update_lion(group, param, grad, states, step):
+    beta1, beta2 = group["betas"]
+    grad = -grad if group["maximize"] else grad
+    exp_avg = states["exp_avg"]
+    param.mul_(1 - group["lr"] * group["weight_decay"])
+    param.add_(exp_avg.mul(beta1).add_(grad, alpha=1 - beta1).sign_(), alpha=-group["lr"])
+    exp_avg.mul_(beta2).add_(grad, alpha=1 - beta2)
+
+
+def update_adadelta(group, param, grad, states, step):
+    adadelta(
+        [param],
+        [grad],
+        [states["square_avg"]],
+        [states["acc_delta"]],
+        [step],
+        foreach=False,
+        capturable=False,
+        has_complex=param.is_complex(),
+        **picked(group, "lr", "rho", "eps", "weight_decay", "maximize", "differentiable"),
+    )
+
+
 SGD = Rule(
     "sgd",
     "SGD",
@@ -113,5 +137,24 @@ ADAM = Rule(
     momentum="exp_avg",
     numbers=("betas", "eps"),
 )
+LION = Rule(
+    "lion",
+    "Lion",
+    update_lion,
+    arrays=("exp_avg",),
+    states=lambda group: ("exp_avg",),
+    counts_steps=False,
+    momentum="exp_avg",
+    numbers=("betas",),
+    takes_complex=False,
+)
+ADADELTA = Rule(
+    "adadelta",
+    "Adadelta",
+    update_adadelta,
+    arrays=("square_avg", "acc_delta"),
+    states=lambda group: ("square_avg", "acc_delta"),
+    numbers=("rho", "eps"),
+)
 
-RULES = (SGD, ADAM)
+RULES = (SGD, ADAM, LION, ADADELTA)

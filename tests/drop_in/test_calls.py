@@ -9,19 +9,18 @@ from torch.optim import optimizer as torch_optimizer
 
 import fastclip
 from fastclip.settings import OWN_SETTINGS
-from tests.support.cases import assert_same_bits, copy_params, make_params
+from tests.support import optimizers
+from tests.support.cases import assert_equal_trees, assert_same_bits, copy_params, make_params
 from tests.support.torch_optim_db import (
-    ADAM,
     LOOSE,
     SGD,
     Twins,
     as_torch_tests,
-    assert_equal_trees,
     both_classes,
     both_precisions,
     every_clip,
-    every_impl,
     every_input,
+    every_input_and_impl,
     every_optimizer,
     without_clips,
 )
@@ -114,7 +113,7 @@ def test_bad_calls_and_bad_hooks(cls):
 def test_a_closure_that_raises_leaves_everything(cls):
     p = torch.ones(2, requires_grad=True)
     p.grad = torch.ones(2)
-    optimizer = cls([p], **(SGD if "SGD" in cls.__name__ else ADAM).stateful)
+    optimizer = cls([p], **optimizers.OPTIMIZERS[cls.__name__].stateful)
     with pytest.raises(ZeroDivisionError):
         optimizer.step(lambda: 1 / 0)
     assert p.tolist() == [1.0, 1.0] and not optimizer.state and torch.is_grad_enabled()
@@ -166,11 +165,10 @@ def test_state_dict_and_load_hooks_run_as_in_torch(optim):
 def test_add_param_group_in_all_its_forms(optim, kwargs, clip):
     twins = Twins(optim, kwargs, clip)
     twins.step(2)
-    another = {"SGD": {"momentum": 0.5}, "Adam": {"betas": (0.5, 0.6)}, "AdamW": {"amsgrad": True}}
     forms = [
         lambda params: {"params": params[0]},
         lambda params: {"params": params, "lr": 0.3},
-        lambda params: {"params": (p for p in params), **another[optim.name], "weight_decay": 0.2},
+        lambda params: {"params": (p for p in params), **optim.stateful, **optim.another, "weight_decay": 0.2},
         lambda params: {"params": tuple(params), "maximize": True, "foreach": True},
         lambda params: {"params": {i: p for i, p in enumerate(params)}.values(), "mine": "kept"},
         lambda params: {"params": []},
@@ -201,8 +199,7 @@ def test_what_a_bad_group_leaves(cls):
 
 
 @as_torch_tests("test_optimizer_can_be_printed")
-@every_impl
-@every_input
+@every_input_and_impl
 def test_printed_like_torch_and_the_clip(optim, kwargs, impl):
     p, q = make_params([(2,), (3,)])
     theirs = str(optim.torch([{"params": [p]}, {"params": [q], "lr": 7}], **kwargs, **impl)).splitlines()
@@ -260,12 +257,7 @@ def test_a_tensor_lr_is_read_at_every_step(optim, kwargs, dtype, lr_dtype, shape
 def test_settings_that_change_between_steps(optim, kwargs, clip):
     twins = Twins(optim, kwargs, clip)
     changes = [{"lr": 0.2}, {"weight_decay": 0.3}, {"maximize": True}, {"lr": 0}, {"foreach": True}]
-    if optim is SGD:
-        changes += [{"momentum": 0.5}, {"momentum": 0}, {"momentum": 0.9, "dampening": 0.2}]
-        changes += [{"dampening": 0, "nesterov": True}]
-    else:
-        changes += [{"betas": (0.5, 0.6)}, {"eps": 0.1}, {"decoupled_weight_decay": True}, {"amsgrad": False}]
-        changes += [{"betas": [0.7, 0.8]}, {"decoupled_weight_decay": False}, {"capturable": False}]
+    changes += optim.changes
     for change in changes:
         for optimizer in twins.optimizers:
             optimizer.param_groups[0].update(change)
@@ -283,11 +275,8 @@ def test_differentiable_steps(optim, kwargs, clip):
         p = p.clone()
         optimizer = cls([p], **copy.deepcopy(kwargs), **clips)
         # torch cuts a state that it makes itself off the graph
-        if optim is not SGD:
-            averages = {"exp_avg": buffer.clone(), "exp_avg_sq": buffer.square() + 1, "max_exp_avg_sq": buffer * 0 + 2}
-            optimizer.state[p].update(step=torch.tensor(3.0), **averages)
-        elif "momentum" in kwargs:
-            optimizer.state[p]["momentum_buffer"] = buffer.clone()
+        if optim.keeps_state(kwargs):
+            optimizer.state[p].update(optim.after(buffer))
         for grad in grads:
             p.grad = grad
             optimizer.step()
@@ -311,5 +300,5 @@ def test_differentiable_steps_refuse_leaves(cls, stateful):
     p = torch.ones(3, requires_grad=True)
     p.grad = torch.ones(3)
     with pytest.raises(RuntimeError, match="leaf Variable"):
-        cls([p], differentiable=True, **((SGD if "SGD" in cls.__name__ else ADAM).stateful if stateful else {})).step()
+        cls([p], differentiable=True, **(optimizers.OPTIMIZERS[cls.__name__].stateful if stateful else {})).step()
     assert p.tolist() == [1.0] * 3 and torch.is_grad_enabled()

@@ -17,8 +17,8 @@ from tests.support.torch_optim_db import (
     as_torch_tests,
     both_precisions,
     every_clip,
-    every_impl_for_leaves,
     every_input,
+    every_input_and_impl_for_leaves,
     every_optimizer,
     falls_back,
 )
@@ -26,9 +26,8 @@ from tests.support.torch_optim_db import (
 
 @as_torch_tests("test_foreach_matches_forloop")
 @every_clip
-@every_impl_for_leaves
 @both_precisions
-@every_input
+@every_input_and_impl_for_leaves
 def test_every_input_steps_with_torchs_bits(optim, kwargs, dtype, impl, clip):
     twins = Twins(optim, kwargs, clip, dtype, ADVERSARIES, impl=impl)
     for _ in range(4):
@@ -40,9 +39,8 @@ def test_every_input_steps_with_torchs_bits(optim, kwargs, dtype, impl, clip):
 
 
 @as_torch_tests("test_fused_matches_forloop")
-@every_impl_for_leaves
 @both_precisions
-@every_input
+@every_input_and_impl_for_leaves
 def test_every_implementation_of_torch_agrees(optim, kwargs, dtype, impl):
     """SGD's default and foreach to the bit; its fused one rounds differently in the last elements of a tensor, as all
     of Adam do in their square roots."""
@@ -63,7 +61,7 @@ def test_every_implementation_of_torch_agrees(optim, kwargs, dtype, impl):
 @every_input
 def test_16_bit_parameters_agree_and_are_closer_to_the_truth(optim, kwargs, dtype, clip):
     """Computed in float32 and rounded once, where torch's loop rounds after every operation."""
-    kwargs = {"lr": 0.1, **NOT_TOO_SMALL[optim.name], **kwargs}
+    kwargs = {"lr": 0.1, **optim.moderate, **kwargs}
     twins = Twins(optim, kwargs, clip, dtype, ADVERSARIES)
     exact = [p.detach().double().requires_grad_() for p in twins.ours]
     oracle = optim.torch(exact, **copy.deepcopy(kwargs))
@@ -85,17 +83,13 @@ def test_16_bit_parameters_agree_and_are_closer_to_the_truth(optim, kwargs, dtyp
         assert_close(theirs.values(), ours.values(), 16 * torch.finfo(dtype).eps)
 
 
-# In 16 bits, in which torch computes them, the default of 1e-8 is 0, as are the squares of small gradients.
-NOT_TOO_SMALL = {"SGD": {}, "Adam": {"eps": 0.1}, "AdamW": {"eps": 0.1}}
-
-
 @as_torch_tests("test_mixed_device_dtype")
 @every_clip
 @every_input
 def test_dtypes_mixed_in_one_optimizer(optim, kwargs, clip):
     dtypes = [torch.float32, torch.float64, torch.bfloat16, torch.float16] * 2
     params = [make_params([(7, 33)], dtype)[0] for dtype in dtypes]
-    twins = Twins(optim, {**NOT_TOO_SMALL[optim.name], **kwargs}, clip, params=params)
+    twins = Twins(optim, {**optim.moderate, **kwargs}, clip, params=params)
     twins.step(4)
     for a, b in zip(twins.theirs, twins.ours, strict=True):
         assert a.dtype == b.dtype

@@ -9,13 +9,12 @@ import torch
 
 import fastclip
 from fastclip.settings import OWN_SETTINGS
-from tests.support.cases import assert_close, copy_params, exact_square_roots, give_grads
+from tests.support.cases import assert_close, assert_equal_trees, copy_params, exact_square_roots, give_grads
 from tests.support.torch_optim_db import (
     ADAM,
     SGD,
     Twins,
     as_torch_tests,
-    assert_equal_trees,
     every_clip,
     every_input,
     every_optimizer,
@@ -60,7 +59,7 @@ def test_training_goes_on_from_a_state_dict(optim, kwargs, clip, source, target,
     saved = ROUTES[route](getattr(twins, source))
     kept = copy.deepcopy(saved)
     params = copy_params(twins.ours)
-    others = {"momentum": 0.1} if optim is SGD else {"betas": (0.1, 0.2), "eps": 1.0}
+    others = optim.another
     fresh = getattr(optim, target)(params, lr=5.0, maximize=True, **others)
     fresh.load_state_dict(saved)
     if source == "fastclip":
@@ -92,14 +91,14 @@ def test_state_dicts_of_older_torch(optim, kwargs, clip):
                 state["step"] = int(state["step"])
         optimizer.load_state_dict(saved)
         group = optimizer.param_groups[0]
-        assert (group["foreach"], group["differentiable"]) == (None, False) and not group["fused"]
+        assert (group["foreach"], group["differentiable"]) == (None, False) and not group.get("fused")
     group = twins.fastclip.param_groups[0]
     assert {k: group[k] for k in clip} == clip, "the clip is this optimizer's own where the state dict has none"
     twins.step(2)
     if optim.keeps_state(kwargs):
         twins.check()
     for optimizer in twins.optimizers:
-        optimizer.param_groups[0].update({"momentum": 0.5} if optim is SGD else {"lr": 0.5})
+        optimizer.param_groups[0].update({**optim.another, "lr": 0.5})
     twins.step(2)
     twins.check()
 

@@ -11,11 +11,11 @@ import fastclip
 from tests.support.cases import assert_same_bits, copy_params, exact_square_roots, give_grads, make_params
 from tests.support.torch_optim_db import (
     ADAM,
+    IMPLS,
     SGD,
     Twins,
     as_torch_tests,
     every_clip,
-    every_impl,
     every_input,
     falls_back,
 )
@@ -201,7 +201,7 @@ def test_zero_gradients(optim, kwargs, clip):
         assert_same_bits(before, twins.ours)
 
 
-@every_impl
+@pytest.mark.parametrize("impl", IMPLS, ids=str)
 @pytest.mark.parametrize("set_to_none", [False, True])
 def test_zero_grad(impl, set_to_none):
     p, q = make_params([(3,), (4,)])

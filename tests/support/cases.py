@@ -74,7 +74,14 @@ def give_grads(*param_lists, scale=1.0):
             p.grad = grad.to(p.device, p.dtype, copy=True)
 
 
-OWN_SQRT = torch.Tensor.sqrt
+# What torch takes square roots by: methods, and for lists of tensors.
+OWN_SQRT, OWN_SQRT_IN_PLACE = torch.Tensor.sqrt, torch.Tensor.sqrt_
+OWN_ROOTS = {
+    (torch.Tensor, "sqrt"): OWN_SQRT,
+    (torch.Tensor, "sqrt_"): OWN_SQRT_IN_PLACE,
+    (torch, "_foreach_sqrt"): torch._foreach_sqrt,
+    (torch, "_foreach_sqrt_"): torch._foreach_sqrt_,
+}
 _exact = threading.Lock()
 _users = [0]  # of exact_square_roots: in several threads, the last one out restores torch's
 
@@ -88,19 +95,37 @@ def _exact_sqrt(tensor):
     return torch.from_numpy(np.asarray(np.sqrt(tensor.detach().cpu().numpy()))).to(tensor.device)
 
 
+def _exact_sqrt_in_place(tensor):
+    return OWN_SQRT_IN_PLACE(tensor) if tensor.requires_grad else tensor.copy_(_exact_sqrt(tensor))
+
+
+EXACT_ROOTS = {
+    (torch.Tensor, "sqrt"): _exact_sqrt,
+    (torch.Tensor, "sqrt_"): _exact_sqrt_in_place,
+    (torch, "_foreach_sqrt"): lambda tensors: [_exact_sqrt(t) for t in tensors],
+    (torch, "_foreach_sqrt_"): lambda tensors: [_exact_sqrt_in_place(t) for t in tensors],
+}
+
+
+def _set_roots(functions):
+    for (owner, name), function in functions.items():
+        setattr(owner, name, function)
+
+
 @contextmanager
 def exact_square_roots():
-    """In Adam: torch's own come from MKL, which may be off by a bit in its last place; IEEE's, and numpy's, are not."""
+    """In torch's optimizers: its own come from MKL, which may be off by a bit in the last place; IEEE's, and numpy's,
+    are not."""
     with _exact:
         _users[0] += 1
-        torch.Tensor.sqrt = _exact_sqrt
+        _set_roots(EXACT_ROOTS)
     try:
         yield
     finally:
         with _exact:
             _users[0] -= 1
             if _users[0] == 0:
-                torch.Tensor.sqrt = OWN_SQRT
+                _set_roots(OWN_ROOTS)
 
 
 def reference_step(optimizer):
@@ -139,12 +164,14 @@ def clip_in_place(params, clip_value=None, max_norm=None, norm_type=2.0):
 
 
 class Loop:
-    """The Python loop that fastclip replaces: clip each gradient in place, then the optimizer of torch's."""
+    """The Python loop that fastclip replaces: clip each gradient in place, then an optimizer: torch's by name, or a
+    class."""
 
     def __init__(self, params, clip=None, optimizer="SGD", **settings):
         self.params = list(params)
         self.clip = clip or {}
-        self.optimizer = getattr(torch.optim, optimizer)(self.params, foreach=False, **settings)
+        cls = getattr(torch.optim, optimizer) if isinstance(optimizer, str) else optimizer
+        self.optimizer = cls(self.params, foreach=False, **settings)
 
     def step(self):
         norm = clip_in_place(self.params, **self.clip)
@@ -182,3 +209,20 @@ def assert_same_bits(theirs, ours, their_optimizer=None, our_optimizer=None):
 def assert_close(theirs, ours, rtol):
     for index, (a, b) in enumerate(zip(theirs, ours, strict=True)):
         torch.testing.assert_close(b, a, rtol=rtol, atol=rtol, msg=lambda m, i=index: f"parameter {i}: {m}")
+
+
+def assert_equal_trees(a, b):
+    """Equal dicts and lists, in the same order, of equal values; tensors to the bit."""
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert list(a) == list(b)
+        for key in a:
+            assert_equal_trees(a[key], b[key])
+    elif isinstance(a, list):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_equal_trees(x, y)
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    else:
+        assert a == b

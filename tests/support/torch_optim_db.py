@@ -1,16 +1,15 @@
-"""What torch's optimizer tests are fed with, of SGD, Adam and AdamW: their entries in torch's private `optim_db`."""
+"""What torch's optimizer tests are fed with: the entries of fastclip's optimizers in torch's private `optim_db`."""
 
 import copy
 import dataclasses
 import io
-from typing import Any
 
 import pytest
 import torch
 
-import fastclip
 from fastclip.settings import OWN_SETTINGS
 
+from . import optimizers
 from .cases import assert_same_bits, copy_params, exact_square_roots, give_grads, make_params
 
 try:
@@ -22,41 +21,20 @@ torch.backends.disable_global_flags.__globals__["__allow_nonbracketed_mutation_f
 assert not torch.backends.flags_frozen()
 
 
-@dataclasses.dataclass(frozen=True)
-class Optim:
-    """An optimizer of torch's, and fastclip's of the same name."""
-
-    name: str
-    stateful: dict  # settings with which it keeps all the state it can
-    info: Any = dataclasses.field(init=False)
-
-    def __post_init__(self):
-        info = next(info for info in common_optimizers.optim_db if info.optim_cls is self.torch)
-        object.__setattr__(self, "info", info)
+@dataclasses.dataclass(frozen=True, repr=False)
+class Optim(optimizers.Case):
+    """A row of the table, with torch's description of the optimizer."""
 
     @property
-    def torch(self):
-        return getattr(torch.optim, self.name)
+    def info(self):
+        return next(info for info in common_optimizers.optim_db if info.optim_cls is self.torch)
 
-    @property
-    def fastclip(self):
-        return getattr(fastclip, self.name)
-
-    @property
-    def classes(self):
-        return self.torch, self.fastclip
-
-    def keeps_state(self, kwargs):
-        return self.name != "SGD" or "momentum" in kwargs
-
-    def __repr__(self):
-        return self.name
+    def takes(self, impl):
+        return set(impl) <= set(self.info.supported_impls)
 
 
-SGD = Optim("SGD", {"lr": 0.1, "momentum": 0.9})
-ADAM = Optim("Adam", {"lr": 0.1, "amsgrad": True})
-ADAMW = Optim("AdamW", {"lr": 0.1, "amsgrad": True})
-OPTIMIZERS = [SGD, ADAM, ADAMW]
+OPTIMIZERS = [Optim(**vars(case)) for case in optimizers.CASES if case.is_torchs]
+SGD, ADAM, ADAMW = OPTIMIZERS[:3]
 
 # Hyperparameters, without params: pytest shows torch's own descriptions.
 INPUTS = [
@@ -78,11 +56,22 @@ SHAPES = [(10, 5), (10,), (), (0, 3), (3, 4099)]
 falls_back = pytest.mark.falls_back
 every_optimizer = pytest.mark.parametrize("optim", OPTIMIZERS, ids=repr)
 every_input = pytest.mark.parametrize(("optim", "kwargs"), INPUTS)
-every_impl = pytest.mark.parametrize("impl", IMPLS, ids=lambda impl: next(iter(impl), "default"))
+
+
+def every_input_and(impls):
+    """With each implementation that torch has of the optimizer."""
+    pairs = [
+        pytest.param(*given.values, impl, id=f"{given.id} {next(iter(impl), 'default')}")
+        for given in INPUTS
+        for impl in impls
+        if given.values[0].takes(impl)
+    ]
+    return pytest.mark.parametrize(("optim", "kwargs", "impl"), pairs)
+
+
+every_input_and_impl = every_input_and(IMPLS)
 # differentiable=True takes no leaves as parameters: see test_differentiable_steps
-every_impl_for_leaves = pytest.mark.parametrize(
-    "impl", [i for i in IMPLS if "differentiable" not in i], ids=lambda impl: next(iter(impl), "default")
-)
+every_input_and_impl_for_leaves = every_input_and([impl for impl in IMPLS if "differentiable" not in impl])
 every_clip = pytest.mark.parametrize("clip", LOOSE.values(), ids=LOOSE)
 both_precisions = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 both_classes = pytest.mark.parametrize(
@@ -144,20 +133,3 @@ def through_a_file(state_dict):
 def without_clips(state_dict):
     groups = [{k: v for k, v in g.items() if k not in OWN_SETTINGS} for g in state_dict["param_groups"]]
     return {**state_dict, "param_groups": groups}
-
-
-def assert_equal_trees(a, b):
-    """Equal dicts and lists, in the same order, of equal values; tensors to the bit."""
-    assert type(a) is type(b)
-    if isinstance(a, dict):
-        assert list(a) == list(b)
-        for key in a:
-            assert_equal_trees(a[key], b[key])
-    elif isinstance(a, list):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_equal_trees(x, y)
-    elif isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and torch.equal(a, b)
-    else:
-        assert a == b
