@@ -91,8 +91,8 @@ def check_parameter(param, group, group_index, index):
     if hasattr(param, "_fsdp_flattened") or is_dtensor(param):
         kind = "a DTensor" if is_dtensor(param) else "of FullyShardedDataParallel"
         raise TypeError(
-            f"step_in_backward can't step {name_of(group, group_index, index)}: it is {kind}, whose gradient "
-            "is reduced after the hooks of autograd"
+            f"step_in_backward can't step {name_of(group, group_index, index)}: it is {kind}, and its gradient "
+            "is reduced after autograd's hooks have run"
         )
 
 
@@ -108,7 +108,7 @@ def check_not_replicated(optimizer):
         if any(id(p) in stepped for p in replicated.parameters()):
             raise TypeError(
                 "step_in_backward can't step the parameters of DistributedDataParallel: it reduces gradients "
-                "after autograd's hooks, so that each rank would step on its own; and it keeps a buffer of all "
+                "after the hooks of autograd, so that each rank would step on its own; and it keeps a buffer of all "
                 "gradients in any case"
             )
 

@@ -107,9 +107,8 @@ class ClippedOptimizer(torch.optim.Optimizer):
         for i, tensor in enumerate(tensors):
             if is_dtensor(tensor):
                 reduction_of(tensor._spec, name_of(group, index, i))
-        for name in SHARED_SETTINGS:
-            if self.param_groups and group[name] != self.param_groups[0][name]:
-                raise not_shared([*self.param_groups, group], index)
+        if self.param_groups and any(group[name] != self.param_groups[0][name] for name in SHARED_SETTINGS):
+            raise not_shared([*self.param_groups, group], index)
 
     def _start(self):
         """What is not state: made anew for a new or copied optimizer."""

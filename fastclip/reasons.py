@@ -99,8 +99,7 @@ def incomplete(what, missing, present):
 
 def not_shared(groups, index):
     """A setting of a group that differs from the first group's."""
-    different = [name for name in SHARED_SETTINGS if groups[index][name] != groups[0][name]]
-    name = different[0]
+    name = next(name for name in SHARED_SETTINGS if groups[index][name] != groups[0][name])
     return ValueError(
         f"{name} must be the same in all groups: {groups[index][name]} in param_groups[{index}], "
         f"{groups[0][name]} in param_groups[0]"

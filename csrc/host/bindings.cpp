@@ -102,7 +102,8 @@ PYBIND11_MODULE(_C, module) {
               const py::object& found_inf) {
              return engine.step(groups.ptr(), state.ptr(), grad_scale.ptr(), found_inf.ptr());
            })
-      .def("warn_of_undone", &Engine::warn_of_undone)
+      .def("warn_of_undone",
+           [](Engine& engine, const py::str& param, int stack_level) { engine.warn_of_undone(param.ptr(), stack_level); })
       .def("clip_grad_value_", clip_grad_value)
       .def("clip_grad_norm_", clip_grad_norm)
       .def("total_norm", [](const Engine& engine) { return wrap(engine.total_norm()); })

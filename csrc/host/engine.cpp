@@ -53,7 +53,9 @@ class Engine::Busy {
 
 std::optional<NotCovered> Engine::step(PyObject* groups, PyObject* state, PyObject* grad_scale, PyObject* found_inf) {
   const Busy busy(*this);
-  if (!PyList_Check(groups) && !PyTuple_Check(groups)) raise_refusal("no_list", {object_of("param_groups"), object_of(groups)});
+  if (!PyList_Check(groups) && !PyTuple_Check(groups)) {
+    raise_refusal("no_list", {object_of("param_groups"), object_of(groups)});
+  }
   States& states = walk_.states();
   states.begin(state);
   const at::Tensor scale = optional_scalar(grad_scale, "grad_scale");
@@ -75,7 +77,7 @@ std::optional<NotCovered> Engine::step(PyObject* groups, PyObject* state, PyObje
   if (walk_.undone() && !warned_of_undone_) {
     walk_.borrowed().hold();
     constexpr int kCallerOfStep = 4;
-    warn_of_undone(walk_.undone()->text(), kCallerOfStep);
+    warn_of_undone(walk_.undone()->text().object, kCallerOfStep);
   }
 
   if (states.has_new()) {  // a replay would make them anew each time
@@ -117,14 +119,14 @@ std::optional<NotCovered> Engine::not_covered() {
 }
 
 // Once: whoever does it does it at every step.
-void Engine::warn_of_undone(const std::string& param, int stack_level) {
+void Engine::warn_of_undone(PyObject* param, int stack_level) {
   if (warned_of_undone_) return;
   warned_of_undone_ = true;
-  const std::string message = c10::str(
-      param, " was written to, and this step changes it back: with master_weights the float32 copy in the state is "
+  const char* const message =
+      "%U was written to, and this step changes it back: with master_weights the float32 copy in the state is "
       "what is updated. To keep what was written, delete optimizer.state[p]['master_param'] of each such parameter p; "
-      "the next step makes it of the parameter");
-  if (PyErr_WarnEx(PyExc_UserWarning, message.c_str(), stack_level) != 0) throw PythonError{};
+      "the next step makes it of the parameter";
+  if (PyErr_WarnFormat(PyExc_UserWarning, stack_level, message, param) != 0) throw PythonError{};
 }
 
 void Engine::remember(const NormClip& norm_clip, bool skipped_by_host) {

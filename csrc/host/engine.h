@@ -5,7 +5,6 @@
 #include <Python.h>
 
 #include <optional>
-#include <string>
 #include <vector>
 
 #include "part.h"
@@ -34,7 +33,7 @@ class Engine {
   std::optional<NotCovered> step(PyObject* groups, PyObject* state, PyObject* grad_scale, PyObject* found_inf);
 
   // Warns, once, that a step undoes what somebody wrote to a parameter that has master weights; `param` names it.
-  void warn_of_undone(const std::string& param, int stack_level);
+  void warn_of_undone(PyObject* param, int stack_level);
 
   // Clips the gradients of `params` (a list) in place: of the rule that does so. Returns as step does.
   std::optional<NotCovered> clip_grads(PyObject* params, double low, double high, NormClip norm_clip);

@@ -18,7 +18,7 @@ namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-// Raises what reasons.<reason> says of a setting, " in param_groups[1]" or "" being where.
+// Refuses the value of a setting; `where` is " in param_groups[1]", or "".
 [[noreturn]] void refuse_setting(const char* reason, const char* name, const std::string& where, PyObject* value) {
   raise_refusal(reason, {object_of(name + where), object_of(value)});
 }
@@ -89,7 +89,9 @@ class GroupReader {
   bool differentiable = false;  // the caller wants gradients through the step
 
   GroupReader(PyObject* group, Py_ssize_t index) : group_(group), index_(index) {
-    if (!PyDict_Check(group)) raise_refusal("no_dict", {object_of(c10::str("param_groups[", index, "]")), object_of(group)});
+    if (!PyDict_Check(group)) {
+      raise_refusal("no_dict", {object_of(c10::str("param_groups[", index, "]")), object_of(group)});
+    }
   }
 
   PyObject* optional(const Key& key) const {

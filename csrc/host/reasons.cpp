@@ -6,30 +6,31 @@
 namespace fastclip {
 namespace {
 
-template <class Arguments>
-Held ask(const char* function, const Arguments& arguments) {
+Held ask(const char* function, const std::vector<PyObject*>& arguments) {
   const Held reasons = checked(PyImport_ImportModule("fastclip.reasons"));
   const Held callable = checked(PyObject_GetAttrString(reasons.object, function));
+  return checked(PyObject_Vectorcall(callable.object, arguments.data(), arguments.size(), nullptr));
+}
+
+std::vector<PyObject*> objects_of(const auto& arguments) {
   std::vector<PyObject*> objects;
   for (const Held& argument : arguments) objects.push_back(argument.object);
-  return checked(PyObject_Vectorcall(callable.object, objects.data(), objects.size(), nullptr));
+  return objects;
+}
+
+[[noreturn]] void raise_error(const Held& error) {
+  PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.object)), error.object);
+  throw PythonError{};
 }
 
 Held number(Py_ssize_t value) { return checked(PyLong_FromSsize_t(value)); }
 
-Held text_object(const Place& place, const char* part) {
-  const std::initializer_list<Held> arguments = {number(place.index), place.in_optimizer ? number(place.group) : Held(Py_None),
-                                                 Held(place.names ? place.names : Py_None), object_of(std::string(part))};
-  return ask("named", arguments);
-}
-
 }  // namespace
 
-std::string Place::text(const char* part) const {
-  const Held text = text_object(*this, part);
-  const char* const utf8 = PyUnicode_AsUTF8(text.object);
-  if (!utf8) throw PythonError{};
-  return utf8;
+Held Place::text(const char* part) const {
+  const Held parameter = number(index), in_group = in_optimizer ? number(group) : Held(Py_None);
+  const Held part_name = object_of(std::string(part));
+  return ask("named", {parameter.object, in_group.object, names ? names : Py_None, part_name.object});
 }
 
 Held object_of(PyObject* object) { return Held(object); }
@@ -41,16 +42,21 @@ Held object_of(const at::Tensor& tensor) {
 Held object_of(const std::string& text) { return checked(PyUnicode_FromString(text.c_str())); }
 
 void raise_refusal(const char* name, std::initializer_list<Held> arguments) {
-  const Held error = ask(name, arguments);
-  PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.object)), error.object);
-  throw PythonError{};
+  raise_error(ask(name, objects_of(arguments)));
+}
+
+void raise_refusal(const char* name, const Place& place, const char* part, std::initializer_list<Held> arguments) {
+  const Held what = place.text(part);
+  auto objects = objects_of(arguments);
+  objects.insert(objects.begin(), what.object);
+  raise_error(ask(name, objects));
 }
 
 Held Reason::words() const {
   std::vector<Held> arguments;
-  if (place_) arguments.push_back(text_object(*place_, part_));
+  if (place_) arguments.push_back(place_->text(part_));
   for (const at::Tensor& tensor : tensors_) arguments.push_back(object_of(tensor));
-  return ask(name_, arguments);
+  return ask(name_, objects_of(arguments));
 }
 
 }  // namespace fastclip

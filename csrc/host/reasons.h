@@ -21,8 +21,8 @@ struct Place {
   PyObject* param;
   bool in_optimizer = true;
 
-  // "the step of parameter 3 of group 0 ('encoder.bias')"; `part` is a gradient or a state, or "". Runs Python.
-  std::string text(const char* part = "") const;
+  // "the step of parameter 3 of group 0 ('encoder.bias')", a str; `part` is a gradient or a state, or "". Runs Python.
+  Held text(const char* part = "") const;
 };
 
 Held object_of(PyObject* object);
@@ -31,18 +31,21 @@ Held object_of(const std::string& text);
 
 // Raises the error that fastclip.reasons.<name> returns.
 [[noreturn, gnu::cold]] void raise_refusal(const char* name, std::initializer_list<Held> arguments);
+// The first argument is the text of a part of a parameter.
+[[noreturn, gnu::cold]] void raise_refusal(const char* name, const Place& place, const char* part,
+                                           std::initializer_list<Held> arguments);
 
-// The same of a part of a parameter, which is the first argument.
 template <class... Arguments>
 [[noreturn, gnu::noinline, gnu::cold]] void refuse(const char* name, const Place& place, const char* part,
                                                    const Arguments&... arguments) {
-  raise_refusal(name, {object_of(place.text(part)), object_of(arguments)...});
+  raise_refusal(name, place, part, {object_of(arguments)...});
 }
 
 // Why the kernels leave a step to plain torch. The words come later: no Python may run in the middle of a walk.
 class Reason {
  public:
-  explicit Reason(const char* name) : name_(name) {}  // of a function of fastclip/reasons.py
+  // The name of a function of fastclip/reasons.py, and its arguments.
+  explicit Reason(const char* name) : name_(name) {}
   Reason(const char* name, std::vector<at::Tensor> tensors) : name_(name), tensors_(std::move(tensors)) {}
   Reason(const char* name, const Place& place, const char* part, std::vector<at::Tensor> tensors)
       : name_(name), place_(place), part_(part), names_(place.names), tensors_(std::move(tensors)) {}

@@ -87,7 +87,7 @@ PyObject* Shards::reduction_of(const Shard& param, size_t position, const Place&
   if (known_.size() <= position) known_.resize(position + 1);
   Known& known = known_[position];
   if (known.spec.object != param.spec.object) {
-    const Held name = object_of(place.text());
+    const Held name = place.text();
     Held reduction = call(ranks_.reduction_of, {param.spec.object, name.object});
     const int any = PyObject_IsTrue(attribute(reduction.object, names().groups).object);
     if (any < 0) throw PythonError{};

@@ -162,8 +162,8 @@ const at::Tensor* States::make(const Place& place, const Name& name, at::Tensor 
   return shard ? &shard->local() : &added.tensor;
 }
 
-void States::make_missing(Rules::Id rule, const Group& group, const at::Tensor& grad, const Place& place, const StateNames& names,
-                          ParamStates& states) {
+void States::make_missing(Rules::Id rule, const Group& group, const at::Tensor& grad, const Place& place,
+                          const StateNames& names, ParamStates& states) {
   const at::Tensor& param = THPVariable_Unpack(place.param);
   const bool has_master = names.master && is_16_bit(param.scalar_type());
   const Name *missing = nullptr, *present = nullptr;  // the first ones

@@ -81,14 +81,14 @@ double rounded_bound(DType dtype, double bound);
          is_like(grad.unsafeGetTensorImpl(), p);
 }
 
-// Raises where a gradient does not belong to its parameter: plain torch would broadcast, promote, or find out in the middle
-// of a step.
+// Raises for a gradient that does not fit its parameter: plain torch would broadcast, promote, or fail halfway.
 void check_belongs(const at::Tensor& param, const at::Tensor& grad, const Place& place);
 
 // Raises for what can't be written to: a parameter, or a part of it.
 void check_inference(const at::Tensor& tensor, const char* part, const Place& place);
 
-// Which of the two the kernels do not take; nullptr where they step `param` by `grad`. One that is clipped in place is both.
+// Returns the one of the two that the kernels do not take; nullptr where they take both. A gradient that is clipped in
+// place is given as both.
 const at::Tensor* uncovered(const at::Tensor& param, const at::Tensor& grad);
 
 // Same device, sizes and element order, and dtypes that one loop takes: what a state needs.

@@ -191,8 +191,8 @@ void Walk::check_memory(const at::Tensor& param, const at::Tensor& grad, const S
 }
 
 // Makes the states that there are not, and says whether the kernels take those that there are.
-[[gnu::flatten]] bool Walk::cover_states(const Group& group, const at::Tensor& param, const at::Tensor& like, const Place& place,
-                                         const StateNames& names, ParamStates& states) {
+[[gnu::flatten]] bool Walk::cover_states(const Group& group, const at::Tensor& param, const at::Tensor& like,
+                                         const Place& place, const StateNames& names, ParamStates& states) {
   if (names.master && !states.master) {  // it is made of the parameter, which has to be there
     const int64_t item = item_size(dtype_of(param));
     data_of(param, item, item * param.numel(), "", place);

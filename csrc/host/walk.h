@@ -75,9 +75,10 @@ class Walk {
   // Before a step is left to plain torch, which does not look.
   [[gnu::noinline]] void check_memory(const at::Tensor& param, const at::Tensor& grad, const StateNames& names,
                                       const ParamStates& states, const Place& place) const;
-  [[gnu::noinline]] bool covers_number(const at::Tensor& param, const Place& place, const Name& name, const at::Tensor*& number);
-  [[gnu::noinline]] bool cover_states(const Group& group, const at::Tensor& param, const at::Tensor& like, const Place& place,
-                                      const StateNames& names, ParamStates& states);
+  [[gnu::noinline]] bool covers_number(const at::Tensor& param, const Place& place, const Name& name,
+                                       const at::Tensor*& number);
+  [[gnu::noinline]] bool cover_states(const Group& group, const at::Tensor& param, const at::Tensor& like,
+                                      const Place& place, const StateNames& names, ParamStates& states);
   [[gnu::noinline]] Part& part_of(c10::Device device, PyObject* reduction);
 
   const Rules::Id rule_;
