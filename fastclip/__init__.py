@@ -2,11 +2,14 @@
 
 from ._extension import build_info
 from .adadelta import Adadelta
+from .adagrad import Adagrad
 from .adam import Adam, AdamW
 from .clip_grad import clip_grad_norm_, clip_grad_value_
 from .clip_stats import ClipStats
 from .in_backward import step_in_backward
 from .lion import Lion
+from .nadam import NAdam
+from .radam import RAdam
 from .sgd import SGD
 
 __version__ = "0.1.0"
@@ -16,6 +19,9 @@ __all__ = [
     "Adam",
     "AdamW",
     "ClipStats",
+    "RAdam",
+    "NAdam",
+    "Adagrad",
     "Adadelta",
     "Lion",
     "build_info",

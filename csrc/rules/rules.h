@@ -6,9 +6,12 @@
 #include <tuple>
 
 #include "adadelta.h"
+#include "adagrad.h"
 #include "adam.h"
 #include "clip_grad.h"
 #include "lion.h"
+#include "nadam.h"
+#include "radam.h"
 #include "rule.h"
 #include "sgd.h"
 
@@ -74,7 +77,7 @@ struct RuleList {
 };
 
 // The only list. Python finds a rule by its kName.
-using Rules = RuleList<SGD, Adam, Lion, Adadelta, ClipGrad>;
+using Rules = RuleList<SGD, Adam, Lion, Adadelta, Adagrad, NAdam, RAdam, ClipGrad>;
 
 // All hyperparameters of one group: those that all rules have, and those of its rule.
 struct Hyper : SharedHyper {

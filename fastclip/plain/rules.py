@@ -8,7 +8,10 @@ from typing import NamedTuple
 
 import torch
 from torch.optim.adadelta import adadelta
+from torch.optim.adagrad import adagrad
 from torch.optim.adam import adam
+from torch.optim.nadam import nadam
+from torch.optim.radam import radam
 from torch.optim.sgd import sgd
 
 
@@ -115,6 +118,54 @@ def update_adadelta(group, param, grad, states, step):
     )
 
 
+def update_adagrad(group, param, grad, states, step):
+    adagrad(
+        [param],
+        [grad],
+        [states["sum"]],
+        [step],
+        has_sparse_grad=grad.is_sparse,
+        foreach=False,
+        fused=False,
+        has_complex=param.is_complex(),
+        **picked(group, "lr", "weight_decay", "lr_decay", "eps", "maximize", "differentiable"),
+    )
+
+
+def update_nadam(group, param, grad, states, step):
+    nadam(
+        [param],
+        [grad],
+        [states["exp_avg"]],
+        [states["exp_avg_sq"]],
+        [states["mu_product"]],
+        [step],
+        foreach=False,
+        capturable=False,
+        has_complex=param.is_complex(),
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        **picked(group, "lr", "weight_decay", "momentum_decay", "eps", "maximize", "differentiable"),
+        decoupled_weight_decay=group["decoupled_weight_decay"],
+    )
+
+
+def update_radam(group, param, grad, states, step):
+    radam(
+        [param],
+        [grad],
+        [states["exp_avg"]],
+        [states["exp_avg_sq"]],
+        [step],
+        foreach=False,
+        capturable=False,
+        has_complex=param.is_complex(),
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        **picked(group, "lr", "weight_decay", "eps", "decoupled_weight_decay", "maximize", "differentiable"),
+    )
+
+
 SGD = Rule(
     "sgd",
     "SGD",
@@ -156,5 +207,34 @@ ADADELTA = Rule(
     states=lambda group: ("square_avg", "acc_delta"),
     numbers=("rho", "eps"),
 )
+ADAGRAD = Rule(
+    "adagrad",
+    "Adagrad",
+    update_adagrad,
+    arrays=("sum",),
+    states=lambda group: ("sum",),
+    new_value=lambda group: group["initial_accumulator_value"],
+    numbers=("lr_decay", "eps", "initial_accumulator_value"),
+    takes_sparse=True,
+)
+NADAM = Rule(
+    "nadam",
+    "NAdam",
+    update_nadam,
+    arrays=("exp_avg", "exp_avg_sq"),
+    states=lambda group: ("exp_avg", "exp_avg_sq"),
+    scalar=("mu_product", 1.0),
+    momentum="exp_avg",
+    numbers=("betas", "eps", "momentum_decay"),
+)
+RADAM = Rule(
+    "radam",
+    "RAdam",
+    update_radam,
+    arrays=("exp_avg", "exp_avg_sq"),
+    states=lambda group: ("exp_avg", "exp_avg_sq"),
+    momentum="exp_avg",
+    numbers=("betas", "eps"),
+)
 
-RULES = (SGD, ADAM, LION, ADADELTA)
+RULES = (SGD, ADAM, LION, ADADELTA, ADAGRAD, NADAM, RADAM)

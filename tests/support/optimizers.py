@@ -26,6 +26,7 @@ class Case:
         drawn: a hypothesis strategy for settings of its own; None where the fuzz has no plain loop to compare with.
         expected: a class that takes the same steps in plain torch; torch's of the same name by default.
         after: the states before a step that is to be differentiated, of a tensor.
+        has_state_at_once: whether its constructor makes the states, and not the first step.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Case:
     drawn: Any = None
     expected: Callable | None = None
     after: Callable = lambda buffer: {}
+    has_state_at_once: bool = False
 
     @property
     def torch(self):
@@ -179,6 +181,68 @@ CASES = [
             "step": torch.tensor(3.0),
             "square_avg": buffer.square() + 1,
             "acc_delta": buffer.square() + 2,
+        },
+    ),
+    Case(
+        "Adagrad",
+        stateful={"lr": 0.1},
+        variants=product(
+            lr_decay=[0, 0.1], initial_accumulator_value=[0, 0.5], weight_decay=[0, 0.1], maximize=[False, True]
+        ),
+        another={"lr_decay": 0.2},
+        changes=[{"lr_decay": 0.3}, {"eps": 0.1}],
+        moderate={"eps": 0.1},
+        drawn=st.fixed_dictionaries(
+            {
+                "lr_decay": st.sampled_from([0, 0.1]),
+                "eps": drawn_eps,
+                "initial_accumulator_value": st.sampled_from([0, 0.5]),
+            }
+        ),
+        after=lambda buffer: {"step": torch.tensor(3.0), "sum": buffer.square() + 1},
+        has_state_at_once=True,
+    ),
+    Case(
+        "NAdam",
+        stateful={"lr": 0.1},
+        variants=product(
+            betas=[(0.9, 0.999), (0.5, 0.4)],
+            weight_decay=[0, 0.1],
+            decoupled_weight_decay=[False, True],
+            momentum_decay=[4e-3, 0.3],
+        )
+        + [{"maximize": True}],
+        another={"betas": (0.6, 0.7), "momentum_decay": 0.1},
+        changes=[{"betas": (0.5, 0.6)}, {"momentum_decay": 0.2}, {"eps": 0.1}, {"decoupled_weight_decay": True}],
+        moderate={"eps": 0.1},
+        drawn=st.fixed_dictionaries(
+            {
+                "betas": drawn_betas,
+                "eps": drawn_eps,
+                "momentum_decay": st.sampled_from([4e-3, 0.1]),
+                "decoupled_weight_decay": st.booleans(),
+            }
+        ),
+        after=lambda buffer: {
+            "step": torch.tensor(3.0),
+            "mu_product": torch.tensor(0.5),
+            "exp_avg": buffer.clone(),
+            "exp_avg_sq": buffer.square() + 1,
+        },
+    ),
+    Case(
+        "RAdam",
+        stateful={"lr": 0.1},
+        variants=product(betas=[(0.9, 0.999), (0.5, 0.4)], weight_decay=[0, 0.1], decoupled_weight_decay=[False, True])
+        + [{"maximize": True}],
+        another={"betas": (0.6, 0.7)},
+        changes=[{"betas": (0.5, 0.6)}, {"eps": 0.1}, {"decoupled_weight_decay": True}, {"betas": (0.9, 0.999)}],
+        moderate={"eps": 0.1},
+        drawn=st.fixed_dictionaries({"betas": drawn_betas, "eps": drawn_eps, "decoupled_weight_decay": st.booleans()}),
+        after=lambda buffer: {
+            "step": torch.tensor(7.0),
+            "exp_avg": buffer.clone(),
+            "exp_avg_sq": buffer.square() + 1,
         },
     ),
 ]

@@ -1,0 +1,74 @@
+"""torch.optim.RAdam with clipping, in one pass."""
+
+import torch
+from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
+
+from .optimizer import ClippedOptimizer
+from .plain import rules
+from .settings import ClipSettings, lists_clip_settings
+
+
+class RAdam(ClippedOptimizer, torch.optim.RAdam):
+    r"""`torch.optim.RAdam` that clips the gradients in the same pass over memory.
+
+    Equivalent to::
+
+        torch.nn.utils.clip_grad_value_(params, clip_value)  # if clip_value is given
+        torch.nn.utils.clip_grad_norm_(params, max_norm)     # if max_norm is given
+        torch.optim.RAdam(params, ...).step()
+
+    except that the gradients stay as they were. Bits are as in `fastclip.Adam`. A GPU has one kernel of this rule for
+    all dtypes, which keeps fewer loads in flight than SGD's and Adam's kernels for float32 and bfloat16.
+
+    Args:
+        params, lr, betas, eps, weight_decay, decoupled_weight_decay, maximize, differentiable:
+            as in `torch.optim.RAdam`.
+        foreach, capturable: accepted and not needed; the step is fused, and can be captured, in any case.
+        clip_value, max_norm, norm_type, skip_nonfinite: as in `fastclip.SGD`.
+        master_weights, stochastic_rounding, rounding_seed: as in `fastclip.SGD`.
+        momentum_dtype (torch.dtype, optional): of `exp_avg`.
+
+    Raises:
+        As `fastclip.Adam`.
+
+    Source: Liu et al. (2019), https://arxiv.org/abs/1908.03265.
+
+    Example:
+        >>> model = torch.nn.Linear(80, 64)
+        >>> opt = fastclip.RAdam(model.parameters(), lr=1e-3, max_norm=5.0)
+        >>> model(torch.randn(8, 80)).square().sum().backward()
+        >>> opt.step()
+    """
+
+    _rule = rules.RADAM
+
+    @lists_clip_settings
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float | torch.Tensor, float | torch.Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        decoupled_weight_decay: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        **clip: Unpack[ClipSettings],
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            decoupled_weight_decay,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            **clip,
+        )
