@@ -10,6 +10,7 @@ from .in_backward import step_in_backward
 from .lion import Lion
 from .nadam import NAdam
 from .radam import RAdam
+from .rmsprop import RMSprop
 from .sgd import SGD
 
 __version__ = "0.1.0"
@@ -19,6 +20,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "ClipStats",
+    "RMSprop",
     "RAdam",
     "NAdam",
     "Adagrad",

@@ -12,6 +12,7 @@
 #include "lion.h"
 #include "nadam.h"
 #include "radam.h"
+#include "rmsprop.h"
 #include "rule.h"
 #include "sgd.h"
 
@@ -77,7 +78,7 @@ struct RuleList {
 };
 
 // The only list. Python finds a rule by its kName.
-using Rules = RuleList<SGD, Adam, Lion, Adadelta, Adagrad, NAdam, RAdam, ClipGrad>;
+using Rules = RuleList<SGD, Adam, Lion, Adadelta, Adagrad, NAdam, RAdam, RMSprop, ClipGrad>;
 
 // All hyperparameters of one group: those that all rules have, and those of its rule.
 struct Hyper : SharedHyper {

@@ -12,6 +12,7 @@ from torch.optim.adagrad import adagrad
 from torch.optim.adam import adam
 from torch.optim.nadam import nadam
 from torch.optim.radam import radam
+from torch.optim.rmsprop import rmsprop
 from torch.optim.sgd import sgd
 
 
@@ -166,6 +167,21 @@ def update_radam(group, param, grad, states, step):
     )
 
 
+def update_rmsprop(group, param, grad, states, step):
+    rmsprop(
+        [param],
+        [grad],
+        [states["square_avg"]],
+        [states[name] for name in ("grad_avg",) if name in states],
+        [states[name] for name in ("momentum_buffer",) if name in states],
+        [step],
+        foreach=False,
+        capturable=False,
+        has_complex=param.is_complex(),
+        **picked(group, "lr", "alpha", "eps", "weight_decay", "momentum", "centered", "maximize", "differentiable"),
+    )
+
+
 SGD = Rule(
     "sgd",
     "SGD",
@@ -236,5 +252,18 @@ RADAM = Rule(
     momentum="exp_avg",
     numbers=("betas", "eps"),
 )
+RMSPROP = Rule(
+    "rmsprop",
+    "RMSprop",
+    update_rmsprop,
+    arrays=("square_avg", "momentum_buffer", "grad_avg"),
+    states=lambda group: (
+        "square_avg",
+        *(["momentum_buffer"] if group["momentum"] > 0 else []),
+        *(["grad_avg"] if group["centered"] else []),
+    ),
+    momentum="momentum_buffer",
+    numbers=("alpha", "eps", "momentum"),
+)
 
-RULES = (SGD, ADAM, LION, ADADELTA, ADAGRAD, NADAM, RADAM)
+RULES = (SGD, ADAM, LION, ADADELTA, ADAGRAD, NADAM, RADAM, RMSPROP)

@@ -195,15 +195,22 @@ def step_both(loop, theirs, optimizer, ours):
     optimizer.step()
 
 
+def equal(a, b):
+    """As torch.equal, but that a NaN equals a NaN."""
+    return torch.equal(a, b) or (
+        a.dtype == b.dtype and a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+    )
+
+
 def assert_same_bits(theirs, ours, their_optimizer=None, our_optimizer=None):
     for index, (a, b) in enumerate(zip(theirs, ours, strict=True)):
-        assert torch.equal(a, b), f"parameter {index} {tuple(a.shape)} differs by up to {(a - b).abs().max()}"
+        assert equal(a, b), f"parameter {index} {tuple(a.shape)} differs by up to {(a - b).abs().max()}"
         if our_optimizer is None:
             continue
         state_a, state_b = their_optimizer.state.get(a, {}), our_optimizer.state.get(b, {})
         assert state_a.keys() == state_b.keys(), f"parameter {index} {tuple(a.shape)}"
         for name in state_a:
-            assert torch.equal(state_a[name], state_b[name]), f"{name} of parameter {index} {tuple(a.shape)}"
+            assert equal(state_a[name], state_b[name]), f"{name} of parameter {index} {tuple(a.shape)}"
 
 
 def assert_close(theirs, ours, rtol):

@@ -27,6 +27,7 @@ class Case:
         expected: a class that takes the same steps in plain torch; torch's of the same name by default.
         after: the states before a step that is to be differentiated, of a tensor.
         has_state_at_once: whether its constructor makes the states, and not the first step.
+        differentiable_once: settings with which torch cannot differentiate through a second step.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Case:
     expected: Callable | None = None
     after: Callable = lambda buffer: {}
     has_state_at_once: bool = False
+    differentiable_once: tuple = ()
 
     @property
     def torch(self):
@@ -148,6 +150,7 @@ CASES = [
         moderate={"eps": 0.1},
         drawn=drawn_adam,
         after=averages,
+        differentiable_once=("amsgrad",),
     ),
     Case(
         "AdamW",
@@ -158,6 +161,7 @@ CASES = [
         moderate={"eps": 0.1},
         drawn=drawn_adam,
         after=averages,
+        differentiable_once=("amsgrad",),
     ),
     Case(
         "Lion",
@@ -244,6 +248,31 @@ CASES = [
             "exp_avg": buffer.clone(),
             "exp_avg_sq": buffer.square() + 1,
         },
+    ),
+    Case(
+        "RMSprop",
+        stateful={"lr": 0.1, "momentum": 0.9, "centered": True},
+        variants=product(
+            alpha=[0.9], momentum=[0, 0.5], centered=[False, True], weight_decay=[0, 0.1], maximize=[False, True]
+        ),
+        another={"alpha": 0.5},
+        changes=[{"alpha": 0.6}, {"eps": 0.1}, {"momentum": 0}, {"capturable": False}],
+        moderate={"eps": 0.1},
+        drawn=st.fixed_dictionaries(
+            {
+                "alpha": st.sampled_from([0.99, 0.5, 0.0]),
+                "eps": drawn_eps,
+                "momentum": st.sampled_from([0, 0.9]),
+                "centered": st.booleans(),
+            }
+        ),
+        after=lambda buffer: {
+            "step": torch.tensor(3.0),
+            "square_avg": buffer.square() + 1,
+            "momentum_buffer": buffer.clone(),
+            "grad_avg": buffer * 0.1,
+        },
+        differentiable_once=("centered", "momentum"),
     ),
 ]
 OPTIMIZERS = {case.name: case for case in CASES}
