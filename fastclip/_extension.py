@@ -23,7 +23,7 @@ def _release(version):
 if _release(torch.__version__) != _release(BUILD_INFO["torch"]):
     raise ImportError(
         f"fastclip was built for torch {BUILD_INFO['torch']}, but this is torch {torch.__version__}. "
-        f"Build it again, in a clone of fastclip: {BUILD_COMMAND}"
+        f"Build it again where you have cloned it: {BUILD_COMMAND}"
     )
 
 from . import _C  # noqa: E402  after the check: its message says more than an undefined symbol

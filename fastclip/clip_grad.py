@@ -12,6 +12,7 @@ from .eager import eager
 from .plain.checks import check_clip
 from .plain.measure import norm_of
 from .plain.step import bounds, measure_of_all, scaled, scaling_of
+from .reasons import named, negative, not_a_number
 
 
 def _as_list(parameters):
@@ -24,7 +25,7 @@ def _with_unique_grads(parameters):
 
 
 def _named(parameters):
-    return [(p, f"parameter {i}") for i, p in enumerate(parameters)]
+    return [(p, named(i)) for i, p in enumerate(parameters)]
 
 
 def _as_number(value, name):
@@ -32,7 +33,7 @@ def _as_number(value, name):
     try:
         return float(value)
     except ValueError:
-        raise ValueError(f"{name} must be a number, got {value!r}") from None
+        raise ValueError(str(not_a_number(name, value))) from None
 
 
 def _engine():
@@ -119,7 +120,7 @@ def clip_grad_norm_(
     parameters = _as_list(parameters)
     max_norm, norm_type = _as_number(max_norm, "max_norm"), _as_number(norm_type, "norm_type")
     if not max_norm >= 0:
-        raise ValueError(f"max_norm must not be negative or NaN, got {max_norm}")
+        raise negative("max_norm", max_norm)
     if error_if_nonfinite:
         measured = clip_grad_norm_(parameters, math.inf, norm_type)
         if not measured.isfinite():

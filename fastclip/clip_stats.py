@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 
 from .distributed import local_of, on_any_rank
-from .plain.names import name_of
 from .plain.values import values_of
+from .reasons import name_of
 
 
 class ClipStats(NamedTuple):

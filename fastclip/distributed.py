@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from .plain.measure import combined
-from .plain.names import name_of
+from .reasons import name_of
 
 
 class Reduction(NamedTuple):

@@ -7,8 +7,9 @@ import sys
 
 import torch
 
+from .distributed import is_dtensor
 from .optimizer import ClippedOptimizer
-from .plain.names import name_of
+from .reasons import name_of, negative, not_a_number
 
 # The code that calls back a torch.autograd.Function.
 _FUNCTION_BACKWARD = {
@@ -28,9 +29,9 @@ def check_arguments(model, optimizer, bucket_cap_mb):
     if type(optimizer).step is not ClippedOptimizer.step:
         raise TypeError(f"{type(optimizer).__name__} has a step() of its own, which a backward pass would not run")
     if not isinstance(bucket_cap_mb, (int, float)):
-        raise TypeError(f"bucket_cap_mb must be a number, got {bucket_cap_mb!r}")
+        raise not_a_number("bucket_cap_mb", bucket_cap_mb)
     if math.isnan(bucket_cap_mb) or bucket_cap_mb < 0:
-        raise ValueError(f"bucket_cap_mb must be at least 0, got {bucket_cap_mb}")
+        raise negative("bucket_cap_mb", bucket_cap_mb)
     if optimizer._in_backward is not None:
         raise ValueError("this optimizer steps in the backward pass already")
     check_settings(optimizer)
@@ -51,7 +52,7 @@ def check_memory(model, optimizer):
     stepped = {id(param) for group in optimizer.param_groups for param in group["params"]}
     spans = []  # the memory of each parameter
     for name, param in model.named_parameters():
-        if torch.nn.parameter.is_lazy(param) or param.layout != torch.strided or hasattr(param, "full_tensor"):
+        if torch.nn.parameter.is_lazy(param) or param.layout != torch.strided or is_dtensor(param):
             continue
         begin, bytes_ = param.data_ptr(), param.numel() * param.element_size()
         if begin and bytes_ and torch.ops.aten.is_non_overlapping_and_dense(param):
@@ -87,11 +88,11 @@ def check_settings(optimizer):
 
 def check_parameter(param, group, group_index, index):
     """Refuses shards: the gradient of a shard is not there, or not whole, when the hook of a parameter runs."""
-    if hasattr(param, "_fsdp_flattened") or hasattr(param, "full_tensor"):
-        kind = "a DTensor" if hasattr(param, "full_tensor") else "of FullyShardedDataParallel"
+    if hasattr(param, "_fsdp_flattened") or is_dtensor(param):
+        kind = "a DTensor" if is_dtensor(param) else "of FullyShardedDataParallel"
         raise TypeError(
-            f"step_in_backward can't step {name_of(group, group_index, index)}: it is {kind}, whose gradient "
-            "is reduced after the hooks of autograd"
+            f"step_in_backward can't step {name_of(group, group_index, index)}: it is {kind}, and its gradient "
+            "is reduced after autograd's hooks have run"
         )
 
 

@@ -4,7 +4,9 @@ import weakref
 
 from .eager import eager
 from .in_backward_checks import check_parameter
-from .plain.names import name_of
+from .reasons import name_of
+
+_REMOVE = "call remove() on what step_in_backward returned"
 
 
 class Hooks:
@@ -27,7 +29,7 @@ class Hooks:
             raise RuntimeError(
                 "the optimizer of step_in_backward is gone, and nothing has updated this model: keep a reference to it "
                 "or to what step_in_backward returned. This is told once: another optimizer may take over from now on, "
-                "after zero_grad(). To drop an optimizer on purpose, call remove() on what step_in_backward returned"
+                f"after zero_grad(). To drop an optimizer on purpose, {_REMOVE}"
             )
         if optimizer._in_backward is not None:
             optimizer._in_backward.gradient_is_ready(optimizer, param)
@@ -108,7 +110,6 @@ def _take_over(param, where):
     for other in [hook for hook in hooks if isinstance(hook, Hooks)]:
         if other._steps(param):
             raise ValueError(
-                f"{where} is stepped in the backward pass by another optimizer: call remove() on what step_in_backward "
-                "returned for that one, or drop both"
+                f"{where} is stepped in the backward pass by another optimizer: {_REMOVE} for that one, or drop both"
             )
         other._let_go(id(param))

@@ -6,6 +6,7 @@ from typing_extensions import Unpack
 
 from .optimizer import ClippedOptimizer
 from .plain import rules
+from .reasons import negative
 from .settings import ClipSettings, lists_clip_settings
 
 
@@ -60,7 +61,7 @@ class Lion(ClippedOptimizer):
     ) -> None:
         for name, value in (("lr", lr), ("weight_decay", weight_decay)):
             if not value >= 0:
-                raise ValueError(f"{name} must not be negative or NaN, got {value}")
+                raise negative(name, value)
         settings = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params, {**settings, "differentiable": False}, **clip)
 

@@ -18,7 +18,7 @@ from .eager import eager
 from .pieces import Given
 from .plain import step as plain
 from .plain.masters import undone
-from .plain.names import name_of
+from .reasons import name_of, not_shared
 from .settings import OWN_SETTINGS, SHARED_SETTINGS
 
 
@@ -97,7 +97,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
         if of_all_ranks and any(hasattr(p, "_fsdp_flattened") for p in tensors):
             raise TypeError(
                 f"{of_all_ranks[0]} can't be applied to param_groups[{index}]: each rank of FullyShardedDataParallel "
-                "sees its own shard only; its clip_grad_norm_ takes the norm of all"
+                "sees its own shard only; its clip_grad_norm_ looks at all shards"
             )
         if of_all_ranks and (zero := who_shares_out()):
             raise TypeError(
@@ -107,12 +107,8 @@ class ClippedOptimizer(torch.optim.Optimizer):
         for i, tensor in enumerate(tensors):
             if is_dtensor(tensor):
                 reduction_of(tensor._spec, name_of(group, index, i))
-        for name in SHARED_SETTINGS:
-            if self.param_groups and group[name] != self.param_groups[0][name]:
-                raise ValueError(
-                    f"{name} holds for all groups together: param_groups[{index}] has {group[name]}, "
-                    f"param_groups[0] has {self.param_groups[0][name]}"
-                )
+        if self.param_groups and any(group[name] != self.param_groups[0][name] for name in SHARED_SETTINGS):
+            raise not_shared([*self.param_groups, group], index)
 
     def _start(self):
         """Makes the attributes that are not state, for a new or copied optimizer."""
@@ -308,7 +304,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
     def _step_in_plain_torch(self, groups, why_not, *amp):
         if why_not not in self._warned and not self.defaults["differentiable"]:
             self._warned.add(why_not)
-            warnings.warn(f"fastclip steps in plain torch, which is slower: {why_not}", stacklevel=6)
+            warnings.warn(f"fastclip falls back to plain torch (slower): {why_not}", stacklevel=6)
         if (place := undone(groups, self.state)) is not None:
             self._engine.warn_of_undone(name_of(groups[place[0]], *place), 6)
         stats = step_on_shards(partial(plain.step, self._rule), self._rule.number_states, groups, self.state, *amp)

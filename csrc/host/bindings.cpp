@@ -79,7 +79,9 @@ PYBIND11_MODULE(_C, module) {
   });
 
   py::class_<NotCovered>(module, "NotCovered")
-      .def_readonly("reason", &NotCovered::reason)
+      .def_property_readonly("reason", [](const NotCovered& why_not) {
+        return py::reinterpret_borrow<py::object>(why_not.reason.words().object);
+      })
       .def_property_readonly("misplaced", [](const NotCovered& why_not) {
         py::list params;
         for (const Held& param : why_not.misplaced) params.append(py::handle(param.object));
@@ -100,7 +102,8 @@ PYBIND11_MODULE(_C, module) {
               const py::object& found_inf) {
              return engine.step(groups.ptr(), state.ptr(), grad_scale.ptr(), found_inf.ptr());
            })
-      .def("warn_of_undone", &Engine::warn_of_undone)
+      .def("warn_of_undone",
+           [](Engine& engine, const py::str& param, int stack_level) { engine.warn_of_undone(param.ptr(), stack_level); })
       .def("clip_grad_value_", clip_grad_value)
       .def("clip_grad_norm_", clip_grad_norm)
       .def("total_norm", [](const Engine& engine) { return wrap(engine.total_norm()); })

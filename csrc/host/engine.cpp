@@ -53,7 +53,9 @@ class Engine::Busy {
 
 std::optional<NotCovered> Engine::step(PyObject* groups, PyObject* state, PyObject* grad_scale, PyObject* found_inf) {
   const Busy busy(*this);
-  if (!PyList_Check(groups) && !PyTuple_Check(groups)) raise(PyExc_TypeError, "param_groups must be a list");
+  if (!PyList_Check(groups) && !PyTuple_Check(groups)) {
+    raise_refusal("no_list", {object_of("param_groups"), object_of(groups)});
+  }
   States& states = walk_.states();
   states.begin(state);
   const at::Tensor scale = optional_scalar(grad_scale, "grad_scale");
@@ -63,20 +65,20 @@ std::optional<NotCovered> Engine::step(PyObject* groups, PyObject* state, PyObje
     const Held group(PySequence_Fast_GET_ITEM(groups, i));
     groups_.push_back(read_group(group.object, i, rule_));
     if (!(groups_.back().norm_clip == groups_.front().norm_clip)) {
-      raise(PyExc_ValueError, "max_norm, norm_type and skip_nonfinite hold for all groups together: param_groups[", i,
-            "] has others than param_groups[0]");
+      raise_refusal("not_shared", {Held(groups), Held::stolen(PyLong_FromSsize_t(i))});
     }
   }
-  if (something_watches_operations()) walk_.not_covered("a dispatch mode or a functorch transform is active");
+  if (something_watches_operations()) walk_.not_covered(Reason("watched"));
   for (size_t i = 0; i < groups_.size(); ++i) walk_.add_group(groups_[i], static_cast<Py_ssize_t>(i));
   const NormClip norm_clip = groups_.empty() ? NormClip{} : groups_.front().norm_clip;
   // Empty tensors share no memory.
-  if (walk_.reason().empty() && (walk_.shares_memory() || states.makes_twice())) {
-    walk_.not_covered("two parameters or buffers share memory");
+  if (!walk_.reason() && (walk_.shares_memory() || states.makes_twice())) walk_.not_covered(Reason("shared_memory"));
+  if (walk_.reason()) return not_covered();
+  if (walk_.undone() && !warned_of_undone_) {
+    walk_.borrowed().hold();
+    constexpr int kCallerOfStep = 4;
+    warn_of_undone(walk_.undone()->text().object, kCallerOfStep);
   }
-  if (!walk_.reason().empty()) return not_covered();
-  constexpr int kCallerOfStep = 4;
-  warn_of_undone(walk_.undone(), kCallerOfStep);
 
   if (states.has_new()) {  // a replay would make them anew each time
     for (const Part& part : walk_.parts()) {
@@ -99,30 +101,32 @@ std::optional<NotCovered> Engine::step(PyObject* groups, PyObject* state, PyObje
 
 std::optional<NotCovered> Engine::clip_grads(PyObject* params, double low, double high, NormClip norm_clip) {
   const Busy busy(*this);
-  if (something_watches_operations()) walk_.not_covered("a dispatch mode or a functorch transform is active");
+  if (something_watches_operations()) walk_.not_covered(Reason("watched"));
   Group group{};
   group.params = Held(params);
   group.norm_clip = norm_clip;
   group.hyper.clip_low = low;
   group.hyper.clip_high = high;
   walk_.add_group(group, 0);
-  if (walk_.reason().empty() && walk_.shares_memory()) walk_.not_covered("two gradients share memory");
-  if (!walk_.reason().empty()) return not_covered();
+  if (!walk_.reason() && walk_.shares_memory()) walk_.not_covered(Reason("shared_memory"));
+  if (walk_.reason()) return not_covered();
   run(norm_clip, {});
   return {};
 }
 
-std::optional<NotCovered> Engine::not_covered() { return NotCovered{walk_.reason(), walk_.shards().take_misplaced()}; }
+std::optional<NotCovered> Engine::not_covered() {
+  return NotCovered{std::move(*walk_.reason()), walk_.shards().take_misplaced()};
+}
 
 // Once: whoever does it does it at every step.
-void Engine::warn_of_undone(const std::string& param, int stack_level) {
-  if (param.empty() || warned_of_undone_) return;
+void Engine::warn_of_undone(PyObject* param, int stack_level) {
+  if (warned_of_undone_) return;
   warned_of_undone_ = true;
-  const std::string message = c10::str(
-      param, " was written to, and this step changes it back: with master_weights the float32 copy in the state is "
+  const char* const message =
+      "%U was written to, and this step changes it back: with master_weights the float32 copy in the state is "
       "what is updated. To keep what was written, delete optimizer.state[p]['master_param'] of each such parameter p; "
-      "the next step makes it of the parameter");
-  if (PyErr_WarnEx(PyExc_UserWarning, message.c_str(), stack_level) != 0) throw PythonError{};
+      "the next step makes it of the parameter";
+  if (PyErr_WarnFormat(PyExc_UserWarning, stack_level, message, param) != 0) throw PythonError{};
 }
 
 void Engine::remember(const NormClip& norm_clip, bool skipped_by_host) {

@@ -5,7 +5,6 @@
 #include <Python.h>
 
 #include <optional>
-#include <string>
 #include <vector>
 
 #include "part.h"
@@ -18,11 +17,8 @@ namespace fastclip {
 // Why the kernels did not take a step. `misplaced` are the parameters whose gradients have other placements than they have:
 // all ranks have to redistribute these first, and call again.
 struct NotCovered {
-  std::string reason;
+  Reason reason;
   std::vector<Held> misplaced;
-
-  NotCovered(std::string why, std::vector<Held> params) : reason(std::move(why)), misplaced(std::move(params)) {}
-  NotCovered(NotCovered&&) = default;
 };
 
 // Owned by an optimizer.
@@ -36,8 +32,8 @@ class Engine {
   // nothing was changed.
   std::optional<NotCovered> step(PyObject* groups, PyObject* state, PyObject* grad_scale, PyObject* found_inf);
 
-  // Warns, once, that a step undoes what somebody wrote to a parameter that has master weights; `param` names it, or is "".
-  void warn_of_undone(const std::string& param, int stack_level);
+  // Warns, once, that a step undoes what somebody wrote to a parameter that has master weights; `param` names it.
+  void warn_of_undone(PyObject* param, int stack_level);
 
   // Clips the gradients of `params` (a list) in place: of the rule that does so. Returns as step does.
   std::optional<NotCovered> clip_grads(PyObject* params, double low, double high, NormClip norm_clip);

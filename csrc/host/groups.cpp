@@ -11,13 +11,16 @@
 #include <new>
 #include <utility>
 
+#include "reasons.h"
+
 namespace fastclip {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-[[noreturn]] void raise_no_number(PyObject* value, const char* name, const std::string& where) {
-  raise(PyExc_TypeError, name, where, " must be a number, got ", repr(value), " of type ", type_name(value));
+// Refuses the value of a setting; `where` is " in param_groups[1]", or "".
+[[noreturn]] void refuse_setting(const char* reason, const char* name, const std::string& where, PyObject* value) {
+  raise_refusal(reason, {object_of(name + where), object_of(value)});
 }
 
 // Numbers as torch takes them: float, int, numpy scalars, one-element tensors. Not bool strings, not
@@ -33,14 +36,12 @@ double read_number(PyObject* value, const char* name, const std::string& where) 
   if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
   const Held held(value);
   const auto number = number_in(value);
-  if (!number) raise_no_number(value, name, where);
+  if (!number) refuse_setting("not_a_number", name, where, value);
   return *number;
 }
 
 double non_negative(double number, PyObject* value, const char* name, const std::string& where) {
-  if (!(number >= 0)) {
-    raise(PyExc_ValueError, name, where, " must not be negative or NaN, got ", repr(value));
-  }
+  if (!(number >= 0)) refuse_setting("negative", name, where, value);
   return number;
 }
 
@@ -89,7 +90,7 @@ class GroupReader {
 
   GroupReader(PyObject* group, Py_ssize_t index) : group_(group), index_(index) {
     if (!PyDict_Check(group)) {
-      raise(PyExc_TypeError, "param_groups[", index, "] must be a dict, got ", type_name(group));
+      raise_refusal("no_dict", {object_of(c10::str("param_groups[", index, "]")), object_of(group)});
     }
   }
 
@@ -172,7 +173,7 @@ void read_clip_value(PyObject* value, const std::string& where, double* low, dou
     *low = -*high;
     return;
   }
-  if (!is_sequence(value)) raise_no_number(value, "clip_value", where);
+  if (!is_sequence(value)) refuse_setting("not_a_number", "clip_value", where, value);
   const auto [first, second] = read_pair(value, "clip_value", "a number or (low, high)", [&] { return where; });
   *low = read_number(first.object, "clip_value[0]", where);
   *high = read_number(second.object, "clip_value[1]", where);
@@ -207,9 +208,7 @@ Group read_group(PyObject* object, Py_ssize_t index, Rules::Id rule) {
   GroupReader reader(object, index);
   Group group{};
   PyObject* params = reader.required(kParams);
-  if (!PyList_Check(params) && !PyTuple_Check(params)) {
-    raise(PyExc_TypeError, "params", reader.where(), " must be a list, got ", type_name(params));
-  }
+  if (!PyList_Check(params) && !PyTuple_Check(params)) refuse_setting("no_list", "params", reader.where(), params);
   group.params = Held(params);
   PyObject* names = reader.optional(kParamNames);
   if (names && PyList_Check(names)) group.param_names = Held(names);
@@ -223,9 +222,7 @@ Group read_group(PyObject* object, Py_ssize_t index, Rules::Id rule) {
   group.differentiable = reader.differentiable;
   Hyper& hyper = group.hyper;
   if (!PyFloat_CheckExact(lr) && THPVariable_Check(lr) && !THPVariable_Unpack(lr).is_cpu()) {
-    if (THPVariable_Unpack(lr).numel() != 1) {
-      raise(PyExc_ValueError, "lr", reader.where(), " must be a 1-element tensor");
-    }
+    if (THPVariable_Unpack(lr).numel() != 1) refuse_setting("not_one_element", "lr", reader.where(), lr);
     group.lr_tensor = Held(lr);  // on a GPU: reading it here would wait for the device
   } else {
     hyper.lr = reader.number(kLr);

@@ -151,7 +151,7 @@ int64_t Part::prepare_gpu() {
   }
   return needs.measures;
 #else
-  raise(PyExc_RuntimeError, "fastclip was built without CUDA; got a tensor on ", device.str());
+  TORCH_INTERNAL_ASSERT(false);  // of a GPU, no tensor is ordinary
 #endif
 }
 

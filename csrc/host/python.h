@@ -52,8 +52,6 @@ struct Name {
   explicit Name(const char* name) : object(PyUnicode_InternFromString(name)), text(name) {}
 };
 
-inline const char* type_name(PyObject* value) { return Py_TYPE(value)->tp_name; }
-
 inline std::string repr(PyObject* value) {
   const Held text = Held::stolen(PyObject_Repr(value));
   const char* const utf8 = text.object ? PyUnicode_AsUTF8(text.object) : nullptr;

@@ -40,10 +40,6 @@ Held call(const Held& function, const std::vector<PyObject*>& arguments) {
   return checked(PyObject_Vectorcall(function.object, arguments.data(), arguments.size(), nullptr));
 }
 
-Held wrapped(const at::Tensor& tensor) {
-  return tensor.defined() ? checked(THPVariable_Wrap(tensor)) : Held(Py_None);
-}
-
 at::Tensor tensor_of(PyObject* object) { return object == Py_None ? at::Tensor() : THPVariable_Unpack(object); }
 
 bool place_alike(PyObject* spec, PyObject* other) {
@@ -67,13 +63,15 @@ void Shard::keep_in(Borrowed& borrowed) && {
 std::optional<Shard> shard_of(const at::Tensor& tensor, PyObject* object) {
   if (!is_subclass(tensor) || !is_dtensor(object)) return {};
   Shard shard{Held(object), attribute(object, names().local_tensor), attribute(object, names().spec)};
-  if (!is_tensor(shard.tensor.object)) raise(PyExc_TypeError, "the local tensor of a DTensor must be a tensor");
+  if (!is_tensor(shard.tensor.object)) {
+    raise_refusal("no_tensor", {object_of("the local tensor of a DTensor"), object_of(shard.tensor.object)});
+  }
   return shard;
 }
 
 std::optional<Shard> shard_of(const at::Tensor& tensor) {
   if (!is_subclass(tensor)) return {};
-  return shard_of(tensor, wrapped(tensor).object);
+  return shard_of(tensor, object_of(tensor).object);
 }
 
 PyObject* Shards::deduplicated(Held reduction) {
@@ -89,7 +87,7 @@ PyObject* Shards::reduction_of(const Shard& param, size_t position, const Place&
   if (known_.size() <= position) known_.resize(position + 1);
   Known& known = known_[position];
   if (known.spec.object != param.spec.object) {
-    const Held name = checked(PyUnicode_FromString(place.text().c_str()));
+    const Held name = place.text();
     Held reduction = call(ranks_.reduction_of, {param.spec.object, name.object});
     const int any = PyObject_IsTrue(attribute(reduction.object, names().groups).object);
     if (any < 0) throw PythonError{};
@@ -119,12 +117,12 @@ std::pair<at::Tensor, at::Tensor> Shards::total(const std::vector<PartMeasure>& 
     if (PyList_Append(reductions.object, reduction) != 0) throw PythonError{};
   }
   for (const auto& [reduction, measure] : measures) {
-    const Held tensor = wrapped(measure);
+    const Held tensor = object_of(measure);
     const Held pair = checked(PyTuple_Pack(2, reduction ? reduction : Py_None, tensor.object));
     if (PyList_Append(pairs.object, pair.object) != 0) throw PythonError{};
   }
   const Held order = checked(PyFloat_FromDouble(norm == Norm::inf ? HUGE_VAL : 2));
-  const Held verdict = wrapped(found_inf);
+  const Held verdict = object_of(found_inf);
   const Held result = call(ranks_.total_measure, {reductions.object, pairs.object, order.object, verdict.object});
   borrowed_.check();
   return {tensor_of(PyTuple_GET_ITEM(result.object, 0)), tensor_of(PyTuple_GET_ITEM(result.object, 1))};

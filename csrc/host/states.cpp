@@ -5,7 +5,6 @@
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/core/DefaultDtype.h>
-#include <c10/core/InferenceMode.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
@@ -48,9 +47,7 @@ class EntryReader {
       if (!value && PyErr_Occurred()) throw PythonError{};
     }
     if (!value || value == Py_None) return nullptr;  // old checkpoints hold None
-    if (!is_tensor(value)) {
-      raise(PyExc_TypeError, "the ", name.text, " of ", place_.text(), " must be a tensor, got ", type_name(value));
-    }
+    if (!is_tensor(value)) refuse("no_tensor", place_, name.text, value);
     if (borrowed_) borrowed_->keep(Held(value));
     return &THPVariable_Unpack(value);
   }
@@ -91,7 +88,7 @@ StateNames state_names(Rules::Id rule, const Group& group) {
 }
 
 void States::begin(PyObject* state) {
-  if (!PyDict_Check(state)) raise(PyExc_TypeError, "state must be a dict");
+  if (!PyDict_Check(state)) raise_refusal("no_dict", {object_of("state"), object_of(state)});
   state_ = state;
 }
 
@@ -127,9 +124,9 @@ PyObject* States::entry_of(PyObject* param, size_t position) {
 const at::Tensor* States::shard_in(const at::Tensor* state, const Name& name, const Place& place, size_t position,
                                    const Shard& param_shard) {
   auto shard = shard_of(*state);
-  if (!shard) raise(PyExc_TypeError, "the ", name.text, " of ", place.text(), " is no DTensor, as the parameter is");
+  if (!shard) refuse("no_dtensor", place, name.text);
   if (!shards_.placed_as(param_shard, position, *shard)) {
-    raise(PyExc_ValueError, "the ", name.text, " of ", place.text(), " is placed otherwise than the parameter");
+    refuse("state_elsewhere", place, name.text, shard->whole.object, param_shard.whole.object);
   }
   borrowed_.write(*state);
   const at::Tensor& local = shard->local();
@@ -143,7 +140,7 @@ const at::Tensor* States::shard_in(const at::Tensor* state, const Name& name, co
   ran_python_ = false;
   PyObject* entry = entry_of(place.param, position);
   if (!entry) return found;
-  if (!PyDict_Check(entry)) raise(PyExc_TypeError, "the state of ", place.text(), " must be a dict");
+  if (!PyDict_Check(entry)) refuse("no_dict", place, "state", entry);
   EntryReader reader(entry, place, param_shard ? &borrowed_ : nullptr);  // Python runs before the states of shards are taken
   if (names.step) found.step = reader.tensor(*names.step);
   if (names.scalar) found.scalar = reader.tensor(*names.scalar);
@@ -159,32 +156,28 @@ const at::Tensor* States::shard_in(const at::Tensor* state, const Name& name, co
   return found;
 }
 
-const at::Tensor* States::make(const Held& param, const Name& name, at::Tensor tensor) {
-  New& added = new_.emplace_back(New{Held(param.object), &name, std::move(tensor), {}, {}});
+const at::Tensor* States::make(const Place& place, const Name& name, at::Tensor tensor) {
+  New& added = new_.emplace_back(New{Held(place.param), place, &name, std::move(tensor), {}, {}});
   const auto shard = shard_of(added.tensor);
   return shard ? &shard->local() : &added.tensor;
 }
 
-void States::make_missing(Rules::Id rule, const Group& group, const Held& held, const at::Tensor& grad, const Place& place,
+void States::make_missing(Rules::Id rule, const Group& group, const at::Tensor& grad, const Place& place,
                           const StateNames& names, ParamStates& states) {
-  const at::Tensor& param = THPVariable_Unpack(held.object);
+  const at::Tensor& param = THPVariable_Unpack(place.param);
   const bool has_master = names.master && is_16_bit(param.scalar_type());
-  const Name* missing = nullptr;
-  bool some = false;
+  const Name *missing = nullptr, *present = nullptr;  // the first ones
   const auto look = [&](const Name* name, const at::Tensor* state) {
-    if (!name) return;
-    if (!state) missing = name;
-    some |= state != nullptr;
+    const Name*& first = state ? present : missing;
+    if (!first) first = name;
   };
   if (names.rule_counts) look(names.step, states.step);
   look(names.scalar, states.scalar);
   for (int s = 0; s < names.count; ++s) look(names.arrays[s], states.arrays[s]);
-  if (missing && some) {
-    raise(PyExc_KeyError, "the state of ", place.text(), " has no ", missing->text, ", but others that belong to it");
-  }
+  if (missing && present) refuse("incomplete", place, "state", missing->object, present->object);
   const auto dtype_of_numbers = c10::get_default_dtype() == caffe2::TypeMeta::Make<double>() ? at::kDouble : at::kFloat;
   const auto make_number = [&](const Name& name, double value) {
-    return make(held, name, at::full({}, value, at::TensorOptions().dtype(dtype_of_numbers).device(param.device())));
+    return make(place, name, at::full({}, value, at::TensorOptions().dtype(dtype_of_numbers).device(param.device())));
   };
   if (names.step && !states.step) states.step = make_number(*names.step, 0);
   if (names.scalar && !states.scalar) states.scalar = make_number(*names.scalar, names.first_scalar);
@@ -202,12 +195,12 @@ void States::make_missing(Rules::Id rule, const Group& group, const Held& held, 
       return R::new_value(group.hyper.of<R>());
     });
     if (value != 0) made.fill_(value);
-    states.arrays[s] = make(held, *names.arrays[s], std::move(made));
+    states.arrays[s] = make(place, *names.arrays[s], std::move(made));
   }
   if (!has_master) {
     states.master = nullptr;
   } else if (!states.master) {
-    states.master = make(held, *names.master, param.detach().to(at::kFloat));
+    states.master = make(place, *names.master, param.detach().to(at::kFloat));
     states.master_is_new = true;
   }
 }
@@ -224,7 +217,7 @@ void States::prepare() {
   for (New& added : new_) {
     added.wrapped = checked(THPVariable_Wrap(added.tensor));
     added.entry = checked(PyObject_GetItem(state_, added.param.object));  // a defaultdict's default
-    if (!PyDict_Check(added.entry.object)) raise(PyExc_TypeError, "an optimizer's state of a parameter must be a dict");
+    if (!PyDict_Check(added.entry.object)) refuse("no_dict", added.place, "state", added.entry.object);
   }
 }
 
@@ -234,16 +227,10 @@ void States::store() {
   }
 }
 
-const char* why_not_covered(const at::Tensor& state, const Name& name, const at::Tensor& param, const Place& place) {
-  if (state.is_inference() && !c10::InferenceMode::is_enabled()) {
-    raise(PyExc_RuntimeError, "the ", name.text, " of ", place.text(),
-          " is an inference tensor: it can't be updated outside InferenceMode");
-  }
-  if (state.sizes() != param.sizes()) {
-    raise(PyExc_ValueError, "the ", name.text, " of ", place.text(), " has another shape than the parameter");
-  }
-  if (is_plainly_covered(param, state) || same_memory_layout(state, param)) return nullptr;
-  return "of another memory layout, dtype or device";
+bool covers_state(const at::Tensor& state, const Name& name, const at::Tensor& param, const Place& place) {
+  check_inference(state, name.text, place);
+  if (state.sizes() != param.sizes()) refuse("other_shape", place, name.text, state, param);
+  return is_plainly_covered(param, state) || same_memory_layout(state, param);
 }
 
 }  // namespace fastclip

@@ -60,10 +60,10 @@ class States {
   bool ran_python() const { return ran_python_; }  // in the last `find`
 
   // Notes a state that the step makes; it gets into the dict by `store`. The pointer holds until `end`.
-  [[gnu::noinline]] const at::Tensor* make(const Held& param, const Name& name, at::Tensor tensor);
+  [[gnu::noinline]] const at::Tensor* make(const Place& place, const Name& name, at::Tensor tensor);
   // Makes all that there is not yet. Refuses a parameter that has only some of those that belong together.
-  [[gnu::noinline]] void make_missing(Rules::Id rule, const Group& group, const Held& param, const at::Tensor& grad,
-                                      const Place& place, const StateNames& names, ParamStates& states);
+  [[gnu::noinline]] void make_missing(Rules::Id rule, const Group& group, const at::Tensor& grad, const Place& place,
+                                      const StateNames& names, ParamStates& states);
 
   bool has_new() const { return !new_.empty(); }
   // Whether a parameter is given twice, and would get a second state in place of the first.
@@ -76,6 +76,7 @@ class States {
  private:
   struct New {
     Held param;
+    Place place;
     const Name* name;
     at::Tensor tensor;
     Held entry;    // state[param]
@@ -94,7 +95,7 @@ class States {
   std::deque<New> new_;
 };
 
-// Raises where a state can't belong to its parameter; otherwise why the kernels do not cover it, or nullptr.
-const char* why_not_covered(const at::Tensor& state, const Name& name, const at::Tensor& param, const Place& place);
+// Whether the kernels take a state. Raises where it can't belong to its parameter.
+bool covers_state(const at::Tensor& state, const Name& name, const at::Tensor& param, const Place& place);
 
 }  // namespace fastclip

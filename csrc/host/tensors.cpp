@@ -40,34 +40,12 @@ bool same_order(const at::Tensor& a, const at::Tensor& b) {
   return a.is_non_overlapping_and_dense();
 }
 
-const char* why_not_ordinary(const at::Tensor& tensor) {
-  if (tensor.is_nested()) return "is nested";
-  if (tensor.layout() != at::kStrided) return "is sparse";
-  if (tensor.key_set().has(DispatchKey::Python)) return "is a tensor subclass";
-  if (tensor.is_complex()) return "is complex";
-  if (tensor.is_conj() || tensor.is_neg()) return "is a lazily negated or conjugated view";
-  if (tensor.is_cuda()) return "is on a GPU, and fastclip was built without CUDA";
-  return "is on a device, or of a kind, that the kernels do not cover";
-}
-
-std::string describe(const at::Tensor& tensor) {
-  std::string sizes;
-  for (const auto size : tensor.sizes()) sizes += (sizes.empty() ? "" : ", ") + std::to_string(size);
-  return std::string(c10::toString(tensor.scalar_type())) + " [" + sizes + "] on " + tensor.device().str();
-}
-
 // Whether the parameter was told, by its grad_dtype, to take gradients of this dtype.
 bool allows_grad_dtype(PyObject* param, const at::Tensor& grad) {
   const Held wanted = Held::stolen(PyObject_GetAttrString(param, "grad_dtype"));
   if (!wanted.object) PyErr_Clear();
   return wanted.object && THPDtype_Check(wanted.object) &&
          reinterpret_cast<THPDtype*>(wanted.object)->scalar_type == grad.scalar_type();
-}
-
-[[noreturn]] void raise_mismatch(const char* what, const at::Tensor& param, const at::Tensor& grad,
-                                 const Place& place) {
-  raise(PyExc_ValueError, "the gradient of ", place.text(), " has another ", what, " than the parameter: ", describe(grad),
-        ", parameter ", describe(param));
 }
 
 }  // namespace
@@ -86,50 +64,26 @@ double rounded_bound(DType dtype, double bound) {
   return bound;
 }
 
-std::string Place::text() const {
-  std::string text = "parameter " + std::to_string(index);
-  if (in_optimizer) text += " of group " + std::to_string(group);
-  if (names && index < PyList_GET_SIZE(names)) {
-    if (const char* name = PyUnicode_AsUTF8(PyList_GET_ITEM(names, index))) {
-      text += " ('" + std::string(name) + "')";
-    } else {
-      PyErr_Clear();
-    }
-  }
-  return text;
-}
-
-std::string why_not_covered(const at::Tensor& param, const at::Tensor& grad, const Place& place) {
-  const bool ordinary = is_ordinary(param) && is_ordinary(grad);
-  const auto dtype = param.scalar_type();
+void check_belongs(const at::Tensor& param, const at::Tensor& grad, const Place& place) {
   // A subclass may have sizes of its own kind: what it holds is for plain torch to judge.
-  if (!param.key_set().has(DispatchKey::Python) && !grad.key_set().has(DispatchKey::Python)) {
-    if (param.sizes() != grad.sizes()) raise_mismatch("shape", param, grad, place);
-    if (dtype != grad.scalar_type()) {
-      if (!allows_grad_dtype(place.param, grad)) raise_mismatch("dtype", param, grad, place);
-      if (!in_one_loop(dtype, grad.scalar_type())) return "has a gradient of another dtype";
-    }
-    if (param.device() != grad.device()) raise_mismatch("device", param, grad, place);
+  if (param.key_set().has(DispatchKey::Python) || grad.key_set().has(DispatchKey::Python)) return;
+  if (param.sizes() != grad.sizes()) refuse("other_shape", place, "gradient", grad, param);
+  if (param.scalar_type() != grad.scalar_type() && !allows_grad_dtype(place.param, grad)) {
+    refuse("other_dtype", place, "gradient", grad, param);
   }
-  if (param.is_inference() && !c10::InferenceMode::is_enabled()) {
-    raise(PyExc_RuntimeError, place.text(), " is an inference tensor: it can't be updated in place outside InferenceMode");
-  }
-  if (!is_ordinary(param)) return why_not_ordinary(param);
-  if (!ordinary) return std::string("has a gradient that ") + why_not_ordinary(grad);
-  if (!has_kernel_dtype(dtype)) return "has a dtype that the kernels do not cover";
-  if (!same_order(param, grad)) return "has a gradient of another memory layout, or memory with gaps or overlaps";
-  return {};
+  if (param.device() != grad.device()) refuse("other_device", place, "gradient", grad, param);
 }
 
-std::string why_not_covered(const at::Tensor& grad, const Place& place) {
-  if (grad.is_inference() && !c10::InferenceMode::is_enabled()) {
-    raise(PyExc_RuntimeError, "the gradient of ", place.text(),
-          " is an inference tensor: it can't be changed in place outside InferenceMode");
-  }
-  if (!is_ordinary(grad)) return why_not_ordinary(grad);
-  if (!has_kernel_dtype(grad.scalar_type())) return "has a dtype that the kernels do not cover";
-  if (!grad.is_non_overlapping_and_dense()) return "has memory with gaps or overlaps";
-  return {};
+void check_inference(const at::Tensor& tensor, const char* part, const Place& place) {
+  if (tensor.is_inference() && !c10::InferenceMode::is_enabled()) refuse("inference_tensor", place, part);
+}
+
+const at::Tensor* uncovered(const at::Tensor& param, const at::Tensor& grad) {
+  if (!is_ordinary(param)) return &param;
+  if (!is_ordinary(grad)) return &grad;
+  if (!has_kernel_dtype(param.scalar_type())) return &param;
+  if (!in_one_loop(param.scalar_type(), grad.scalar_type()) || !same_order(param, grad)) return &grad;
+  return nullptr;
 }
 
 bool same_memory_layout(const at::Tensor& a, const at::Tensor& b) {

@@ -6,10 +6,9 @@
 #include <torch/csrc/autograd/variable.h>
 
 #include <array>
-#include <string>
 
 #include "../step.h"
-#include "python.h"
+#include "reasons.h"
 
 namespace fastclip {
 
@@ -17,17 +16,6 @@ namespace fastclip {
 inline bool is_tensor(PyObject* object) {
   return THPVariable_CheckExact(object) || PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(THPVariableClass));
 }
-
-// Where a tensor stands, for messages; the text is built only when one is needed.
-struct Place {
-  Py_ssize_t group;
-  Py_ssize_t index;
-  PyObject* names;  // the group's param_names, or nullptr
-  PyObject* param;
-  bool in_optimizer = true;
-
-  std::string text() const;  // "parameter 3 of group 0 ('encoder.bias')"
-};
 
 // The gradient, without the virtual calls of Tensor::grad(): this is read for every tensor at every step.
 inline const at::Tensor& grad_of(const at::Tensor& param) {
@@ -93,13 +81,15 @@ double rounded_bound(DType dtype, double bound);
          is_like(grad.unsafeGetTensorImpl(), p);
 }
 
-// "" where the kernels can step `param` by `grad`; otherwise why they can't, and plain torch
-// has to. Raises where the two don't belong together, which plain torch would broadcast, promote or
-// find out in the middle of a step.
-std::string why_not_covered(const at::Tensor& param, const at::Tensor& grad, const Place& place);
+// Raises for a gradient that does not fit its parameter: plain torch would broadcast, promote, or fail halfway.
+void check_belongs(const at::Tensor& param, const at::Tensor& grad, const Place& place);
 
-// The same question about a gradient alone, to be clipped in place.
-std::string why_not_covered(const at::Tensor& grad, const Place& place);
+// Raises for what can't be written to: a parameter, or a part of it.
+void check_inference(const at::Tensor& tensor, const char* part, const Place& place);
+
+// Returns the one of the two that the kernels do not take; nullptr where they take both. A gradient that is clipped in
+// place is given as both.
+const at::Tensor* uncovered(const at::Tensor& param, const at::Tensor& grad);
 
 // Same device, sizes and element order, and dtypes that one loop takes: what a state needs.
 bool same_memory_layout(const at::Tensor& a, const at::Tensor& b);

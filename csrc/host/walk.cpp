@@ -10,28 +10,19 @@
 namespace fastclip {
 namespace {
 
-// `what` is of the parameter: its gradient, a state; or "" for itself.
-[[noreturn, gnu::noinline]] void raise_no_memory(const char* what, const Place& place) {
-  raise(PyExc_RuntimeError, *what ? c10::str("the ", what, " of ") : "", place.text(), " has no memory: its storage was resized");
-}
-[[noreturn, gnu::noinline]] void raise_no_memory(const Name* state, const Place& place) {
-  raise_no_memory(state->text, place);
-}
+const char* text_of(const char* part) { return part; }
+const char* text_of(const Name* state) { return state->text; }
 
 // The address of a tensor's first element; `bytes` is the size of all of them. FSDP, for one, frees the storage of a
 // parameter that it has no use for, and leaves the sizes as they were.
-template <class What>
-[[gnu::always_inline]] inline void* data_of(const at::Tensor& covered, int64_t item_size, int64_t bytes, What* what,
+template <class Part>
+[[gnu::always_inline]] inline void* data_of(const at::Tensor& covered, int64_t item_size, int64_t bytes, Part* part,
                                             const Place& place) {
   c10::TensorImpl* const impl = covered.unsafeGetTensorImpl();
   auto* const storage = impl->unsafe_storage().unsafeGetStorageImpl();
   const int64_t begin = impl->storage_offset_default() * item_size;
-  if (begin + bytes > static_cast<int64_t>(storage->nbytes()) && bytes > 0) raise_no_memory(what, place);
+  if (begin + bytes > static_cast<int64_t>(storage->nbytes()) && bytes > 0) refuse("no_memory", place, text_of(part));
   return static_cast<char*>(storage->mutable_data()) + begin;
-}
-
-[[noreturn, gnu::noinline]] void raise_no_count(const Place& place) {
-  raise(PyExc_ValueError, "the step of ", place.text(), " must be a count of steps, and is negative, infinite or NaN");
 }
 
 // Whether another tensor may lie in the same memory.
@@ -46,19 +37,6 @@ template <class What>
          on_same_device(impl, param.unsafeGetTensorImpl());
 }
 
-// nullptr where the kernels can count in it.
-const char* why_number_not_covered(const at::Tensor& number, const at::Tensor& param, const Name& name, const Place& place) {
-  if (number.numel() != 1) raise(PyExc_ValueError, "the ", name.text, " of ", place.text(), " must be a 1-element tensor");
-  if (number.is_inference() && !c10::InferenceMode::is_enabled()) {
-    raise(PyExc_RuntimeError, "the ", name.text, " of ", place.text(),
-          " is an inference tensor: it can't be updated outside InferenceMode");
-  }
-  if (!is_ordinary(number.unsafeGetTensorImpl())) return "that is no ordinary tensor";
-  if (number.scalar_type() != at::kFloat && number.scalar_type() != at::kDouble) return "of a dtype that the kernels do not cover";
-  if (number.device() != param.device()) return "on another device";
-  return nullptr;
-}
-
 }  // namespace
 
 Walk::Walk(Rules::Id rule, Ranks ranks)
@@ -70,8 +48,8 @@ void Walk::begin() {
   for (auto& part : parts_) part.clear();
   addresses_ = 0;
   parameter_ = 0;
-  reason_.clear();
-  undone_.clear();
+  reason_.reset();
+  undone_.reset();
   masters_.begin();
   first_device_.reset();
   part_ = nullptr;
@@ -82,6 +60,7 @@ void Walk::begin() {
 void Walk::end() {
   states_.end();
   borrowed_.clear();
+  reason_.reset();  // it may hold tensors
   seen_.clear();
 }
 
@@ -90,8 +69,8 @@ void Walk::end_step() {
   masters_.remember();
 }
 
-void Walk::not_covered(const std::string& reason) {
-  if (reason_.empty()) reason_ = reason;
+void Walk::not_covered(Reason reason) {
+  if (!reason_) reason_ = std::move(reason);
   masters_.forget();  // nobody looks at versions in plain torch
 }
 
@@ -146,15 +125,15 @@ void Walk::begin_row(Part& part, const Hyper& hyper, Py_ssize_t group, DType dty
   };
   const int64_t item = item_size(dtype), bytes = numel * item;
   bool uniform = true;
-  const auto add = [&](const at::Tensor& tensor, auto* what, void*& data, DType& stored) __attribute__((always_inline)) {
+  const auto add = [&](const at::Tensor& tensor, auto* part, void*& data, DType& stored) __attribute__((always_inline)) {
     int64_t size = bytes;
     if (tensor.dtype() == grad.dtype()) {
-      data = data_of(tensor, item, size, what, place);
+      data = data_of(tensor, item, size, part, place);
     } else {
       uniform = false;
       stored = dtype_of(tensor);
       size = numel * item_size(stored);
-      data = data_of(tensor, item_size(stored), size, what, place);
+      data = data_of(tensor, item_size(stored), size, part, place);
     }
     write(tensor, data, size);
   };
@@ -166,8 +145,8 @@ void Walk::begin_row(Part& part, const Hyper& hyper, Py_ssize_t group, DType dty
   } else {
     add(*states.master, names.master, entry.param, entry.dtype);
     add(param, "", entry.rounded, entry.rounded_dtype);
-    if (!param.is_inference() && masters_.add(parameter_, param, *states.master, states.master_is_new) && undone_.empty()) {
-      undone_ = place.text();
+    if (!param.is_inference() && masters_.add(parameter_, param, *states.master, states.master_is_new) && !undone_) {
+      undone_ = place;
     }
   }
   for (int s = 0; s < names.count; ++s) {
@@ -184,7 +163,7 @@ void Walk::begin_row(Part& part, const Hyper& hyper, Py_ssize_t group, DType dty
     // The corrections of Adam's averages divide by 0 where this step is number 0.
     if (part.device.is_cpu()) {
       const double count = number_at(entry.step, entry.step_is_float64);
-      if (!(count >= 0 && count < HUGE_VAL)) raise_no_count(place);
+      if (!(count >= 0 && count < HUGE_VAL)) refuse("no_count", place, names.step->text, *states.step);
     }
     step.has_step_counts = true;
   }
@@ -195,11 +174,11 @@ void Walk::begin_row(Part& part, const Hyper& hyper, Py_ssize_t group, DType dty
 
 void Walk::check_memory(const at::Tensor& param, const at::Tensor& grad, const StateNames& names, const ParamStates& states,
                         const Place& place) const {
-  const auto check = [&](const at::Tensor& tensor, auto* what) {
+  const auto check = [&](const at::Tensor& tensor, auto* part) {
     if (!is_ordinary(tensor.unsafeGetTensorImpl())) return;
     const auto item = static_cast<int64_t>(tensor.itemsize());
     const bool dense = tensor.is_non_overlapping_and_dense();
-    data_of(tensor, item, dense || tensor.numel() == 0 ? item * tensor.numel() : item, what, place);
+    data_of(tensor, item, dense || tensor.numel() == 0 ? item * tensor.numel() : item, part, place);
   };
   check(param, "");
   check(grad, "gradient");
@@ -212,55 +191,51 @@ void Walk::check_memory(const at::Tensor& param, const at::Tensor& grad, const S
 }
 
 // Makes the states that there are not, and says whether the kernels take those that there are.
-[[gnu::flatten]] bool Walk::cover_states(const Group& group, const Held& held, const at::Tensor& param, const at::Tensor& like,
+[[gnu::flatten]] bool Walk::cover_states(const Group& group, const at::Tensor& param, const at::Tensor& like,
                                          const Place& place, const StateNames& names, ParamStates& states) {
   if (names.master && !states.master) {  // it is made of the parameter, which has to be there
     const int64_t item = item_size(dtype_of(param));
     data_of(param, item, item * param.numel(), "", place);
   }
-  if (!states.has_all(names)) states_.make_missing(rule_, group, held, like, place, names, states);
+  if (!states.has_all(names)) states_.make_missing(rule_, group, like, place, names, states);
   c10::TensorImpl* const p = param.unsafeGetTensorImpl();
   const bool contiguous = is_contiguous(p);
   const auto covers = [&](const at::Tensor& state, const Name& name) __attribute__((always_inline)) {
     c10::TensorImpl* const s = state.unsafeGetTensorImpl();
     if (contiguous && !s->is_inference() && is_like(s, p)) return true;
-    if (const char* why_not = why_not_covered(state, name, param, place)) {
-      not_covered(c10::str(place.text(), " has a ", name.text, " ", why_not));
-      return false;
-    }
-    return true;
+    if (covers_state(state, name, param, place)) return true;
+    not_covered({"no_kernels", place, name.text, {state, param}});
+    return false;
   };
   for (int s = 0; s < names.count; ++s) {
     if (names.arrays[s] && !covers(*states.arrays[s], *names.arrays[s])) return false;
   }
   if (states.master) {
-    if (states.master->scalar_type() != at::kFloat) {
-      raise(PyExc_TypeError, "the master_param of ", place.text(), " must be float32");
-    }
+    if (states.master->scalar_type() != at::kFloat) refuse("no_float32", place, names.master->text, *states.master);
     if (!covers(*states.master, *names.master)) return false;
   }
-  if (names.step && !(is_plain_number(*states.step, param) || covers_number(held, param, place, *names.step, states.step))) {
+  if (names.step && !(is_plain_number(*states.step, param) || covers_number(param, place, *names.step, states.step))) {
     return false;
   }
   return !names.scalar || is_plain_number(*states.scalar, param) ||
-         covers_number(held, param, place, *names.scalar, states.scalar);
+         covers_number(param, place, *names.scalar, states.scalar);
 }
 
-bool Walk::covers_number(const Held& held, const at::Tensor& param, const Place& place, const Name& name,
-                         const at::Tensor*& number) {
+bool Walk::covers_number(const at::Tensor& param, const Place& place, const Name& name, const at::Tensor*& number) {
   // On a GPU the device decides whether a step is skipped, so it counts them, too.
-  if (param.is_cuda() && number->is_cpu()) number = states_.make(held, name, number->to(param.device()));
-  const char* const why_not = why_number_not_covered(*number, param, name, place);
-  if (why_not) not_covered(c10::str(place.text(), " has a ", name.text, " ", why_not));
-  return !why_not;
+  if (param.is_cuda() && number->is_cpu()) number = states_.make(place, name, number->to(param.device()));
+  if (number->numel() != 1) refuse("not_one_element", place, name.text, *number);
+  check_inference(*number, name.text, place);
+  const bool counts = number->scalar_type() == at::kFloat || number->scalar_type() == at::kDouble;
+  if (counts && is_ordinary(number->unsafeGetTensorImpl()) && number->device() == param.device()) return true;
+  not_covered({"no_kernels_for_number", place, name.text, {*number, param}});
+  return false;
 }
 
 void Walk::add_param(const Group& group, const StateNames& names, Py_ssize_t group_index, Py_ssize_t index) {
   PyObject* object = PySequence_Fast_GET_ITEM(group.params.object, index);
   const Place place{group_index, index, group.param_names.object, object, /*in_optimizer=*/!in_place_};
-  if (!is_tensor(object)) {
-    raise(PyExc_TypeError, place.text(), " must be a tensor, got ", type_name(object));
-  }
+  if (!is_tensor(object)) refuse("no_tensor", place, "", object);
   const at::Tensor& param = THPVariable_Unpack(object);
   if (!first_device_) first_device_ = param.device();
   if (is_subclass(param)) {
@@ -274,7 +249,7 @@ void Walk::add_param(const Group& group, const StateNames& names, Py_ssize_t gro
     states = states_.find(place, parameter_, names, nullptr);
   }
   const at::Tensor& grad = grad_of(param);
-  if (grad.defined()) add_covered(group, names, place, held, states, in_place_ ? grad : param, grad, grad);
+  if (grad.defined()) add_covered(group, names, place, states, in_place_ ? grad : param, grad, grad);
   if (held.object && states_.ran_python()) borrowed_.keep(std::move(held));  // another thread may have dropped it meanwhile
 }
 
@@ -290,10 +265,10 @@ void Walk::await_norm(const Shard& param, const Place& place, const NormClip& no
 
 std::optional<Shard> Walk::shard_of_grad(const at::Tensor& grad, const Shard& param, const Place& place) {
   auto shard = shard_of(grad);
-  if (!shard) raise(PyExc_TypeError, "the gradient of ", place.text(), " is no DTensor, as the parameter is");
+  if (!shard) refuse("no_dtensor", place, "gradient");
   if (shards_.placed_as(param, parameter_, *shard)) return shard;
   shards_.add_misplaced(place.param);
-  not_covered("the gradient of " + place.text() + " is placed otherwise than the parameter");
+  not_covered({"other_placements", place, "gradient", {grad, THPVariable_Unpack(place.param)}});
   return {};
 }
 
@@ -306,7 +281,7 @@ void Walk::add_shard(const Group& group, const StateNames& names, const Place& p
       ParamStates states;
       if (names.any) states = states_.find(place, parameter_, names, &shard);
       const at::Tensor& whole_grad = THPVariable_Unpack(grad->whole.object);
-      add_covered(group, names, place, shard.whole, states, in_place_ ? grad->local() : shard.local(), grad->local(), whole_grad);
+      add_covered(group, names, place, states, in_place_ ? grad->local() : shard.local(), grad->local(), whole_grad);
       borrowed_.write(in_place_ ? whole_grad : param);
       std::move(shard).keep_in(borrowed_);
       std::move(*grad).keep_in(borrowed_);
@@ -316,21 +291,27 @@ void Walk::add_shard(const Group& group, const StateNames& names, const Place& p
   reduction_ = nullptr;
 }
 
-void Walk::add_covered(const Group& group, const StateNames& names, const Place& place, const Held& held, ParamStates& states,
+bool Walk::covers(const at::Tensor& param, const at::Tensor& grad, const Place& place) {
+  const char* const written = in_place_ ? "gradient" : "";
+  check_belongs(param, grad, place);
+  check_inference(param, written, place);
+  const at::Tensor* const left = uncovered(param, grad);
+  if (left) not_covered({"no_kernels", place, left == &param ? written : "gradient", {*left, param}});
+  return !left;
+}
+
+void Walk::add_covered(const Group& group, const StateNames& names, const Place& place, ParamStates& states,
                        const at::Tensor& param, const at::Tensor& grad, const at::Tensor& like) {
-  if (!is_plainly_covered(param, grad)) {
-    const std::string why_not = in_place_ ? why_not_covered(grad, place) : why_not_covered(param, grad, place);
-    if (!why_not.empty()) return not_covered((in_place_ ? "the gradient of " : "") + place.text() + " " + why_not);
-  }
+  if (!is_plainly_covered(param, grad) && !covers(param, grad, place)) return;
   bool is_first = false;
   if (names.any) {
     is_first = names.filled_by_first_step && !states.arrays[0];
-    if (!cover_states(group, held, param, like, place, names, states)) {
+    if (!cover_states(group, param, like, place, names, states)) {
       return check_memory(param, grad, names, states, place);
     }
   }
   if (group.lr_tensor.object && THPVariable_Unpack(group.lr_tensor.object).device() != param.device()) {
-    not_covered(place.text() + " is on another device than lr");
+    not_covered({"other_device_than_lr", place, "", {param, THPVariable_Unpack(group.lr_tensor.object)}});
     return check_memory(param, grad, names, states, place);
   }
   if (grad.numel() > 0 || states.step) add_tensor(param, grad, names, states, is_first, group.hyper, place);
@@ -343,10 +324,10 @@ void Walk::add_covered(const Group& group, const StateNames& names, const Place&
       group.hyper.lr_on_device = lr.const_data_ptr();
       group.hyper.lr_is_float64 = lr.scalar_type() == at::kDouble;
     } else {
-      not_covered("lr is a tensor of a device or dtype that the kernels do not cover");
+      not_covered({"no_kernels_for_lr", {lr}});
     }
   }
-  if (group.differentiable) not_covered("the step is to be differentiable");
+  if (group.differentiable) not_covered(Reason("differentiable"));
   const StateNames names = state_names(rule_, group);
   for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(group.params.object); ++i, ++parameter_) {
     add_param(group, names, group_index, i);  // to the end, for what has to be refused

@@ -5,7 +5,6 @@
 #include <Python.h>
 
 #include <optional>
-#include <string>
 #include <unordered_set>
 #include <vector>
 
@@ -33,11 +32,11 @@ class Walk {
   // can't be stepped, and nothing was changed.
   void add_group(Group& group, Py_ssize_t group_index);
 
-  // The first reason why the kernels do not cover the step, or "".
-  const std::string& reason() const { return reason_; }
-  [[gnu::noinline]] void not_covered(const std::string& reason);
-  // A parameter that somebody wrote to since the last step, and that its master weights will change back; or "".
-  const std::string& undone() const { return undone_; }
+  // The first reason why the kernels do not cover the step, if there is one.
+  std::optional<Reason>& reason() { return reason_; }
+  [[gnu::noinline]] void not_covered(Reason reason);
+  // A parameter that somebody wrote to since the last step, and that its master weights will change back.
+  const std::optional<Place>& undone() const { return undone_; }
   // Whether an array that this step writes overlaps another that it writes or reads: then the order of the tensors
   // matters, which the kernels do not keep.
   bool shares_memory();
@@ -70,14 +69,15 @@ class Walk {
   void await_norm(const Shard& param, const Place& place, const NormClip& norm_clip);
   // The rest of the walk over a parameter, for ordinary tensors. `like` is the gradient that a new state is made like.
   [[gnu::always_inline]] inline void add_covered(const Group& group, const StateNames& names, const Place& place,
-                                                 const Held& held, ParamStates& states, const at::Tensor& param,
-                                                 const at::Tensor& grad, const at::Tensor& like);
+                                                 ParamStates& states, const at::Tensor& param, const at::Tensor& grad,
+                                                 const at::Tensor& like);
+  [[gnu::noinline]] bool covers(const at::Tensor& param, const at::Tensor& grad, const Place& place);
   // Before a step is left to plain torch, which does not look.
   [[gnu::noinline]] void check_memory(const at::Tensor& param, const at::Tensor& grad, const StateNames& names,
                                       const ParamStates& states, const Place& place) const;
-  [[gnu::noinline]] bool covers_number(const Held& held, const at::Tensor& param, const Place& place, const Name& name,
+  [[gnu::noinline]] bool covers_number(const at::Tensor& param, const Place& place, const Name& name,
                                        const at::Tensor*& number);
-  [[gnu::noinline]] bool cover_states(const Group& group, const Held& held, const at::Tensor& param, const at::Tensor& like,
+  [[gnu::noinline]] bool cover_states(const Group& group, const at::Tensor& param, const at::Tensor& like,
                                       const Place& place, const StateNames& names, ParamStates& states);
   [[gnu::noinline]] Part& part_of(c10::Device device, PyObject* reduction);
 
@@ -93,9 +93,9 @@ class Walk {
   std::unordered_set<c10::TensorImpl*> seen_;  // gradients to be clipped in place
   uint64_t addresses_ = 0;                 // a hash of all that this step writes, and of gradients in shared storages,
   uint64_t disjoint_addresses_ = 0;        // and of the last ones found not to overlap
-  std::string reason_;
+  std::optional<Reason> reason_;
   Masters masters_;
-  std::string undone_;
+  std::optional<Place> undone_;
   std::optional<c10::Device> first_device_;
 };
 

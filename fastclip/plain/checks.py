@@ -1,6 +1,7 @@
 """What plain torch would find out in the middle of a step: refused before anything is changed.
 
-The kernels' own checks are in csrc; these are for the tensors that they do not cover.
+The kernels' own checks are in csrc/host; these are for the tensors that they do not cover. What both refuse is worded
+in `reasons.py`.
 """
 
 import math
@@ -8,7 +9,23 @@ import math
 import torch
 from torch.optim.optimizer import _device_dtype_check_for_fused
 
-from .names import name_of
+from ..distributed import is_dtensor
+from ..reasons import (
+    expanded,
+    incomplete,
+    inference_tensor,
+    name_of,
+    named,
+    no_count,
+    no_dict,
+    no_float32,
+    no_tensor,
+    not_one_element,
+    other_device,
+    other_dtype,
+    other_shape,
+)
+from .rounding import has_master
 from .values import KNOWN_DTYPES, KNOWN_LAYOUTS, is_sparse, item_of
 
 
@@ -28,7 +45,7 @@ def check(rule, groups, state):
             check_gradient(rule, group, param, where)
             check_states(rule, group, param, state, where)
             if overlaps(param):
-                raise ValueError(f"{where} holds several elements at one address")
+                raise expanded(where)
 
 
 def check_dtypes(rule, group, param, where):
@@ -43,80 +60,100 @@ def check_dtypes(rule, group, param, where):
                 f"{what} is {tensor.dtype}: a step needs floating-point or complex numbers of 16 bits or more"
             )
     if group["momentum_dtype"] and rule.states(group) and param.is_complex():
-        raise TypeError(
-            f"momentum_dtype can't be applied to {where}, which is complex: give it a group with momentum_dtype=None"
-        )
+        raise not_applied("momentum_dtype", f"{where}, which is complex: give it a group with momentum_dtype=None")
+
+
+def not_applied(setting, what):
+    return TypeError(f"{setting} can't be applied to {what}")
+
+
+def other_kind(what, kind):
+    return TypeError(f"{what} is {kind}, and the parameter is not")
 
 
 def check_gradient(rule, group, param, where):
     """Clips and weight decay, which not every kind of gradient has."""
     grad = param.grad
     clips = [name for name in ("clip_value", "max_norm") if group[name] is not None]
-    if hasattr(grad, "full_tensor"):  # of a DTensor parameter, a step in plain torch sees the shard
-        raise TypeError(f"the gradient of {where} is a DTensor, and the parameter is not")
-    sparse = is_sparse(grad)
+    if is_dtensor(grad):  # of a DTensor parameter, a step in plain torch sees the shard
+        raise other_kind(f"the gradient of {where}", "a DTensor")
+    sparse, sparse_gradient = is_sparse(grad), f"the sparse gradient of {where}"
     if grad.is_nested and not rule.takes_nested:
-        raise RuntimeError(f"{rule.title} does not support nested gradients, as that of {where}; SGD does")
+        raise RuntimeError(f"{rule.title} does not support nested gradients, as that of {where}: SGD does")
     if sparse and not rule.takes_sparse:
         raise RuntimeError(f"{rule.title} does not support sparse gradients, as that of {where}: SparseAdam does")
     if param.is_complex() and not rule.takes_complex:
         raise TypeError(f"{rule.title} does not support complex parameters, as {where}")
     if sparse and (isinstance(group["weight_decay"], torch.Tensor) or group["weight_decay"] != 0):
-        raise TypeError(f"weight_decay can't be applied to the sparse gradient of {where}")
+        raise not_applied("weight_decay", sparse_gradient)
     if sparse and group["stochastic_rounding"] and rule.states(group):
-        raise TypeError(f"stochastic_rounding can't be applied to the sparse momentum of {where}")
+        raise not_applied("stochastic_rounding", f"the sparse momentum of {where}")
     if sparse and clips:
-        raise TypeError(f"{clips[0]} can't be applied to the sparse gradient of {where}")
+        raise not_applied(clips[0], sparse_gradient)
     if grad.is_complex() and not param.is_complex():
-        raise TypeError(f"the gradient of {where} is complex, and the parameter is not")
+        raise other_kind(f"the gradient of {where}", "complex")
     if grad.is_complex() and "clip_value" in clips:
-        raise TypeError(f"clip_value can't be applied to the complex gradient of {where}")
+        raise not_applied("clip_value", f"the complex gradient of {where}")
 
 
 def check_states(rule, group, param, state, where):
     """What the step would write to besides the parameter, as far as it is there yet."""
     entry = state.get(param, {})
-    names = rule.states(group)
-    if (names or rule.counts_steps) and not isinstance(entry, dict):
-        raise TypeError(f"the state of {where} must be a dict, got {type(entry).__name__}")
-    numbers = rule.number_states if rule.counts_steps else ()
-    there = [name for name in (*numbers, *names) if entry.get(name) is not None]
-    for name in (*numbers, *names):
-        if name not in there:
-            if there:
-                raise KeyError(f"the state of {where} has no {name}, but others that belong to it")
-        elif name in numbers:
-            check_number(entry[name], name, where)
-        else:
-            check_state(group, param, entry[name], name, where)
+    arrays = rule.states(group)
+    numbers = rule.number_states if rule.counts_steps or group["stochastic_rounding"] else rule.number_states[1:]
+    masters = ("master_param",) if has_master(group, param) else ()
+    if not (arrays or numbers or masters):
+        return
+    if not isinstance(entry, dict):
+        raise no_dict(f"the state of {where}", entry)
+    there = {name: entry[name] for name in (*numbers, *arrays, *masters) if entry.get(name) is not None}
+    for name, tensor in there.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise no_tensor(f"the {name} of {where}", tensor)
+    together = [name for name in (*numbers, *arrays) if name != "step" or rule.counts_steps]
+    missing, present = ([name for name in together if (name in there) is has] for has in (False, True))
+    if missing and present:
+        raise incomplete(f"the state of {where}", missing[0], present[0])
+    for name in (*arrays, *masters):
+        if name in there:
+            check_state(group, param, there[name], name, where)
+    for name in numbers:
+        if name in there:
+            check_number(there[name], name, where)
 
 
 def check_number(number, name, where):
-    if not isinstance(number, torch.Tensor):
-        raise TypeError(f"the {name} of {where} must be a tensor, got {type(number).__name__}")
+    what = f"the {name} of {where}"
     if number.numel() != 1:
-        raise ValueError(f"the {name} of {where} must be a 1-element tensor, got {[*number.shape]}")
+        raise not_one_element(what, number)
+    check_inference(number, what)
     if name == "step" and not 0 <= item_of(number, unknown=0) < math.inf:  # Adam would divide by 0 at step 0
-        raise ValueError(f"the step of {where} must be a count of steps, and is negative, infinite or NaN")
+        raise no_count(what, number)
+
+
+def check_inference(tensor, what):
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise inference_tensor(what)
 
 
 def check_state(group, param, tensor, name, where):
     what = f"the {name} of {where}"
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{what} must be a tensor, got {type(tensor).__name__}")
+    if name == "master_param" and tensor.dtype != torch.float32:
+        raise no_float32(what, tensor)
+    check_inference(tensor, what)
     if tensor.shape != param.shape:
-        raise ValueError(f"{what} has another shape than the parameter: {[*tensor.shape]}, {[*param.shape]}")
+        raise other_shape(what, tensor, param)
     if tensor.device != param.device:
-        raise ValueError(f"{what} is on another device than the parameter: {tensor.device}, {param.device}")
+        raise other_device(what, tensor, param)
     if not (torch.can_cast(param.dtype, tensor.dtype) and torch.can_cast(tensor.dtype, param.dtype)):
-        raise ValueError(f"{what} has another dtype than the parameter: {tensor.dtype}, {param.dtype}")
+        raise other_dtype(what, tensor, param)
     sparse_tensor, sparse_grad = map(is_sparse, (tensor, param.grad))
     if sparse_tensor and not sparse_grad:
         raise TypeError(f"{what} is sparse, and its gradient is not")
     if group.get("nesterov") and sparse_grad and not sparse_tensor:
-        raise TypeError(f"nesterov can't be applied to the sparse gradient of {where}: its {name} is dense")
+        raise not_applied("nesterov", f"the sparse gradient of {where}: its {name} is dense")
     if overlaps(tensor):
-        raise ValueError(f"{what} holds several elements at one address")
+        raise expanded(what)
 
 
 def check_clip(name, parameters):
@@ -125,13 +162,12 @@ def check_clip(name, parameters):
         grad = param.grad
         if grad is None:
             continue
+        what = named(i, part="gradient")
         known = grad.layout == torch.strided and grad.dtype in KNOWN_DTYPES
         if not known or (grad.is_complex() and name == "clip_value"):
-            raise TypeError(f"{name} can't be applied to the gradient of parameter {i}: {grad.dtype}, {grad.layout}")
+            raise not_applied(name, f"{what}: {grad.dtype}, {grad.layout}")
         if overlaps(grad):
-            raise RuntimeError(
-                f"{name} can't be applied in place: the gradient of parameter {i} holds several elements at one address"
-            )
+            raise RuntimeError(f"{name} can't be applied in place: {expanded(what)}")
 
 
 def overlaps(tensor):

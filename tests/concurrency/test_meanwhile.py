@@ -1,6 +1,7 @@
 """Python that runs in the middle of a step, as another thread's may: what was found stays, and nothing crashes."""
 
 import collections
+import warnings
 
 import pytest
 import torch
@@ -127,3 +128,24 @@ def test_groups_changed_while_a_number_is_read(change, name):
     optimizer.param_groups[1][name] = Number(numbers[name], lambda: meddle(optimizer, first))
     optimizer.step()
     assert [p[0].item() for p in params] == expected
+
+
+def test_gradients_dropped_while_a_warning_is_shown(monkeypatch):
+    """The memory of a gradient that nobody holds is used again at once."""
+    p = torch.ones(64, dtype=torch.bfloat16, requires_grad=True)
+    optimizer = fastclip.SGD([p], lr=1.0, master_weights=True)
+    p.grad = torch.ones(64, dtype=torch.bfloat16)
+    optimizer.step()
+    with torch.no_grad():
+        p.fill_(7)  # the step changes it back, and warns
+    others = []
+
+    def drop(*_, **__):
+        p.grad = None
+        others.extend(torch.full((64,), 100.0, dtype=torch.bfloat16) for _ in range(8))
+
+    monkeypatch.setattr("warnings.showwarning", drop)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        optimizer.step()
+    assert others and torch.equal(p.detach(), torch.full((64,), -1.0, dtype=torch.bfloat16))

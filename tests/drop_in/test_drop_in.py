@@ -356,7 +356,7 @@ def test_a_new_group_takes_the_norm_clip_that_was_loaded_or_set(shared):
         opt.param_groups[0][name] = opt.param_groups[1][name] = opt.defaults[name]
     opt.add_param_group({"params": make_params([(2,)])})
     assert all(opt.param_groups[2][name] == opt.defaults[name] for name in shared)
-    with pytest.raises(ValueError, match="max_norm holds for all groups together"):
+    with pytest.raises(ValueError, match="max_norm must be the same in all groups"):
         opt.add_param_group({"params": make_params([(2,)]), "max_norm": 7.0})
     assert len(opt.param_groups) == 3
 

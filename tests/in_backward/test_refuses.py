@@ -81,8 +81,13 @@ def test_arguments():
     ]:
         with pytest.raises(error, match=message):
             fastclip.step_in_backward(*bad)
-    for bad, error in [(-1, ValueError), (float("nan"), ValueError), ("4", TypeError)]:
-        with pytest.raises(error, match="bucket_cap_mb must be"):
+    negative, no_number = "bucket_cap_mb must not be negative or NaN, got", "bucket_cap_mb must be a number, got"
+    for bad, error, message in [
+        (-1, ValueError, negative),
+        (float("nan"), ValueError, negative),
+        ("4", TypeError, no_number),
+    ]:
+        with pytest.raises(error, match=message):
             fastclip.step_in_backward(model, optimizer, bucket_cap_mb=bad)
 
 

@@ -45,7 +45,7 @@ def storages(tensors):
 
 
 @pytest.mark.falls_back
-@pytest.mark.filterwarnings("ignore:fastclip steps in plain torch")
+@pytest.mark.filterwarnings("ignore:fastclip falls back to plain torch")
 @pytest.mark.parametrize("in_plain_torch", [False, True], ids=["kernels", "plain torch"])
 @pytest.mark.parametrize("how", ["norm", "in backward"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -69,7 +69,7 @@ def test_an_optimizer_and_a_model_that_were_dropped_are_freed(optimizer, how, in
 
 
 @pytest.mark.falls_back
-@pytest.mark.filterwarnings("ignore:fastclip steps in plain torch")
+@pytest.mark.filterwarnings("ignore:fastclip falls back to plain torch")
 @pytest.mark.parametrize(
     ("clip", "in_plain_torch"),
     [("value", False), ("norm", False), ("norm", True)],  # complex gradients have no value clip

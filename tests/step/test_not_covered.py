@@ -48,8 +48,11 @@ def nested_gradient():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: (param(4), torch.ones(4).to_sparse()), r"parameter 0 of group 0 has a gradient that is sparse"),
-        (lambda: (param(4), torch.ones(4).to(torch.complex64).conj().imag), "has a gradient that is a lazily negated"),
+        (lambda: (param(4), torch.ones(4).to_sparse()), r"gradient of parameter 0 of group 0 is sparse"),
+        (
+            lambda: (param(4), torch.ones(4).to(torch.complex64).conj().imag),
+            "gradient of parameter 0 of group 0 is a lazily negated",
+        ),
         (nested_gradient, "parameter 0 of group 0 is nested"),
     ],
     ids=["sparse", "negated", "nested"],
