@@ -79,9 +79,9 @@ PYBIND11_MODULE(_C, module) {
   });
 
   py::class_<NotCovered>(module, "NotCovered")
-      .def_property_readonly("reason", [](const NotCovered& why_not) {
-        return py::reinterpret_borrow<py::object>(why_not.reason.words().object);
-      })
+      .def_property_readonly(
+          "reason",
+          [](const NotCovered& why_not) { return py::reinterpret_borrow<py::object>(why_not.reason.words().object); })
       .def_property_readonly("misplaced", [](const NotCovered& why_not) {
         py::list params;
         for (const Held& param : why_not.misplaced) params.append(py::handle(param.object));
@@ -90,20 +90,19 @@ PYBIND11_MODULE(_C, module) {
 
   py::class_<Engine>(module, "Engine")
       .def(py::init([](const std::string& rule, const py::object& reduction_of, const py::object& total_measure) {
-             return std::make_unique<Engine>(rule_named(rule), Ranks{Held(reduction_of.ptr()), Held(total_measure.ptr())});
+             return std::make_unique<Engine>(rule_named(rule),
+                                             Ranks{Held(reduction_of.ptr()), Held(total_measure.ptr())});
            }),
            py::arg("rule"), py::arg("reduction_of"), py::arg("total_measure"))
-      .def("check_group",
-           [](const Engine& engine, const py::object& group, Py_ssize_t index) {
-             read_group(group.ptr(), index, engine.rule());
-           })
+      .def("check_group", [](const Engine& engine, const py::object& group,
+                             Py_ssize_t index) { read_group(group.ptr(), index, engine.rule()); })
       .def("step",
            [](Engine& engine, const py::object& groups, const py::object& state, const py::object& grad_scale,
               const py::object& found_inf) {
              return engine.step(groups.ptr(), state.ptr(), grad_scale.ptr(), found_inf.ptr());
            })
-      .def("warn_of_undone",
-           [](Engine& engine, const py::str& param, int stack_level) { engine.warn_of_undone(param.ptr(), stack_level); })
+      .def("warn_of_undone", [](Engine& engine, const py::str& param,
+                                int stack_level) { engine.warn_of_undone(param.ptr(), stack_level); })
       .def("clip_grad_value_", clip_grad_value)
       .def("clip_grad_norm_", clip_grad_norm)
       .def("total_norm", [](const Engine& engine) { return wrap(engine.total_norm()); })

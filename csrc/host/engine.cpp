@@ -144,7 +144,8 @@ void Engine::run(const NormClip& asked, const Amp& amp) {
   // Looking for inf and NaN is taking the inf norm, and clipping nothing.
   if (asked.skip_nonfinite && asked.norm == Norm::none) norm_clip = {Norm::inf, HUGE_VAL, true};
   auto& parts = walk_.parts();
-  const bool gil_is_released = std::any_of(parts.begin(), parts.end(), [](const auto& part) { return part.releases_gil(); });
+  const bool gil_is_released =
+      std::any_of(parts.begin(), parts.end(), [](const auto& part) { return part.releases_gil(); });
   walk_.borrowed().check();
   if (gil_is_released) walk_.borrowed().hold_all();
   if (asks_all_ranks(asked)) walk_.borrowed().hold();  // Python adds up
@@ -165,14 +166,16 @@ bool Engine::was_skipped() const {
 }
 
 const Part* Engine::first_stepped() const {
-  const auto found = std::find_if(walk_.parts().begin(), walk_.parts().end(), [](const auto& part) { return part.stepped; });
+  const auto found =
+      std::find_if(walk_.parts().begin(), walk_.parts().end(), [](const auto& part) { return part.stepped; });
   return found == walk_.parts().end() ? nullptr : &*found;
 }
 
 // Copies, here and below: the next step writes over what it was, and whoever logs may look later.
 at::Tensor Engine::total_norm() const {
   if (last_.norm_clip.norm == Norm::none) return {};
-  if (last_.skipped_by_host) return at::full({}, HUGE_VAL, at::TensorOptions().dtype(at::kDouble).device(last_.device.value_or(at::kCPU)));
+  if (last_.skipped_by_host)
+    return at::full({}, HUGE_VAL, at::TensorOptions().dtype(at::kDouble).device(last_.device.value_or(at::kCPU)));
   if (const Part* part = first_stepped()) return part->total_norm().clone();
   if (!last_.device) return {};
   return at::zeros({}, at::TensorOptions().dtype(at::kDouble).device(*last_.device));  // of no gradients
@@ -207,7 +210,8 @@ Engine::ClipStats Engine::clip_stats() const {
 }
 
 at::Tensor Engine::skipped_steps() const {
-  at::Tensor count = at::full({}, skipped_by_host_, at::TensorOptions().dtype(at::kLong).device(last_.device.value_or(at::kCPU)));
+  at::Tensor count =
+      at::full({}, skipped_by_host_, at::TensorOptions().dtype(at::kLong).device(last_.device.value_or(at::kCPU)));
   for (const auto& part : walk_.parts()) {
     const at::Tensor counted = part.skipped_steps();
     if (counted.defined()) count = counted.add(count.to(counted.device(), /*non_blocking=*/counted.is_cuda()));

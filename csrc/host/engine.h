@@ -7,15 +7,15 @@
 #include <optional>
 #include <vector>
 
-#include "part.h"
-#include "groups.h"
 #include "../step.h"
+#include "groups.h"
+#include "part.h"
 #include "walk.h"
 
 namespace fastclip {
 
-// Why the kernels did not take a step. `misplaced` are the parameters whose gradients have other placements than they have:
-// all ranks have to redistribute these first, and call again.
+// Why the kernels did not take a step. `misplaced` are the parameters whose gradients have other placements than they
+// have: all ranks have to redistribute these first, and call again.
 struct NotCovered {
   Reason reason;
   std::vector<Held> misplaced;
@@ -27,9 +27,9 @@ class Engine {
   Engine(Rules::Id rule, Ranks ranks) : rule_(rule), walk_(rule, std::move(ranks)) {}
   Rules::Id rule() const { return rule_; }
 
-  // One step over `groups` (a list of dicts) with `state` (a dict of dicts by parameter). Returns nothing when it was taken,
-  // or skipped because found_inf says so; where the kernels do not cover it, nothing was changed. Raises for bad input, and
-  // nothing was changed.
+  // One step over `groups` (a list of dicts) with `state` (a dict of dicts by parameter). Returns nothing when it was
+  // taken, or skipped because found_inf says so; where the kernels do not cover it, nothing was changed. Raises for bad
+  // input, and nothing was changed.
   std::optional<NotCovered> step(PyObject* groups, PyObject* state, PyObject* grad_scale, PyObject* found_inf);
 
   // Warns, once, that a step undoes what somebody wrote to a parameter that has master weights; `param` names it.

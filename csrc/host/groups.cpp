@@ -45,7 +45,9 @@ double non_negative(double number, PyObject* value, const char* name, const std:
   return number;
 }
 
-bool is_sequence(PyObject* value) { return (PySequence_Check(value) && !PyUnicode_Check(value)) || THPVariable_Check(value); }
+bool is_sequence(PyObject* value) {
+  return (PySequence_Check(value) && !PyUnicode_Check(value)) || THPVariable_Check(value);
+}
 
 // The items of a tuple, a list, or another sequence of two: an array, a tensor, a configuration's list. `where()` is
 // built only where it is none.
@@ -75,14 +77,16 @@ c10::ScalarType read_momentum_dtype(PyObject* value, const std::string& where) {
     const auto dtype = reinterpret_cast<THPDtype*>(value)->scalar_type;
     if (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf) return dtype;
   }
-  raise(PyExc_ValueError, "momentum_dtype", where, " must be None, torch.float32, torch.bfloat16 or torch.float16, got ",
-        repr(value));
+  raise(PyExc_ValueError, "momentum_dtype", where,
+        " must be None, torch.float32, torch.bfloat16 or torch.float16, got ", repr(value));
 }
 
-bool is_differentiable(PyObject* value) { return THPVariable_Check(value) && THPVariable_Unpack(value).requires_grad(); }
+bool is_differentiable(PyObject* value) {
+  return THPVariable_Check(value) && THPVariable_Unpack(value).requires_grad();
+}
 
-// Signs are checked where an optimizer is made, by torch. A step only refuses what would destroy the model: schedulers may
-// end on a learning rate of -1e-19, and torch takes it.
+// Signs are checked where an optimizer is made, by torch. A step only refuses what would destroy the model: schedulers
+// may end on a learning rate of -1e-19, and torch takes it.
 class GroupReader {
  public:
   using Key = Name;
@@ -155,7 +159,8 @@ void read_settings(const GroupReader& reader, Group& group) {
   R::read(reader, settings);
   group.hyper.terms = R::terms(group.hyper, settings);
   new (group.hyper.settings) typename R::Settings(settings);
-  constexpr bool kHasMomentum = std::any_of(R::kStates.begin(), R::kStates.end(), [](const auto& s) { return s.is_momentum; });
+  constexpr bool kHasMomentum =
+      std::any_of(R::kStates.begin(), R::kStates.end(), [](const auto& s) { return s.is_momentum; });
   if (!kHasMomentum && group.momentum_dtype) {
     raise(PyExc_ValueError, "momentum_dtype", reader.where(), " must be None: ", R::kName, " keeps no momentum");
   }

@@ -1,5 +1,5 @@
-// Master weights undo what others write to a 16-bit parameter, since they are what is updated. Version counters tell that
-// somebody wrote.
+// Master weights undo what others write to a 16-bit parameter, since they are what is updated. Version counters tell
+// that somebody wrote.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -13,9 +13,10 @@ class Masters {
  public:
   void begin() { now_.clear(); }
 
-  // Notes the parameter at `position` among all, and its master weights. Returns whether they differ, which is looked at
-  // where somebody wrote to the parameter since the last step, and where no step is known: after a checkpoint was loaded.
-  // A GPU would have to be waited for, so there it is whether somebody wrote. `is_new`: the step makes them of the parameter.
+  // Notes the parameter at `position` among all, and its master weights. Returns whether they differ, which is looked
+  // at where somebody wrote to the parameter since the last step, and where no step is known: after a checkpoint was
+  // loaded. A GPU would have to be waited for, so there it is whether somebody wrote. `is_new`: the step makes them of
+  // the parameter.
   bool add(size_t position, const at::Tensor& param, const at::Tensor& master, bool is_new) {
     if (seen_.size() <= position) seen_.resize(position + 1);
     c10::TensorImpl* const impl = param.unsafeGetTensorImpl();

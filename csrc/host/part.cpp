@@ -26,7 +26,8 @@ struct ReleasedGil {
   }
 };
 
-// By a call into torch: `at::parallel_for` would be compiled here, by clang for an OpenMP runtime that torch has not loaded.
+// By a call into torch: `at::parallel_for` would be compiled here, by clang for an OpenMP runtime that torch has not
+// loaded.
 void run_on_torch_threads(int count, void (*work)(void*), void* context) {
   struct Call {
     void (*work)(void*);
@@ -36,7 +37,8 @@ void run_on_torch_threads(int count, void (*work)(void*), void* context) {
     const Call& call = *static_cast<Call*>(context);
     for (int64_t i = begin; i < end; ++i) call.work(call.context);
   };
-  TORCH_CHECK(torch_parallel_for(0, count, 1, run, &call) == AOTI_TORCH_SUCCESS, "torch's threads could not be started");
+  TORCH_CHECK(torch_parallel_for(0, count, 1, run, &call) == AOTI_TORCH_SUCCESS,
+              "torch's threads could not be started");
 }
 
 // The CPU computes with it right away, so there the copy has to be waited for.
@@ -77,9 +79,7 @@ at::Tensor Part::total_norm() const { return outcome_.select(0, place_of(offseto
 
 at::Tensor Part::coefficient() const { return outcome_.select(0, place_of(offsetof(Outcome, coefficient))); }
 
-at::Tensor Part::skipped() const {
-  return outcome_.view(at::kLong).select(0, place_of(offsetof(Outcome, skipped)));
-}
+at::Tensor Part::skipped() const { return outcome_.view(at::kLong).select(0, place_of(offsetof(Outcome, skipped))); }
 
 at::Tensor Part::skipped_steps() const {
   if (!outcome_.defined()) return {};
@@ -132,7 +132,8 @@ bool Part::is_capturing() const {
 }
 
 void Part::raise_capturing() const {
-  raise(PyExc_RuntimeError, "fastclip on ", device.str(), ": take a step before a CUDA graph captures one, so that what it leaves ",
+  raise(PyExc_RuntimeError, "fastclip on ", device.str(),
+        ": take a step before a CUDA graph captures one, so that what it leaves ",
         "(momentum buffers, norm, count of skipped steps) is there already");
 }
 
@@ -196,7 +197,8 @@ namespace {
 void copy_sum(const at::Tensor& sum, at::Tensor to) { to.copy_(sum, /*non_blocking=*/to.is_cuda()); }
 
 // Here and below all sums are copied before any part updates, so that nothing can fail in between.
-void update_over_ranks(const std::vector<Part*>& parts, const NormClip& norm_clip, const Amp& amp, const Shards& shards) {
+void update_over_ranks(const std::vector<Part*>& parts, const NormClip& norm_clip, const Amp& amp,
+                       const Shards& shards) {
   std::vector<PartMeasure> measures;
   for (const Part* part : parts) measures.emplace_back(part->reduction, part->sum());
   const auto [total, found_inf] = shards.total(measures, norm_clip.norm, amp.found_inf);

@@ -7,9 +7,9 @@
 
 #include <vector>
 
+#include "../step.h"
 #include "groups.h"
 #include "shards.h"
-#include "../step.h"
 
 namespace fastclip {
 

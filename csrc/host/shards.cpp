@@ -44,8 +44,7 @@ at::Tensor tensor_of(PyObject* object) { return object == Py_None ? at::Tensor()
 
 bool place_alike(PyObject* spec, PyObject* other) {
   return std::all_of(std::begin(names().placed), std::end(names().placed), [&](const Name& name) {
-    const int same =
-        PyObject_RichCompareBool(attribute(spec, name).object, attribute(other, name).object, Py_EQ);
+    const int same = PyObject_RichCompareBool(attribute(spec, name).object, attribute(other, name).object, Py_EQ);
     if (same < 0) throw PythonError{};
     return same == 1;
   });

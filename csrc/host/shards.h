@@ -65,10 +65,12 @@ class Shards {
   std::vector<Held> take_misplaced() { return std::exchange(misplaced_, {}); }
 
   // What all ranks have measured, as 3 float64, and AMP's verdict on all of them, if there was one.
-  std::pair<at::Tensor, at::Tensor> total(const std::vector<PartMeasure>& measures, Norm norm, const at::Tensor& found_inf) const;
+  std::pair<at::Tensor, at::Tensor> total(const std::vector<PartMeasure>& measures, Norm norm,
+                                          const at::Tensor& found_inf) const;
 
  private:
-  // Of a parameter with this DTensorSpec, which torch does not change once it is made. Asking Python takes a microsecond.
+  // Of a parameter with this DTensorSpec, which torch does not change once it is made. Asking Python takes a
+  // microsecond.
   struct Known {
     Held spec;
     PyObject* reduction = nullptr;

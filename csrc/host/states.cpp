@@ -35,7 +35,8 @@ const std::array<Name, R::kStates.size()>& array_names() {
 class EntryReader {
  public:
   // Keeps what it reads in `borrowed`, if that is given.
-  EntryReader(PyObject* entry, const Place& place, Borrowed* borrowed) : entry_(entry), place_(place), borrowed_(borrowed) {}
+  EntryReader(PyObject* entry, const Place& place, Borrowed* borrowed)
+      : entry_(entry), place_(place), borrowed_(borrowed) {}
 
   const at::Tensor* tensor(const Name& name) {
     PyObject *key = nullptr, *value = nullptr;
@@ -141,7 +142,8 @@ const at::Tensor* States::shard_in(const at::Tensor* state, const Name& name, co
   PyObject* entry = entry_of(place.param, position);
   if (!entry) return found;
   if (!PyDict_Check(entry)) refuse("no_dict", place, "state", entry);
-  EntryReader reader(entry, place, param_shard ? &borrowed_ : nullptr);  // Python runs before the states of shards are taken
+  EntryReader reader(entry, place,
+                     param_shard ? &borrowed_ : nullptr);  // Python runs before the states of shards are taken
   if (names.step) found.step = reader.tensor(*names.step);
   if (names.scalar) found.scalar = reader.tensor(*names.scalar);
   for (int s = 0; s < names.count; ++s) {
@@ -183,7 +185,8 @@ void States::make_missing(Rules::Id rule, const Group& group, const at::Tensor& 
   if (names.scalar && !states.scalar) states.scalar = make_number(*names.scalar, names.first_scalar);
   for (int s = 0; s < names.count; ++s) {
     if (!names.arrays[s] || states.arrays[s]) continue;
-    const at::Tensor like = names.filled_by_first_step ? grad.detach() : param.detach();  // whose strides it has, in torch
+    const at::Tensor like =
+        names.filled_by_first_step ? grad.detach() : param.detach();  // whose strides it has, in torch
     auto dtype = has_master ? at::kFloat : like.scalar_type();
     // What torch's weight decay makes of a gradient of another dtype than its parameter.
     if (group.hyper.weight_decay != 0) dtype = c10::promoteTypes(dtype, param.scalar_type());

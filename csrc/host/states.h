@@ -68,8 +68,8 @@ class States {
   bool has_new() const { return !new_.empty(); }
   // Whether a parameter is given twice, and would get a second state in place of the first.
   bool makes_twice() const;
-  // prepare() does all that can fail or run Python, before the first byte is written; after it, store() can fail only for
-  // lack of memory.
+  // prepare() does all that can fail or run Python, before the first byte is written; after it, store() can fail only
+  // for lack of memory.
   void prepare();
   void store();
 

@@ -14,8 +14,8 @@ using c10::DispatchKeySet;
 namespace {
 
 uint64_t ordinary_keys() {
-  auto keys = DispatchKeySet({DispatchKey::ADInplaceOrView, DispatchKey::CPU, DispatchKey::AutogradCPU,
-                              DispatchKey::AutocastCPU});
+  auto keys = DispatchKeySet(
+      {DispatchKey::ADInplaceOrView, DispatchKey::CPU, DispatchKey::AutogradCPU, DispatchKey::AutocastCPU});
 #if defined(FASTCLIP_CUDA)
   keys = keys | DispatchKeySet({DispatchKey::CUDA, DispatchKey::AutogradCUDA, DispatchKey::AutocastCUDA});
 #endif

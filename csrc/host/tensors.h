@@ -14,7 +14,8 @@ namespace fastclip {
 
 // As THPVariable_Check, which asks Python whether a subclass is one.
 inline bool is_tensor(PyObject* object) {
-  return THPVariable_CheckExact(object) || PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(THPVariableClass));
+  return THPVariable_CheckExact(object) ||
+         PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(THPVariableClass));
 }
 
 // The gradient, without the virtual calls of Tensor::grad(): this is read for every tensor at every step.
@@ -28,9 +29,7 @@ inline const at::Tensor& grad_of(const at::Tensor& param) {
 // subclass, functorch, ...) means that the memory alone does not tell the values.
 extern const uint64_t kOtherKeys;  // all but the ordinary ones
 
-inline bool is_ordinary(c10::TensorImpl* tensor) {
-  return (tensor->key_set().raw_repr() & kOtherKeys) == 0;
-}
+inline bool is_ordinary(c10::TensorImpl* tensor) { return (tensor->key_set().raw_repr() & kOtherKeys) == 0; }
 
 // For every ScalarType its DType, or -1 where the kernels have none.
 constexpr auto kDTypes = [] {
@@ -58,7 +57,8 @@ double rounded_bound(DType dtype, double bound);
   return (on_cpu(a) && on_cpu(b)) || a->device() == b->device();
 }
 
-// The common cases of what follows, without a call. Ordinary tensors have sizes of their own, so the defaults are theirs.
+// The common cases of what follows, without a call. Ordinary tensors have sizes of their own, so the defaults are
+// theirs.
 [[gnu::always_inline]] inline bool is_contiguous(c10::TensorImpl* tensor) {
   return is_ordinary(tensor) && tensor->is_contiguous_default(at::MemoryFormat::Contiguous);
 }

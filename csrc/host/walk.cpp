@@ -95,7 +95,8 @@ void Walk::begin_row(Part& part, const Hyper& hyper, Py_ssize_t group, DType dty
 }
 
 [[gnu::flatten]] void Walk::add_tensor(const at::Tensor& param, const at::Tensor& grad, const StateNames& names,
-                                       const ParamStates& states, bool is_first, const Hyper& hyper, const Place& place) {
+                                       const ParamStates& states, bool is_first, const Hyper& hyper,
+                                       const Place& place) {
   if (!part_ || part_->reduction != reduction_ || !(part_->device.is_cpu() && on_cpu(grad.unsafeGetTensorImpl()))) {
     part_ = &part_of(grad.device(), reduction_);
   }
@@ -103,7 +104,8 @@ void Walk::begin_row(Part& part, const Hyper& hyper, Py_ssize_t group, DType dty
   Step& step = part.step;
   const int64_t numel = grad.unsafeGetTensorImpl()->numel_default();
   const DType dtype = dtype_of(grad);
-  if (step.hypers.empty() || part.group != place.group || part.blank.grad_dtype != dtype) begin_row(part, hyper, place.group, dtype);
+  if (step.hypers.empty() || part.group != place.group || part.blank.grad_dtype != dtype)
+    begin_row(part, hyper, place.group, dtype);
 
   step.tensors.push_back(part.blank);
   TensorEntry& entry = step.tensors.back();
@@ -125,18 +127,19 @@ void Walk::begin_row(Part& part, const Hyper& hyper, Py_ssize_t group, DType dty
   };
   const int64_t item = item_size(dtype), bytes = numel * item;
   bool uniform = true;
-  const auto add = [&](const at::Tensor& tensor, auto* part, void*& data, DType& stored) __attribute__((always_inline)) {
-    int64_t size = bytes;
-    if (tensor.dtype() == grad.dtype()) {
-      data = data_of(tensor, item, size, part, place);
-    } else {
-      uniform = false;
-      stored = dtype_of(tensor);
-      size = numel * item_size(stored);
-      data = data_of(tensor, item_size(stored), size, part, place);
-    }
-    write(tensor, data, size);
-  };
+  const auto add = [&](const at::Tensor& tensor, auto* part, void*& data, DType& stored)
+                       __attribute__((always_inline)) {
+                         int64_t size = bytes;
+                         if (tensor.dtype() == grad.dtype()) {
+                           data = data_of(tensor, item, size, part, place);
+                         } else {
+                           uniform = false;
+                           stored = dtype_of(tensor);
+                           size = numel * item_size(stored);
+                           data = data_of(tensor, item_size(stored), size, part, place);
+                         }
+                         write(tensor, data, size);
+                       };
   entry.grad = data_of(grad, item, bytes, "gradient", place);
   borrowed_.read(grad);
   if (shares_storage(grad)) hash(entry.grad, bytes);  // others' addresses change at every step
@@ -152,12 +155,13 @@ void Walk::begin_row(Part& part, const Hyper& hyper, Py_ssize_t group, DType dty
   for (int s = 0; s < names.count; ++s) {
     if (states.arrays[s]) add(*states.arrays[s], names.arrays[s], entry.states[s], entry.state_dtypes[s]);
   }
-  const auto add_number = [&](const at::Tensor& number, const Name* name, void*& data, bool& is_float64) __attribute__((always_inline)) {
-    is_float64 = number.scalar_type() == at::kDouble;
-    const int64_t size = is_float64 ? 8 : 4;
-    data = data_of(number, size, size, name, place);
-    write(number, data, size);
-  };
+  const auto add_number = [&](const at::Tensor& number, const Name* name, void*& data, bool& is_float64)
+                              __attribute__((always_inline)) {
+                                is_float64 = number.scalar_type() == at::kDouble;
+                                const int64_t size = is_float64 ? 8 : 4;
+                                data = data_of(number, size, size, name, place);
+                                write(number, data, size);
+                              };
   if (states.step) {
     add_number(*states.step, names.step, entry.step, entry.step_is_float64);
     // The corrections of Adam's averages divide by 0 where this step is number 0.
@@ -172,8 +176,8 @@ void Walk::begin_row(Part& part, const Hyper& hyper, Py_ssize_t group, DType dty
   addresses_ = addresses;
 }
 
-void Walk::check_memory(const at::Tensor& param, const at::Tensor& grad, const StateNames& names, const ParamStates& states,
-                        const Place& place) const {
+void Walk::check_memory(const at::Tensor& param, const at::Tensor& grad, const StateNames& names,
+                        const ParamStates& states, const Place& place) const {
   const auto check = [&](const at::Tensor& tensor, auto* part) {
     if (!is_ordinary(tensor.unsafeGetTensorImpl())) return;
     const auto item = static_cast<int64_t>(tensor.itemsize());
@@ -250,7 +254,8 @@ void Walk::add_param(const Group& group, const StateNames& names, Py_ssize_t gro
   }
   const at::Tensor& grad = grad_of(param);
   if (grad.defined()) add_covered(group, names, place, states, in_place_ ? grad : param, grad, grad);
-  if (held.object && states_.ran_python()) borrowed_.keep(std::move(held));  // another thread may have dropped it meanwhile
+  if (held.object && states_.ran_python())
+    borrowed_.keep(std::move(held));  // another thread may have dropped it meanwhile
 }
 
 // Every rank takes part in the norm, whatever it has itself.

@@ -9,9 +9,9 @@
 #include <vector>
 
 #include "borrowed.h"
-#include "part.h"
 #include "groups.h"
 #include "masters.h"
+#include "part.h"
 #include "shards.h"
 #include "states.h"
 #include "tensors.h"
@@ -28,8 +28,8 @@ class Walk {
   void end_step();  // all is written
   void end();
 
-  // All parameters of a group that have gradients; each gradient once, where it is to be clipped in place. Raises for what
-  // can't be stepped, and nothing was changed.
+  // All parameters of a group that have gradients; each gradient once, where it is to be clipped in place. Raises for
+  // what can't be stepped, and nothing was changed.
   void add_group(Group& group, Py_ssize_t group_index);
 
   // The first reason why the kernels do not cover the step, if there is one.
@@ -91,8 +91,8 @@ class Walk {
   Shards shards_;
   States states_{borrowed_, shards_};
   std::unordered_set<c10::TensorImpl*> seen_;  // gradients to be clipped in place
-  uint64_t addresses_ = 0;                 // a hash of all that this step writes, and of gradients in shared storages,
-  uint64_t disjoint_addresses_ = 0;        // and of the last ones found not to overlap
+  uint64_t addresses_ = 0;  // a hash of all that this step writes, and of gradients in shared storages,
+  uint64_t disjoint_addresses_ = 0;  // and of the last ones found not to overlap
   std::optional<Reason> reason_;
   Masters masters_;
   std::optional<Place> undone_;

@@ -1,6 +1,7 @@
 // Tells ThreadSanitizer what OpenMP promises: what came before a parallel region happens before each thread's share of
 // it, and all shares happen before what comes after. libgomp is not instrumented and waits by futex, so without this
-// every region would look like a race. Preloaded; between the threads of one region nothing is promised, and a race is seen.
+// every region would look like a race. Preloaded; between the threads of one region nothing is promised, and a race is
+// seen.
 #include <dlfcn.h>
 
 extern "C" {

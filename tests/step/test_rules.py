@@ -225,3 +225,24 @@ def test_what_belongs_together_is_not_made_in_part(case):
             optimizer.step()
         assert_same_bits(before, params)
         optimizer.state[params[0]] = {name: missing, **optimizer.state[params[0]]}
+
+
+@pytest.mark.falls_back
+@every_case
+def test_sparse_gradients_as_in_torch(case):
+    theirs = torch.randn(5, 3).requires_grad_()
+    ours = theirs.detach().clone().requires_grad_()
+    settings = {"lr": 0.1} if case.rule.takes_sparse else case.stateful
+    grad = torch.sparse_coo_tensor([[1, 3]], torch.randn(2, 3), (5, 3))
+    optimizer = case.fastclip([ours], **settings)
+    theirs.grad, ours.grad = grad, grad.clone()
+    if not case.rule.takes_sparse:
+        with pytest.raises(RuntimeError, match="does not support sparse gradients"):
+            optimizer.step()
+        return
+    other = case.torch([theirs], foreach=False, **settings)
+    for _ in range(3):
+        with exact_square_roots():
+            optimizer.step()
+            other.step()
+    assert_same_bits([theirs], [ours], other, optimizer)

@@ -63,7 +63,8 @@ struct RandomGroup {
   const bool momentum;  // some rules have none
 
   struct Key {
-    explicit Key(const char* name) : is_momentum(std::string_view(name) == "momentum"), is_eps(std::string_view(name) == "eps") {}
+    explicit Key(const char* name)
+        : is_momentum(std::string_view(name) == "momentum"), is_eps(std::string_view(name) == "eps") {}
     bool is_momentum, is_eps;
   };
   double number(const Key& key) const {
@@ -152,8 +153,8 @@ struct Case {
     int64_t bytes = 16;
     for (int i = 0; i < tensors; ++i) {
       TensorEntry tensor{};
-      tensor.numel = tensors > 20 ? draw(1, 2, 5, 17, 40)
-                                  : draw(1, 3, 4, 7, 8, 9, 255, 1023, 1024, 1025, 4095, 4097, 6000, 30001);
+      tensor.numel =
+          tensors > 20 ? draw(1, 2, 5, 17, 40) : draw(1, 3, 4, 7, 8, 9, 255, 1023, 1024, 1025, 4095, 4097, 6000, 30001);
       tensor.dtype = tensor.grad_dtype = tensor.rounded_dtype = mixed ? static_cast<DType>(random() % kNumDTypes) : one;
       tensor.hyper = static_cast<int32_t>(int64_t{i} * groups / tensors);
       tensor.index = static_cast<uint32_t>(random());
@@ -172,7 +173,8 @@ struct Case {
       }
       has_rounded.push_back(master);
       tensor.step_is_float64 = random() % 2;
-      tensor.is_first = traits.filled_by_first_step && states_of(step.rule, step.hypers[tensor.hyper].terms) && random() % 2;
+      tensor.is_first =
+          traits.filled_by_first_step && states_of(step.rule, step.hypers[tensor.hyper].terms) && random() % 2;
       tensor.scalar_is_float64 = random() % 2;
       tensor.first_chunk = step.chunks;
       step.chunks += (tensor.numel + kChunk - 1) / kChunk;
@@ -342,7 +344,8 @@ bool check(uint64_t seed) {
   good &= outcome.arrived == 0 && outcome.finished == 0 && outcome.skipped == expected.skipped;
   good &= outcome.skipped_steps == expected.skipped_steps;
   if (c.step.clamped && !expected.skipped) good &= clamped == expected_clamped;
-  good &= same(outcome.total_norm, expected.total_norm, c.exact) && same(outcome.coefficient, expected.coefficient, c.exact);
+  good &= same(outcome.total_norm, expected.total_norm, c.exact) &&
+          same(outcome.coefficient, expected.coefficient, c.exact);
   good &= c.gpu.steps == c.cpu.steps && c.gpu.scalars == c.cpu.scalars;
   for (int kind = 0; kind < kKinds; ++kind) good &= same_memory(c, kind);
   if (!good) std::printf("seed %llu differs: %zu tensors\n", static_cast<unsigned long long>(seed), tensors);
@@ -359,7 +362,8 @@ bool check_huge() {
   const size_t bytes = (kNumel * sizeof(BFloat16) + kPiece - 1) / kPiece * kPiece;
   const int file = memfd_create("huge", 0);
   if (file < 0 || ftruncate(file, kPiece) != 0) return std::perror("memfd"), false;
-  auto* reserved = static_cast<char*>(mmap(nullptr, bytes + 2 * kNowhere, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  auto* reserved = static_cast<char*>(
+      mmap(nullptr, bytes + 2 * kNowhere, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   if (reserved == MAP_FAILED) return std::perror("mmap"), false;
   auto* grads = reinterpret_cast<BFloat16*>(reserved + kNowhere);
   for (size_t at = 0; at < bytes; at += kPiece) {

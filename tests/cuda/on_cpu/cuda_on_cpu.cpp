@@ -78,8 +78,7 @@ int allow_shared(const void* function, int bytes) {
 namespace {
 size_t max_shared(const void* function) {
   const auto allowed = allowed_shared.find(function);
-  return allowed == allowed_shared.end() ? kSharedWithoutOptIn
-                                         : std::max<size_t>(kSharedWithoutOptIn, allowed->second);
+  return allowed == allowed_shared.end() ? kSharedWithoutOptIn : std::max<size_t>(kSharedWithoutOptIn, allowed->second);
 }
 }  // namespace
 

@@ -229,15 +229,25 @@ inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(static_cast<unsigned>(bits)); }
 
 template <class T>
-inline T __ldcs(const T* from) { return cuda_on_cpu::read(from); }
+inline T __ldcs(const T* from) {
+  return cuda_on_cpu::read(from);
+}
 template <class T>
-inline T __ldcg(const T* from) { return cuda_on_cpu::read(from); }
+inline T __ldcg(const T* from) {
+  return cuda_on_cpu::read(from);
+}
 template <class T>
-inline T __ldg(const T* from) { return cuda_on_cpu::read(from); }
+inline T __ldg(const T* from) {
+  return cuda_on_cpu::read(from);
+}
 template <class T>
-inline void __stcs(T* to, T value) { cuda_on_cpu::write(to, value); }
+inline void __stcs(T* to, T value) {
+  cuda_on_cpu::write(to, value);
+}
 template <class T>
-inline void __stcg(T* to, T value) { cuda_on_cpu::write(to, value); }
+inline void __stcg(T* to, T value) {
+  cuda_on_cpu::write(to, value);
+}
 
 // ---- on the host ---------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
-// Threads of a kernel, as fibers. One runs until its thread waits for something; then it leaves its request and goes back
-// to the scheduler, on the stack of the launch, which does all the bookkeeping. So only `running`, a few counters and a
-// fiber's own request are touched from fibers, in functions that ThreadSanitizer doesn't see.
+// Threads of a kernel, as fibers. One runs until its thread waits for something; then it leaves its request and goes
+// back to the scheduler, on the stack of the launch, which does all the bookkeeping. So only `running`, a few counters
+// and a fiber's own request are touched from fibers, in functions that ThreadSanitizer doesn't see.
 #pragma once
 
 #include <sys/mman.h>

@@ -103,8 +103,13 @@ struct Block {
   std::vector<unsigned char> shared;  // while another block's is in place
 
   Block(unsigned index, const std::unique_ptr<Fiber>* fibers, unsigned threads, size_t shared_bytes)
-      : index(index), fibers(fibers), threads(threads), alive(threads), at_barrier(0),
-        waiting_lanes((threads + kWarp - 1) / kWarp), shared(shared_bytes, kGarbage) {
+      : index(index),
+        fibers(fibers),
+        threads(threads),
+        alive(threads),
+        at_barrier(0),
+        waiting_lanes((threads + kWarp - 1) / kWarp),
+        shared(shared_bytes, kGarbage) {
     for (unsigned i = 0; i < threads; ++i) ready.add(i);
   }
 };

@@ -165,12 +165,12 @@ __global__ void shuffles_kernel(const Output output) {
 
 int failures = 0;
 
-#define EXPECT(condition)                                                     \
-  do {                                                                        \
-    if (!(condition)) {                                                       \
-      std::printf("line %d: not true: %s\n", __LINE__, #condition);           \
-      ++failures;                                                             \
-    }                                                                         \
+#define EXPECT(condition)                                           \
+  do {                                                              \
+    if (!(condition)) {                                             \
+      std::printf("line %d: not true: %s\n", __LINE__, #condition); \
+      ++failures;                                                   \
+    }                                                               \
   } while (false)
 
 template <class Argument>
@@ -197,8 +197,8 @@ bool sum_is_right(unsigned blocks = 3) {
     values[i] = static_cast<float>(i % 1001) / 8;
     expected[i / kThreads] += values[i];
   }
-  const auto error = launch(sum_kernel<kSynchronize>, Sum{values.data(), sums.data()}, blocks, kThreads,
-                            kWarps * sizeof(double));
+  const auto error =
+      launch(sum_kernel<kSynchronize>, Sum{values.data(), sums.data()}, blocks, kThreads, kWarps * sizeof(double));
   return error == cudaSuccess && sums == expected;
 }
 
