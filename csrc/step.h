@@ -30,11 +30,13 @@ struct TensorEntry {
   DType rounded_dtype;
   DType grad_dtype;
   DType state_dtypes[kMaxStates];
-  bool is_first;  // the step fills its states
-  bool uniform;   // all arrays have the dtype of `param`, and none is rounded at random
-  bool step_is_float64;
-  bool scalar_is_float64;
+  bool is_first : 1;  // the step fills its states
+  bool uniform : 1;   // all arrays have the dtype of `param`, and none is rounded at random
+  bool step_is_float64 : 1;
+  bool scalar_is_float64 : 1;
 };
+
+static_assert(sizeof(TensorEntry) == 96, "a step walks over all of them, up to three times");
 
 // Reads a number that a tensor keeps in float32 or float64, as torch keeps its count of steps.
 FASTCLIP_HD double number_at(const void* number, bool is_float64) {

@@ -39,12 +39,9 @@ def restore_dtypes(optimizer, rule, state_dict):
     for key, (group, param) in zip(saved, pairs, strict=True):
         loaded = optimizer.state.get(param, {})
         for name, value in state_dict["state"].get(key, {}).items():
-            if (
-                name not in rule.number_states
-                and isinstance(loaded.get(name), torch.Tensor)
-                and value.is_floating_point()
-            ):
-                dtype = state_dtype(rule, group, param, name)
+            if name != "step" and isinstance(loaded.get(name), torch.Tensor) and value.is_floating_point():
+                is_number = name in rule.number_states  # which torch keeps in float32 or float64
+                dtype = value.dtype if is_number else state_dtype(rule, group, param, name)
                 if loaded[name].dtype != dtype:
                     loaded[name] = value.to(device=loaded[name].device, dtype=dtype)
 
@@ -54,14 +51,14 @@ def is_flat_loader(frame):
     return frame.f_code.co_name == "_unflatten_optim_state_dict"
 
 
-def groups_in_file(groups, frame):
-    """Returns the groups without the settings of fastclip that the file lacks: the file is from plain torch, or from a
+def groups_in_file(groups, optional, frame):
+    """Returns the groups without the `optional` settings that the file lacks: the file is from plain torch, or from a
     fastclip that had fewer. The loader raises KeyError for each key of a group that is not in the file. Later,
     `load_state_dict` keeps the optimizer's own settings."""
     state_dict, names = frame.f_locals["state_dict"], frame.f_locals["info"].fqn_param_mapping
 
     def is_saved(group, setting):
         keys = (f"param_groups.{name}.{setting}" for param in group["params"] for name in names[param])
-        return setting not in OWN_SETTINGS or any(key in state_dict for key in keys)
+        return setting not in optional or any(key in state_dict for key in keys)
 
     return [{key: value for key, value in group.items() if is_saved(group, key)} for group in groups]

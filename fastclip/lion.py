@@ -6,7 +6,7 @@ from typing_extensions import Unpack
 
 from .optimizer import ClippedOptimizer
 from .plain import rules
-from .reasons import negative
+from .reasons import negative, not_a_number
 from .settings import ClipSettings, lists_clip_settings
 
 
@@ -19,9 +19,10 @@ class Lion(ClippedOptimizer):
         torch.nn.utils.clip_grad_norm_(params, max_norm)     # if max_norm is given
         lion_pytorch.Lion(params, ...).step()                # of PyPI's lion-pytorch
 
-    except that the gradients stay as they were. Same bits on the CPU for float32 and float64; 16-bit parameters are
-    computed in float32 and rounded once. A GPU has one kernel of this rule for all dtypes. Weight decay is decoupled,
-    and multiplied by the learning rate. The sign of a NaN is 0, as in `torch.sign`.
+    except that the gradients stay as they were, and that sparse and complex ones are refused. Same bits on the CPU for
+    float32 and float64; 16-bit parameters are computed in float32 and rounded once. A GPU has one kernel of this rule
+    for all dtypes. Weight decay is decoupled, and multiplied by the learning rate. The sign of a NaN is 0, as in
+    `torch.sign`.
 
     Args:
         params: as in `torch.optim.AdamW`.
@@ -47,6 +48,7 @@ class Lion(ClippedOptimizer):
     """
 
     _rule = rules.LION
+    _optional = ClippedOptimizer._optional | {"maximize", "differentiable"}
 
     @lists_clip_settings
     def __init__(
@@ -60,6 +62,8 @@ class Lion(ClippedOptimizer):
         **clip: Unpack[ClipSettings],
     ) -> None:
         for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+            if isinstance(value, str) or value is None:
+                raise not_a_number(name, value)
             if not value >= 0:
                 raise negative(name, value)
         settings = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}

@@ -29,6 +29,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
     """
 
     _step_supports_amp_scaling = amp.SupportsAmpScaling()
+    _optional = frozenset(OWN_SETTINGS)  # the settings that a checkpoint of others may lack
 
     def __init__(self, *positional, **named):
         self._own_defaults = {name: named.pop(name, none) for name, none in OWN_SETTINGS.items()}
@@ -50,7 +51,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
         if torch.compiler.is_compiling():  # which traces no frames
             return groups
         frame = sys._getframe(1)
-        return groups_in_file(groups, frame) if is_flat_loader(frame) else groups
+        return groups_in_file(groups, self._optional, frame) if is_flat_loader(frame) else groups
 
     @param_groups.setter
     def param_groups(self, groups):
@@ -290,7 +291,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
         return any([complete(group, own) for group in groups])
 
     def _step_elsewhere(self, groups, not_covered, *amp):
-        """What the kernels did not take: with gradients in the right places, or in plain torch."""
+        """Takes a step that the kernels did not take: with gradients in the right places, or in plain torch."""
         if not not_covered.misplaced:
             return self._step_in_plain_torch(groups, not_covered.reason, *amp)
         with gradients_placed_as(not_covered.misplaced):

@@ -125,7 +125,7 @@ def shared_memory():
 
 
 def other_placements(what, tensor, param):
-    """Of a part of a DTensor parameter. torch sums, or gathers, such gradients."""
+    """A part of a DTensor parameter is placed differently. torch sums, or gathers, such gradients."""
     placed, wanted = tensor.placements, param.placements
     if placed == wanted:
         placed, wanted = f"{placed} on {tensor.device_mesh}", f"{wanted} on {param.device_mesh}"
@@ -151,7 +151,7 @@ def other_device_than_lr(what, param, lr):
 
 
 def _kind(tensor):
-    """What kind of tensor it is, if that is one without kernels."""
+    """Names the kind of a tensor, if that is one without kernels."""
     if tensor.is_nested:
         return "is nested"
     if tensor.layout != torch.strided:

@@ -96,11 +96,17 @@ Constants constants_of(const Step& step, const Hyper& hyper, const Scaling& scal
 void measure_all(const Step& step, const ThreadPool& pool, const LoopTable& loops) {
   const bool inf = step.norm == Norm::inf;
   for_each_chunk(step, pool, false, [&](int64_t first_chunk, int64_t last_chunk) {
+    int32_t current = -1;
+    Clip<double> clip{};
+    Seen seen = Seen::raw;
     for_each_run(step, first_chunk, last_chunk, [&](const TensorEntry& tensor, int64_t begin, int64_t size) {
-      const Hyper& hyper = step.hypers[tensor.hyper];
-      const Clip<double> clip = clip_of<double>(hyper, step.grad_scale, {});
-      const bool clips = clip.unscale != 1 || clips_value(hyper);
-      const Seen seen = !clips ? Seen::raw : step.skip_nonfinite ? Seen::clipped_or_nonfinite : Seen::clipped;
+      if (current != tensor.hyper) {
+        const Hyper& hyper = step.hypers[tensor.hyper];
+        clip = clip_of<double>(hyper, step.grad_scale, {});
+        const bool clips = clip.unscale != 1 || clips_value(hyper);
+        seen = !clips ? Seen::raw : step.skip_nonfinite ? Seen::clipped_or_nonfinite : Seen::clipped;
+        current = tensor.hyper;
+      }
       const MeasureLoop loop = loops.measures[static_cast<int>(tensor.grad_dtype)][inf][static_cast<int>(seen)];
       Measure* measure = step.measures + tensor.first_chunk + begin / kChunk;
       for (int64_t done = 0; done < size; done += kChunk) {
@@ -124,23 +130,25 @@ Decision decide_for(const Step& step) {
 }
 
 void update_all(const Step& step, const ThreadPool& pool, const LoopTable& loops, const Scaling& scaling) {
-  const bool normed = step.norm != Norm::none;
+  const bool normed = step.norm != Norm::none, counts = step.has_step_counts;
   std::atomic<int64_t> all_clamped{0};
   for_each_chunk(step, pool, normed, [&](int64_t first_chunk, int64_t last_chunk) {
     int32_t current = -1;
     Progress current_progress{-1, -1, false};
     Constants constants;
+    Terms terms = 0;
     int64_t clamped = 0;
     for_each_run(step, first_chunk, last_chunk, [&](const TensorEntry& tensor, int64_t begin, int64_t size) {
-      const Hyper& hyper = step.hypers[tensor.hyper];
-      const Progress progress = progress_of(tensor);
-      if (current != tensor.hyper || current_progress.step != progress.step ||
-          current_progress.scalar != progress.scalar) {
+      const Progress progress = counts ? progress_of(tensor) : Progress{};
+      if (current != tensor.hyper || (counts && !(progress == current_progress))) {
+        const Hyper& hyper = step.hypers[tensor.hyper];
         constants = constants_of(step, hyper, scaling, progress);
+        terms = hyper.terms;
         current = tensor.hyper;
         current_progress = progress;
       }
-      clamped += loops.update(step.rule, tensor, terms_of(hyper, tensor.is_first))(tensor, begin, size, constants);
+      const UpdateLoop loop = loops.update(step.rule, tensor, tensor.is_first ? terms | kFirst : terms);
+      clamped += loop(tensor, begin, size, constants);
     });
     all_clamped.fetch_add(clamped, std::memory_order_relaxed);
   });

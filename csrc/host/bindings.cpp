@@ -27,7 +27,8 @@ Rules::Id rule_named(const std::string& name) {
   return *rule;
 }
 
-// What fastclip/rules.py has to say, too: (name, names of the state arrays, name of the scalar or None, counts steps).
+// Each rule as fastclip/plain/rules.py has it: (name, names of the state arrays, name of the scalar or None, whether it
+// counts steps, name of the momentum or None, whether its first step fills the states).
 py::list rules() {
   py::list all;
   Rules::each([&](auto tag) {
@@ -35,7 +36,11 @@ py::list rules() {
     py::list states;
     for (const StateArray& state : R::kStates) states.append(state.name);
     const py::object scalar = R::kScalar.name ? py::object(py::str(R::kScalar.name)) : py::none();
-    all.append(py::make_tuple(R::kName, py::tuple(states), scalar, R::kCountsSteps));
+    py::object momentum = py::none();
+    for (const StateArray& state : R::kStates) {
+      if (state.is_momentum) momentum = py::str(state.name);
+    }
+    all.append(py::make_tuple(R::kName, py::tuple(states), scalar, R::kCountsSteps, momentum, R::kFilledByFirstStep));
   });
   return all;
 }

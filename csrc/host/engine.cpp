@@ -80,7 +80,7 @@ std::optional<NotCovered> Engine::step(PyObject* groups, PyObject* state, PyObje
     warn_of_undone(walk_.undone()->text().object, kCallerOfStep);
   }
 
-  if (states.has_new()) {  // a replay would make them anew each time
+  if (states.has_new()) {  // a replay would make them again each time
     for (const Part& part : walk_.parts()) {
       if (part.in_use() && part.is_capturing()) part.raise_capturing();
     }

@@ -162,7 +162,7 @@ void read_settings(const GroupReader& reader, Group& group) {
   constexpr bool kHasMomentum =
       std::any_of(R::kStates.begin(), R::kStates.end(), [](const auto& s) { return s.is_momentum; });
   if (!kHasMomentum && group.momentum_dtype) {
-    raise(PyExc_ValueError, "momentum_dtype", reader.where(), " must be None: ", R::kName, " keeps no momentum");
+    raise(PyExc_ValueError, "momentum_dtype", reader.where(), " must be None: this optimizer keeps no momentum");
   }
 }
 

@@ -11,7 +11,7 @@
 
 namespace fastclip {
 
-// What is decided over all gradients of all groups.
+// The clip over all gradients of all groups.
 struct NormClip {
   Norm norm = Norm::none;
   double max_norm = 0;

@@ -182,7 +182,7 @@ void Part::run_on_cpu() {
 
 void Part::run_on_gpu() {
 #if defined(FASTCLIP_CUDA)
-  cuda::DeviceTable captured;  // uploaded anew at every replay
+  cuda::DeviceTable captured;  // uploaded again at every replay
   if (captured_table_memory_.defined()) captured.memory = captured_table_memory_.mutable_data_ptr();
   const c10::DeviceGuard guard(device);
   if (const char* error = cuda::run(step, capturing_ ? captured : table_, device.index(), current_stream(device))) {

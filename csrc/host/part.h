@@ -13,7 +13,7 @@
 
 namespace fastclip {
 
-// What AMP hands to a step: one scalar each, or undefined.
+// The scalars that AMP hands to a step, each of them or undefined.
 struct Amp {
   at::Tensor grad_scale;
   at::Tensor found_inf;

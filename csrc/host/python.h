@@ -1,4 +1,4 @@
-// What the host needs of Python: errors, references, interned names.
+// Python for the host: errors, references, interned names.
 #pragma once
 
 #include <Python.h>
@@ -39,7 +39,7 @@ struct Held {
   }
 };
 
-// What a call into Python returns: a new reference, or nullptr where it raised.
+// Takes over the new reference that a call into Python returns, or throws where that has raised.
 inline Held checked(PyObject* new_reference) {
   if (!new_reference) throw PythonError{};
   return Held::stolen(new_reference);

@@ -33,11 +33,11 @@ inline bool is_subclass(const at::Tensor& tensor) {
 std::optional<Shard> shard_of(const at::Tensor& tensor, PyObject* object);
 std::optional<Shard> shard_of(const at::Tensor& tensor);
 
-// What one part of a step has measured: over which ranks that has to be added up, a fastclip.distributed.Reduction or
+// The measure of one part of a step: the ranks over which it has to be added up, a fastclip.distributed.Reduction or
 // nullptr, and the measure, as 3 float64.
 using PartMeasure = std::pair<PyObject*, at::Tensor>;
 
-// What fastclip/distributed.py does, which knows process groups: `reduction_of` and `total_measure`.
+// Two functions of fastclip/distributed.py, which knows process groups: `reduction_of` and `total_measure`.
 struct Ranks {
   Held reduction_of;
   Held total_measure;
@@ -60,17 +60,17 @@ class Shards {
   bool placed_as(const Shard& param, size_t position, const Shard& other);
   bool over_ranks() const { return !reductions_.empty(); }
 
-  // A parameter whose gradient is placed otherwise, say a Partial one: it has to be redistributed first.
+  // Notes a parameter whose gradient has other placements, say Partial: it has to be redistributed first.
   void add_misplaced(PyObject* param) { misplaced_.emplace_back(param); }
   std::vector<Held> take_misplaced() { return std::exchange(misplaced_, {}); }
 
-  // What all ranks have measured, as 3 float64, and AMP's verdict on all of them, if there was one.
+  // Returns the measure of all ranks, as 3 float64, and AMP's verdict on all of them, if there was one.
   std::pair<at::Tensor, at::Tensor> total(const std::vector<PartMeasure>& measures, Norm norm,
                                           const at::Tensor& found_inf) const;
 
  private:
-  // Of a parameter with this DTensorSpec, which torch does not change once it is made. Asking Python takes a
-  // microsecond.
+  // The answers for a parameter with this DTensorSpec, which torch does not change once it is made. Asking Python takes
+  // a microsecond.
   struct Known {
     Held spec;
     PyObject* reduction = nullptr;

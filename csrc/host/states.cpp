@@ -1,4 +1,4 @@
-// What an update rule keeps of each parameter: the tensors in optimizer.state[param], under torch's names.
+// The states of each parameter: the tensors in optimizer.state[param], under torch's names.
 #include "states.h"
 
 #include <ATen/ops/empty_like.h>
@@ -144,12 +144,16 @@ const at::Tensor* States::shard_in(const at::Tensor* state, const Name& name, co
   if (!PyDict_Check(entry)) refuse("no_dict", place, "state", entry);
   EntryReader reader(entry, place,
                      param_shard ? &borrowed_ : nullptr);  // Python runs before the states of shards are taken
-  if (names.step) found.step = reader.tensor(*names.step);
-  if (names.scalar) found.scalar = reader.tensor(*names.scalar);
-  for (int s = 0; s < names.count; ++s) {
-    if (names.arrays[s]) found.arrays[s] = reader.tensor(*names.arrays[s]);
-  }
-  if (names.master) found.master = reader.tensor(*names.master);
+  found.complete = !names.master;
+  const auto look_up = [&](const Name* name, const at::Tensor*& state) __attribute__((always_inline)) {
+    if (!name) return;
+    state = reader.tensor(*name);
+    found.complete &= state != nullptr;
+  };
+  look_up(names.step, found.step);
+  look_up(names.scalar, found.scalar);
+  for (int s = 0; s < names.count; ++s) look_up(names.arrays[s], found.arrays[s]);
+  look_up(names.master, found.master);
   if (!param_shard) return found;
   for (int s = 0; s < names.count; ++s) {
     if (found.arrays[s]) found.arrays[s] = shard_in(found.arrays[s], *names.arrays[s], place, position, *param_shard);
@@ -188,7 +192,7 @@ void States::make_missing(Rules::Id rule, const Group& group, const at::Tensor& 
     const at::Tensor like =
         names.filled_by_first_step ? grad.detach() : param.detach();  // whose strides it has, in torch
     auto dtype = has_master ? at::kFloat : like.scalar_type();
-    // What torch's weight decay makes of a gradient of another dtype than its parameter.
+    // As torch's weight decay promotes a gradient of another dtype than its parameter.
     if (group.hyper.weight_decay != 0) dtype = c10::promoteTypes(dtype, param.scalar_type());
     if (s == names.momentum && group.momentum_dtype) dtype = *group.momentum_dtype;
     const auto options = like.options().dtype(dtype);

@@ -1,4 +1,4 @@
-// What an update rule keeps of each parameter: the tensors in optimizer.state[param], under torch's names.
+// The states of each parameter: the tensors in optimizer.state[param], under torch's names.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -14,7 +14,7 @@
 
 namespace fastclip {
 
-// What there is to look up for the parameters of a group.
+// The names to look up for the parameters of a group.
 struct StateNames {
   int count = 0;                         // one more than the last of `arrays`
   const Name* arrays[kMaxStates] = {};   // in the order of TensorEntry::states; nullptr where the group has none
@@ -36,14 +36,7 @@ struct ParamStates {
   const at::Tensor* scalar = nullptr;
   const at::Tensor* master = nullptr;
   bool master_is_new = false;  // made of the parameter in this step
-
-  // False also where `make_missing` has to find out what the parameter needs.
-  bool has_all(const StateNames& names) const {
-    for (int s = 0; s < names.count; ++s) {
-      if (names.arrays[s] && !arrays[s]) return false;
-    }
-    return !names.master && (step || !names.step) && (scalar || !names.scalar);
-  }
+  bool complete = false;  // all that the group needs is there; false also where `make_missing` has to find out
 };
 
 class States {

@@ -24,7 +24,7 @@ uint64_t ordinary_keys() {
 
 bool is_ordinary(const at::Tensor& tensor) { return fastclip::is_ordinary(tensor.unsafeGetTensorImpl()); }
 
-// What is computed in float may be stored in any mixture; float64 keeps to itself.
+// Tensors computed in float32 may be stored in any mixture; float64 does not mix.
 bool in_one_loop(at::ScalarType a, at::ScalarType b) {
   return a == b || ((a == at::kFloat || is_16_bit(a)) && (b == at::kFloat || is_16_bit(b)));
 }

@@ -49,7 +49,7 @@ inline DType dtype_of(const at::Tensor& covered) {
 // Bounds as clamp_ has them: rounded to the tensor's dtype.
 double rounded_bound(DType dtype, double bound);
 
-// Of ordinary tensors, the keys tell it without a call.
+// The keys of ordinary tensors tell it without a call.
 [[gnu::always_inline]] inline bool on_cpu(c10::TensorImpl* tensor) {
   return tensor->key_set().has_backend(c10::BackendComponent::CPUBit);
 }

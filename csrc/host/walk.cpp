@@ -112,7 +112,6 @@ void Walk::begin_row(Part& part, const Hyper& hyper, Py_ssize_t group, DType dty
   entry.numel = numel;
   entry.first_chunk = step.chunks;
   entry.index = static_cast<uint32_t>(parameter_);
-  entry.is_first = is_first;
   step.chunks += (numel + kChunk - 1) / kChunk;
   step.elements += numel;
   if (part.clamps) step.clampable += numel;
@@ -155,24 +154,29 @@ void Walk::begin_row(Part& part, const Hyper& hyper, Py_ssize_t group, DType dty
   for (int s = 0; s < names.count; ++s) {
     if (states.arrays[s]) add(*states.arrays[s], names.arrays[s], entry.states[s], entry.state_dtypes[s]);
   }
-  const auto add_number = [&](const at::Tensor& number, const Name* name, void*& data, bool& is_float64)
-                              __attribute__((always_inline)) {
-                                is_float64 = number.scalar_type() == at::kDouble;
-                                const int64_t size = is_float64 ? 8 : 4;
-                                data = data_of(number, size, size, name, place);
-                                write(number, data, size);
-                              };
+  // Returns whether the number is float64.
+  const auto add_number = [&](const at::Tensor& number, const Name* name, void*& data) __attribute__((always_inline)) {
+    const bool is_float64 = number.scalar_type() == at::kDouble;
+    const int64_t size = is_float64 ? 8 : 4;
+    data = data_of(number, size, size, name, place);
+    write(number, data, size);
+    return is_float64;
+  };
+  bool step_is_float64 = false;
   if (states.step) {
-    add_number(*states.step, names.step, entry.step, entry.step_is_float64);
+    step_is_float64 = add_number(*states.step, names.step, entry.step);
     // The corrections of Adam's averages divide by 0 where this step is number 0.
     if (part.device.is_cpu()) {
-      const double count = number_at(entry.step, entry.step_is_float64);
+      const double count = number_at(entry.step, step_is_float64);
       if (!(count >= 0 && count < HUGE_VAL)) refuse("no_count", place, names.step->text, *states.step);
     }
     step.has_step_counts = true;
   }
-  if (states.scalar) add_number(*states.scalar, names.scalar, entry.scalar, entry.scalar_is_float64);
+  const bool scalar_is_float64 = states.scalar && add_number(*states.scalar, names.scalar, entry.scalar);
+  entry.is_first = is_first;
   entry.uniform = uniform && !(hyper.stochastic_rounding && item == 2);
+  entry.step_is_float64 = step_is_float64;
+  entry.scalar_is_float64 = scalar_is_float64;
   addresses_ = addresses;
 }
 
@@ -201,7 +205,7 @@ void Walk::check_memory(const at::Tensor& param, const at::Tensor& grad, const S
     const int64_t item = item_size(dtype_of(param));
     data_of(param, item, item * param.numel(), "", place);
   }
-  if (!states.has_all(names)) states_.make_missing(rule_, group, like, place, names, states);
+  if (!states.complete) states_.make_missing(rule_, group, like, place, names, states);
   c10::TensorImpl* const p = param.unsafeGetTensorImpl();
   const bool contiguous = is_contiguous(p);
   const auto covers = [&](const at::Tensor& state, const Name& name) __attribute__((always_inline)) {
@@ -212,7 +216,7 @@ void Walk::check_memory(const at::Tensor& param, const at::Tensor& grad, const S
     return false;
   };
   for (int s = 0; s < names.count; ++s) {
-    if (names.arrays[s] && !covers(*states.arrays[s], *names.arrays[s])) return false;
+    if (states.arrays[s] && !covers(*states.arrays[s], *names.arrays[s])) return false;
   }
   if (states.master) {
     if (states.master->scalar_type() != at::kFloat) refuse("no_float32", place, names.master->text, *states.master);
@@ -236,24 +240,26 @@ bool Walk::covers_number(const at::Tensor& param, const Place& place, const Name
   return false;
 }
 
+template <bool kInPlace>
 void Walk::add_param(const Group& group, const StateNames& names, Py_ssize_t group_index, Py_ssize_t index) {
   PyObject* object = PySequence_Fast_GET_ITEM(group.params.object, index);
-  const Place place{group_index, index, group.param_names.object, object, /*in_optimizer=*/!in_place_};
+  const Place place{group_index, index, group.param_names.object, object, /*in_optimizer=*/!kInPlace};
   if (!is_tensor(object)) refuse("no_tensor", place, "", object);
   const at::Tensor& param = THPVariable_Unpack(object);
   if (!first_device_) first_device_ = param.device();
   if (is_subclass(param)) {
     if (auto shard = shard_of(param, object)) return add_shard(group, names, place, std::move(*shard));
   }
-  if (!grad_of(param).defined() || is_seen(grad_of(param))) return;
+  const at::Tensor* grad = &grad_of(param);
+  if (!grad->defined() || (kInPlace && is_seen(*grad))) return;
   ParamStates states;
   Held held;
   if (names.any) {  // the look-up may run Python: the gradient is read afterwards
     held = Held(object);
     states = states_.find(place, parameter_, names, nullptr);
+    grad = &grad_of(param);
   }
-  const at::Tensor& grad = grad_of(param);
-  if (grad.defined()) add_covered(group, names, place, states, in_place_ ? grad : param, grad, grad);
+  if (grad->defined()) add_covered(group, names, place, states, kInPlace ? *grad : param, *grad, *grad);
   if (held.object && states_.ran_python())
     borrowed_.keep(std::move(held));  // another thread may have dropped it meanwhile
 }
@@ -335,7 +341,8 @@ void Walk::add_covered(const Group& group, const StateNames& names, const Place&
   if (group.differentiable) not_covered(Reason("differentiable"));
   const StateNames names = state_names(rule_, group);
   for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(group.params.object); ++i, ++parameter_) {
-    add_param(group, names, group_index, i);  // to the end, for what has to be refused
+    in_place_ ? add_param<true>(group, names, group_index, i)
+              : add_param<false>(group, names, group_index, i);  // to the end, for what has to be refused
   }
 }
 

@@ -18,8 +18,8 @@
 
 namespace fastclip {
 
-// Holds no tensor of the model and no address from one step to the next: all are read anew at every step. What stays is
-// scratch memory and the places where states were found.
+// Holds no tensor of the model and no address from one step to the next: all are read again at every step. It keeps
+// only scratch memory and the places where states were found.
 class Walk {
  public:
   Walk(Rules::Id rule, Ranks ranks);
@@ -52,6 +52,7 @@ class Walk {
  private:
   // A call is a good part of what a tensor costs: what is done for each of them is inlined, with torch's accessors
   // (`flatten`), and what is not is kept out of it (`noinline`).
+  template <bool kInPlace>
   [[gnu::always_inline]] inline void add_param(const Group& group, const StateNames& names, Py_ssize_t group_index,
                                                Py_ssize_t index);
   [[gnu::noinline]] void begin_row(Part& part, const Hyper& hyper, Py_ssize_t group, DType dtype);

@@ -60,6 +60,8 @@ struct Progress {
   double step;
   double scalar;
   bool scalar_is_float64;
+
+  bool operator==(const Progress& other) const { return step == other.step && scalar == other.scalar; }
 };
 
 // The hyperparameters of a group that all rules have.
@@ -88,12 +90,13 @@ FASTCLIP_HD To converted(const From& from) {
     constexpr int kCount = sizeof(From) / sizeof(double);
     using T = std::conditional_t<sizeof(To) == sizeof(From), double, float>;
     static_assert(sizeof(To) == kCount * sizeof(T), "constants are all of one type");
-    double in[kCount];
-    T out[kCount];
-    memcpy(in, &from, sizeof(from));
-    for (int i = 0; i < kCount; ++i) out[i] = static_cast<T>(in[i]);
     To to;
-    memcpy(&to, out, sizeof(to));
+    for (int i = 0; i < kCount; ++i) {
+      double value;
+      memcpy(&value, reinterpret_cast<const char*>(&from) + i * sizeof(value), sizeof(value));
+      const T rounded = static_cast<T>(value);
+      memcpy(reinterpret_cast<char*>(&to) + i * sizeof(rounded), &rounded, sizeof(rounded));
+    }
     return to;
   }
 }

@@ -26,6 +26,8 @@ struct Tag {
 template <class... AllRules>
 struct RuleList {
   static constexpr int kCount = sizeof...(AllRules);
+  static_assert(((AllRules::kCountsSteps || AllRules::kScalar.name == nullptr) && ...),
+                "a scalar belongs to counted steps");
 
   // A rule of the list. Only `id_of` and `find` return one.
   class Id {

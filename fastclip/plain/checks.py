@@ -1,4 +1,4 @@
-"""What plain torch would find out in the middle of a step: refused before anything is changed.
+"""Checks for the fallback: they raise before the first write, where torch would fail in the middle of a step.
 
 The kernels' own checks are in csrc/host; these are for the tensors that they do not cover. What both refuse is worded
 in `reasons.py`.
@@ -97,7 +97,7 @@ def check_gradient(rule, group, param, where):
 
 
 def check_states(rule, group, param, state, where):
-    """What the step would write to besides the parameter, as far as it is there yet."""
+    """Checks the states that the step would write to, as far as they are there yet."""
     entry = state.get(param, {})
     arrays = rule.states(group)
     numbers = rule.number_states if rule.counts_steps or group["stochastic_rounding"] else rule.number_states[1:]
@@ -157,7 +157,7 @@ def check_state(group, param, tensor, name, where):
 
 
 def check_clip(name, parameters):
-    """What `fastclip.clip_grad_*` would find out when some gradients are clipped already."""
+    """Checks the gradients for `fastclip.clip_grad_*`, before the first one is clipped."""
     for i, param in enumerate(parameters):
         grad = param.grad
         if grad is None:

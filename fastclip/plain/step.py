@@ -209,7 +209,8 @@ def make_states(rule, group, param, own, names, counts):
         for name in names:
             if own.get(name) is None:
                 dtype = state_dtype(rule, group, param, name)
-                own[name] = torch.full_like(param, rule.new_value(group), dtype=dtype)
+                value = rule.new_value(group)
+                own[name] = torch.full_like(param, complex(value, value) if dtype.is_complex else value, dtype=dtype)
 
 
 def first_state(rule, group, param, name, filled):

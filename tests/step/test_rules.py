@@ -57,9 +57,12 @@ def test_the_table_of_tests_has_all_optimizers():
 
 def test_the_table_of_rules_says_what_csrc_says():
     """A rule that one of them lacks, or whose states have other names, orders or counts."""
-    in_python = {rule.name: (rule.arrays, rule.scalar and rule.scalar[0], rule.counts_steps) for rule in rules.RULES}
-    in_csrc = {name: (arrays, scalar, counts) for name, arrays, scalar, counts in _C.rules()}
-    assert in_csrc.pop("clip_grad") == ((), None, False)
+    in_python = [
+        (rule.name, rule.arrays, rule.scalar and rule.scalar[0], rule.counts_steps, rule.momentum)
+        + (rule.filled_by_first_step,)
+        for rule in rules.RULES
+    ]
+    in_csrc = [rule for rule in _C.rules() if rule[0] != "clip_grad"]
     assert in_python == in_csrc
 
 
@@ -146,6 +149,28 @@ def test_states_have_torchs_names_shapes_and_order(case):
         assert [(v.shape, v.dtype, v.stride()) for v in in_torch.values()] == [
             (v.shape, v.dtype, v.stride()) for v in in_ours.values()
         ]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@every_case
+def test_training_in_16_bits_goes_on_from_a_checkpoint(case, rounding, dtype):
+    settings = {**case.stateful, "lr": 0.01, **case.moderate, **ROUNDINGS[rounding]}
+    expected = make_params(SHAPES, dtype)
+    first = case.fastclip(expected, **settings)
+    for _ in range(3):
+        give_grads(expected)
+        first.step()
+    ours = copy_params(expected)
+    second = case.fastclip(ours, **settings)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    saved, loaded = first.state[expected[3]], second.state[ours[3]]
+    assert {k: v.dtype for k, v in saved.items()} == {k: v.dtype for k, v in loaded.items()}
+    for _ in range(3):
+        give_grads(expected, ours)
+        first.step()
+        second.step()
+    assert_same_bits(expected, ours, first, second)
 
 
 @pytest.mark.parametrize("source", ["torch", "fastclip"])
