@@ -4,6 +4,11 @@ import copy
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from fastclip import _C
 from fastclip.plain import rules
@@ -104,8 +109,10 @@ def test_norm_clip_agrees_with_the_loop(case, dtype, rtol, clip):
     assert_close(theirs, ours, rtol)
 
 
-@pytest.mark.parametrize("clip", ["none", "value", "norm"])
-@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize(
+    ("rounding", "clip"),
+    [("to nearest", "value"), ("to nearest", "norm"), ("master weights", "norm"), ("stochastic", "value and norm")],
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @every_variant
 def test_16_bits_have_the_bits_of_the_reference(case, variant, dtype, rounding, clip):
@@ -171,6 +178,37 @@ def test_training_in_16_bits_goes_on_from_a_checkpoint(case, rounding, dtype):
         first.step()
         second.step()
     assert_same_bits(expected, ours, first, second)
+
+
+@pytest.mark.parametrize("rounding", ["from plain torch", *ROUNDINGS])
+@every_case
+def test_flattened_checkpoints_of_torch_distributed(case, rounding):
+    """torch's loader asks for each key of a group and of a state, and raises where the file lacks one."""
+
+    def model():
+        torch.manual_seed(0)
+        return torch.nn.Linear(4, 5).to(torch.float32 if rounding == "from plain torch" else torch.bfloat16)
+
+    def train(model, optimizer):
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(torch.ones(2, 4, dtype=model.weight.dtype)).square().sum().backward()
+            with exact_square_roots():
+                optimizer.step()
+
+    settings = {**case.stateful, **ROUNDINGS.get(rounding, {})}
+    saved = model()
+    first = (case.torch if rounding == "from plain torch" else case.fastclip)(saved.parameters(), **settings)
+    train(saved, first)
+    flat = StateDictOptions(flatten_optimizer_state_dict=True)
+    file = copy.deepcopy(get_optimizer_state_dict(saved, first, options=flat))
+    loaded = model()
+    loaded.load_state_dict(saved.state_dict())
+    second = case.fastclip(loaded.parameters(), **settings)
+    set_optimizer_state_dict(loaded, second, file, options=flat)
+    for net, optimizer in ((saved, first), (loaded, second)):
+        train(net, optimizer)
+    assert_same_bits(saved.parameters(), loaded.parameters(), first, second)
 
 
 @pytest.mark.parametrize("source", ["torch", "fastclip"])
