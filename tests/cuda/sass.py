@@ -119,8 +119,8 @@ def is_common(rule):
 
 
 def packs_in_flight(arrays):
-    text = re.search(r"kInFlight = (.*);", source("cuda/tiles.cuh"))[1]
-    limits = re.findall(r"kArrays > (\d+) \? (\d+) :", text)
+    text = re.search(r"kInFlight\s*=\s*(.*?);", source("cuda/tiles.cuh"), re.S)[1]
+    limits = re.findall(r"kArrays > (\d+)\s*\?\s*(\d+)\s*:", text)
     return next((int(packs) for limit, packs in limits if arrays > int(limit)), int(text.split()[-1]))
 
 

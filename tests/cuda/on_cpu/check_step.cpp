@@ -69,8 +69,8 @@ struct RandomGroup {
   };
   double number(const Key& key) const {
     if (key.is_momentum) return momentum && random() % 4 ? 0.9 : 0;
-    if (key.is_eps) return 1e-8;
-    const double choices[] = {0.0, 0.25, 0.9, 0.99};
+    if (key.is_eps) return 0.1;  // a rounding of a norm must not grow
+    const double choices[] = {0.25, 0.5, 0.9, 0.99};
     return choices[random() % 4];
   }
   bool flag(const Key&) const { return random() % 3 == 0; }
@@ -81,10 +81,16 @@ struct RandomGroup {
   }
 };
 
+// Mostly a common one, which has several kernels.
 Rules::Id random_rule(std::mt19937_64& random) {
-  std::vector<Rules::Id> all;
-  Rules::each([&](auto tag) { all.push_back(Rules::id_of<typename decltype(tag)::Rule>()); });
-  return all[random() % all.size()];
+  std::vector<Rules::Id> common, rare;
+  Rules::each([&](auto tag) {
+    using R = typename decltype(tag)::Rule;
+    auto& ids = R::kIsCommon ? common : rare;
+    ids.insert(ids.end(), R::kClipsInPlace ? 1 : 2, Rules::id_of<R>());
+  });
+  const auto& ids = random() % 4 ? common : rare;
+  return ids[random() % ids.size()];
 }
 
 // What check_step has to know of a rule.
