@@ -18,7 +18,6 @@ STEP_TESTS = ["step/test_step", "step/test_norm", "step/test_adam", "step/test_p
 TWO_LAUNCHES = ["step/test_norm", "step/test_skip_nonfinite", "cuda/on_cpu/two_launches"]
 ALL_TESTS = [
     *STEP_TESTS,
-    "step/test_rules",
     "step/test_clip_grad",
     "step/test_skip_nonfinite",
     "step/test_clip_stats",
