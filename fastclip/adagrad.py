@@ -6,7 +6,8 @@ from typing_extensions import Unpack
 
 from .optimizer import ClippedOptimizer
 from .plain import rules
-from .plain.rounding import has_master, state_dtype
+from .plain.rounding import has_master
+from .plain.step import new_state
 from .settings import ClipSettings, lists_clip_settings
 
 
@@ -22,7 +23,7 @@ class Adagrad(ClippedOptimizer, torch.optim.Adagrad):
     except that the gradients stay as they were. Bits are as in `fastclip.Adam`. A GPU has one kernel of this rule for
     all dtypes, which keeps fewer loads in flight than SGD's and Adam's kernels for float32 and bfloat16.
 
-    A group that is added later begins at its own `initial_accumulator_value`, where torch takes the constructor's.
+    Each group begins at its own `initial_accumulator_value`, where torch takes the constructor's for all.
 
     Args:
         params, lr, lr_decay, weight_decay, initial_accumulator_value, eps, maximize, differentiable:
@@ -75,11 +76,11 @@ class Adagrad(ClippedOptimizer, torch.optim.Adagrad):
             fused=fused,
             **clip,
         )
-        # torch makes the sums here, in the dtypes of the parameters. With master weights the first step makes all
-        # states: loaders take a state that is there for a whole one.
+        # torch makes the sums here, all by the constructor's settings and in the dtypes of the parameters. With master
+        # weights the first step makes all states: loaders take a state that is there for a whole one.
         if any(has_master(group, p) for group in self.param_groups for p in group["params"]):
             self.state.clear()
             return
         for group in self.param_groups:
             for p in group["params"]:
-                self.state[p]["sum"] = self.state[p]["sum"].to(state_dtype(self._rule, group, p, "sum"))
+                self.state[p]["sum"] = new_state(self._rule, group, p, "sum")

@@ -208,9 +208,13 @@ def make_states(rule, group, param, own, names, counts):
     if not rule.filled_by_first_step:
         for name in names:
             if own.get(name) is None:
-                dtype = state_dtype(rule, group, param, name)
-                value = rule.new_value(group)
-                own[name] = torch.full_like(param, complex(value, value) if dtype.is_complex else value, dtype=dtype)
+                own[name] = new_state(rule, group, param, name)
+
+
+def new_state(rule, group, param, name):
+    """Returns a state as it begins."""
+    dtype, value = state_dtype(rule, group, param, name), rule.new_value(group)
+    return torch.full_like(param, complex(value, value) if dtype.is_complex else value, dtype=dtype)
 
 
 def first_state(rule, group, param, name, filled):

@@ -205,3 +205,20 @@ def test_groups_with_and_without_names_do_not_mix(first):
         words.append(str(error.value))
         assert len(optimizer.param_groups) == 1
     assert words[0] == words[1]
+
+
+@pytest.mark.parametrize("master_weights", [False, True])
+def test_each_group_of_adagrad_begins_at_its_own_value(master_weights):
+    """torch ignores the one of a group that is given to the constructor, and cannot step a group that is added."""
+    params = [torch.zeros(20, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    optimizer = fastclip.Adagrad(
+        [{"params": params[:1]}, {"params": params[1:2], "initial_accumulator_value": 3.0}],
+        initial_accumulator_value=2.0,
+        master_weights=master_weights,
+    )
+    optimizer.add_param_group({"params": params[2:], "initial_accumulator_value": 4.0})
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    for p, begun in zip(params, (2.0, 3.0, 4.0), strict=True):
+        assert optimizer.state[p]["sum"].unique().tolist() == [begun + 1]

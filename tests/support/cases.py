@@ -92,7 +92,8 @@ def _exact_sqrt(tensor):
         return OWN_SQRT(tensor)
     if not tensor.dtype.is_floating_point:
         return OWN_SQRT(tensor)
-    return torch.from_numpy(np.asarray(np.sqrt(tensor.detach().cpu().numpy()))).to(tensor.device)
+    with np.errstate(invalid="ignore"):
+        return torch.from_numpy(np.asarray(np.sqrt(tensor.detach().cpu().numpy()))).to(tensor.device)
 
 
 def _exact_sqrt_in_place(tensor):

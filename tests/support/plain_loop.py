@@ -17,6 +17,7 @@ from fastclip.plain.rounding import SIXTEEN_BIT, state_dtype
 from fastclip.settings import OWN_SETTINGS
 
 from .cases import exact_square_roots
+from .optimizers import OPTIMIZERS
 from .tensors import writable
 
 
@@ -26,6 +27,7 @@ class PlainLoop:
     def __init__(self, rule, shared):
         self.rule, self.shared = getattr(torch.optim, rule), shared
         self.own_rule = getattr(fastclip, rule)._rule
+        self.has_state_at_once = OPTIMIZERS[rule].has_state_at_once
         self.of_torch = {"differentiable": False, "decoupled_weight_decay": rule == "AdamW"}
         self.optimizer = None
         self.groups = []  # with all settings, as the reference needs them
@@ -33,7 +35,7 @@ class PlainLoop:
         self.reference_state = collections.defaultdict(dict)
 
     def add(self, params, settings):
-        group = {**OWN_SETTINGS, **settings, **self.shared, **self.of_torch, "params": params}
+        group = {**OWN_SETTINGS, **self.of_torch, **settings, **self.shared, "params": params}
         self.groups.append(group)
         rounds = group["momentum_dtype"] or group["stochastic_rounding"]
         self.by_reference.update(p for p in params if rounds or p.dtype in SIXTEEN_BIT)
@@ -41,8 +43,10 @@ class PlainLoop:
         with duplicates_are_meant():
             if self.optimizer is None:
                 self.optimizer = self.rule([of_torch], foreach=False)
+                self.optimizer.state.clear()
             else:
                 self.optimizer.add_param_group(of_torch)
+        self.begin_states()
 
     def set(self, index, changed):
         self.groups[index].update(changed)
@@ -68,6 +72,15 @@ class PlainLoop:
                 for name, value in self.reference_state.get(p, {}).items():
                     if name not in self.own_rule.number_states:
                         self.reference_state[p][name] = value.to(state_dtype(self.own_rule, group, p, name))
+
+    def begin_states(self):
+        """torch's Adagrad does so in its constructor, by the settings that all groups share: not for a later group, nor
+        after a reset."""
+        for group in self.groups if self.has_state_at_once else ():
+            names = self.own_rule.states(group)
+            for p in group["params"]:
+                own = self.states(p).setdefault(p, {})
+                reference.make_states(self.own_rule, group, p, own, names, counts=True)
 
     def reset(self, param):
         self.states(param).pop(param, None)
@@ -114,6 +127,7 @@ class PlainLoop:
                 p.grad = writable(p.grad).copy_(value)
             for factor in () if norm is None else factors(norm, self.shared["max_norm"]):
                 p.grad = writable(p.grad).mul_(factor.to(p.dtype))
+        self.begin_states()
         with exact_square_roots():
             self.optimizer.step()
         for p in values:

@@ -190,6 +190,8 @@ class Playback(Sides):
             if place in self.foreign:
                 noted = state.pop("ema", None)
                 assert noted is not None and noted.tolist() == self.foreign[place].tolist(), f"{what}: ema {noted}"
+            if self.loop.has_state_at_once and not state.get("step", 0) and not expected.get("step", 0):
+                continue  # made by the constructor or by the first step: tests/drop_in/test_state.py
             assert state.keys() == expected.keys(), f"{what}: state {state.keys()} instead of {expected.keys()}"
             for name in state:
                 assert state[name].dtype == expected[name].dtype, f"{name} of {what}: {state[name].dtype}"

@@ -12,6 +12,8 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
+import fastclip
+
 from . import surroundings
 from .optimizers import OPTIMIZERS
 from .surroundings import Around
@@ -128,7 +130,8 @@ def groups(draw, optimizer):
     tensors = draw(st.lists(params(), min_size=1, max_size=4))
     settings = draw(own_settings(optimizer))
     if rarely(draw):
-        settings |= draw(roundings)
+        of_rule = {} if getattr(fastclip, optimizer)._rule.momentum else {"momentum_dtype": None}  # refuses others
+        settings |= draw(roundings) | of_rule
     twice = draw(st.integers(0, len(tensors) - 1)) if rarely(draw, 16) else None
     together = rarely(draw, 16)
     if together:

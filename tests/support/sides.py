@@ -81,7 +81,7 @@ class Sides:
         """A state to another floating-point dtype, if there is one."""
         ours, theirs = self.ours[place][0], self.theirs[place][0]
         state = self.optimizer.state.get(ours, {})
-        names = [name for name in state if name not in ("step", "master_param", "ema")]
+        names = [name for name in self.loop.own_rule.arrays if name in state]
         if not names:
             return
         name = names[which % len(names)]
