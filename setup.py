@@ -170,8 +170,10 @@ class Build(BuildExtension):
             *Path("csrc").glob("**/*.cuh"),
             Path(__file__),
         ]
-        target = folder / f"step_cuda_{'_'.join(architectures).replace('.', '')}.o"
-        if self.force or not target.exists() or any(s.stat().st_mtime > target.stat().st_mtime for s in sources):
+        release = ask(nvcc, r"release ([\d.]+)", "--version")[0]
+        target = folder / f"step_cuda{release}_{'_'.join(architectures).replace('.', '')}.o"
+        # Not `self.force`: torch sets it always, and leaves the question to ninja.
+        if not target.exists() or any(s.stat().st_mtime > target.stat().st_mtime for s in sources):
             flags = dict.fromkeys(flag for architecture in architectures for flag in gencode(architecture))
             command = [
                 nvcc,
@@ -182,11 +184,12 @@ class Build(BuildExtension):
                 "-c",
                 str(sources[0]),
                 "-o",
-                str(target),
+                f"{target}.part",  # so that one who interrupts leaves nothing that looks whole
             ]
             print(" ".join(command), flush=True)
             if (code := subprocess.run(command).returncode) != 0:
                 raise cuda_error(f"{nvcc} could not compile {sources[0]} and has returned {code}: see above")
+            os.replace(f"{target}.part", target)
         return str(target)
 
     def write_build_info(self):

@@ -18,6 +18,8 @@ setup = load_setup()
 
 KNOWN = ("7.5", "8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "10.3", "12.0", "12.1")
 LIST = "".join(f"echo compute_{a.replace('.', '')}\n" for a in KNOWN)
+# Answers --version, and makes an empty object of anything else.
+COMPILES = 'if [ "$1" = --version ]; then echo release 13.0; exit; fi; for a; do out=$a; done; touch "$out"'
 
 
 @pytest.fixture
@@ -101,12 +103,33 @@ def test_max_jobs_and_nvcc_threads_bound_nvcc(environment, threads, fake_nvcc, t
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(ROOT)
-    nvcc = fake_nvcc(f"printf '%s\\n' \"$@\" > {tmp_path}/arguments")
-    setup.Build.compile_cuda(SimpleNamespace(force=True), nvcc, ["8.6", "8.6+PTX"], tmp_path)
+    nvcc = fake_nvcc(f"{COMPILES}; printf '%s\\n' \"$@\" > {tmp_path}/arguments")
+    setup.Build.compile_cuda(None, nvcc, ["8.6", "8.6+PTX"], tmp_path)
     arguments = (tmp_path / "arguments").read_text().split()
     assert [a for a in arguments if a.startswith("--threads")] == [f"--threads={threads}"]
     gencode = [a for a in arguments if a.startswith("-gencode")]
     assert len(gencode) == len(set(gencode)) == 2
+
+
+def test_cuda_is_compiled_again_only_after_a_change(fake_nvcc, tmp_path, monkeypatch):
+    """torch's BuildExtension has `force` always on, and leaves it to ninja what there is to do."""
+    (tmp_path / "csrc" / "cuda").mkdir(parents=True)
+    source = tmp_path / "csrc" / "cuda" / "step.cu"
+    source.touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(setup, "__file__", str(source))
+
+    def compilations(release="13.0", architectures=("8.6",)):
+        nvcc = fake_nvcc(f"{COMPILES.replace('13.0', release)}; echo >> compiled")
+        setup.Build.compile_cuda(SimpleNamespace(force=True), nvcc, architectures, tmp_path)
+        return (tmp_path / "compiled").read_text().count("\n")
+
+    assert compilations() == 1
+    assert compilations() == 1
+    assert compilations(architectures=("8.6", "9.0")) == 2
+    assert compilations(release="12.8") == 3
+    os.utime(source, (2e9, 2e9))
+    assert compilations(release="12.8") == 4
 
 
 @pytest.mark.parametrize(
@@ -140,7 +163,7 @@ def test_a_toolkit_without_a_runtime_is_named_with_the_way_out(fake_nvcc, tmp_pa
 def test_a_failing_compilation_is_named_with_the_way_out(fake_nvcc, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(PlatformError, match=r"step.cu and has returned 2(.|\n)*FASTCLIP_CUDA=0"):
-        setup.Build.compile_cuda(SimpleNamespace(force=True), fake_nvcc("exit 2"), ["9.0"], tmp_path)
+        setup.Build.compile_cuda(None, fake_nvcc("echo release 13.0; [ $1 = --version ] || exit 2"), ["9.0"], tmp_path)
 
 
 def test_an_installation_stops_with_the_message_alone(fake_nvcc, tmp_path):
