@@ -57,8 +57,6 @@ FASTCLIP_HD void prefetch(const Stored* from, int64_t count, int64_t bytes_ahead
 // keep a running total in memory.
 constexpr int64_t kBlock = 128;
 
-constexpr bool has(uint32_t states, int s) { return states >> s & 1; }
-
 // Updates `size` elements of arrays in the compute type. Returns how many of them the value clip changed.
 template <class T, class R, Terms kTerms>
 FASTCLIP_HD int64_t update_block(T* params, const T* grads, T* const* states, int64_t size, const Clip<T>& clip,

@@ -147,7 +147,7 @@ void update_all(const Step& step, const ThreadPool& pool, const LoopTable& loops
         current = tensor.hyper;
         current_progress = progress;
       }
-      const UpdateLoop loop = loops.update(step.rule, tensor, tensor.is_first ? terms | kFirst : terms);
+      const UpdateLoop loop = loops.update(step.rule, tensor, terms_of(terms, tensor.is_first));
       clamped += loop(tensor, begin, size, constants);
     });
     all_clamped.fetch_add(clamped, std::memory_order_relaxed);
@@ -176,8 +176,7 @@ void run(const Step& step, const ThreadPool& pool) {
     record(*step.outcome, decision, step.counts_skips);
     if (decision.skip) return;
     scaling = decision.scaling;
-    const bool in_place = Rules::visit(step.rule, [](auto tag) { return decltype(tag)::Rule::kClipsInPlace; });
-    if (in_place && scaling.coefficient == 1.0) return;
+    if (clips_in_place(step.rule) && scaling.coefficient == 1.0) return;
   }
   update_all(step, pool, loops, scaling);
 }

@@ -95,7 +95,9 @@ int states_of(const Step& step) {
   return states;
 }
 
+// Chooses the kernel among those of a rule. Rarer rules have one for all dtypes.
 DTypes dtypes_of(const Step& step) {
+  if (!Rules::visit(step.rule, [](auto tag) { return decltype(tag)::Rule::kIsCommon; })) return DTypes::any;
   const DType first = step.tensors.empty() ? DType::float32 : step.tensors.front().dtype;
   bool one = true, uniform = true, float64 = false;
   for (const TensorEntry& tensor : step.tensors) {
@@ -345,10 +347,8 @@ cudaError_t run_with(const Step& step, const Layout& layout, DeviceTable& table,
 cudaError_t run_on_current_device(const Step& step, DeviceTable& table, int device, cudaStream_t stream) {
   const Layout layout = layout_of(step);
   const bool fits_large = layout.table_bytes > kSmallTable && layout.table_bytes <= kLargeTable;
-  const bool has_small = with_kernel(layout.rule, layout.states, layout.dtypes,
-                                     [](auto, auto dtypes) { return has_small_table(decltype(dtypes)::value); });
-  return fits_large || !has_small ? run_with<kLargeTable>(step, layout, table, device, stream)
-                                  : run_with<kSmallTable>(step, layout, table, device, stream);
+  return fits_large || !has_small_table(layout.dtypes) ? run_with<kLargeTable>(step, layout, table, device, stream)
+                                                       : run_with<kSmallTable>(step, layout, table, device, stream);
 }
 
 }  // namespace

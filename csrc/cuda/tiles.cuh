@@ -129,7 +129,7 @@ __device__ __noinline__ Measure measure_tile(const Header& header, const Hyper& 
 // Returns a tensor's terms. The mask tells the compiler which switches are never on in this kernel.
 template <class K>
 __device__ __forceinline__ Terms possible_terms(const Hyper& hyper, const EntryHead& entry) {
-  return terms_of(hyper, entry.is_first) & K::kPossible;
+  return terms_of(hyper.terms, entry.is_first) & K::kPossible;
 }
 
 // Returns the rule's constants for a tensor, in the compute type.
@@ -138,8 +138,6 @@ __device__ __forceinline__ typename R::template Constants<T> constants_of(const 
   const auto constants = R::constants(hyper, hyper.of<R>(), lr_of(hyper), progress_of(entry));
   return converted<typename R::template Constants<T>>(constants);
 }
-
-__device__ __forceinline__ constexpr bool has(uint32_t states, int s) { return states >> s & 1; }
 
 // Updates a tile. Returns how many elements of this lane the value clip changed.
 template <class K, class Stored, class OneEntry>
@@ -169,7 +167,7 @@ __device__ __noinline__ uint32_t update_tile(const Header& header, const Hyper& 
     const auto* const grad_words = reinterpret_cast<const Word*>(grads + offset);
     auto* const param_words = reinterpret_cast<Word*>(params + offset);
     const auto state_words = [&](int s) { return reinterpret_cast<Word*>(states_at[s] + offset); };
-    Word p[kAtOnce], g[kAtOnce], state_in[kRoom][kAtOnce];
+    Word p[kAtOnce], g[kAtOnce], state_in[kRoom][kAtOnce]{};  // zeros in the place of states that a group lacks
     if constexpr (kReadsParam) for_words<kAtOnce>(first, count, [&](int k, int i) { p[k] = __ldcs(param_words + i); });
 #pragma unroll
     for (int s = 0; s < kStates; ++s) {
@@ -197,9 +195,7 @@ __device__ __noinline__ uint32_t update_tile(const Header& header, const Hyper& 
           x = load(param.values[j]);
         }
 #pragma unroll
-        for (int s = 0; s < kStates; ++s) {
-          if (has(reads, s)) state[s] = load(states[s].values[j]);
-        }
+        for (int s = 0; s < kStates; ++s) state[s] = load(states[s].values[j]);
         R::update(terms, constants, x, d, state);
         store(param.values[j], x);
 #pragma unroll

@@ -99,17 +99,16 @@ void Part::prepare(const NormClip& norm_clip, const Amp& amp, bool counts_skips)
   step.outcome = nullptr;
   step.measures = nullptr;
   step.clamped = nullptr;
-  const bool in_place = Rules::visit(step.rule, [](auto tag) { return decltype(tag)::Rule::kClipsInPlace; });
   int64_t measures_needed = step.chunks;
   if (device.is_cuda()) measures_needed = prepare_gpu();
-  if (step.clampable > 0 && !in_place) {
+  if (step.clampable > 0 && !clips_in_place(step.rule)) {
     if (!clamped_.defined()) clamped_ = at::empty({device.is_cuda() ? cuda::kMaxBlocks : 1}, doubles_on(device));
     step.clamped = static_cast<double*>(clamped_.mutable_data_ptr());
   }
   if (step.norm == Norm::none && !step.found_inf && !step.has_step_counts) return;
   if (!outcome_.defined()) {
     // A replay would set it, and the count of skipped steps, back to 0. Clipping counts nothing.
-    if (capturing_ && !in_place) raise_capturing();
+    if (capturing_ && !clips_in_place(step.rule)) raise_capturing();
     outcome_ = at::zeros({sizeof(Outcome) / sizeof(double)}, doubles_on(device));
   }
   step.outcome = static_cast<Outcome*>(outcome_.mutable_data_ptr());

@@ -68,7 +68,7 @@ StateNames state_names(Rules::Id rule, const Group& group) {
     using R = typename decltype(tag)::Rule;
     const uint32_t present = R::writes(group.hyper.terms);
     for (size_t s = 0; s < R::kStates.size(); ++s) {
-      if (!(present >> s & 1)) continue;
+      if (!has(present, static_cast<int>(s))) continue;
       names.arrays[s] = &array_names<R>()[s];
       names.count = static_cast<int>(s) + 1;
       if (R::kStates[s].is_momentum) names.momentum = static_cast<int>(s);

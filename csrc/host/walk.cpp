@@ -40,9 +40,7 @@ template <class Part>
 }  // namespace
 
 Walk::Walk(Rules::Id rule, Ranks ranks)
-    : rule_(rule),
-      in_place_(Rules::visit(rule, [](auto tag) { return decltype(tag)::Rule::kClipsInPlace; })),
-      shards_(borrowed_, std::move(ranks)) {}
+    : rule_(rule), in_place_(clips_in_place(rule)), shards_(borrowed_, std::move(ranks)) {}
 
 void Walk::begin() {
   for (auto& part : parts_) part.clear();

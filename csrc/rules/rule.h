@@ -42,7 +42,13 @@ namespace fastclip {
 using Terms = uint32_t;
 constexpr Terms kFirst = 1;  // this step fills the tensor's states; only in rules with kFilledByFirstStep
 
+// Returns the terms of a tensor in a group of these terms. is_first: this step fills its states.
+FASTCLIP_HD constexpr Terms terms_of(Terms of_group, bool is_first) { return of_group | (is_first ? kFirst : 0); }
+
 constexpr int kMaxStates = 3;
+
+// Returns whether a set of state arrays, as bits, has array s.
+FASTCLIP_HD constexpr bool has(uint32_t states, int s) { return states >> s & 1; }
 
 struct StateArray {
   const char* name;

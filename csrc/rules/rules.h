@@ -92,7 +92,8 @@ struct Hyper : SharedHyper {
   }
 };
 
-// Returns the terms of a tensor in the group. is_first: this step fills its states.
-FASTCLIP_HD Terms terms_of(const Hyper& hyper, bool is_first) { return hyper.terms | (is_first ? kFirst : 0); }
+inline bool clips_in_place(Rules::Id rule) {
+  return Rules::visit(rule, [](auto tag) { return decltype(tag)::Rule::kClipsInPlace; });
+}
 
 }  // namespace fastclip

@@ -60,6 +60,18 @@ def picked(group, *names):
     return {name: group[name] for name in names}
 
 
+def call(function, group, param, grad, states, *settings, **others):
+    """Calls one of torch's functional optimizers for one parameter, by the group's `settings`. A state may be None: one
+    that the group does not have."""
+    lists = [[] if state is None else [state] for state in states]
+    own = picked(group, "lr", "weight_decay", "eps", "maximize", "differentiable", *settings)
+    function([param], [grad], *lists, foreach=False, has_complex=param.is_complex(), **own, **others)
+
+
+def betas_of(group):
+    return {"beta1": group["betas"][0], "beta2": group["betas"][1]}
+
+
 def update_sgd(group, param, grad, states, step):
     if isinstance(group["weight_decay"], torch.Tensor) and group["weight_decay"].requires_grad:
         grad = grad.clone()  # torch then adds the decay in place
@@ -78,22 +90,9 @@ def update_sgd(group, param, grad, states, step):
 
 
 def update_adam(group, param, grad, states, step):
-    largest = [states["max_exp_avg_sq"]] if group["amsgrad"] else []
-    adam(
-        [param],
-        [grad],
-        [states["exp_avg"]],
-        [states["exp_avg_sq"]],
-        largest,
-        [step],
-        foreach=False,
-        fused=False,
-        capturable=False,
-        has_complex=param.is_complex(),
-        beta1=group["betas"][0],
-        beta2=group["betas"][1],
-        **picked(group, "amsgrad", "lr", "weight_decay", "eps", "maximize", "differentiable", "decoupled_weight_decay"),
-    )
+    tensors = [states["exp_avg"], states["exp_avg_sq"], states.get("max_exp_avg_sq"), step]
+    settings = ("amsgrad", "decoupled_weight_decay")
+    call(adam, group, param, grad, tensors, *settings, fused=False, capturable=False, **betas_of(group))
 
 
 def update_lion(group, param, grad, states, step):
@@ -106,80 +105,29 @@ def update_lion(group, param, grad, states, step):
 
 
 def update_adadelta(group, param, grad, states, step):
-    adadelta(
-        [param],
-        [grad],
-        [states["square_avg"]],
-        [states["acc_delta"]],
-        [step],
-        foreach=False,
-        capturable=False,
-        has_complex=param.is_complex(),
-        **picked(group, "lr", "rho", "eps", "weight_decay", "maximize", "differentiable"),
-    )
+    tensors = [states["square_avg"], states["acc_delta"], step]
+    call(adadelta, group, param, grad, tensors, "rho", capturable=False)
 
 
 def update_adagrad(group, param, grad, states, step):
-    adagrad(
-        [param],
-        [grad],
-        [states["sum"]],
-        [step],
-        has_sparse_grad=grad.is_sparse,
-        foreach=False,
-        fused=False,
-        has_complex=param.is_complex(),
-        **picked(group, "lr", "weight_decay", "lr_decay", "eps", "maximize", "differentiable"),
-    )
+    tensors = [states["sum"], step]
+    call(adagrad, group, param, grad, tensors, "lr_decay", fused=False, has_sparse_grad=grad.is_sparse)
 
 
 def update_nadam(group, param, grad, states, step):
-    nadam(
-        [param],
-        [grad],
-        [states["exp_avg"]],
-        [states["exp_avg_sq"]],
-        [states["mu_product"]],
-        [step],
-        foreach=False,
-        capturable=False,
-        has_complex=param.is_complex(),
-        beta1=group["betas"][0],
-        beta2=group["betas"][1],
-        **picked(group, "lr", "weight_decay", "momentum_decay", "eps", "maximize", "differentiable"),
-        decoupled_weight_decay=group["decoupled_weight_decay"],
-    )
+    tensors = [states["exp_avg"], states["exp_avg_sq"], states["mu_product"], step]
+    settings = ("momentum_decay", "decoupled_weight_decay")
+    call(nadam, group, param, grad, tensors, *settings, capturable=False, **betas_of(group))
 
 
 def update_radam(group, param, grad, states, step):
-    radam(
-        [param],
-        [grad],
-        [states["exp_avg"]],
-        [states["exp_avg_sq"]],
-        [step],
-        foreach=False,
-        capturable=False,
-        has_complex=param.is_complex(),
-        beta1=group["betas"][0],
-        beta2=group["betas"][1],
-        **picked(group, "lr", "weight_decay", "eps", "decoupled_weight_decay", "maximize", "differentiable"),
-    )
+    tensors = [states["exp_avg"], states["exp_avg_sq"], step]
+    call(radam, group, param, grad, tensors, "decoupled_weight_decay", capturable=False, **betas_of(group))
 
 
 def update_rmsprop(group, param, grad, states, step):
-    rmsprop(
-        [param],
-        [grad],
-        [states["square_avg"]],
-        [states[name] for name in ("grad_avg",) if name in states],
-        [states[name] for name in ("momentum_buffer",) if name in states],
-        [step],
-        foreach=False,
-        capturable=False,
-        has_complex=param.is_complex(),
-        **picked(group, "lr", "alpha", "eps", "weight_decay", "momentum", "centered", "maximize", "differentiable"),
-    )
+    tensors = [states["square_avg"], states.get("grad_avg"), states.get("momentum_buffer"), step]
+    call(rmsprop, group, param, grad, tensors, "alpha", "momentum", "centered", capturable=False)
 
 
 SGD = Rule(

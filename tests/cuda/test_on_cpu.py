@@ -91,8 +91,8 @@ BUGS = {
     "wrong tensor": ("cuda/table.cuh", "first_tile <= tile", "first_tile < tile", STEPS),
     "first momentum damped": (
         "cuda/tiles.cuh",
-        "terms_of(hyper, entry.is_first)",
-        "terms_of(hyper, false)",
+        "terms_of(hyper.terms, entry.is_first)",
+        "terms_of(hyper.terms, false)",
         (0, 0, 200),
     ),
     "momentum of a group that has none": (

@@ -28,30 +28,6 @@ from tests.support.cases import (
 )
 
 OPTIMIZERS = {"Adam": (fastclip.Adam, torch.optim.Adam), "AdamW": (fastclip.AdamW, torch.optim.AdamW)}
-RULES = [
-    {"betas": betas, "amsgrad": amsgrad, "weight_decay": decay, "maximize": maximize}
-    for betas, amsgrad, decay, maximize in itertools.product(
-        [(0.9, 0.999), (0.5, 0.4)], [False, True], [0, 0.1], [False, True]
-    )
-]
-BITWISE = ["none", "value", "pair"]
-
-
-def described(rule):
-    return " ".join(f"{name}={value}" for name, value in rule.items() if value)
-
-
-@pytest.mark.parametrize("clip", BITWISE)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("rule", RULES, ids=described)
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_same_bits_as_the_loop(name, rule, dtype, clip):
-    loop, theirs, optimizer, ours = pair(SHAPES, CLIPS[clip], dtype, optimizer=name, **rule)
-    for step in range(4):
-        give_grads(theirs, ours, scale=10 ** (step - 2))
-        loop.step()
-        optimizer.step()
-    assert_same_bits(theirs, ours, loop.optimizer, optimizer)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
