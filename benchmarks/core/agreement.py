@@ -2,7 +2,7 @@
 
 import torch
 
-from .contenders import CONTENDERS, OF_TORCH, Contender
+from .contenders import OF_TORCH, Contender
 
 # Factors of the gradients in the three steps. In small models the second's norm stays below the limit. All have one
 # sign, as a sum that cancels magnifies rounding.
@@ -11,8 +11,8 @@ FACTORS = (3.0, 0.1, 1.0)
 # Norm clip: torch's norms are sums in float32, which lose up to 2e-3 at 30M elements (recorded in the results).
 NORM_TOLERANCE = {"fastclip": 1e-6, "loop": 1e-2, "foreach": 1e-2, "fused": 1e-2}
 
-# Adam's parameters: torch takes its square roots from MKL, whose last bit may differ.
-ADAM_TOLERANCE = 5e-7
+# What a rule computes from square roots, as Adam's parameters: torch takes them from MKL, whose last bit may differ.
+ROOT_TOLERANCE = 5e-7
 
 # In 16 bits torch rounds the norm, the coefficient and the clipped gradients, where fastclip rounds the result only.
 NORM_TOLERANCE_16_BIT = 5e-2
@@ -27,9 +27,9 @@ class Disagreement(Exception):
 def check(problem, clip, rule, threads=(1,)):
     """Takes three steps of every contender from the same start, and compares parameters and states.
 
-    The steps take turns with the thread counts. Value clip: fastclip has to give the bits of the loop (but for Adam's
-    parameters), torch's own variants 1e-6; on CUDA and in 16 bits, all one unit in the last place per step. Norm clip:
-    all are compared with the loop in float64.
+    The steps take turns with the thread counts. Value clip: fastclip has to give the bits of the loop (but for
+    `rule.rounded`), torch's own variants 1e-6; on CUDA and in 16 bits, all one unit in the last place per step. Norm
+    clip: all are compared with the loop in float64.
 
     Returns:
         dict: the largest deviation of each contender, relative to the largest element of its tensor.
@@ -43,12 +43,12 @@ def check(problem, clip, rule, threads=(1,)):
     else:
         reference = three_steps(problem, "loop", problem.copies["loop"], clip, rule, threads)
     deviations = {}
-    for name in CONTENDERS:
+    for name in rule.contenders:
         if by_norm or name != "loop":
             result = three_steps(problem, name, problem.copies[name], clip, rule, threads)
             tolerance = norm_tolerance(name, problem) if by_norm else value_tolerance(name, problem)
-            param_tolerance = max(tolerance, ADAM_TOLERANCE) if "exp_avg" in rule.states else tolerance
-            deviations[name] = compare(name, result, reference, tolerance, param_tolerance)
+            rounded = dict.fromkeys(rule.rounded, max(tolerance, ROOT_TOLERANCE))
+            deviations[name] = compare(name, result, reference, tolerance, rounded)
     return deviations
 
 
@@ -80,20 +80,21 @@ def value_tolerance(name, problem):
     return 1e-6 if name in OF_TORCH[1:] or not vectorised else 0.0
 
 
-def compare(name, result, reference, state_tolerance, param_tolerance):
-    """Returns the largest deviation. Disagreement: one is above its tolerance. A tolerance of 0 means the same bits."""
+def compare(name, result, reference, tolerance, rounded=None):
+    """Returns the largest deviation. Disagreement: one is above `tolerance`, or above that of its kind in `rounded`. A
+    tolerance of 0 means the same bits."""
     largest = 0.0
     for kind, expected_tensors in reference.items():
-        tolerance = param_tolerance if kind == "parameter" else state_tolerance
+        allowed = (rounded or {}).get(kind, tolerance)
         if len(result[kind]) != len(expected_tensors):
             raise Disagreement(f"{name}: {len(result[kind])} {kind} tensors instead of {len(expected_tensors)}")
         for index, (tensor, expected) in enumerate(zip(result[kind], expected_tensors, strict=True)):
             same = tensor.dtype == expected.dtype and torch.equal(tensor, expected)
             deviation = 0.0 if same else relative_deviation(tensor, expected)
-            if not (same or deviation <= tolerance > 0):  # a NaN is neither
+            if not (same or deviation <= allowed > 0):  # a NaN is neither
                 raise Disagreement(
                     f"{name}: {kind} {index} of shape {tuple(expected.shape)} is off by {deviation:.2g} "
-                    f"after {len(FACTORS)} steps, where {tolerance:.2g} is allowed"
+                    f"after {len(FACTORS)} steps, where {allowed:.2g} is allowed"
                 )
             largest = max(largest, deviation)
     return largest

@@ -7,6 +7,11 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 import fastclip
 
+try:
+    from lion_pytorch import Lion as TheirLion
+except ImportError:  # then Lion has no peer to be timed against
+    TheirLion = None
+
 CLIPS = {"value": ("value", 0.01), "norm": ("norm", 1.0)}  # kind and threshold
 
 # Elements per parameter that any step moves: the gradient is read, the parameter read and written. The norm reads the
@@ -16,13 +21,19 @@ MOVED = {"value": 3, "norm": 4}
 
 @dataclass(frozen=True)
 class Rule:
-    """An optimizer of torch, fastclip's optimizer in its place, and the settings of both."""
+    """An optimizer of torch, or of PyPI's lion-pytorch; fastclip's optimizer in its place; the settings of both."""
 
     title: str
     torch_class: type
     fastclip_class: type
     settings: dict = field(hash=False)
     states: tuple  # names of the states, each in the shape of its parameter
+    others: tuple = ("loop", "foreach", "fused")  # what there is besides fastclip
+    rounded: tuple = ()  # the results whose last bits may differ: torch takes square roots from MKL
+
+    @property
+    def contenders(self):
+        return (*self.others, "fastclip")
 
     def elements(self, clip):
         """Elements per parameter that a step has to move: each state is read and written."""
@@ -41,7 +52,17 @@ def sgd(momentum):
 def adamw(title, amsgrad):
     states = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if amsgrad else 2]
     settings = {"lr": 0.01, "weight_decay": 0.01, "amsgrad": amsgrad}
-    return Rule(title, torch.optim.AdamW, fastclip.AdamW, settings, states)
+    return Rule(title, torch.optim.AdamW, fastclip.AdamW, settings, states, rounded=("parameter",))
+
+
+def rarer(name, states, others=("loop", "foreach"), rounded=("parameter",), **settings):
+    """torch has a fused Adagrad; of the others it has none."""
+    return Rule(name, getattr(torch.optim, name), getattr(fastclip, name), settings, states, others, rounded)
+
+
+def lion():
+    settings = {"lr": 1e-3, "weight_decay": 0.01}
+    return Rule("Lion", TheirLion, fastclip.Lion, settings, ("exp_avg",), others=("loop",))
 
 
 # The choices of --cases, each timed on its own.
@@ -49,7 +70,14 @@ RULES = {
     "sgd": (sgd(0.0), sgd(0.9)),
     "adamw": (adamw("AdamW", amsgrad=False),),
     "amsgrad": (adamw("AdamW amsgrad", amsgrad=True),),
+    "adadelta": (rarer("Adadelta", ("square_avg", "acc_delta"), rounded=("parameter", "acc_delta")),),
+    "adagrad": (rarer("Adagrad", ("sum",), others=("loop", "foreach", "fused")),),
+    "nadam": (rarer("NAdam", ("exp_avg", "exp_avg_sq")),),
+    "radam": (rarer("RAdam", ("exp_avg", "exp_avg_sq")),),
+    "rmsprop": (rarer("RMSprop", ("square_avg",), lr=1e-3),),
 }
+if TheirLion:
+    RULES["lion"] = (lion(),)
 
 
 def rule_of(row):
@@ -60,7 +88,8 @@ def rule_of(row):
 def loop(params, clip, rule):
     """Makes the article's loop: one parameter after the other, clip, then step. As all, returns optimizer and step."""
     kind, limit = clip
-    optimizer = rule.torch_class(params, **rule.settings, foreach=False)
+    one_by_one = {"foreach": False} if "foreach" in rule.others else {}
+    optimizer = rule.torch_class(params, **rule.settings, **one_by_one)
 
     def value_step():
         for p in params:

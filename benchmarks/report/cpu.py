@@ -108,10 +108,11 @@ def console(results):
     lines = [titles + ["host µs", "ns/tensor", "GB/s", "of the floor"]]
     for row in results["cases"]:
         own = table_row(row)
-        times_of_torch = [duration(row["us_per_step"][name]["median"]) for name in ("loop", "foreach", "fused")]
+        timed = row["us_per_step"]
+        of_torch = [duration(timed[name]["median"]) if name in timed else "" for name in ("loop", "foreach", "fused")]
         host = [duration(row["us_per_step"]["host"]["median"]), duration(row["host_ns_per_tensor"]["median"])]
         speed = [f"{row['gb_per_s']['median']:.1f}" if "gb_per_s" in row else ""]
-        lines.append([*own[:3], str(row["threads"]), *times_of_torch, *own[3:6], *host, *speed, own[6]])
+        lines.append([*own[:3], str(row["threads"]), *of_torch, *own[3:6], *host, *speed, own[6]])
     return "\n".join([circumstances(results), "", columns(lines), "", deviations(results)])
 
 

@@ -98,9 +98,9 @@ def test_a_clip_that_is_not_applied_is_a_disagreement(name, rule, monkeypatch):
 def test_lost_momentum_and_nan_are_disagreements():
     good = {"parameter": [torch.ones(2)], "momentum_buffer": [torch.ones(2)]}
     with pytest.raises(agreement.Disagreement, match="0 momentum_buffer tensors instead of 1"):
-        agreement.compare("x", good | {"momentum_buffer": []}, good, 1.0, 1.0)
+        agreement.compare("x", good | {"momentum_buffer": []}, good, 1.0)
     with pytest.raises(agreement.Disagreement, match="nan"):
-        agreement.compare("x", good | {"momentum_buffer": [torch.tensor([1.0, math.nan])]}, good, 1.0, 1.0)
+        agreement.compare("x", good | {"momentum_buffer": [torch.tensor([1.0, math.nan])]}, good, 1.0)
 
 
 def test_the_command_stops_at_a_disagreement(monkeypatch, capsys, tmp_path):
