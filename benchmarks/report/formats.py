@@ -29,7 +29,10 @@ def columns(lines):
 def deviations(results):
     """Returns how far the contenders' norm clips are from a step in float64, at most."""
     rows = [row["deviation"] for row in results["agreement"] if row["clip"] == "norm"]
-    largest = {name: max(row[name] for row in rows) for name in rows[0]} if rows else {"not checked": 0}
+    largest = {} if rows else {"not checked": 0}
+    for row in rows:
+        for name, value in row.items():
+            largest[name] = max(value, largest.get(name, 0))
     return "norm clip, off a float64 step by at most: " + ", ".join(f"{k} {v:.1g}" for k, v in largest.items())
 
 

@@ -149,6 +149,18 @@ def test_adamw_is_a_case_of_its_own(monkeypatch, capsys, tmp_path):
     assert "Medians; rule AdamW / AdamW amsgrad." in texts["benchmark:cpu-adamw-summary"]
 
 
+def test_rules_without_all_contenders_are_timed_against_those_there_are(monkeypatch, capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("lion_pytorch")
+    monkeypatch.setattr(timing, "BLOCK_SECONDS", 1e-6)
+    arguments = ["--model", "dnn", "--cases", "lion", "adagrad", "--threads", "1", "--rounds", "1"]
+    assert cpu.main([*arguments, "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "cpu.json").read_text())
+    timed = {row["rule"]: row["us_per_step"].keys() - {"host"} for row in found["cases"]}
+    assert timed == {"Lion": {"loop", "fastclip"}, "Adagrad": {"loop", "foreach", "fused", "fastclip"}}
+    assert "foreach" in capsys.readouterr().out
+
+
 def test_statistics_by_hand():
     assert timing.summary([5.0]) == {"median": 5.0, "p10": 5.0, "p90": 5.0}
     assert timing.summary([11.0 - i for i in range(11)]) == {"median": 6.0, "p10": 2.0, "p90": 10.0}
