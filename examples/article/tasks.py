@@ -29,11 +29,12 @@ class FrameTask:
 
     def __init__(self, recipe, speech, train, tests, seed):
         self.recipe = recipe
-        labels = FrameLabels([features for features, *_ in train], CLASSES, seed)
+        labels = FrameLabels([features.cpu() for features, *_ in train], CLASSES, seed)
 
         def frames(examples):
             features = [features for features, *_ in examples]
-            return torch.cat(features), torch.cat([labels(utterance) for utterance in features])
+            classes = torch.cat([labels(utterance.cpu()) for utterance in features])
+            return torch.cat(features), classes.to(features[0].device)
 
         self.features, self.labels = frames(train)
         self.tests = {name: frames(examples) for name, examples in tests.items()}
@@ -93,9 +94,9 @@ RECIPES = {
 }
 
 
-def make_tasks(recipes, speech, seed):
+def make_tasks(recipes, speech, seed, device="cpu"):
     """Returns a dict of tasks by name, on the same features of the same utterances."""
-    train, test, unheard = extract(speech, MELS, per_utterance=True)
+    train, test, unheard = extract(speech, MELS, per_utterance=True, device=device)
     tests = {"held out": test} if speech.kind == "own" else {"heard clips": test, "unheard voice": unheard}
     tests = {name: examples for name, examples in tests.items() if examples}
     return {name: TASKS[name](recipe, speech, train, tests, seed) for name, recipe in recipes.items()}
@@ -106,5 +107,5 @@ def fingerprint(task):
     digest = hashlib.sha256()
     for tensor in task.train_set:
         digest.update(str(tuple(tensor.shape)).encode())
-        digest.update(tensor.numpy().tobytes())
+        digest.update(tensor.cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -10,8 +10,9 @@ from .models import output_length
 BATCH = 16
 
 
-def extract(speech, mels=MELS, per_utterance=False):
-    """Features and targets: lists of (features, target, text) to train on, to test on, and of unheard voices.
+def extract(speech, mels=MELS, per_utterance=False, device="cpu"):
+    """Features and targets: lists of (features, target, text) to train on, to test on, and of unheard voices. The
+    tensors are on `device`.
 
     Features are normalised by mean and deviation of those to train on; `per_utterance` takes each utterance's own mean
     instead, which hides much of voice and microphone.
@@ -26,7 +27,11 @@ def extract(speech, mels=MELS, per_utterance=False):
     frames = iter(features)
     return [
         [
-            ((next(frames) - mean) / std, torch.tensor([1 + speech.symbols.index(s) for s in text]), text)
+            (
+                ((next(frames) - mean) / std).to(device),
+                torch.tensor([1 + speech.symbols.index(s) for s in text], device=device),
+                text,
+            )
             for text in (utterance.text for utterance in utterances)
         ]
         for utterances in sets
@@ -34,7 +39,9 @@ def extract(speech, mels=MELS, per_utterance=False):
 
 
 def collate(examples):
-    """Returns a batch: features, output lengths, targets end to end, and their lengths."""
+    """Returns a batch: features, output lengths, targets end to end, and their lengths. Lengths are on the CPU, where
+    torch's CTC loss needs them.
+    """
     features, targets, _ = zip(*examples, strict=True)
     lengths = torch.tensor([output_length(len(frames)) for frames in features])
     target_lengths = torch.tensor([len(target) for target in targets])

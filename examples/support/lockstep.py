@@ -1,4 +1,8 @@
-"""Runs that differ in clip and update alone: the same weights at the start, the same batches, in one loop."""
+"""Runs that differ in clip and update alone: the same weights at the start, the same batches, in one loop.
+
+On the CPU two arms with the same arithmetic stay equal to the bit. On a GPU they do not: torch's CTC loss adds up its
+gradients in no fixed order there.
+"""
 
 import copy
 import time
@@ -11,6 +15,18 @@ UNCLIPPED, LOOP, FASTCLIP = "no clipping", "Python loop", "fastclip"
 MEASURED = ("losses", "norms", "norm_steps", "clamped", "step_seconds", "update_seconds")
 
 
+def time_on(device):
+    """Returns the time after all work of the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def name_of(device):
+    """Returns the name of a GPU; "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
 class Arm:
     """One of the runs: a model, its optimizer, and its measurements."""
 
@@ -18,6 +34,7 @@ class Arm:
         self.name = name
         self.model = copy.deepcopy(model)
         self.params = list(self.model.parameters())
+        self.device = self.params[0].device
         self.make_optimizer = make_optimizer
         self.optimizer = make_optimizer(self.params)
         self.clip = clip
@@ -27,16 +44,16 @@ class Arm:
 
     def step(self, loss_of, measure_norm):
         """One step; its times are kept only where the norm, which warms the caches, was not taken."""
-        start = time.perf_counter()
+        start = time_on(self.device)
         self.optimizer.zero_grad()
         loss = loss_of(self.model)
         loss.backward()
         if measure_norm:
             self.norms.append(torch.nn.utils.get_total_norm([p.grad for p in self.params]).item())
             self.norm_steps.append(len(self.losses) + 1)
-        before_update = time.perf_counter()
+        before_update = time_on(self.device)
         self.update()
-        end = time.perf_counter()
+        end = time_on(self.device)
         if measure_norm and hasattr(self.optimizer, "clip_stats"):
             self.clamped.append(self.optimizer.clip_stats().clamped_fraction.item())
         if not measure_norm:
@@ -83,6 +100,11 @@ def step_all(arms, loss_of, taken):
     first = taken // 2 % len(arms)
     for arm in arms[first:] + arms[:first]:
         arm.step(loss_of, measure_norm=taken % 2 == 1)
+
+
+def stay_equal(device):
+    """Returns whether arms with the same arithmetic end at the same bits."""
+    return device.type == "cpu"
 
 
 def first_difference(one, other):

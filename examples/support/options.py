@@ -5,6 +5,8 @@ import contextlib
 import math
 from pathlib import Path
 
+import torch
+
 from .console import SpeechDataError
 
 
@@ -46,6 +48,21 @@ def add_seed_and_threads(parser):
     add = parser.add_argument
     add("--seed", type=number(int, 0), metavar="N", default=0, help="of data, model and order (default: %(default)s)")
     add("--threads", type=count, metavar="N", default=1, help="of torch (default: %(default)s)")
+
+
+def device(text):
+    """Parses a device that torch can use here."""
+    try:
+        found = torch.device(text)
+        torch.empty(1, device=found).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch names it; the first line is enough
+        raise argparse.ArgumentTypeError(f"{text!r}: {str(error).splitlines()[0]}") from None
+    return found
+
+
+def add_device(parser):
+    parser.add_argument("--device", type=device, metavar="D", default="cuda" if torch.cuda.is_available() else "cpu",
+        help="to train on: cpu, cuda, cuda:1, … (default: a GPU if there is one)")  # fmt: skip
 
 
 def make_folder(out):

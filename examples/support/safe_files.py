@@ -36,7 +36,7 @@ def save_checkpoint(path, content):
 def load_checkpoint(path):
     """Returns the content of a checkpoint, tensors and plain values only; raises SpeechDataError."""
     try:
-        return torch.load(path, weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise SpeechDataError(f"{path}: {error.strerror}") from None
     except Exception:  # whatever the damage leads the unpickler to

@@ -18,9 +18,9 @@ import torch
 
 from benchmarks.core import record
 from examples.speech.batches import BATCH
-from examples.support import safe_files
+from examples.support import lockstep, safe_files
 from examples.support.console import SpeechDataError, progress
-from examples.support.options import count, make_folder, make_parser
+from examples.support.options import add_device, count, make_folder, make_parser
 
 from . import page, plots
 from .cell import MODELS, MOMENTUM, Cell, load_data, train_cell
@@ -75,12 +75,12 @@ def fill(missing, rows, options, table):
     found = record.describe(options.arguments, "python -m studies.clipping")
     commit = (found["commit"] or "unknown") + ("+changes" if found["dirty"] else "")
     origin = {"torch": torch.__version__, "fastclip": found["versions"]["fastclip"],
-              "machine": found["machine"]["cpu"], "commit": commit}  # fmt: skip
+              "machine": machine_of(found, options.device), "commit": commit}  # fmt: skip
     data, loaded_seed, failed = None, None, 0
     with progress(total=len(missing), desc="study", unit="cell") as bar:
         for cell in missing:
             if cell.seed != loaded_seed:
-                data = load_data(options.data, options.cache, cell.seed, options.strings)
+                data = load_data(options.data, options.cache, cell.seed, options.strings, options.device)
                 keep_settings(options, data, found if loaded_seed is None else None)
                 loaded_seed = cell.seed
             threshold = "" if cell.threshold is None else f" {cell.threshold:g}"
@@ -89,6 +89,10 @@ def fill(missing, rows, options, table):
             failed += rows[-1]["diverged"]
             write_rows(table, rows)
             bar.update()
+
+
+def machine_of(found, device):
+    return found["machine"]["cpu"] if device.type == "cpu" else lockstep.name_of(device)
 
 
 def keep_settings(options, data, started):
@@ -131,6 +135,7 @@ def alone_in(folder):
 
 def parse_arguments(arguments=None):
     parser = make_parser("studies.clipping", __doc__, out="study_output")
+    add_device(parser)
     add = parser.add_argument
     add("--quick", action="store_true", help="a few cells: two learning rates, one threshold of each kind")
     add("--models", nargs="+", choices=MODELS, default=["gru", "cnn"], metavar="M",

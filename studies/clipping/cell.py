@@ -46,15 +46,19 @@ class Data:
     test: list
     unheard: list  # strings of a voice that is not in `train`; may be empty
 
+    @property
+    def device(self):
+        return self.train[0][0].device
 
-def load_data(folder, cache, seed, strings):
+
+def load_data(folder, cache, seed, strings, device="cpu"):
     """The recordings in `folder`, or else `strings` strings of digits of all voices but one, which is for a test.
 
     The other test has new strings of the trained voices: made of clips that are in the training strings, too.
     """
     if folder:
         speech = own_recordings(folder)
-        return Data(speech, *extract(speech))
+        return Data(speech, *extract(speech, device=device))
     kind, voices = digit_clips(cache)
     held_out = held_out_voice(voices, seed)
     known = [clips for voice, clips in voices.items() if voice != held_out]
@@ -64,7 +68,7 @@ def load_data(folder, cache, seed, strings):
     caption = f"{kind} digits, strings of 1 to {MAX_DIGITS}, {len(known)} voices"
     train, test = made[TEST_STRINGS:], made[:TEST_STRINGS]
     speech = Speech(kind, caption, DIGIT_RATE, list("0123456789"), train, test, unheard)
-    return Data(speech, *extract(speech))
+    return Data(speech, *extract(speech, device=device))
 
 
 def held_out_voice(voices, seed):
@@ -101,7 +105,7 @@ def train_cell(cell, data, epochs):
     """
     began = time.process_time()
     torch.manual_seed(cell.seed)
-    model = MODELS[cell.model](len(data.speech.symbols))
+    model = MODELS[cell.model](len(data.speech.symbols)).to(data.device)
     params = list(model.parameters())
     optimizer = make_optimizer(cell, params)
     order = torch.Generator().manual_seed(cell.seed)

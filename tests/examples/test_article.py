@@ -35,7 +35,7 @@ def no_picture(monkeypatch):
 
 
 def run_article(capsys, data, *more, out="out"):
-    code = article.main(["--data", str(data), "--out", str(data.parent / out), *more])
+    code = article.main(["--device", "cpu", "--data", str(data), "--out", str(data.parent / out), *more])
     return code, *capsys.readouterr()
 
 
@@ -115,6 +115,12 @@ def test_finished_run_resumes_to_its_table(folder, capsys, no_picture):
     assert [row[:40] for row in first.splitlines() if row.startswith("cnn")] == [
         row[:40] for row in again.splitlines() if row.startswith("cnn")
     ]
+
+
+def test_on_any_device(folder, capsys, no_picture, device):
+    code, out, said = run_article(capsys, folder, "--epochs", "1", "--device", device)
+    assert code == 0, said
+    assert ("agree in every bit" in out) == (device == "cpu")
 
 
 def test_second_ctrl_c_stops_at_once_and_leaves_the_checkpoint_of_the_epoch(folder, capsys, monkeypatch):

@@ -47,7 +47,7 @@ def tones(monkeypatch):
 
 def study(capsys, out, *more, options=TINY):
     try:
-        code = clipping_study.main([*options, "--out", str(out), *more])
+        code = clipping_study.main(["--device", "cpu", *options, "--out", str(out), *more])
     except SystemExit as stop:  # argparse
         code = stop.code
     return code, *capsys.readouterr()
@@ -91,6 +91,12 @@ def test_a_run_goes_on_where_it_was_interrupted(tmp_path, capsys, monkeypatch):
     assert results(tmp_path / "a") == results(tmp_path / "b")
     assert results(tmp_path / "a")[:2] == before
     assert len(json.loads((tmp_path / "a" / "clipping.json").read_text())["starts"]) == 2
+
+
+def test_on_any_device(tmp_path, capsys, device):
+    code, _, said = study(capsys, tmp_path, "--device", device)
+    assert code == 0, said
+    assert {row["machine"] for row in results(tmp_path)} != {""}
 
 
 def test_rows_table_and_pictures(tmp_path, capsys, monkeypatch):

@@ -14,6 +14,7 @@ from examples.speech import clips as speech_clips  # noqa: E402
 from examples.speech.batches import edit_distance, greedy_decode, word_error_rate  # noqa: E402
 from examples.speech.data import read_wav, resample  # noqa: E402
 from examples.speech.models import outputs_needed  # noqa: E402
+from examples.support import lockstep  # noqa: E402
 from tests.support.recordings import tone, write_recordings, write_wav  # noqa: E402
 
 
@@ -31,7 +32,7 @@ def same_threads_afterwards():
 
 def run_demo(capsys, data, *more):
     try:
-        code = speech_demo.main(["--data", str(data), "--out", str(data.parent / "out"), *more])
+        code = speech_demo.main(["--device", "cpu", "--data", str(data), "--out", str(data.parent / "out"), *more])
     except SystemExit as stop:  # argparse
         code = stop.code
     return code, *capsys.readouterr()
@@ -101,10 +102,14 @@ def test_file_instead_of_folder(folder, capsys):
     assert code == 2 and "u1.wav: not a folder" in said
 
 
-@pytest.mark.parametrize("option", [("--lr", "nan"), ("--epochs", "0"), ("--clip-value", "-1"), ("--threads", "x")])
+@pytest.mark.parametrize(
+    "option",
+    [("--lr", "nan"), ("--epochs", "0"), ("--clip-value", "-1"), ("--threads", "x")]
+    + [("--device", name) for name in ("gpu", "meta", "cuda:99")],
+)
 def test_bad_options(folder, capsys, option):
     code, _, said = run_demo(capsys, folder, *option)
-    assert code == 2 and option[0] in said and "Traceback" not in said
+    assert code == 2 and option[0] in said and repr(option[1]) in said and "Traceback" not in said
 
 
 def test_no_data_at_all_says_what_was_tried(tmp_path, capsys, monkeypatch):
@@ -149,7 +154,25 @@ def test_tiny_run(folder, capsys, lr):
     assert rows["fastclip"]["wer_percent"] == rows["Python loop"]["wer_percent"]
     assert report["curves"]["fastclip"]["loss"] == report["curves"]["Python loop"]["loss"]
     assert report["settings"]["identical_bits"] is True
+    assert report["settings"]["device"] == "cpu"
     assert report["data"]["kind"] == "own"
+
+
+def test_on_any_device(folder, capsys, device):
+    code, out, said = run_demo(capsys, folder, "--epochs", "2", "--device", device)
+    assert code == 0, said
+    assert ("agree in every bit" in out) == (device == "cpu")
+
+
+def test_a_gpu_is_the_default_if_there_is_one():
+    assert speech_demo.parse_arguments([]).device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_where_bits_may_differ_a_difference_is_no_error(folder, capsys, monkeypatch):
+    monkeypatch.setattr(lockstep, "stay_equal", lambda device: False)
+    monkeypatch.setattr("fastclip.SGD", lambda params, lr, momentum, clip_value: torch.optim.SGD(params, lr, momentum))
+    code, out, _ = run_demo(capsys, folder, "--epochs", "2")
+    assert code == 0 and "Bits are compared on the CPU only" in out
 
 
 def test_a_difference_is_an_error(folder, capsys, monkeypatch):
