@@ -1,6 +1,7 @@
 """Gradient clipping and the optimizer update of all parameters, in one pass over memory."""
 
 from ._extension import build_info
+from .accumulation import clipped_accumulation
 from .adadelta import Adadelta
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
@@ -29,5 +30,6 @@ __all__ = [
     "build_info",
     "clip_grad_norm_",
     "clip_grad_value_",
+    "clipped_accumulation",
     "step_in_backward",
 ]

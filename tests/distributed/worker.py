@@ -89,7 +89,17 @@ def run_cases(cases, store, save):
 
 
 def main():
-    from . import checkpoints, disagreement, in_deepspeed, models, pieces, placements, scalers  # noqa: F401  which fill CASES
+    # These fill CASES.
+    from . import (  # noqa: F401
+        accumulation,
+        checkpoints,
+        disagreement,
+        in_deepspeed,
+        models,
+        pieces,
+        placements,
+        scalers,
+    )
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", choices=["gloo", "nccl"], default="gloo")

@@ -11,7 +11,14 @@ import torch
 from .pages import DOCUMENTS, ROOT, blocks_of, namespace, python_of, run
 
 SCRIPTS = ["docs/distributed.md"]  # under torchrun
-PAGES = ["docs/api.md", "docs/logging.md", "docs/precision.md", "docs/step_in_backward.md", "docs/trainers.md"]
+PAGES = [
+    "docs/accumulation.md",
+    "docs/api.md",
+    "docs/logging.md",
+    "docs/precision.md",
+    "docs/step_in_backward.md",
+    "docs/trainers.md",
+]
 
 
 def test_all_python_code_of_the_documents_is_run_here():
