@@ -98,15 +98,12 @@ class clipped_accumulation:  # noqa: N801  a context manager, named as torch nam
     def skipped(self) -> torch.Tensor:
         return self._sum.skipped_steps
 
-    def _params(self):
-        return [p for group in self._optimizer.param_groups for p in group["params"]]
-
     def __enter__(self) -> "clipped_accumulation":
         if self._before is not None:
             raise RuntimeError("this clipped_accumulation is at work already: leave it before it is entered again")
         if isinstance(self._optimizer, ClippedOptimizer) and self._optimizer._in_backward is not None:
             raise RuntimeError("clipped_accumulation needs gradients, and step_in_backward keeps none")
-        self._before = {p: p.grad for p in self._params()}
+        self._before = {p: p.grad for group in self._optimizer.param_groups for p in group["params"]}
         for p in self._before:
             p.grad = None
         return self

@@ -110,7 +110,7 @@ def console(results):
         own = table_row(row)
         timed = row["us_per_step"]
         of_torch = [duration(timed[name]["median"]) if name in timed else "" for name in ("loop", "foreach", "fused")]
-        host = [duration(row["us_per_step"]["host"]["median"]), duration(row["host_ns_per_tensor"]["median"])]
+        host = [duration(timed["host"]["median"]), duration(row["host_ns_per_tensor"]["median"])]
         speed = [f"{row['gb_per_s']['median']:.1f}" if "gb_per_s" in row else ""]
         lines.append([*own[:3], str(row["threads"]), *of_torch, *own[3:6], *host, *speed, own[6]])
     return "\n".join([circumstances(results), "", columns(lines), "", deviations(results)])

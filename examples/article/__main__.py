@@ -137,8 +137,8 @@ def run(options):
     files = report.save(options.out, rows, speech.caption, settings, command)
     picture = report.draw(options.out, arms_of, rows, tests, speech.caption)
     print(f"{', '.join(map(str, [*files, picture]))} ({time.perf_counter() - began:.0f} s in all)")
-    if not lockstep.stay_equal(options.device):
-        print(f"Bits are compared on the CPU only: on {options.device} torch's CTC loss adds up in no fixed order.")
+    if reason := lockstep.why_not_equal(options.device):
+        print(reason)
         return 0
     for name, difference in differences.items():
         if difference is not None:

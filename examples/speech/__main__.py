@@ -94,8 +94,8 @@ def run(options):
     command = shlex.join(["python", "-m", "examples.speech", *options.arguments])
     report.save(numbers, rows, arms, speech, settings, command)
     print(f"{picture}, {numbers} ({time.perf_counter() - began:.0f} s in all)")
-    if not lockstep.stay_equal(options.device):
-        print(f"Bits are compared on the CPU only: on {options.device} torch's CTC loss adds up in no fixed order.")
+    if reason := lockstep.why_not_equal(options.device):
+        print(reason)
         return 0
     if difference is not None:
         print(f"error: the Python loop and fastclip differ: {difference}", file=sys.stderr)
