@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "rules/clip.h"
+#include "rules/decision.h"
 #include "rules/rules.h"
 
 namespace fastclip {
@@ -14,11 +15,11 @@ namespace fastclip {
 // So the norm has the same bits on any number of threads. A GPU's unit is the tile, see cuda/table.cuh.
 constexpr int64_t kChunk = 4096;
 
-// One tensor with a gradient. All its arrays have the same element order in memory.
+// One tensor. All its arrays have the same element order in memory.
 struct TensorEntry {
   void* param;    // the array that the rule updates: the parameter, its master weights, or the gradient itself
   void* rounded;  // the 16-bit parameter that master weights are rounded to, or nullptr
-  void* grad;
+  void* grad;     // nullptr: the tensor stays as it is, and only its norm is measured
   void* states[kMaxStates];  // nullptr where the rule, or the group, has no such state
   void* step;                // the tensor's count of steps, or nullptr. The step reads it and counts it up
   void* scalar;              // the rule's number, or nullptr. The step reads it and replaces it
@@ -34,6 +35,7 @@ struct TensorEntry {
   bool uniform : 1;   // all arrays have the dtype of `param`, and none is rounded at random
   bool step_is_float64 : 1;
   bool scalar_is_float64 : 1;
+  bool param_is_measured : 1;  // its part of Step::param_measures is right
 };
 
 static_assert(sizeof(TensorEntry) == 96, "a step walks over all of them, up to three times");
@@ -76,13 +78,14 @@ struct Step {
   Rules::Id rule;
   Passes passes = Passes::all;
   Norm norm = Norm::none;  // none: nothing is measured, and gradients are read once
-  double max_norm = 0;
+  Limits limits;
   bool skip_nonfinite = false;  // change nothing if the measure met an inf or NaN
   std::vector<TensorEntry> tensors;
   std::vector<Hyper> hypers;
   int64_t chunks = 0;
   int64_t elements = 0;
   int64_t clampable = 0;      // number of elements under a value clip
+  bool has_unmeasured_params = false;  // some tensor's `param_is_measured` is false
   bool has_step_counts = false;  // some tensor has a `step`; `outcome` is set then
   // Device memory, borrowed for the call.
   const float* grad_scale = nullptr;  // AMP: gradients are divided by it
@@ -92,7 +95,10 @@ struct Step {
   // is not skipped. nullptr without a value clip.
   double* clamped = nullptr;
   Measure* measures = nullptr;    // scratch memory for a norm: one per chunk on the CPU, Needs::measures on a GPU
-  const Measure* sums = nullptr;  // for Passes::update: the `sum` of each part's outcome, in device memory
+  // With Limits::measures_params: the measure of each chunk, or tile, of the parameters. An update writes what it makes
+  // of them, and the next step reads that. As long as tensors have the same chunks, or Needs::layout is the same.
+  Measure* param_measures = nullptr;
+  const Sums* sums = nullptr;     // for Passes::update: the sums of each part's outcome, in device memory
   int parts = 1;                  // number of these sums
   bool counts_skips = true;       // exactly one part of a step counts skipped steps
 };
@@ -124,6 +130,8 @@ constexpr int kMaxBlocks = 4096;
 // The memory that the host must allocate for a step.
 struct Needs {
   int64_t measures;     // number of Measures, for a norm
+  int64_t param_measures;  // number of Measures of the parameters
+  uint64_t layout;      // a hash of the places of each tensor's measures, not 0
   int64_t table_bytes;  // 0: the table fits into the kernel arguments
 };
 Needs needs(const Step& step);

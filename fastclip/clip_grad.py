@@ -10,8 +10,9 @@ from ._extension import _C
 from .distributed import is_dtensor, local_shards, place_gradients, reduction_of, total_measure
 from .eager import eager
 from .plain.checks import check_clip
+from .plain.limits import scaling_of, sums_of
 from .plain.measure import norm_of
-from .plain.step import bounds, measure_of_all, scaled, scaling_of
+from .plain.step import bounds, scaled, sums_of_all
 from .reasons import named, negative, not_a_number
 
 
@@ -138,7 +139,8 @@ def clip_grad_norm_(
             clipped = _with_unique_grads([local[p] for p in parameters])
             grads = [p.grad for p in clipped]
             if norm_type in (2.0, math.inf):
-                measure, _ = measure_of_all(clipped, grads, norm_type, None, reductions)
+                measure_among = functools.partial(sums_of, dict(zip(clipped, grads, strict=True)), None, None, norm_type)
+                measure, _ = sums_of_all(measure_among, clipped, norm_type, None, reductions)
                 norm = norm_of(measure, norm_type)
             else:
                 norm = torch.nn.utils.get_total_norm(

@@ -17,14 +17,18 @@ class ClipStats(NamedTuple):
 
     Attributes:
         total_norm (float64): norm of all gradients, after a value clip and before the norm clip; None without
-            `max_norm`.
+            `max_norm`, `max_change` and `max_relative_change`.
         clip_coefficient (float64): factor of the norm clip, min(1, max_norm / (total_norm + 1e-6)) as in
-            `torch.nn.utils.clip_grad_norm_`; 1 if it left the gradients alone. None without `max_norm`.
+            `torch.nn.utils.clip_grad_norm_`, or that of a limit on the change, if it is smaller; 1 if the gradients
+            were left alone. None where `total_norm` is.
         clamped_fraction (float64): fraction of the elements under a `clip_value` that were outside its bounds, from 0
             to 1. A NaN, which `clamp_` leaves alone, does not count. 0 in a skipped step; None if no group has a
             `clip_value`, or only infinite ones.
         skipped (bool): whether the step was skipped, by `skip_nonfinite` or by AMP.
         skipped_steps (int64): number of skipped steps, see `optimizer.skipped_steps`.
+        change (float64): norm of the change that the gradients, after all clips, make in the end, see `max_change` of
+            `fastclip.SGD`; in the parameters' units. 0 in a skipped step; None without `max_change` and
+            `max_relative_change`.
 
     Example:
         >>> opt = fastclip.SGD(model.parameters(), lr=0.1, max_norm=5.0)
@@ -38,6 +42,7 @@ class ClipStats(NamedTuple):
     clamped_fraction: torch.Tensor | None
     skipped: torch.Tensor
     skipped_steps: torch.Tensor
+    change: torch.Tensor | None = None
 
 
 @torch.no_grad()

@@ -86,27 +86,28 @@ def total_measure(reductions, measures, norm_type, found_inf=None):
 
     Args:
         reductions (list of Reduction): each once, in the order of the parameters.
-        measures (list of (Reduction or None, Tensor)): measures of this rank's elements, float64 [3] as in
-            csrc/rules/clip.h.
+        measures (list of (Reduction or None, Tensor)): measures of this rank's elements, as in csrc/rules/measure.h;
+            float64, all of the same length, 3 for each measure.
         norm_type (float): 2 or inf.
         found_inf (Tensor, optional): AMP's; given on all ranks or on none.
 
     Returns:
-        (Tensor, Tensor or None): the measure of all parameters, [3], and whether any rank has found an inf, [1]. All
+        (Tensor, Tensor or None): the measures of all parameters, and whether any rank has found an inf, [1]. All
         ranks get the same.
     """
+    length = len(measures[0][1])
     by_reduction = {reduction: [] for reduction in reductions}
     for reduction, measure in measures:
         by_reduction.setdefault(reduction or Reduction(), []).append(measure)
-    rows = {r: _sum(parts, norm_type, _device_of(r, parts)) for r, parts in by_reduction.items()}
+    rows = {r: _sum(parts, length, norm_type, _device_of(r, parts)) for r, parts in by_reduction.items()}
     flag = torch.zeros(0, device="cpu") if found_inf is None else found_inf.detach().reshape(1)
     for group, device_type in dict.fromkeys((group, r.device_type) for r in reductions for group in r.groups):
         members = [r for r in rows if group in r.groups and r.device_type == device_type]
         own = torch.cat([*(rows[r] for r in members), flag.to(rows[members[0]])])
-        *summed, flag = _all_reduced(own, norm_type, group).split([3] * len(members) + [flag.numel()])
+        *summed, flag = _all_reduced(own, norm_type, group).split([length] * len(members) + [flag.numel()])
         rows.update(zip(members, summed, strict=True))
     device = next(iter(rows.values())).device
-    return _sum(list(rows.values()), norm_type, device), None if found_inf is None else flag.to(found_inf)
+    return _sum(list(rows.values()), length, norm_type, device), None if found_inf is None else flag.to(found_inf)
 
 
 def _device_of(reduction, measures):
@@ -116,9 +117,9 @@ def _device_of(reduction, measures):
     return measures[0].device
 
 
-def _sum(measures, norm_type, device):
+def _sum(measures, length, norm_type, device):
     """Adds measures up in their order, so that all ranks get the same bits."""
-    total = torch.zeros(3, dtype=torch.float64, device=device)
+    total = torch.zeros(length, dtype=torch.float64, device=device)
     for measure in measures:
         total = combined(total, measure.to(device, non_blocking=device.type == "cuda"), norm_type)
     return total
@@ -206,7 +207,8 @@ def step_on_shards(step, numbers, groups, state, *amp):
         local_state = defaultdict(dict)
         for param in local.keys() & state.keys():
             local_state[local[param]] = {name: local_of(value) for name, value in state[param].items()}
-        stats = step(local_groups, local_state, *amp, reductions)
+        numels = {shard: param.numel() for param, shard in local.items()}
+        stats = step(local_groups, local_state, *amp, reductions, numels)
     for param, shard in local.items():
         for name, value in local_state.get(shard, {}).items():
             if state[param].get(name) is None:

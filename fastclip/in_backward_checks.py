@@ -70,11 +70,12 @@ def check_settings(optimizer):
     """Refuses settings that need all gradients first. Runs at each pass, as settings can be changed, and loaded."""
     optimizer._complete(optimizer.param_groups)
     for index, group in enumerate(optimizer.param_groups):
-        if group["max_norm"] is not None:
-            raise ValueError(
-                f"step_in_backward can't apply the max_norm of param_groups[{index}]: the norm is that of all "
-                "gradients, and known when all are there; clip_value is applied to each by itself"
-            )
+        for limit in ("max_norm", "max_change", "max_relative_change"):
+            if group[limit] is not None:
+                raise ValueError(
+                    f"step_in_backward can't apply the {limit} of param_groups[{index}]: the norm is that of all "
+                    "gradients, and known when all are there; clip_value is applied to each by itself"
+                )
         if group["skip_nonfinite"]:
             raise ValueError(
                 f"step_in_backward can't apply the skip_nonfinite of param_groups[{index}]: the last gradient may be "

@@ -19,7 +19,7 @@ from .pieces import Given
 from .plain import step as plain
 from .plain.masters import undone
 from .reasons import name_of, not_shared
-from .settings import OWN_SETTINGS, SHARED_SETTINGS
+from .settings import OWN_SETTINGS, SHARED_SETTINGS, of_all_gradients
 
 
 class ClippedOptimizer(torch.optim.Optimizer):
@@ -94,7 +94,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
         params = group["params"] if isinstance(group["params"], (list, set)) else [group["params"]]
         self._engine.check_group({**group, "params": []}, index)
         tensors = [p[1] if isinstance(p, tuple) else p for p in params]
-        of_all_ranks = [name for name in ("max_norm", "skip_nonfinite") if group[name] not in (None, False)]
+        of_all_ranks = of_all_gradients(group)
         if of_all_ranks and any(hasattr(p, "_fsdp_flattened") for p in tensors):
             raise TypeError(
                 f"{of_all_ranks[0]} can't be applied to param_groups[{index}]: each rank of FullyShardedDataParallel "
@@ -200,7 +200,10 @@ class ClippedOptimizer(torch.optim.Optimizer):
         return stats._replace(skipped_steps=self.skipped_steps)
 
     def _stats_of_call(self):
-        return self._reference_stats or clip_stats.ClipStats(*self._engine.clip_stats(), None)
+        if self._reference_stats:
+            return self._reference_stats
+        *others, change = self._engine.clip_stats()
+        return clip_stats.ClipStats(*others, None, change)
 
     def first_nonfinite(self) -> str | None:
         """Names the first parameter whose gradient holds an inf or NaN, as 'parameter 3 of group 0', with its name if

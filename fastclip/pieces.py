@@ -5,6 +5,8 @@ import sys
 
 import torch
 
+from .settings import of_all_gradients
+
 _is_initialized = torch.distributed.is_initialized if torch.distributed.is_available() else bool
 
 
@@ -36,8 +38,8 @@ class Given:
         """
         if not groups:
             return
-        max_norm = groups[0].get("max_norm")
-        if max_norm is None and not groups[0].get("skip_nonfinite") or not _is_initialized():
+        settings = of_all_gradients(groups[0])
+        if not settings or not _is_initialized():
             return
         lists = [group["params"] for group in groups]
         lengths = list(map(len, lists))
@@ -47,9 +49,8 @@ class Given:
         if _may_be_pieces() and any(self._sizes.get(id(param)) != param.numel() for param in here):
             elements = sum(map(_numel, here))
             if elements < self._trained:
-                setting = "skip_nonfinite" if max_norm is None else "max_norm"
                 raise TypeError(
-                    f"{setting} can't be applied: param_groups no longer holds the tensors that the optimizer was "
+                    f"{settings[0]} can't be applied: param_groups no longer holds the tensors that the optimizer was "
                     f"given, but others with {elements} of their {self._trained} elements. DeepSpeed's ZeRO exchanges "
                     "them so, and each rank would clip or skip by its own piece: leave the setting out, and set "
                     "gradient_clipping in DeepSpeed's configuration. If this is all that is trained, make the "

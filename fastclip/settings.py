@@ -11,13 +11,17 @@ OWN_SETTINGS = {
     "clip_value": None,
     "max_norm": None,
     "norm_type": 2.0,
+    "max_change": None,
+    "max_relative_change": None,
     "skip_nonfinite": False,
     "master_weights": False,
     "stochastic_rounding": False,
     "rounding_seed": 0,
     "momentum_dtype": None,
 }
-SHARED_SETTINGS = ("max_norm", "norm_type", "skip_nonfinite")  # the same in all groups
+# They look at all gradients, and are the same in all groups.
+OF_ALL_GRADIENTS = ("max_norm", "max_change", "max_relative_change", "skip_nonfinite")
+SHARED_SETTINGS = (*OF_ALL_GRADIENTS, "norm_type")
 
 
 class ClipSettings(TypedDict, total=False):
@@ -26,11 +30,18 @@ class ClipSettings(TypedDict, total=False):
     clip_value: float | tuple[float, float] | None
     max_norm: float | None
     norm_type: float
+    max_change: float | None
+    max_relative_change: float | None
     skip_nonfinite: bool
     master_weights: bool
     stochastic_rounding: bool
     rounding_seed: int
     momentum_dtype: torch.dtype | None
+
+
+def of_all_gradients(group):
+    """Names the settings of a group that look at all gradients."""
+    return [name for name in OF_ALL_GRADIENTS if group.get(name) not in (None, False)]
 
 
 Init = TypeVar("Init", bound=Callable[..., Any])

@@ -11,8 +11,9 @@
 namespace fastclip::cpu {
 namespace {
 
-using UpdateLoop = int64_t (*)(const TensorEntry&, int64_t begin, int64_t size, const Constants&);
+using UpdateLoop = Updated (*)(const TensorEntry&, int64_t begin, int64_t size, const Constants&);
 using MeasureLoop = void (*)(const TensorEntry&, int64_t begin, int64_t size, const Clip<double>&, Measure&);
+using ParamsLoop = Measure (*)(const TensorEntry&, int64_t begin, int64_t size, Norm);
 
 // The storage of a tensor's arrays. staged: 16-bit or mixed arrays, which go through float32 block by block.
 enum class Storage { float32, float64, staged };
@@ -43,6 +44,7 @@ constexpr auto kFirstLoop = [] {
 struct LoopTable {
   UpdateLoop updates[kNumStorages][count_of_loops()];
   MeasureLoop measures[kNumDTypes][2][3];  // by dtype, inf norm or not, Seen
+  ParamsLoop params[2];  // float64 or not
 
   UpdateLoop update(Rules::Id rule, const TensorEntry& tensor, Terms terms) const {
     return updates[static_cast<int>(storage_of(tensor))][kFirstLoop[rule.index()] + terms];
@@ -66,7 +68,7 @@ struct LoopTable {
       size == kBlock ? round_block<Stored>(to, at, kBlock, from, key) : round_block<Stored>(to, at, size, from, key);  \
     }                                                                                                                  \
     template <Storage kStorage, class R, Terms kTerms>                                                                 \
-    TARGET static int64_t update(const TensorEntry& t, int64_t begin, int64_t size, const Constants& c) {              \
+    TARGET static Updated update(const TensorEntry& t, int64_t begin, int64_t size, const Constants& c) {              \
       if constexpr (kStorage == Storage::staged) return update_staged<NAME, R, kTerms>(t, begin, size, c);             \
       using T = std::conditional_t<kStorage == Storage::float64, double, float>;                                       \
       return update_uniform<T, R, kTerms>(t, begin, size, c);                                                          \
@@ -74,6 +76,10 @@ struct LoopTable {
     template <class Stored, Norm kNorm, Seen kSeen>                                                                    \
     TARGET static void measure(const TensorEntry& t, int64_t begin, int64_t size, const Clip<double>& c, Measure& m) { \
       measure_loop<NAME, Stored, kNorm, kSeen>(t, begin, size, c, m);                                                  \
+    }                                                                                                                  \
+    template <class T>                                                                                                 \
+    TARGET static Measure measure_params_of(const TensorEntry& t, int64_t begin, int64_t size, Norm norm) {            \
+      return measure_params<NAME, T>(t, begin, size, norm);                                                            \
     }                                                                                                                  \
   };
 
@@ -122,6 +128,8 @@ constexpr LoopTable make_loops() {
   fill_dtype<Set, double>(table, DType::float64);
   fill_dtype<Set, BFloat16>(table, DType::bfloat16);
   fill_dtype<Set, Float16>(table, DType::float16);
+  table.params[0] = Set::template measure_params_of<float>;
+  table.params[1] = Set::template measure_params_of<double>;
   return table;
 }
 

@@ -32,6 +32,13 @@ struct Constants {
   bool stochastic_rounding;
   uint32_t rounding_seed;
   uint32_t step;  // the number of this step; 0 if steps are not counted
+  Norm params_norm = Norm::none;  // none: the parameters are not measured
+};
+
+// What an update tells of a chunk.
+struct Updated {
+  int64_t clamped = 0;  // number of elements that the value clip changed
+  Measure params{};
 };
 
 template <class R, class T>
@@ -52,6 +59,32 @@ FASTCLIP_HD void prefetch(const Stored* from, int64_t count, int64_t bytes_ahead
   const char* ahead = reinterpret_cast<const char*>(from) + bytes_ahead;
   for (int64_t byte = 0; byte < count * int64_t{sizeof(Stored)}; byte += kCacheLine) __builtin_prefetch(ahead + byte);
 }
+
+// Many sums, added up in a fixed order: the number of lanes is the same on every instruction set, and so are the bits.
+template <Norm kNorm, bool kFloat64, int kLanes>
+struct LaneSums {
+  static constexpr int kWide = kFloat64 && kNorm == Norm::two ? kLanes : 1;  // lanes of the two sums of float64 alone
+  double small[kWide] = {}, medium[kLanes] = {}, big[kWide] = {};
+
+  template <class T>
+  FASTCLIP_HD void add(int lane, T x) {
+    measure<kNorm, kFloat64>(small[lane % kWide], medium[lane], big[lane % kWide], double{x});
+  }
+
+  FASTCLIP_HD Measure total() {
+    for (int half = kLanes / 2; half > 0; half /= 2) {
+      for (int lane = 0; lane < half; ++lane) {
+        medium[lane] =
+            kNorm == Norm::inf ? larger(medium[lane], medium[lane + half]) : medium[lane] + medium[lane + half];
+        if constexpr (kWide > 1) {
+          small[lane] += small[lane + half];
+          big[lane] += big[lane + half];
+        }
+      }
+    }
+    return {small[0], medium[0], big[0]};
+  }
+};
 
 // Elements per inner block. Clamped elements are counted per block, in a register as wide as the data; compilers would
 // keep a running total in memory.
@@ -86,9 +119,30 @@ FASTCLIP_HD int64_t update_block(T* params, const T* grads, T* const* states, in
   return clamped;
 }
 
-// Updates elements [begin, begin + size) of a tensor whose arrays all have the compute type.
+// Adds a block of parameters to their measure: an update, while the block is in the innermost cache, and a pass over
+// the parameters alone, with the same bits.
+template <Norm kNorm, class T>
+FASTCLIP_HD Measure measure_block_as(const T* params, int64_t size) {
+  constexpr int kParamLanes = 16;
+  LaneSums<kNorm, std::is_same_v<T, double>, kParamLanes> sums;
+  int64_t i = 0;
+  for (; i + kParamLanes <= size; i += kParamLanes) {
+    for (int lane = 0; lane < kParamLanes; ++lane) sums.add(lane, params[i + lane]);
+  }
+  for (int lane = 0; i < size; ++i, ++lane) sums.add(lane, params[i]);
+  return sums.total();
+}
+template <class T>
+FASTCLIP_HD void measure_block(Norm norm, const T* params, int64_t size, Measure& measure) {
+  const bool full = size == kBlock;  // its loop has a fixed length
+  if (norm == Norm::inf) return combine(norm, measure, measure_block_as<Norm::inf>(params, size));
+  combine(norm, measure, full ? measure_block_as<Norm::two>(params, kBlock) : measure_block_as<Norm::two>(params, size));
+}
+
+// Updates elements [begin, begin + size) of a tensor whose arrays all have the compute type. Where parameters are
+// measured, these are one chunk.
 template <class T, class R, Terms kTerms>
-FASTCLIP_HD int64_t update_uniform(const TensorEntry& tensor, int64_t begin, int64_t size, const Constants& all) {
+FASTCLIP_HD Updated update_uniform(const TensorEntry& tensor, int64_t begin, int64_t size, const Constants& all) {
   constexpr uint32_t kWrites = R::writes(kTerms);
   const auto clip = converted<Clip<T>>(all.clip);
   const auto constants = constants_as<R, T>(all);
@@ -99,7 +153,14 @@ FASTCLIP_HD int64_t update_uniform(const TensorEntry& tensor, int64_t begin, int
   const auto at = [&](int64_t i, T*(&moved)[kMaxStates]) __attribute__((always_inline)) {
     for (int s = 0; s < kMaxStates; ++s) moved[s] = states[s] + (has(kWrites, s) ? i : 0);
   };
-  int64_t i = 0, clamped = 0;
+  Updated updated;
+  const auto update = [&](int64_t i, T* const* moved, int64_t count) __attribute__((always_inline)) {
+    updated.clamped += update_block<T, R, kTerms>(params + i, grads + i, moved, count, clip, constants);
+    if constexpr (R::kLimitsChange) {
+      if (all.params_norm != Norm::none) measure_block(all.params_norm, params + i, count, updated.params);
+    }
+  };
+  int64_t i = 0;
   for (; i + kBlock <= size; i += kBlock) {
     T* moved[kMaxStates];
     at(i, moved);
@@ -108,11 +169,12 @@ FASTCLIP_HD int64_t update_uniform(const TensorEntry& tensor, int64_t begin, int
     for (int s = 0; s < kMaxStates; ++s) {
       if (has(kWrites, s)) prefetch(moved[s], kBlock);
     }
-    clamped += update_block<T, R, kTerms>(params + i, grads + i, moved, kBlock, clip, constants);
+    update(i, moved, kBlock);
   }
   T* moved[kMaxStates];
   at(i, moved);
-  return clamped + update_block<T, R, kTerms>(params + i, grads + i, moved, size - i, clip, constants);
+  update(i, moved, size - i);
+  return updated;
 }
 
 // Reads, writes or rounds a block of an array of float32 or a narrower dtype; the block is float32.
@@ -155,13 +217,13 @@ void round_any(DType dtype, void* to, int64_t at, int64_t size, const float* fro
 // Does the same for a tensor with 16-bit arrays, or with a mixture of these and float32. It brings one block at a time
 // to float32, in the innermost cache.
 template <class Set, class R, Terms kTerms>
-FASTCLIP_HD int64_t update_staged(const TensorEntry& tensor, int64_t begin, int64_t size, const Constants& all) {
+FASTCLIP_HD Updated update_staged(const TensorEntry& tensor, int64_t begin, int64_t size, const Constants& all) {
   constexpr uint32_t kReads = R::reads(kTerms), kWrites = R::writes(kTerms);
   const auto clip = converted<Clip<float>>(all.clip);
   const auto constants = constants_as<R, float>(all);
   alignas(kCacheLine) float params[kBlock], grads[kBlock], states[kMaxStates][kBlock];
   float* const rows[kMaxStates] = {states[0], states[1], states[2]};
-  int64_t clamped = 0;
+  Updated updated;
   for (const int64_t end = begin + size; begin < end; begin += kBlock) {
     const int64_t count = end - begin < kBlock ? end - begin : kBlock;
     const auto write = [&](int array, DType dtype, void* to, const float* from) {
@@ -174,17 +236,39 @@ FASTCLIP_HD int64_t update_staged(const TensorEntry& tensor, int64_t begin, int6
     for (int s = 0; s < kMaxStates; ++s) {
       if (has(kReads, s)) read_any<Set>(tensor.state_dtypes[s], tensor.states[s], begin, count, states[s]);
     }
-    clamped += update_block<float, R, kTerms>(params, grads, rows, count, clip, constants);
+    updated.clamped += update_block<float, R, kTerms>(params, grads, rows, count, clip, constants);
     write(0, tensor.dtype, tensor.param, params);
     if (tensor.rounded) write_any<Set>(tensor.rounded_dtype, tensor.rounded, begin, count, params);
     for (int s = 0; s < kMaxStates; ++s) {
       if (has(kWrites, s)) write(1 + s, tensor.state_dtypes[s], tensor.states[s], states[s]);
     }
+    if constexpr (R::kLimitsChange) {
+      if (all.params_norm == Norm::none) continue;
+      read_any<Set>(tensor.dtype, tensor.param, begin, count, params);  // as they were rounded
+      measure_block(all.params_norm, params, count, updated.params);
+    }
   }
-  return clamped;
+  return updated;
 }
 
-// The number of lanes in which a chunk is summed. It is the same on every instruction set, and so are the bits.
+// Measures the parameters of a chunk, in blocks as an update does.
+template <class Set, class T>
+FASTCLIP_HD Measure measure_params(const TensorEntry& tensor, int64_t begin, int64_t size, Norm norm) {
+  Measure measure{};
+  for (const int64_t end = begin + size; begin < end; begin += kBlock) {
+    const int64_t count = end - begin < kBlock ? end - begin : kBlock;
+    if constexpr (std::is_same_v<T, double>) {
+      measure_block(norm, static_cast<const double*>(tensor.param) + begin, count, measure);
+    } else {
+      alignas(kCacheLine) float params[kBlock];
+      read_any<Set>(tensor.dtype, tensor.param, begin, count, params);
+      measure_block(norm, params, count, measure);
+    }
+  }
+  return measure;
+}
+
+// The number of lanes in which a chunk of gradients is summed.
 constexpr int kLanes = 32;
 // The number of streams in which a whole chunk is read: one core keeps more lines in flight over several pages.
 constexpr int kStreams = 4;
@@ -200,8 +284,7 @@ FASTCLIP_HD void measure_loop(const TensorEntry& tensor, int64_t begin, int64_t 
   constexpr bool kFloat64 = std::is_same_v<Stored, double>;
   const auto clip = converted<Clip<T>>(group_clip);
   const auto* const grads = static_cast<const Stored*>(tensor.grad) + begin;
-  constexpr int kWide = kFloat64 && kNorm == Norm::two ? kLanes : 1;  // lanes of the two sums that only float64 needs
-  double small[kWide] = {}, medium[kLanes] = {}, big[kWide] = {};
+  LaneSums<kNorm, kFloat64, kLanes> sums;
   const auto add = [&](const Stored* from) __attribute__((always_inline)) {
     T x[kLanes];
     constexpr bool kHalves = std::is_same_v<Stored, Float16>;
@@ -210,9 +293,7 @@ FASTCLIP_HD void measure_loop(const TensorEntry& tensor, int64_t begin, int64_t 
       if constexpr (!kHalves) x[lane] = load(from[lane]);
       if constexpr (kSeen != Seen::raw) x[lane] = clip.measured(x[lane], kSeen == Seen::clipped_or_nonfinite);
     }
-    for (int lane = 0; lane < kLanes; ++lane) {
-      measure<kNorm, kFloat64>(small[lane % kWide], medium[lane], big[lane % kWide], double{x[lane]});
-    }
+    for (int lane = 0; lane < kLanes; ++lane) sums.add(lane, x[lane]);
   };
   int64_t i = 0;
   if (size == kChunk) {
@@ -229,19 +310,9 @@ FASTCLIP_HD void measure_loop(const TensorEntry& tensor, int64_t begin, int64_t 
   for (; i + kLanes <= size; i += kLanes) add(grads + i);
   for (int lane = 0; i < size; ++i, ++lane) {
     const T x = clip.measured(load(grads[i]), kSeen == Seen::clipped_or_nonfinite);
-    measure<kNorm, kFloat64>(small[lane % kWide], medium[lane], big[lane % kWide], double{x});
+    sums.add(lane, x);
   }
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int lane = 0; lane < half; ++lane) {
-      medium[lane] =
-          kNorm == Norm::inf ? larger(medium[lane], medium[lane + half]) : medium[lane] + medium[lane + half];
-      if constexpr (kWide > 1) {
-        small[lane] += small[lane + half];
-        big[lane] += big[lane + half];
-      }
-    }
-  }
-  result = {small[0], medium[0], big[0]};
+  result = sums.total();
 }
 
 }  // namespace

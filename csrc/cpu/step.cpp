@@ -90,16 +90,66 @@ Constants constants_of(const Step& step, const Hyper& hyper, const Scaling& scal
   c.stochastic_rounding = hyper.stochastic_rounding;
   c.rounding_seed = hyper.rounding_seed;
   c.step = static_cast<uint32_t>(static_cast<int64_t>(progress.step));
+  if (step.limits.measures_params) c.params_norm = step.norm;
   return c;
 }
 
+// Calls body(tensor, first element, number of elements, place of the chunk) for each chunk of a tensor's share.
+template <class Body>
+void for_each_chunk_of(const TensorEntry& tensor, int64_t begin, int64_t size, const Body& body) {
+  int64_t place = tensor.first_chunk + begin / kChunk;
+  for (int64_t done = 0; done < size; done += kChunk) body(begin + done, std::min(kChunk, size - done), place++);
+}
+
+// Measures the parameters that somebody else has written to, or that no step has measured yet.
+void measure_params(const Step& step, const ThreadPool& pool, const LoopTable& loops) {
+  for_each_chunk(step, pool, false, [&](int64_t first_chunk, int64_t last_chunk) {
+    for_each_run(step, first_chunk, last_chunk, [&](const TensorEntry& tensor, int64_t begin, int64_t size) {
+      if (tensor.param_is_measured) return;
+      const ParamsLoop loop = loops.params[tensor.dtype == DType::float64];
+      for_each_chunk_of(tensor, begin, size, [&](int64_t first, int64_t count, int64_t place) {
+        step.param_measures[place] = loop(tensor, first, count, step.norm);
+      });
+    });
+  });
+}
+
+// Adds up the measures of all chunks, in their order.
+Sums sum_all(const Step& step) {
+  Sums sums{};
+  for (int64_t chunk = 0; chunk < step.chunks; ++chunk) combine(step.norm, sums.grads, step.measures[chunk]);
+  if (step.limits.measures_change) {
+    Measure of_row{};
+    for (size_t i = 0; i < step.tensors.size(); ++i) {
+      const bool last = i + 1 == step.tensors.size();
+      const TensorEntry& tensor = step.tensors[i];
+      const int64_t end = last ? step.chunks : step.tensors[i + 1].first_chunk;
+      for (int64_t chunk = tensor.first_chunk; chunk < end; ++chunk) {
+        combine(step.norm, of_row, step.measures[chunk]);
+      }
+      if (!last && step.tensors[i + 1].hyper == tensor.hyper) continue;
+      const Hyper& hyper = step.hypers[tensor.hyper];
+      combine(step.norm, sums.change, multiplied(step.norm, of_row, change_of(step.rule, hyper, hyper.lr)));
+      of_row = {};
+    }
+  }
+  if (step.limits.measures_params) {
+    for (int64_t chunk = 0; chunk < step.chunks; ++chunk) combine(step.norm, sums.params, step.param_measures[chunk]);
+  }
+  return sums;
+}
+
 void measure_all(const Step& step, const ThreadPool& pool, const LoopTable& loops) {
+  if (step.has_unmeasured_params) measure_params(step, pool, loops);
   const bool inf = step.norm == Norm::inf;
   for_each_chunk(step, pool, false, [&](int64_t first_chunk, int64_t last_chunk) {
     int32_t current = -1;
     Clip<double> clip{};
     Seen seen = Seen::raw;
     for_each_run(step, first_chunk, last_chunk, [&](const TensorEntry& tensor, int64_t begin, int64_t size) {
+      if (!tensor.grad) {
+        return for_each_chunk_of(tensor, begin, size, [&](int64_t, int64_t, int64_t place) { step.measures[place] = {}; });
+      }
       if (current != tensor.hyper) {
         const Hyper& hyper = step.hypers[tensor.hyper];
         clip = clip_of<double>(hyper, step.grad_scale, {});
@@ -108,25 +158,20 @@ void measure_all(const Step& step, const ThreadPool& pool, const LoopTable& loop
         current = tensor.hyper;
       }
       const MeasureLoop loop = loops.measures[static_cast<int>(tensor.grad_dtype)][inf][static_cast<int>(seen)];
-      Measure* measure = step.measures + tensor.first_chunk + begin / kChunk;
-      for (int64_t done = 0; done < size; done += kChunk) {
-        loop(tensor, begin + done, std::min(kChunk, size - done), clip, *measure++);
-      }
+      for_each_chunk_of(tensor, begin, size, [&](int64_t first, int64_t count, int64_t place) {
+        loop(tensor, first, count, clip, step.measures[place]);
+      });
     });
   });
-  Measure sum = {};
-  for (int64_t chunk = 0; chunk < step.chunks; ++chunk) {
-    combine(step.norm, sum, step.measures[chunk]);
-  }
-  step.outcome->sum = sum;
+  step.outcome->sums = sum_all(step);
 }
 
 Decision decide_for(const Step& step) {
   const bool alone = step.passes == Passes::all;
-  const Measure* sums = alone ? &step.outcome->sum : step.sums;
-  Measure sum{};
+  const Sums* sums = alone ? &step.outcome->sums : step.sums;
+  Sums sum{};
   for (int part = 0; part < (alone ? 1 : step.parts); ++part) combine(step.norm, sum, sums[part]);
-  return decide(step.norm, sum, step.max_norm, step.skip_nonfinite);
+  return decide(step.norm, sum, step.limits, step.skip_nonfinite);
 }
 
 void update_all(const Step& step, const ThreadPool& pool, const LoopTable& loops, const Scaling& scaling) {
@@ -139,6 +184,7 @@ void update_all(const Step& step, const ThreadPool& pool, const LoopTable& loops
     Terms terms = 0;
     int64_t clamped = 0;
     for_each_run(step, first_chunk, last_chunk, [&](const TensorEntry& tensor, int64_t begin, int64_t size) {
+      if (!tensor.grad) return;
       const Progress progress = counts ? progress_of(tensor) : Progress{};
       if (current != tensor.hyper || (counts && !(progress == current_progress))) {
         const Hyper& hyper = step.hypers[tensor.hyper];
@@ -148,7 +194,15 @@ void update_all(const Step& step, const ThreadPool& pool, const LoopTable& loops
         current_progress = progress;
       }
       const UpdateLoop loop = loops.update(step.rule, tensor, terms_of(terms, tensor.is_first));
-      clamped += loop(tensor, begin, size, constants);
+      if (!step.limits.measures_params) {
+        clamped += loop(tensor, begin, size, constants).clamped;
+        return;
+      }
+      for_each_chunk_of(tensor, begin, size, [&](int64_t first, int64_t count, int64_t place) {
+        const Updated updated = loop(tensor, first, count, constants);
+        clamped += updated.clamped;
+        step.param_measures[place] = updated.params;
+      });
     });
     all_clamped.fetch_add(clamped, std::memory_order_relaxed);
   });
@@ -163,11 +217,12 @@ void update_all(const Step& step, const ThreadPool& pool, const LoopTable& loops
 }  // namespace
 
 void run(const Step& step, const ThreadPool& pool) {
+  const LoopTable& loops = instruction_set().loops;
   if (step.found_inf && *step.found_inf != 0) {
-    if (step.passes != Passes::measure) record(*step.outcome, skipped(step.max_norm), step.counts_skips);
+    if (step.has_unmeasured_params) measure_params(step, pool, loops);  // the next step takes them for measured
+    if (step.passes != Passes::measure) record(*step.outcome, skipped(step.limits), step.counts_skips);
     return;
   }
-  const LoopTable& loops = instruction_set().loops;
   Scaling scaling;
   if (step.norm != Norm::none) {
     if (step.passes != Passes::update) measure_all(step, pool, loops);

@@ -71,12 +71,24 @@ __device__ __forceinline__ Measure sum_over_block(Norm norm, Measure sum) {
   return sum;
 }
 
+// Sums a warp's share of a tile, and writes it to the tile's place among `measures`.
+template <DTypes kDTypes, bool kWide>
+__device__ __forceinline__ void write_measure(const Header& header, double* measures, uint32_t tile, Measure sum) {
+  sum = sum_over_warp<kWide>(header.norm, sum);
+  if (threadIdx.x % kWarp != 0) return;
+  measures[tile] = sum.medium;
+  if constexpr (kDTypes == DTypes::any) {
+    measures[header.tiles + tile] = kWide ? sum.small : 0;
+    measures[2 * header.tiles + tile] = kWide ? sum.big : 0;
+  }
+}
+
 // Sums over all tiles, for thread 0 of one block. The whole grid waits for it, so several loads are under way at once.
 // `volatile`, as other blocks have written the measures. A 0 changes no sum and no maximum.
 template <bool kWide>
-__device__ __forceinline__ Measure sum_over_tiles(const Header& header) {
+__device__ __forceinline__ Measure sum_over_tiles(const Header& header, const double* measures) {
   constexpr int kAtOnce = 8;
-  const volatile double* const medium = header.measures;
+  const volatile double* const medium = measures;
   const volatile double* const small = medium + header.tiles;
   const volatile double* const big = small + header.tiles;
   Measure sum{};
@@ -97,7 +109,7 @@ __device__ __forceinline__ Measure sum_over_tiles(const Header& header) {
 
 // Lets all blocks meet. The last block to arrive adds up the measures, then lets the others go on. If nothing follows
 // in this launch, no block waits.
-template <DTypes kDTypes>
+template <class K, DTypes kDTypes>
 __device__ __forceinline__ void meet_and_sum(const Header& header) {
   volatile Outcome& outcome = *header.outcome;
   uint32_t opened = 0;
@@ -110,9 +122,21 @@ __device__ __forceinline__ void meet_and_sum(const Header& header) {
   __syncthreads();
   if (shared().last) {
     __threadfence();
-    const Measure sum = sum_over_tiles<kDTypes == DTypes::any>(header);  // only float64 has more than one part
+    constexpr bool kWide = kDTypes == DTypes::any;  // only float64 has more than one part
+    Sums sums{};
+    sums.grads = sum_over_tiles<kWide>(header, header.measures);
+    if constexpr (K::Rule::kLimitsChange) {
+      if (header.change_measures) {
+        __syncthreads();  // `warp_sums` is read
+        sums.change = sum_over_tiles<kWide>(header, header.change_measures);
+      }
+      if (header.param_measures) {
+        __syncthreads();
+        sums.params = sum_over_tiles<kWide>(header, header.param_measures);
+      }
+    }
     if (threadIdx.x == 0) {
-      header.outcome->sum = sum;
+      header.outcome->sums = sums;
       atomicExch(&header.outcome->arrived, 0u);
       __threadfence();
       outcome.opened = opened + 1;
@@ -126,12 +150,17 @@ __device__ __forceinline__ void meet_and_sum(const Header& header) {
 // Decides by the norm, and returns the decision to all threads of the block.
 __device__ __forceinline__ const Decision& decide_for_block(const Header& header) {
   if (threadIdx.x == 0) {
-    Measure sum{};
-    for (int part = 0; part < header.parts; ++part) {
-      const volatile Measure& measured = header.sums[part];
+    Sums sums{};
+    const auto add = [&](Measure& sum, const volatile Measure& measured) {
       combine(header.norm, sum, Measure{measured.small, measured.medium, measured.big});
+    };
+    for (int part = 0; part < header.parts; ++part) {
+      const volatile Sums& of_part = header.sums[part];
+      add(sums.grads, of_part.grads);
+      if (header.change_measures) add(sums.change, of_part.change);
+      if (header.param_measures) add(sums.params, of_part.params);
     }
-    shared().decision = decide(header.norm, sum, header.max_norm, header.skip_nonfinite);
+    shared().decision = decide(header.norm, sums, header.limits, header.skip_nonfinite);
     if (blockIdx.x == 0) record(*header.outcome, shared().decision, header.counts_skips);
   }
   __syncthreads();
@@ -168,6 +197,32 @@ __device__ __forceinline__ void count_steps(const Arguments<kTableBytes>& argume
   }
 }
 
+// Measures the parameters that somebody else has written to, or that no step has measured yet.
+template <class K, DTypes kDTypes, int kTableBytes>
+__device__ __noinline__ void measure_all_params(const Arguments<kTableBytes>& arguments) {
+  if constexpr (K::Rule::kLimitsChange) {
+    const Header& header = arguments.header;
+    for_each_tile<K, kDTypes>(
+        arguments, false, false,
+        [&](uint32_t tile, const Hyper&, const Entry<K, kDTypes>& entry, int64_t begin, int size, const uint4*) {
+          if (entry.param_is_measured) return;
+          with_dtype<kDTypes>(entry.dtype, [&](auto stored) {
+            using Stored = decltype(stored);
+            constexpr int kFull = kPackBytes / sizeof(Stored);
+            const auto measure = [&](auto full) {
+              write_measure<kDTypes, sizeof(Stored) == sizeof(double)>(
+                  header, header.param_measures, tile,
+                  measure_params<Stored, decltype(full)::value>(header, entry, begin, size));
+            };
+            if constexpr (kMixed<K, kDTypes> && sizeof(Stored) < sizeof(double)) {
+              if (kDTypes == DTypes::mixed || !entry.uniform) return measure(std::integral_constant<int, kElements>{});
+            }
+            measure(std::integral_constant<int, kFull>{});
+          });
+        });
+  }
+}
+
 // Returns the smallest number of blocks on a multiprocessor. It caps the registers, so that enough loads are in flight.
 constexpr int min_blocks(DTypes dtypes) { return dtypes == DTypes::any ? 1 : 2; }
 
@@ -178,32 +233,39 @@ __global__ void __launch_bounds__(kThreads, min_blocks(kDTypes))
     step_kernel(const __grid_constant__ Arguments<kTableBytes> arguments) {
   const Header& header = arguments.header;
   if (header.found_inf && *header.found_inf != 0) {
+    // The next step takes all parameters for measured.
+    if (header.measure && header.has_unmeasured_params) measure_all_params<K, kDTypes>(arguments);
     if (header.update && blockIdx.x == 0 && threadIdx.x == 0)
-      record(*header.outcome, skipped(header.max_norm), header.counts_skips);
+      record(*header.outcome, skipped(header.limits), header.counts_skips);
     return;
   }
   const bool keep = header.measure && header.update;
   if (header.measure) {
+    if (header.has_unmeasured_params) measure_all_params<K, kDTypes>(arguments);
     for_each_tile<K, kDTypes>(
         arguments, false, keep,
         [&](uint32_t tile, const Hyper& hyper, const auto& entry, int64_t begin, int size, uint4* slot) {
           with_dtype<kDTypes>(grad_dtype_of(entry), [&](auto stored) {
             using Stored = decltype(stored);
             constexpr bool kFloat64 = sizeof(Stored) == sizeof(double);
-            Measure sum = header.norm == Norm::inf
-                              ? measure_tile<Norm::inf, Stored>(header, hyper, entry, begin, size, slot)
-                              : measure_tile<Norm::two, Stored>(header, hyper, entry, begin, size, slot);
-            sum = sum_over_warp<kFloat64>(header.norm, sum);
-            if (threadIdx.x % kWarp == 0) {
-              header.measures[tile] = sum.medium;
-              if constexpr (kDTypes == DTypes::any) {
-                header.measures[header.tiles + tile] = kFloat64 ? sum.small : 0;
-                header.measures[2 * header.tiles + tile] = kFloat64 ? sum.big : 0;
-              }
+            Measure sum{};
+            if (K::Rule::kLimitsChange && !entry.grad) {
+              // Nothing is added.
+            } else if (header.norm == Norm::inf) {
+              sum = measure_tile<Norm::inf, Stored>(header, hyper, entry, begin, size, slot);
+            } else {
+              sum = measure_tile<Norm::two, Stored>(header, hyper, entry, begin, size, slot);
+            }
+            write_measure<kDTypes, kFloat64>(header, header.measures, tile, sum);
+            if constexpr (K::Rule::kLimitsChange) {
+              if (!header.change_measures) return;
+              const double change = K::Rule::change(hyper.of<typename K::Rule>(), lr_of(hyper));
+              write_measure<kDTypes, kFloat64>(header, header.change_measures, tile,
+                                               multiplied(header.norm, sum, change));
             }
           });
         });
-    meet_and_sum<kDTypes>(header);
+    meet_and_sum<K, kDTypes>(header);
   }
   if (!header.update) return;
   Scaling scaling;
@@ -216,16 +278,26 @@ __global__ void __launch_bounds__(kThreads, min_blocks(kDTypes))
   uint32_t clamped = 0;
   for_each_tile<K, kDTypes>(
       arguments, keep, keep,
-      [&](uint32_t, const Hyper& hyper, const Entry<K, kDTypes>& entry, int64_t begin, int size, const uint4* slot) {
+      [&](uint32_t tile, const Hyper& hyper, const Entry<K, kDTypes>& entry, int64_t begin, int size,
+          const uint4* slot) {
+        if (K::Rule::kLimitsChange && !entry.grad) return;
+        const auto note = [&](auto stored, const Updated<typename K::Rule>& updated) {
+          clamped += updated.clamped;
+          if constexpr (K::Rule::kLimitsChange) {
+            if (!header.param_measures) return;
+            constexpr bool kFloat64 = sizeof(stored) == sizeof(double);
+            write_measure<kDTypes, kFloat64>(header, header.param_measures, tile, updated.params);
+          }
+        };
         if constexpr (kMixed<K, kDTypes>) {
           if (kDTypes == DTypes::mixed || !entry.uniform) {
-            clamped += update_mixed_tile<K>(header, hyper, entry, begin, size, scaling, slot);
+            note(float{}, update_mixed_tile<K>(header, hyper, entry, begin, size, scaling, slot));
             return;
           }
         }
         if constexpr (kDTypes != DTypes::mixed) {
           with_dtype<kDTypes>(entry.dtype, [&](auto stored) {
-            clamped += update_tile<K, decltype(stored)>(header, hyper, entry, begin, size, scaling, slot);
+            note(stored, update_tile<K, decltype(stored)>(header, hyper, entry, begin, size, scaling, slot));
           });
         }
       });

@@ -90,10 +90,11 @@ __device__ __forceinline__ uint4 pack(const float (&values)[kElements], DType dt
   return {words[0], words[1], words[2], words[3]};
 }
 
-// Updates a tile. Returns how many elements of this lane the value clip changed.
+// Updates a tile.
 template <class K, class OneEntry>
-__device__ __noinline__ uint32_t update_mixed_tile(const Header& header, const Hyper& hyper, const OneEntry& entry,
-                                                   int64_t begin, int size, Scaling scaling, const uint4* slot) {
+__device__ __noinline__ Updated<typename K::Rule> update_mixed_tile(const Header& header, const Hyper& hyper,
+                                                                    const OneEntry& entry, int64_t begin, int size,
+                                                                    Scaling scaling, const uint4* slot) {
   using R = typename K::Rule;
   constexpr int kStates = K::kStates, kRoom = K::kRoom;
   constexpr int kAtOnce = kInFlight<2 + kStates>;
@@ -109,7 +110,7 @@ __device__ __noinline__ uint32_t update_mixed_tile(const Header& header, const H
   }
   const int per_pack = entry.grad_dtype == DType::float32 ? 4 : 8;  // elements in 16 bytes, as the measure keeps them
   const int kept = slot && entry.aligned ? size / per_pack * per_pack : 0;
-  uint32_t clamped = 0;
+  Updated<R> updated;
 
   const auto update = [&](auto size_of_word, int from, int count) {
     constexpr int kSize = decltype(size_of_word)::value;
@@ -140,7 +141,7 @@ __device__ __noinline__ uint32_t update_mixed_tile(const Header& header, const H
         }
 #pragma unroll
         for (int j = 0; j < kSize; ++j) {
-          clamped += clip.clamps(grad[j]);
+          updated.clamped += clip.clamps(grad[j]);
           float state[kMaxStates]{};
 #pragma unroll
           for (int s = 0; s < kStates; ++s) {
@@ -152,16 +153,27 @@ __device__ __noinline__ uint32_t update_mixed_tile(const Header& header, const H
         }
         const auto nearest = [](auto& to, float value, int) { store(to, value); };
         const auto write_array = [&](int array, DType dtype, void* to, const float (&values)[kElements]) {
+          uint4 word;
           if (hyper.stochastic_rounding && dtype != DType::float32) {
             const auto at_random = [&](auto& narrow, float value, int j) {
               store(narrow, value, noise(keys[array], place + from + int64_t{i} * kSize + j));
             };
-            write<kSize>(to, dtype, at(i), pack(values, dtype, at_random));
+            word = pack(values, dtype, at_random);
           } else {
-            write<kSize>(to, dtype, at(i), pack(values, dtype, nearest));
+            word = pack(values, dtype, nearest);
           }
+          write<kSize>(to, dtype, at(i), word);
+          return word;
         };
-        write_array(0, entry.dtype, entry.param, param);
+        const uint4 stored = write_array(0, entry.dtype, entry.param, param);
+        if constexpr (R::kLimitsChange) {
+          if (header.param_measures) {
+            float as_rounded[kElements];
+            unpack(stored, entry.dtype, as_rounded);
+#pragma unroll
+            for (int j = 0; j < kSize; ++j) measure_param<false>(header.norm, updated.params, as_rounded[j]);
+          }
+        }
         if (entry.rounded)
           write<kSize>(entry.rounded, entry.rounded_dtype, at(i), pack(param, entry.rounded_dtype, nearest));
 #pragma unroll
@@ -174,7 +186,7 @@ __device__ __noinline__ uint32_t update_mixed_tile(const Header& header, const H
   const int full = entry.aligned ? size / kElements : 0;
   update(std::integral_constant<int, kElements>{}, 0, full);
   update(std::integral_constant<int, 1>{}, full * kElements, size - full * kElements);
-  return clamped;
+  return updated;
 }
 
 }  // namespace

@@ -26,7 +26,7 @@ bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointe
 int64_t unaligned_head(const TensorEntry& tensor) {
   if (has_several_dtypes(tensor)) return 0;
   const auto behind = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kPackBytes; };
-  const uintptr_t grad = behind(tensor.grad);
+  const uintptr_t grad = behind(tensor.grad ? tensor.grad : tensor.param);
   if (grad == 0 || grad % item_size(tensor.dtype) != 0) return 0;
   if (behind(tensor.param) != grad) return 0;
   for (const void* state : tensor.states) {
@@ -65,6 +65,7 @@ void write_entry(const TensorEntry& tensor, int64_t begin, int64_t numel, uint32
   entry.is_first = tensor.is_first;
   entry.step_is_float64 = tensor.step_is_float64;
   entry.scalar_is_float64 = tensor.scalar_is_float64;
+  entry.param_is_measured = tensor.param_is_measured;
   entry.unused = 0;
   for (int s = 0; s < K::kStates; ++s) {
     entry.states[s] = at(tensor.states[s], tensor.state_dtypes[s]);
@@ -154,6 +155,7 @@ struct Layout {
   int tile_bits = 10;      // a tile has 2^tile_bits elements: divisions would take half of the host's time here
   int32_t item_bytes = 0;  // bytes per element of the widest gradient
   int64_t table_bytes = 0;
+  uint64_t places = 0;  // a hash of where each entry's tiles are
 
   int32_t tile() const { return 1 << tile_bits; }
   int64_t tiles_of(int64_t numel) const { return (numel + tile() - 1) >> tile_bits; }
@@ -173,9 +175,11 @@ Layout layout_of(const Step& step) {
   while (layout.tile_bits < kLargestTileBits && step.elements >> layout.tile_bits > kManyTiles) ++layout.tile_bits;
   for_each_entry(step, [&](const TensorEntry& tensor, int64_t, int64_t numel) {
     ++layout.entries;
+    layout.places = (layout.places ^ static_cast<uint64_t>(numel)) * 0x9e3779b97f4a7c15u;
     layout.tiles += layout.tiles_of(numel);
     layout.item_bytes = std::max(layout.item_bytes, item_size(tensor.grad_dtype));
   });
+  layout.places = (layout.places ^ layout.tile_bits) | 1;  // not 0
   const size_t entry_bytes = with_kernel(layout.rule, layout.states, layout.dtypes, [](auto kernel, auto dtypes) {
     return sizeof(Entry<decltype(kernel), decltype(dtypes)::value>);
   });
@@ -298,9 +302,12 @@ Header header_of(const Step& step, const Layout& layout) {
   header.outcome = step.outcome;
   header.clamped = step.clamped;
   header.measures = reinterpret_cast<double*>(step.measures);
+  if (step.limits.measures_change) header.change_measures = header.measures + kParts * layout.tiles;
+  if (step.limits.measures_params) header.param_measures = reinterpret_cast<double*>(step.param_measures);
+  header.has_unmeasured_params = step.has_unmeasured_params;
   if (step.norm != Norm::none) {
     header.measure = step.passes != Passes::update;
-    header.sums = header.measure ? &step.outcome->sum : step.sums;
+    header.sums = header.measure ? &step.outcome->sums : step.sums;
     header.parts = header.measure ? 1 : step.parts;
   }
   header.update = step.passes != Passes::measure;
@@ -308,7 +315,7 @@ Header header_of(const Step& step, const Layout& layout) {
   header.skip_nonfinite = step.skip_nonfinite;
   header.counts_skips = step.counts_skips;
   header.has_step_counts = step.has_step_counts;
-  header.max_norm = step.max_norm;
+  header.limits = step.limits;
   return header;
 }
 
@@ -355,7 +362,8 @@ cudaError_t run_on_current_device(const Step& step, DeviceTable& table, int devi
 
 Needs needs(const Step& step) {
   const Layout layout = layout_of(step);
-  return {layout.tiles, layout.table_bytes > kLargeTable ? layout.table_bytes : 0};
+  const int64_t measures = step.limits.measures_change ? 2 * layout.tiles : layout.tiles;
+  return {measures, layout.tiles, layout.places, layout.table_bytes > kLargeTable ? layout.table_bytes : 0};
 }
 
 bool is_capturing(void* stream) {

@@ -18,7 +18,7 @@ constexpr int kPackBytes = 16;  // the widest load
 // tensors.
 struct EntryHead {
   void* param;
-  void* grad;
+  void* grad;  // nullptr: as in TensorEntry
   int64_t numel;
   uint32_t first_tile;
   uint16_t hyper;
@@ -28,7 +28,8 @@ struct EntryHead {
   bool is_first : 1;  // as in TensorEntry
   bool step_is_float64 : 1;
   bool scalar_is_float64 : 1;
-  uint8_t unused : 3;
+  bool param_is_measured : 1;  // as in TensorEntry
+  uint8_t unused : 2;
 };
 static_assert(sizeof(EntryHead) == 32, "more tensors fit into the kernel arguments while it is small");
 
@@ -126,7 +127,9 @@ struct Header {
   Outcome* outcome;
   double* clamped;  // one count per block
   double* measures;  // three per tile: all `medium`, then all `small`, then all `big`
-  const Measure* sums;  // one per part of the step; nullptr without a norm
+  double* change_measures;  // the same, of the change that the gradients make; nullptr without a limit on it
+  double* param_measures;  // the same, of the parameters; nullptr if their norm does not count
+  const Sums* sums;  // one per part of the step; nullptr without a norm
   int32_t parts;
   Norm norm;
   bool measure;  // whether this launch measures
@@ -134,7 +137,8 @@ struct Header {
   bool skip_nonfinite;
   bool counts_skips;
   bool has_step_counts;
-  double max_norm;
+  bool has_unmeasured_params;
+  Limits limits;
 };
 
 // Sizes of a table that is a kernel argument. There it needs no copy and no lifetime, and a CUDA graph captures it by

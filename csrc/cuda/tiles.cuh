@@ -63,9 +63,8 @@ __device__ __forceinline__ void for_words(int first, int count, const Body& body
 
 // Calls body(values in a word, first element, first word of the lane, number of words) until all elements were handled.
 // Words have 16 bytes where memory is aligned; the rest, and unaligned memory, moves in single values.
-template <class Stored, int kAtOnce, class Body>
+template <class Stored, int kAtOnce, int kFull = kPackBytes / int{sizeof(Stored)}, class Body>
 __device__ __forceinline__ void for_tile(bool aligned, int size, const Body& body) {
-  constexpr int kFull = kPackBytes / sizeof(Stored);
   const int lane = threadIdx.x % kWarp;
   const int full = aligned ? size / kFull : 0;
 #pragma unroll 1
@@ -126,6 +125,40 @@ __device__ __noinline__ Measure measure_tile(const Header& header, const Hyper& 
   return {small, static_cast<double>(medium), big};
 }
 
+// Adds a parameter to this lane's share of a tile's measure.
+template <bool kFloat64, class T>
+__device__ __forceinline__ void measure_param(Norm norm, Measure& sum, T x) {
+  if (norm == Norm::inf) {
+    measure<Norm::inf, kFloat64>(sum.small, sum.medium, sum.big, double{x});
+  } else {
+    measure<Norm::two, kFloat64>(sum.small, sum.medium, sum.big, double{x});
+  }
+}
+
+// Measures this lane's share of the parameters of a tile, in the order in which an update goes through them, by words
+// of kFull values. So the measure has the bits that the update would give it.
+template <class Stored, int kFull>
+__device__ __noinline__ Measure measure_params(const Header& header, const EntryHead& entry, int64_t begin, int size) {
+  constexpr int kAtOnce = kInFlight<1>;
+  const auto* const params = static_cast<const Stored*>(entry.param) + begin;
+  Measure sum{};
+  for_tile<Stored, kAtOnce, kFull>(entry.aligned, size, [&](auto values, int offset, int first, int count) {
+    constexpr int kSize = decltype(values)::value;
+    using Values = Pack<Stored, kSize>;
+    const auto* const words = reinterpret_cast<const typename Values::Word*>(params + offset);
+    typename Values::Word p[kAtOnce];
+    for_words<kAtOnce>(first, count, [&](int k, int i) { p[k] = __ldcs(words + i); });
+    for_words<kAtOnce>(first, count, [&](int k, int) {
+      const Values param(p[k]);
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) {
+        measure_param<sizeof(Stored) == sizeof(double)>(header.norm, sum, load(param.values[j]));
+      }
+    });
+  });
+  return sum;
+}
+
 // Returns a tensor's terms. The mask tells the compiler which switches are never on in this kernel.
 template <class K>
 __device__ __forceinline__ Terms possible_terms(const Hyper& hyper, const EntryHead& entry) {
@@ -139,10 +172,21 @@ __device__ __forceinline__ typename R::template Constants<T> constants_of(const 
   return converted<typename R::template Constants<T>>(constants);
 }
 
-// Updates a tile. Returns how many elements of this lane the value clip changed.
+// What an update tells of this lane's share of a tile.
+struct Clamped {
+  uint32_t clamped = 0;  // number of elements that the value clip changed
+};
+struct ClampedAndMeasured : Clamped {
+  Measure params{};
+};
+template <class R>
+using Updated = std::conditional_t<R::kLimitsChange, ClampedAndMeasured, Clamped>;
+
+// Updates a tile.
 template <class K, class Stored, class OneEntry>
-__device__ __noinline__ uint32_t update_tile(const Header& header, const Hyper& hyper, const OneEntry& entry,
-                                             int64_t begin, int size, Scaling scaling, const uint4* slot) {
+__device__ __noinline__ Updated<typename K::Rule> update_tile(const Header& header, const Hyper& hyper,
+                                                              const OneEntry& entry, int64_t begin, int size,
+                                                              Scaling scaling, const uint4* slot) {
   using T = ComputeType<Stored>;
   using R = typename K::Rule;
   constexpr bool kReadsParam = !R::kClipsInPlace;
@@ -158,7 +202,7 @@ __device__ __noinline__ uint32_t update_tile(const Header& header, const Hyper& 
   Stored* states_at[kRoom];  // in registers: if not, the compiler looks them up for each word
 #pragma unroll
   for (int s = 0; s < kStates; ++s) states_at[s] = static_cast<Stored*>(entry.states[s]) + begin;
-  uint32_t clamped = 0;
+  Updated<R> updated;
 
   for_tile<Stored, kAtOnce>(entry.aligned, size, [&](auto values, int offset, int first, int count) {
     constexpr int kSize = decltype(values)::value;
@@ -191,13 +235,17 @@ __device__ __noinline__ uint32_t update_tile(const Header& header, const Hyper& 
         const T d = clip(raw);
         T x{}, state[kMaxStates]{};
         if constexpr (kReadsParam) {
-          clamped += clip.clamps(raw);
+          updated.clamped += clip.clamps(raw);
           x = load(param.values[j]);
         }
 #pragma unroll
         for (int s = 0; s < kStates; ++s) state[s] = load(states[s].values[j]);
         R::update(terms, constants, x, d, state);
         store(param.values[j], x);
+        if constexpr (R::kLimitsChange) {
+          constexpr bool kFloat64 = sizeof(Stored) == sizeof(double);
+          if (header.param_measures) measure_param<kFloat64>(header.norm, updated.params, load(param.values[j]));
+        }
 #pragma unroll
         for (int s = 0; s < kStates; ++s) store(states[s].values[j], state[s]);
       }
@@ -208,7 +256,7 @@ __device__ __noinline__ uint32_t update_tile(const Header& header, const Hyper& 
       }
     });
   });
-  return clamped;
+  return updated;
 }
 
 // Calls body with a value of the type that arrays of this dtype hold.

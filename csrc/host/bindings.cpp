@@ -28,7 +28,7 @@ Rules::Id rule_named(const std::string& name) {
 }
 
 // Each rule as fastclip/plain/rules.py has it: (name, names of the state arrays, name of the scalar or None, whether it
-// counts steps, name of the momentum or None, whether its first step fills the states).
+// counts steps, name of the momentum or None, whether its first step fills the states, whether max_change can limit it).
 py::list rules() {
   py::list all;
   Rules::each([&](auto tag) {
@@ -40,7 +40,8 @@ py::list rules() {
     for (const StateArray& state : R::kStates) {
       if (state.is_momentum) momentum = py::str(state.name);
     }
-    all.append(py::make_tuple(R::kName, py::tuple(states), scalar, R::kCountsSteps, momentum, R::kFilledByFirstStep));
+    all.append(py::make_tuple(R::kName, py::tuple(states), scalar, R::kCountsSteps, momentum, R::kFilledByFirstStep,
+                              R::kLimitsChange));
   });
   return all;
 }
@@ -115,7 +116,7 @@ PYBIND11_MODULE(_C, module) {
            [](const Engine& engine) {
              const Engine::ClipStats stats = engine.clip_stats();
              return py::make_tuple(wrap(stats.total_norm), wrap(stats.coefficient), wrap(stats.clamped_fraction),
-                                   wrap(stats.skipped));
+                                   wrap(stats.skipped), wrap(stats.change));
            })
       .def("skipped_steps", [](const Engine& engine) { return wrap(engine.skipped_steps()); });
 

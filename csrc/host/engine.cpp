@@ -142,7 +142,10 @@ void Engine::remember(const NormClip& norm_clip, bool skipped_by_host) {
 void Engine::run(const NormClip& asked, const Amp& amp) {
   NormClip norm_clip = asked;
   // Looking for inf and NaN is taking the inf norm, and clipping nothing.
-  if (asked.skip_nonfinite && asked.norm == Norm::none) norm_clip = {Norm::inf, HUGE_VAL, true};
+  if (asked.skip_nonfinite && asked.norm == Norm::none) norm_clip = {Norm::inf, {}, true};
+  if (asked.limits.measures_params) {
+    norm_clip.limits.smallest_norm = smallest_norm(asked.norm, walk_.measured_params());
+  }
   auto& parts = walk_.parts();
   const bool gil_is_released =
       std::any_of(parts.begin(), parts.end(), [](const auto& part) { return part.releases_gil(); });
@@ -192,8 +195,11 @@ Engine::ClipStats Engine::clip_stats() const {
     stats.skipped = at::full({}, last_.skipped_by_host, options.dtype(at::kBool));
   }
   if (stats.total_norm.defined()) {
-    const double of_none = scaling_of(last_.skipped_by_host ? HUGE_VAL : 0, last_.norm_clip.max_norm).product();
+    const double of_none = scaling_of(last_.skipped_by_host ? HUGE_VAL : 0, last_.norm_clip.limits.max_norm).product();
     stats.coefficient = first ? first->coefficient().clone() : at::full({}, of_none, options.dtype(at::kDouble));
+  }
+  if (last_.norm_clip.limits.measures_change) {
+    stats.change = first ? first->change().clone() : at::zeros({}, options.dtype(at::kDouble));
   }
   if (last_.clamps) {
     stats.clamped_fraction = at::zeros({}, options.dtype(at::kDouble));

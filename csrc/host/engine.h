@@ -48,6 +48,7 @@ class Engine {
     at::Tensor coefficient;       // float64, of the norm clip
     at::Tensor clamped_fraction;  // float64: elements that the value clip moved, of those it looked at
     at::Tensor skipped;           // bool
+    at::Tensor change;            // float64: that the clipped gradients make in the end
   };
   ClipStats clip_stats() const;
 

@@ -166,6 +166,49 @@ void read_settings(const GroupReader& reader, Group& group) {
   }
 }
 
+Norm read_norm_type(PyObject* norm_type, const std::string& where) {
+  const Held held(norm_type);
+  double order = 2;
+  if (PyUnicode_Check(norm_type) && PyUnicode_CompareWithASCIIString(norm_type, "inf") == 0) {
+    order = kInfinity;
+  } else {
+    order = read_number(norm_type, "norm_type", where);
+  }
+  if (order != 2 && order != kInfinity) {
+    raise(PyExc_ValueError, "norm_type", where, " must be 2 or inf, got ", repr(norm_type));
+  }
+  return order == 2 ? Norm::two : Norm::inf;
+}
+
+// Reads a limit, if it is set. Returns whether it is.
+bool read_limit(PyObject* value, const char* name, const std::string& where, double& limit) {
+  if (value == Py_None) return false;
+  const Held held(value);
+  limit = non_negative(read_number(value, name, where), value, name, where);
+  return true;
+}
+
+void read_change_limits(PyObject* max_change, PyObject* max_relative_change, PyObject* norm_type,
+                        const std::string& where, NormClip& clip) {
+  Limits& limits = clip.limits;
+  clip.norm = read_norm_type(norm_type, where);
+  limits.measures_change = true;
+  read_limit(max_change, "max_change", where, limits.max_change);
+  limits.measures_params = read_limit(max_relative_change, "max_relative_change", where, limits.max_relative_change);
+}
+
+// Refuses a limit on a change that is no multiple of the gradient, or without end.
+void check_change(const Name& limit, const std::string& where, Rules::Id rule, const Hyper& hyper) {
+  const bool limited = Rules::visit(rule, [](auto tag) { return decltype(tag)::Rule::kLimitsChange; });
+  if (!limited) {
+    raise(PyExc_ValueError, limit.text, where,
+          " can't be applied: the change that a gradient makes follows from its norm in fastclip.SGD only");
+  }
+  if (change_of(rule, hyper, 1.0) == kInfinity) {
+    raise(PyExc_ValueError, limit.text, where, " needs a momentum below 1: the change of a gradient would have no end");
+  }
+}
+
 }  // namespace
 
 void read_clip_value(PyObject* value, const std::string& where, double* low, double* high) {
@@ -189,19 +232,9 @@ void read_clip_value(PyObject* value, const std::string& where, double* low, dou
 
 NormClip read_norm_clip(PyObject* max_norm, PyObject* norm_type, const std::string& where) {
   NormClip clip;
-  const Held held_norm(max_norm), held_type(norm_type);
-  double order = 2;
-  if (PyUnicode_Check(norm_type) && PyUnicode_CompareWithASCIIString(norm_type, "inf") == 0) {
-    order = kInfinity;
-  } else {
-    order = read_number(norm_type, "norm_type", where);
-  }
-  if (order != 2 && order != kInfinity) {
-    raise(PyExc_ValueError, "norm_type", where, " must be 2 or inf, got ", repr(norm_type));
-  }
-  if (max_norm == Py_None) return clip;
-  clip.norm = order == 2 ? Norm::two : Norm::inf;
-  clip.max_norm = non_negative(read_number(max_norm, "max_norm", where), max_norm, "max_norm", where);
+  const Held held(max_norm);
+  const Norm norm = read_norm_type(norm_type, where);
+  if (read_limit(max_norm, "max_norm", where, clip.limits.max_norm)) clip.norm = norm;
   return clip;
 }
 
@@ -209,7 +242,8 @@ Group read_group(PyObject* object, Py_ssize_t index, Rules::Id rule) {
   static const Name kParams("params"), kParamNames("param_names"), kLr("lr"), kWeightDecay("weight_decay"),
       kMaximize("maximize"), kDifferentiable("differentiable"), kClipValue("clip_value"), kMaxNorm("max_norm"),
       kNormType("norm_type"), kSkipNonfinite("skip_nonfinite"), kMasterWeights("master_weights"),
-      kStochasticRounding("stochastic_rounding"), kRoundingSeed("rounding_seed"), kMomentumDtype("momentum_dtype");
+      kStochasticRounding("stochastic_rounding"), kRoundingSeed("rounding_seed"), kMomentumDtype("momentum_dtype"),
+      kMaxChange("max_change"), kMaxRelativeChange("max_relative_change");
   GroupReader reader(object, index);
   Group group{};
   PyObject* params = reader.required(kParams);
@@ -246,6 +280,10 @@ Group read_group(PyObject* object, Py_ssize_t index, Rules::Id rule) {
   const bool two = PyFloat_CheckExact(norm_type) && PyFloat_AS_DOUBLE(norm_type) == 2;
   if (max_norm != Py_None || !two) group.norm_clip = read_norm_clip(max_norm, norm_type, reader.where());
   group.norm_clip.skip_nonfinite = reader.flag(kSkipNonfinite);
+  PyObject* const max_change = reader.required(kMaxChange);
+  PyObject* const max_relative_change = reader.required(kMaxRelativeChange);
+  const bool limits_change = max_change != Py_None || max_relative_change != Py_None;
+  if (limits_change) read_change_limits(max_change, max_relative_change, norm_type, reader.where(), group.norm_clip);
 
   group.master_weights = reader.flag(kMasterWeights);
   hyper.stochastic_rounding = reader.flag(kStochasticRounding);
@@ -257,6 +295,7 @@ Group read_group(PyObject* object, Py_ssize_t index, Rules::Id rule) {
   PyObject* momentum_dtype = reader.required(kMomentumDtype);
   if (momentum_dtype != Py_None) group.momentum_dtype = read_momentum_dtype(momentum_dtype, reader.where());
   Rules::visit(rule, [&](auto tag) { read_settings<typename decltype(tag)::Rule>(reader, group); });
+  if (limits_change) check_change(max_change != Py_None ? kMaxChange : kMaxRelativeChange, reader.where(), rule, hyper);
   return group;
 }
 

@@ -14,11 +14,11 @@ namespace fastclip {
 // The clip over all gradients of all groups.
 struct NormClip {
   Norm norm = Norm::none;
-  double max_norm = 0;
+  Limits limits;
   bool skip_nonfinite = false;
 
   bool operator==(const NormClip& other) const {
-    return norm == other.norm && max_norm == other.max_norm && skip_nonfinite == other.skip_nonfinite;
+    return norm == other.norm && limits == other.limits && skip_nonfinite == other.skip_nonfinite;
   }
 };
 

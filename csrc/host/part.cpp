@@ -52,7 +52,7 @@ const float* pointer(const at::Tensor& scalar) {
 
 at::TensorOptions doubles_on(c10::Device device) { return at::TensorOptions().dtype(at::kDouble).device(device); }
 
-constexpr int64_t kDoubles = sizeof(Measure) / sizeof(double);
+constexpr int64_t kDoubles = sizeof(Measure) / sizeof(double), kDoublesOfSums = sizeof(Sums) / sizeof(double);
 constexpr int64_t place_of(size_t offset) { return static_cast<int64_t>(offset / sizeof(double)); }
 
 #if defined(FASTCLIP_CUDA)
@@ -69,15 +69,20 @@ void Part::clear() {
   step.tensors.clear();
   step.hypers.clear();
   step.chunks = step.elements = step.clampable = 0;
-  step.has_step_counts = false;
+  step.has_step_counts = step.has_unmeasured_params = false;
   awaited = false;
 }
 
-at::Tensor Part::sum() const { return outcome_.narrow(0, place_of(offsetof(Outcome, sum)), kDoubles); }
+at::Tensor Part::sums() const {
+  const int measured = 1 + step.limits.measures_change + step.limits.measures_params;
+  return outcome_.narrow(0, place_of(offsetof(Outcome, sums)), measured * kDoubles);
+}
 
 at::Tensor Part::total_norm() const { return outcome_.select(0, place_of(offsetof(Outcome, total_norm))); }
 
 at::Tensor Part::coefficient() const { return outcome_.select(0, place_of(offsetof(Outcome, coefficient))); }
+
+at::Tensor Part::change() const { return outcome_.select(0, place_of(offsetof(Outcome, change))); }
 
 at::Tensor Part::skipped() const { return outcome_.view(at::kLong).select(0, place_of(offsetof(Outcome, skipped))); }
 
@@ -91,16 +96,16 @@ at::Tensor Part::clamped() const { return clamped_; }
 void Part::prepare(const NormClip& norm_clip, const Amp& amp, bool counts_skips) {
   amp_ = {moved_to(device, amp.grad_scale), moved_to(device, amp.found_inf)};
   step.norm = norm_clip.norm;
-  step.max_norm = norm_clip.max_norm;
+  step.limits = norm_clip.limits;
   step.skip_nonfinite = norm_clip.skip_nonfinite;
   step.counts_skips = counts_skips;
   step.grad_scale = pointer(amp_.grad_scale);
   step.found_inf = pointer(amp_.found_inf);
   step.outcome = nullptr;
-  step.measures = nullptr;
+  step.measures = step.param_measures = nullptr;
   step.clamped = nullptr;
-  int64_t measures_needed = step.chunks;
-  if (device.is_cuda()) measures_needed = prepare_gpu();
+  // On the CPU, a tensor's place among the chunks says all of the layout.
+  const cuda::Needs needs = device.is_cuda() ? prepare_gpu() : cuda::Needs{step.chunks, step.chunks, 1, 0};
   if (step.clampable > 0 && !clips_in_place(step.rule)) {
     if (!clamped_.defined()) clamped_ = at::empty({device.is_cuda() ? cuda::kMaxBlocks : 1}, doubles_on(device));
     step.clamped = static_cast<double*>(clamped_.mutable_data_ptr());
@@ -114,10 +119,26 @@ void Part::prepare(const NormClip& norm_clip, const Amp& amp, bool counts_skips)
   step.outcome = static_cast<Outcome*>(outcome_.mutable_data_ptr());
   if (step.norm == Norm::none) return;
   at::Tensor& measures = capturing_ ? captured_measures_ : measures_;
-  if (!measures.defined() || measures.numel() < measures_needed * kDoubles) {
-    measures = at::empty({measures_needed * kDoubles}, doubles_on(device));
+  if (!measures.defined() || measures.numel() < needs.measures * kDoubles) {
+    measures = at::empty({needs.measures * kDoubles}, doubles_on(device));
   }
   step.measures = static_cast<Measure*>(measures.mutable_data_ptr());
+  if (step.limits.measures_params) prepare_param_measures(needs);
+}
+
+void Part::prepare_param_measures(const cuda::Needs& needs) {
+  const bool fits = param_measures_.defined() && param_measures_.numel() >= needs.param_measures * kDoubles;
+  if (!fits) {
+    if (capturing_) raise_capturing();
+    if (param_measures_.defined()) outgrown_.push_back(param_measures_);
+    param_measures_ = at::empty({needs.param_measures * kDoubles}, doubles_on(device));
+  }
+  step.param_measures = static_cast<Measure*>(param_measures_.mutable_data_ptr());
+  layout_ = needs.layout;
+  if (fits && layout_ == measured_layout_) return;
+  measured_layout_ = 0;
+  for (TensorEntry& tensor : step.tensors) tensor.param_is_measured = false;
+  step.has_unmeasured_params = true;
 }
 
 bool Part::is_capturing() const {
@@ -138,7 +159,7 @@ void Part::raise_capturing() const {
 
 // A graph is replayed when the engine's own scratch memory may long have been replaced by larger one. What is
 // allocated while it is captured comes from its pool, and stays valid for as long as the graph does.
-int64_t Part::prepare_gpu() {
+cuda::Needs Part::prepare_gpu() {
 #if defined(FASTCLIP_CUDA)
   capturing_ = is_capturing();
   captured_measures_.reset();
@@ -149,7 +170,7 @@ int64_t Part::prepare_gpu() {
     memory = at::empty({needs.table_bytes}, at::TensorOptions().dtype(at::kByte).device(device));
     if (!capturing_) table_ = {memory.mutable_data_ptr(), {}};
   }
-  return needs.measures;
+  return needs;
 #else
   TORCH_INTERNAL_ASSERT(false);  // of a GPU, no tensor is ordinary
 #endif
@@ -158,11 +179,12 @@ int64_t Part::prepare_gpu() {
 void Part::run(Passes passes) {
   step.passes = passes;
   device.is_cpu() ? run_on_cpu() : run_on_gpu();
+  if (passes != Passes::measure) measured_layout_ = layout_;
 }
 
 void Part::run_update(at::Tensor sums, int parts) {
   sums_ = std::move(sums);
-  step.sums = static_cast<const Measure*>(sums_.const_data_ptr());
+  step.sums = static_cast<const Sums*>(sums_.const_data_ptr());
   step.parts = parts;
   run(Passes::update);
 }
@@ -193,17 +215,19 @@ void Part::run_on_gpu() {
 namespace {
 
 // Copies between GPUs are enqueued. The CPU has to wait for the others' sums: it computes with them.
-void copy_sum(const at::Tensor& sum, at::Tensor to) { to.copy_(sum, /*non_blocking=*/to.is_cuda()); }
+void copy_sums(const at::Tensor& sums, const at::Tensor& to, int64_t place) {
+  to.narrow(0, place * kDoublesOfSums, sums.numel()).copy_(sums, /*non_blocking=*/to.is_cuda());
+}
 
 // Here and below all sums are copied before any part updates, so that nothing can fail in between.
 void update_over_ranks(const std::vector<Part*>& parts, const NormClip& norm_clip, const Amp& amp,
                        const Shards& shards) {
   std::vector<PartMeasure> measures;
-  for (const Part* part : parts) measures.emplace_back(part->reduction, part->sum());
+  for (const Part* part : parts) measures.emplace_back(part->reduction, part->sums());
   const auto [total, found_inf] = shards.total(measures, norm_clip.norm, amp.found_inf);
   std::vector<at::Tensor> sums;
   for (Part* part : parts) {
-    copy_sum(total, sums.emplace_back(at::empty({kDoubles}, doubles_on(part->device))));
+    copy_sums(total, sums.emplace_back(at::empty({kDoublesOfSums}, doubles_on(part->device))), 0);
     part->set_found_inf(found_inf);
   }
   for (size_t i = 0; i < parts.size(); ++i) parts[i]->run_update(std::move(sums[i]), 1);
@@ -213,10 +237,8 @@ void update_over_devices(const std::vector<Part*>& parts) {
   const auto count = static_cast<int64_t>(parts.size());
   std::vector<at::Tensor> sums;
   for (const Part* part : parts) {
-    sums.push_back(at::empty({count * kDoubles}, doubles_on(part->device)));
-    for (int64_t i = 0; i < count; ++i) {
-      copy_sum(parts[i]->sum(), sums.back().narrow(0, i * kDoubles, kDoubles));
-    }
+    sums.push_back(at::empty({count * kDoublesOfSums}, doubles_on(part->device)));
+    for (int64_t i = 0; i < count; ++i) copy_sums(parts[i]->sums(), sums.back(), i);
   }
   for (int64_t i = 0; i < count; ++i) parts[i]->run_update(std::move(sums[i]), static_cast<int>(count));
 }

@@ -43,9 +43,10 @@ class Part {
   [[noreturn]] void raise_capturing() const;
 
   // Views into what the step leaves behind, for as long as no other step is taken.
-  at::Tensor sum() const;            // Measure, as 3 float64
+  at::Tensor sums() const;           // Sums, as float64: those that are measured
   at::Tensor total_norm() const;     // float64
   at::Tensor coefficient() const;    // float64
+  at::Tensor change() const;         // float64
   at::Tensor skipped() const;        // int64, 0 or 1
   at::Tensor skipped_steps() const;  // int64
   at::Tensor clamped() const;        // float64, to be added up
@@ -63,7 +64,8 @@ class Part {
   TensorEntry blank{};
 
  private:
-  int64_t prepare_gpu();  // returns the number of measures it needs
+  cuda::Needs prepare_gpu();
+  void prepare_param_measures(const cuda::Needs& needs);
   void run_on_cpu();
   void run_on_gpu();
 
@@ -72,12 +74,16 @@ class Part {
   at::Tensor outcome_;   // Outcome, as float64
   at::Tensor clamped_;   // Step::clamped
   at::Tensor measures_;  // as float64
+  // Step::param_measures, as float64, and the layout in which the last step left them.
+  at::Tensor param_measures_;
+  uint64_t layout_ = 0, measured_layout_ = 0;
   at::Tensor table_memory_;
   cuda::DeviceTable table_;
   // While a CUDA graph is captured: memory of the graph's own pool instead.
   at::Tensor captured_measures_;
   at::Tensor captured_table_memory_;
   bool capturing_ = false;
+  std::vector<at::Tensor> outgrown_;  // of param_measures_: a graph that was captured may use it
 };
 
 // One step over all parts that are in use, and one norm over all of them, on all ranks.

@@ -49,6 +49,8 @@ void Walk::begin() {
   reason_.reset();
   undone_.reset();
   masters_.begin();
+  versions_.begin();
+  measured_params_ = 0;
   first_device_.reset();
   part_ = nullptr;
   reduction_ = nullptr;
@@ -65,11 +67,13 @@ void Walk::end() {
 void Walk::end_step() {
   borrowed_.bump_versions();
   masters_.remember();
+  versions_.remember();
 }
 
 void Walk::not_covered(Reason reason) {
   if (!reason_) reason_ = std::move(reason);
   masters_.forget();  // nobody looks at versions in plain torch
+  versions_.forget();
 }
 
 Part& Walk::part_of(c10::Device device, PyObject* reduction) {
@@ -92,9 +96,8 @@ void Walk::begin_row(Part& part, const Hyper& hyper, Py_ssize_t group, DType dty
   std::fill_n(part.blank.state_dtypes, kMaxStates, dtype);
 }
 
-[[gnu::flatten]] void Walk::add_tensor(const at::Tensor& param, const at::Tensor& grad, const StateNames& names,
-                                       const ParamStates& states, bool is_first, const Hyper& hyper,
-                                       const Place& place) {
+// Begins the entry of a tensor: with no array yet.
+TensorEntry& Walk::begin_entry(const at::Tensor& grad, const Hyper& hyper, const Place& place) {
   if (!part_ || part_->reduction != reduction_ || !(part_->device.is_cpu() && on_cpu(grad.unsafeGetTensorImpl()))) {
     part_ = &part_of(grad.device(), reduction_);
   }
@@ -112,6 +115,25 @@ void Walk::begin_row(Part& part, const Hyper& hyper, Py_ssize_t group, DType dty
   entry.index = static_cast<uint32_t>(parameter_);
   step.chunks += (numel + kChunk - 1) / kChunk;
   step.elements += numel;
+  return entry;
+}
+
+// The norm of the parameters counts: `measured` is this one, or its master weights.
+void Walk::note_params(Step& step, TensorEntry& entry, const at::Tensor& measured, const Place& place) {
+  measured_params_ += THPVariable_Unpack(place.param).numel();
+  entry.param_is_measured = versions_.add(parameter_, measured, entry.param, entry.first_chunk);
+  step.has_unmeasured_params |= !entry.param_is_measured;
+}
+
+[[gnu::flatten]] void Walk::add_tensor(const at::Tensor& param, const at::Tensor& grad, const StateNames& names,
+                                       const ParamStates& states, bool is_first, const Group& group,
+                                       const Place& place) {
+  const Hyper& hyper = group.hyper;
+  TensorEntry& entry = begin_entry(grad, hyper, place);
+  Part& part = *part_;
+  Step& step = part.step;
+  const int64_t numel = entry.numel;
+  const DType dtype = entry.grad_dtype;
   if (part.clamps) step.clampable += numel;
 
   uint64_t addresses = addresses_;  // in a register
@@ -176,6 +198,30 @@ void Walk::begin_row(Part& part, const Hyper& hyper, Py_ssize_t group, DType dty
   entry.step_is_float64 = step_is_float64;
   entry.scalar_is_float64 = scalar_is_float64;
   addresses_ = addresses;
+  if (group.norm_clip.limits.measures_params) note_params(step, entry, states.master ? *states.master : param, place);
+}
+
+void Walk::add_unstepped(const Group& group, const StateNames& names, const Place& place, const at::Tensor& param,
+                         const Shard* shard) {
+  if (!THPVariable_Unpack(place.param).requires_grad()) return;
+  ParamStates states;
+  if (names.master) {
+    borrowed_.keep(Held(place.param));  // the look-up may run Python
+    states = states_.find(place, parameter_, names, shard);
+  }
+  const at::Tensor& measured = states.master ? *states.master : param;
+  if (!is_plainly_covered(measured, measured) && !covers(measured, measured, place)) return;
+  if (measured.numel() == 0) {
+    measured_params_ += THPVariable_Unpack(place.param).numel();  // of other ranks
+    return;
+  }
+  TensorEntry& entry = begin_entry(measured, group.hyper, place);
+  const int64_t item = item_size(entry.dtype), bytes = entry.numel * item;
+  entry.param = data_of(measured, item, bytes, "", place);
+  entry.uniform = !states.master && !(group.hyper.stochastic_rounding && item == 2);
+  borrowed_.read(measured);
+  addresses_ = (addresses_ ^ reinterpret_cast<uintptr_t>(entry.param) ^ bytes) * 0x9e3779b97f4a7c15u;
+  note_params(part_->step, entry, measured, place);
 }
 
 void Walk::check_memory(const at::Tensor& param, const at::Tensor& grad, const StateNames& names,
@@ -249,6 +295,9 @@ void Walk::add_param(const Group& group, const StateNames& names, Py_ssize_t gro
     if (auto shard = shard_of(param, object)) return add_shard(group, names, place, std::move(*shard));
   }
   const at::Tensor* grad = &grad_of(param);
+  if (!grad->defined() && group.norm_clip.limits.measures_params) {
+    return add_unstepped(group, names, place, param, nullptr);
+  }
   if (!grad->defined() || (kInPlace && is_seen(*grad))) return;
   ParamStates states;
   Held held;
@@ -285,7 +334,11 @@ void Walk::add_shard(const Group& group, const StateNames& names, const Place& p
   borrowed_.hold();  // Python runs, here and there
   await_norm(shard, place, group.norm_clip);
   const at::Tensor& param = THPVariable_Unpack(place.param);
-  if (grad_of(param).defined() && !is_seen(grad_of(param))) {
+  if (!grad_of(param).defined() && group.norm_clip.limits.measures_params) {
+    add_unstepped(group, names, place, shard.local(), &shard);
+    std::move(shard).keep_in(borrowed_);
+    borrowed_.all_are_kept();
+  } else if (grad_of(param).defined() && !is_seen(grad_of(param))) {
     if (auto grad = shard_of_grad(grad_of(param), shard, place)) {
       ParamStates states;
       if (names.any) states = states_.find(place, parameter_, names, &shard);
@@ -323,7 +376,11 @@ void Walk::add_covered(const Group& group, const StateNames& names, const Place&
     not_covered({"other_device_than_lr", place, "", {param, THPVariable_Unpack(group.lr_tensor.object)}});
     return check_memory(param, grad, names, states, place);
   }
-  if (grad.numel() > 0 || states.step) add_tensor(param, grad, names, states, is_first, group.hyper, place);
+  if (grad.numel() > 0 || states.step) {
+    add_tensor(param, grad, names, states, is_first, group, place);
+  } else if (group.norm_clip.limits.measures_params) {
+    measured_params_ += THPVariable_Unpack(place.param).numel();  // of other ranks
+  }
 }
 
 [[gnu::flatten]] void Walk::add_group(Group& group, Py_ssize_t group_index) {

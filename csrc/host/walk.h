@@ -15,6 +15,7 @@
 #include "shards.h"
 #include "states.h"
 #include "tensors.h"
+#include "versions.h"
 
 namespace fastclip {
 
@@ -48,6 +49,7 @@ class Walk {
   States& states() { return states_; }
   Borrowed& borrowed() { return borrowed_; }
   const std::optional<c10::Device>& first_device() const { return first_device_; }  // of all parameters
+  int64_t measured_params() const { return measured_params_; }  // elements of all parameters whose norm counts
 
  private:
   // A call is a good part of what a tensor costs: what is done for each of them is inlined, with torch's accessors
@@ -58,11 +60,16 @@ class Walk {
   [[gnu::noinline]] void begin_row(Part& part, const Hyper& hyper, Py_ssize_t group, DType dtype);
   // All that is covered.
   [[gnu::noinline]] void add_tensor(const at::Tensor& param, const at::Tensor& grad, const StateNames& names,
-                                    const ParamStates& states, bool is_first, const Hyper& hyper, const Place& place);
+                                    const ParamStates& states, bool is_first, const Group& group, const Place& place);
   // Whether a gradient that is to be clipped in place was found before.
   [[gnu::always_inline]] bool is_seen(const at::Tensor& grad) {
     return in_place_ && !seen_.insert(grad.unsafeGetTensorImpl()).second;
   }
+  // A parameter without a gradient, where the norm of the parameters counts. A frozen one is left out.
+  [[gnu::noinline]] void add_unstepped(const Group& group, const StateNames& names, const Place& place,
+                                       const at::Tensor& param, const Shard* shard);
+  [[gnu::always_inline]] inline TensorEntry& begin_entry(const at::Tensor& grad, const Hyper& hyper, const Place& place);
+  void note_params(Step& step, TensorEntry& entry, const at::Tensor& measured, const Place& place);
   // As add_param, of a DTensor: the kernels step on the shard that is here.
   [[gnu::noinline]] void add_shard(const Group& group, const StateNames& names, const Place& place, Shard shard);
   // The shard of a gradient that is placed as its parameter; nothing where it is not.
@@ -96,6 +103,8 @@ class Walk {
   uint64_t disjoint_addresses_ = 0;  // and of the last ones found not to overlap
   std::optional<Reason> reason_;
   Masters masters_;
+  Versions versions_;
+  int64_t measured_params_ = 0;
   std::optional<Place> undone_;
   std::optional<c10::Device> first_device_;
 };

@@ -12,6 +12,7 @@ struct Adadelta {
   static constexpr bool kCountsSteps = true;
   static constexpr bool kFilledByFirstStep = false;
   static constexpr bool kClipsInPlace = false;
+  static constexpr bool kLimitsChange = false;
   static constexpr int kKernels[] = {2};
   static constexpr bool kIsCommon = false;
 

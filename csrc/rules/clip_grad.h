@@ -12,6 +12,7 @@ struct ClipGrad {
   static constexpr bool kCountsSteps = false;
   static constexpr bool kFilledByFirstStep = false;
   static constexpr bool kClipsInPlace = true;
+  static constexpr bool kLimitsChange = false;
   static constexpr int kKernels[] = {0};
   static constexpr bool kIsCommon = true;
 

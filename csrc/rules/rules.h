@@ -92,6 +92,18 @@ struct Hyper : SharedHyper {
   }
 };
 
+// Returns the change that a gradient of norm 1 makes in the end.
+inline double change_of(Rules::Id rule, const Hyper& hyper, double lr) {
+  return Rules::visit(rule, [&](auto tag) {
+    using R = typename decltype(tag)::Rule;
+    if constexpr (R::kLimitsChange) {
+      return R::change(hyper.of<R>(), lr);
+    } else {
+      return 0.0;
+    }
+  });
+}
+
 inline bool clips_in_place(Rules::Id rule) {
   return Rules::visit(rule, [](auto tag) { return decltype(tag)::Rule::kClipsInPlace; });
 }

@@ -13,6 +13,7 @@ struct SGD {
   // torch's first buffer is the undampened gradient, not momentum * 0 + (1 - dampening) * gradient.
   static constexpr bool kFilledByFirstStep = true;
   static constexpr bool kClipsInPlace = false;
+  static constexpr bool kLimitsChange = true;
   static constexpr int kKernels[] = {0, 1};
   static constexpr bool kIsCommon = true;
 
@@ -52,6 +53,13 @@ struct SGD {
   FASTCLIP_HD static Constants<double> constants(const SharedHyper& hyper, const Settings& settings, double lr,
                                                  const Progress&) {
     return {-lr, settings.momentum, 1 - settings.dampening, hyper.weight_decay};
+  }
+
+  // A buffer hands a gradient on, each time times the momentum: the parts add up to 1 / (1 - momentum), if they end.
+  FASTCLIP_HD static double change(const Settings& settings, double lr) {
+    if (settings.momentum == 0) return fabs(lr);
+    if (settings.momentum >= 1) return HUGE_VAL;
+    return fabs(lr * (1 - settings.dampening) / (1 - settings.momentum));
   }
 
   template <class T>

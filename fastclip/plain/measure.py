@@ -1,4 +1,4 @@
-"""The norm of all gradients taken together, from sums that add up over tensors, devices and ranks: csrc/rules/clip.h
+"""The norm of all gradients taken together, from sums that add up over tensors, devices and ranks: csrc/rules/measure.h
 in plain torch."""
 
 import math
@@ -11,10 +11,10 @@ SMALL, SCALE_SMALL = 2.0**-500, 2.0**600
 BIG, SCALE_BIG = 2.0**480, 2.0**-600
 
 
-def measure_of(grads, norm_type=2.0):
+def measure_of(grads, norm_type=2.0, device=None):
     """Returns the sums of squares of small, medium and big magnitudes, float64 [3] on the first gradient's device; for
     the inf norm the largest magnitude, in the middle."""
-    device = next((grad.device for grad in grads), torch.device("cpu"))
+    device = device or next((grad.device for grad in grads), torch.device("cpu"))
     total = torch.zeros(3, dtype=torch.float64, device=device)
     for grad in grads:
         if grad.numel() > 0:
@@ -25,6 +25,11 @@ def measure_of(grads, norm_type=2.0):
 def combined(a, b, norm_type):
     """Returns the measure of two sets of gradients from the measures of each."""
     return torch.maximum(a, b) if norm_type == math.inf else a + b
+
+
+def multiplied(measure, factor, norm_type):
+    """Returns the measure of the same numbers, each multiplied by `factor`."""
+    return measure * (factor if norm_type == math.inf else factor * factor)
 
 
 def norm_of(measure, norm_type=2.0):

@@ -32,6 +32,8 @@ class Rule(NamedTuple):
         momentum: the state that `momentum_dtype` is about, or None.
         filled_by_first_step: the first step makes the states of the gradient; else they begin as `new_value(group)`.
         numbers: the settings that are numbers, besides those that all rules have.
+        change: change(group) is the change that a gradient of norm 1 makes in the end, in this step and in later ones;
+            None if that is no multiple of it.
         takes_sparse, takes_nested, takes_complex: kinds of gradients.
     """
 
@@ -46,6 +48,7 @@ class Rule(NamedTuple):
     filled_by_first_step: bool = False
     new_value: Callable = lambda group: 0.0
     numbers: tuple[str, ...] = ()
+    change: Callable | None = None
     takes_sparse: bool = False
     takes_nested: bool = False
     takes_complex: bool = True
@@ -130,6 +133,12 @@ def update_rmsprop(group, param, grad, states, step):
     call(rmsprop, group, param, grad, tensors, "alpha", "momentum", "centered", capturable=False)
 
 
+def change_by_sgd(group):
+    """A buffer hands a gradient on, each time times the momentum: the parts add up to 1 / (1 - momentum)."""
+    lr, momentum = group["lr"], group["momentum"]
+    return abs(lr * (1 - group["dampening"]) / (1 - momentum) if momentum != 0 else lr)
+
+
 SGD = Rule(
     "sgd",
     "SGD",
@@ -140,6 +149,7 @@ SGD = Rule(
     momentum="momentum_buffer",
     filled_by_first_step=True,
     numbers=("momentum", "dampening"),
+    change=change_by_sgd,
     takes_sparse=True,
     takes_nested=True,
 )

@@ -1,6 +1,7 @@
 """One step: clips, then the rule's update of each parameter. Read this to know what fastclip computes."""
 
 import math
+from functools import partial
 
 import torch
 from torch.optim.optimizer import _get_scalar_dtype
@@ -9,22 +10,9 @@ from .._extension import _C
 from ..clip_stats import ClipStats
 from ..distributed import total_measure
 from .checks import check
-from .measure import measure_of, norm_of
+from .limits import Decision, change_factors, counted_params, decide, limits_of, scaling_of, smallest_norm, sums_of
 from .rounding import SIXTEEN_BIT, Rounding, compute_dtype, has_master, state_dtype
 from .values import item_of, number_of, overlap_in_part, values_of
-
-
-def scaling_of(norm, max_norm):
-    """Returns the factor of `clip_grad_norm_` as two factors: (unit, coefficient). `max_norm=inf` only measures.
-
-    The unit is 1, or 2^-100 where the coefficient alone would be subnormal in float32, and lose its digits.
-    """
-    if max_norm == math.inf:
-        return torch.ones_like(norm), torch.ones_like(norm)
-    threshold, total = torch.full_like(norm, max_norm), norm + 1e-6  # number / tensor rounds twice
-    small = (threshold / total < 2.0**-126) & (max_norm > 0) & (norm < math.inf)
-    unit = torch.ones_like(norm).masked_fill(small, 2.0**-100)
-    return unit, torch.clamp(threshold / (total * unit), max=1.0)
 
 
 def scaled(grad, factors, in_place=False):
@@ -48,7 +36,7 @@ def clips_value(group):
 def in_plain_numbers(rule, group):
     """Returns the group with plain numbers, which torch takes, whatever types they were given in."""
     plain = {}
-    for name in ("lr", "weight_decay", "max_norm", *rule.numbers):
+    for name in ("lr", "weight_decay", "max_norm", "max_change", "max_relative_change", *rule.numbers):
         if name == "betas":
             plain[name] = tuple(map(number_of, group[name]))
         elif group[name] is not None:
@@ -74,7 +62,7 @@ def clamped(grad, clip_value, dtype):
 
 
 @torch.no_grad()
-def step(rule, groups, state, grad_scale=None, found_inf=None, reductions=None):
+def step(rule, groups, state, grad_scale=None, found_inf=None, reductions=None, numels=None):
     """Takes one step by `rule` over `groups` (a list of dicts) with `state` (a dict of dicts by parameter).
 
     Order: unscale, value clip, norm clip, update.
@@ -83,6 +71,7 @@ def step(rule, groups, state, grad_scale=None, found_inf=None, reductions=None):
         rule (Rule): a row of `plain.rules`.
         grad_scale, found_inf (Tensor, optional): AMP's.
         reductions (dict, optional): the Reduction of each parameter of a sharded model.
+        numels (dict, optional): the number of elements on all ranks of each of these.
 
     Returns:
         ClipStats: whose `skipped_steps` counts this step only.
@@ -91,8 +80,7 @@ def step(rule, groups, state, grad_scale=None, found_inf=None, reductions=None):
     check(rule, groups, state)
     stepped = [[p for p in group["params"] if p.grad is not None] for group in groups]
     params = [p for group_params in stepped for p in group_params]
-    max_norm, skip_nonfinite = groups[0]["max_norm"], groups[0]["skip_nonfinite"]
-    norm_type = math.inf if max_norm is None else float(groups[0]["norm_type"])
+    limits, skip_nonfinite = limits_of(groups), groups[0]["skip_nonfinite"]
     inverse_scale = None if grad_scale is None else grad_scale.double().reciprocal().float()
     moved, looked_at = 0, 0
     with torch.set_grad_enabled(any(group["differentiable"] for group in groups)):
@@ -108,57 +96,66 @@ def step(rule, groups, state, grad_scale=None, found_inf=None, reductions=None):
                 moved = sum((count.to(pairs[0][1].device) for _, count in pairs), start=moved)
                 looked_at += sum(g.numel() for g in group_grads)
             grads.append(group_grads)
-        norm = None
-        if max_norm is not None or skip_nonfinite:
+        decision = Decision(None)
+        if limits.any or skip_nonfinite:
             flat = [values_of(g) for group_grads in grads for g in group_grads]
             if skip_nonfinite:  # a value clip would hide an inf
                 raw = [values_of(p.grad) for p in params]
                 flat = flat if all(item_of(g.isfinite().all(), unknown=True) for g in raw) else raw
             measured = dict(zip(params, flat, strict=True))  # a parameter that is given twice counts once
-            measure, found_inf = measure_of_all(measured, measured.values(), norm_type, found_inf, reductions)
-            norm = norm_of(measure, norm_type)
+            factors = change_factors(rule, groups) if limits.of_change else None
+            counted = counted_params(groups, state) if limits.max_relative_change is not None else None
+            sums_among = partial(sums_of, measured, factors, counted, limits.norm_type)
+            both = [*measured, *(param for param in counted or () if param not in measured)]
+            sums, found_inf = sums_of_all(sums_among, both, limits.norm_type, found_inf, reductions)
+            decision = decide(sums, limits, smallest_norm(counted or (), numels, limits.norm_type))
         if found_inf is not None and item_of(found_inf, unknown=0) != 0:
-            return stats_of(groups, math.inf, skipped=True)
-        if skip_nonfinite and not item_of(measure.isfinite().all(), unknown=True):
-            return stats_of(groups, norm, skipped=True)
-        if max_norm is not None:
-            factors = scaling_of(norm, max_norm)
+            return stats_of(groups, limits, Decision(math.inf), skipped=True)
+        if skip_nonfinite and not item_of(sums[:3].isfinite().all(), unknown=True):
+            return stats_of(groups, limits, decision, skipped=True)
+        if limits.any:
             grads = [
-                [scaled(widened(g, p), factors) for g, p in zip(group_grads, group_params, strict=True)]
+                [scaled(widened(g, p), decision.factors) for g, p in zip(group_grads, group_params, strict=True)]
                 for group_grads, group_params in zip(grads, stepped, strict=True)
             ]
         first = 0
         for group, group_grads in zip(groups, grads, strict=True):
             update_group(rule, group, group_grads, state, first)
             first += len(group["params"])
-    return stats_of(groups, norm, moved, looked_at)
+    return stats_of(groups, limits, decision, moved, looked_at)
 
 
-def measure_of_all(params, grads, norm_type, found_inf, reductions):
-    """Returns the measure of a model's gradients, and AMP's verdict on them; over all ranks if it is sharded."""
+def sums_of_all(sums_among, params, norm_type, found_inf, reductions):
+    """Returns the sums over a model, and AMP's verdict on its gradients; over all ranks if it is sharded.
+    `sums_among(params)` are those over some parameters."""
     if not reductions:
-        return measure_of(grads, norm_type), found_inf
+        return sums_among(params), found_inf
     by_reduction = {}
-    for param, grad in zip(params, grads, strict=True):
-        by_reduction.setdefault(reductions[param], []).append(grad)
-    measures = [(reduction, measure_of(part, norm_type)) for reduction, part in by_reduction.items()]
-    return total_measure([r for r in dict.fromkeys(reductions.values()) if r.groups], measures, norm_type, found_inf)
+    for param in params:
+        by_reduction.setdefault(reductions[param], []).append(param)
+    rows = [(reduction, sums_among(some)) for reduction, some in by_reduction.items()]
+    over_ranks = [r for r in dict.fromkeys(reductions.values()) if r.groups]
+    return total_measure(over_ranks, rows, norm_type, found_inf)
 
 
-def stats_of(groups, norm, moved=0, looked_at=0, skipped=False):
+def stats_of(groups, limits, decision, moved=0, looked_at=0, skipped=False):
     """Returns the ClipStats of a step whose value clip looked at `looked_at` elements, and changed `moved` of them."""
-    max_norm = groups[0]["max_norm"]
     device = next((p.device for group in groups for p in group["params"]), torch.device("cpu"))
-    norm = None if max_norm is None else torch.as_tensor(norm, dtype=torch.float64, device=device).detach()
-    fraction = None
-    if any(map(clips_value, groups)):
-        fraction = torch.as_tensor(moved, dtype=torch.float64, device=device) / max(looked_at, 1)
+
+    def number(value):
+        return torch.as_tensor(value, dtype=torch.float64, device=device).detach()
+
+    norm = number(decision.norm) if limits.any else None
+    factors = decision.factors
+    if skipped and norm is not None and not factors:  # AMP's verdict
+        factors = scaling_of(norm, math.inf if limits.max_norm is None else limits.max_norm)
     return ClipStats(
         total_norm=norm,
-        clip_coefficient=None if norm is None else math.prod(scaling_of(norm, max_norm)),
-        clamped_fraction=fraction,
+        clip_coefficient=None if norm is None else number(math.prod(factors)),
+        clamped_fraction=number(moved) / max(looked_at, 1) if any(map(clips_value, groups)) else None,
         skipped=torch.tensor(skipped, device=device),
         skipped_steps=torch.tensor(int(skipped), device=device),
+        change=number(0.0 if skipped else decision.change) if limits.of_change else None,
     )
 
 

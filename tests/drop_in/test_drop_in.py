@@ -26,6 +26,8 @@ def test_is_an_sgd_with_its_arguments():
         "clip_value": None,
         "max_norm": None,
         "norm_type": 2.0,
+        "max_change": None,
+        "max_relative_change": None,
         "skip_nonfinite": False,
         "master_weights": False,
         "stochastic_rounding": False,

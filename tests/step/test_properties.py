@@ -85,7 +85,12 @@ FAULTS = {
         "step(groups",
         f"step({ROUNDED}",
     ),
-    "a duplicate's gradient counts twice": (reference, "step", "(measured, measured.values()", "(params, flat"),
+    "a duplicate's gradient counts twice": (
+        reference,
+        "step",
+        "dict(zip(params, flat, strict=True))",
+        "{p: g * sum(q is p for q in params) for p, g in zip(params, flat)}",
+    ),
     "a generator is read twice": (OURS, "add_param_group", 'param_group["params"] = list(', "list("),
     "the CPU's mode is not that of the caller": (OURS, "_update", "try:", "torch.set_flush_denormal(False)\n    try:"),
     "states of others are lost": (OURS, "_update", "try:", "[s.pop('ema', 0) for s in self.state.values()]\n    try:"),

@@ -64,7 +64,7 @@ def test_the_table_of_rules_says_what_csrc_says():
     """A rule that one of them lacks, or whose states have other names, orders or counts."""
     in_python = [
         (rule.name, rule.arrays, rule.scalar and rule.scalar[0], rule.counts_steps, rule.momentum)
-        + (rule.filled_by_first_step,)
+        + (rule.filled_by_first_step, rule.change is not None)
         for rule in rules.RULES
     ]
     in_csrc = [rule for rule in _C.rules() if rule[0] != "clip_grad"]

@@ -12,6 +12,7 @@ from unittest import mock
 import torch
 
 import fastclip
+from fastclip.plain import limits
 from fastclip.plain import step as reference
 from fastclip.plain.rounding import SIXTEEN_BIT, state_dtype
 from fastclip.settings import OWN_SETTINGS
@@ -133,7 +134,7 @@ class PlainLoop:
         for p in values:
             p.grad = given[p] if p in self.by_reference else None
         scale = None if grad_scale is None else torch.tensor(grad_scale)
-        same_norm = nullcontext() if norm is None else mock.patch.object(reference, "norm_of", lambda *_: norm)
+        same_norm = nullcontext() if norm is None else mock.patch.object(limits, "norm_of", lambda *_: norm)
         with same_norm, exact_square_roots():
             reference.step(self.own_rule, self.groups, self.reference_state, scale)
 

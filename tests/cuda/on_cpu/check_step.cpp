@@ -95,12 +95,13 @@ Rules::Id random_rule(std::mt19937_64& random) {
 
 // What check_step has to know of a rule.
 struct Traits {
-  bool in_place, counts_steps, filled_by_first_step, has_scalar;
+  bool in_place, counts_steps, filled_by_first_step, has_scalar, limits_change;
 };
 Traits traits_of(Rules::Id rule) {
   return Rules::visit(rule, [](auto tag) {
     using R = typename decltype(tag)::Rule;
-    return Traits{R::kClipsInPlace, R::kCountsSteps, R::kFilledByFirstStep, R::kScalar.name != nullptr};
+    return Traits{R::kClipsInPlace, R::kCountsSteps, R::kFilledByFirstStep, R::kScalar.name != nullptr,
+                  R::kLimitsChange};
   });
 }
 uint32_t states_of(Rules::Id rule, Terms terms) {
@@ -122,6 +123,7 @@ struct Case {
   std::vector<int64_t> at_byte;     // where a tensor starts,
   std::vector<int64_t> grad_shift;  // and how many bytes later its gradient does
   std::vector<bool> has_rounded;    // master weights
+  std::vector<bool> has_grad;       // others are only measured
   bool exact = true;  // to the bit; else the coefficient may be off by a rounding, as sums have another order
 
   explicit Case(uint64_t seed) : random(seed), step(random_rule(random)) {
@@ -133,8 +135,15 @@ struct Case {
     const bool mixtures = random() % 3 == 0;
     const DType one = static_cast<DType>(random() % kNumDTypes);
     step.norm = draw(Norm::none, Norm::two, Norm::inf);
-    step.max_norm = step.norm == Norm::none ? 0 : draw(0.5, 3.0, 1e9, HUGE_VAL);
+    step.limits.max_norm = step.norm == Norm::none ? 0 : draw(0.5, 3.0, 1e9, HUGE_VAL);
     step.skip_nonfinite = step.norm != Norm::none && random() % 3 == 0;
+    if (step.norm != Norm::none && traits.limits_change && random() % 2) {
+      step.limits.measures_change = true;
+      step.limits.measures_params = random() % 3;
+      step.limits.max_change = draw(0.01, 3.0, HUGE_VAL);
+      step.limits.max_relative_change = draw(0.01, HUGE_VAL);
+      step.limits.smallest_norm = draw(0.0, 1e-3, 100.0);
+    }
     const auto groups = draw(1, 2, 3);
     const bool momentum = random() % 2;
     for (int i = 0; i < groups; ++i) {
@@ -178,6 +187,7 @@ struct Case {
         tensor.uniform = false;
       }
       has_rounded.push_back(master);
+      has_grad.push_back(!step.limits.measures_params || random() % 6);
       tensor.step_is_float64 = random() % 2;
       tensor.is_first =
           traits.filled_by_first_step && states_of(step.rule, step.hypers[tensor.hyper].terms) && random() % 2;
@@ -232,12 +242,15 @@ struct Case {
       const uint32_t states = states_of(step.rule, step.hypers[tensor.hyper].terms);
       tensor.param = array(traits.in_place ? kGrads : kParams);
       tensor.rounded = has_rounded[i] ? array(kRounded) : nullptr;
-      tensor.grad = array(kGrads);
+      tensor.grad = has_grad[i] ? array(kGrads) : nullptr;
+      tensor.param_is_measured = false;
+      step.has_unmeasured_params = step.limits.measures_params;
       for (int s = 0; s < kMaxStates; ++s) tensor.states[s] = states >> s & 1 ? array(kStates + s) : nullptr;
       const bool counts = traits.counts_steps || (!tensor.uniform && step.hypers[tensor.hyper].stochastic_rounding);
       tensor.step = counts ? &memory.steps[i] : nullptr;
       tensor.scalar = traits.has_scalar ? &memory.scalars[i] : nullptr;
-      step.has_step_counts |= counts;
+      if (!has_grad[i]) tensor.step = tensor.rounded = tensor.states[0] = nullptr;
+      step.has_step_counts |= tensor.step != nullptr;
     }
   }
 };
@@ -246,7 +259,7 @@ struct Case {
 struct Device {
   Step step;
   Outcome outcome{};
-  std::vector<Measure> measures;
+  std::vector<Measure> measures, param_measures;
   std::vector<double> counts = std::vector<double>(cuda::kMaxBlocks, std::nan(""));
   std::vector<unsigned char> table_memory;
   cuda::DeviceTable table;
@@ -262,6 +275,8 @@ struct Device {
     }
     const cuda::Needs needs = cuda::needs(step);
     measures.resize(std::max<int64_t>(needs.measures, step.chunks));
+    param_measures.resize(std::max<int64_t>(needs.param_measures, step.chunks));
+    step.param_measures = param_measures.data();
     table_memory.resize(needs.table_bytes);
     table.memory = table_memory.data();
     step.outcome = &outcome;
@@ -279,6 +294,14 @@ struct Device {
     return !error;
   }
 };
+
+// Whether the update has measured the parameters as a pass over them does, to the bit.
+bool same_params_measured_again(Device& device) {
+  const std::vector<Measure> before = device.param_measures;
+  device.step.found_inf = nullptr;
+  device.run(Passes::measure);
+  return memcmp(before.data(), device.param_measures.data(), before.size() * sizeof(Measure)) == 0;
+}
 
 bool same(double a, double b, bool exact) {
   if (std::isnan(a) || std::isnan(b)) return std::isnan(a) && std::isnan(b);
@@ -313,10 +336,11 @@ bool same_memory(const Case& c, int kind) {
 bool check(uint64_t seed) {
   Case c(seed);
   Outcome expected{};
-  std::vector<Measure> measures(c.step.chunks);
+  std::vector<Measure> measures(c.step.chunks), param_measures(c.step.chunks);
   double expected_clamped = 0;
   c.step.outcome = &expected;
   c.step.measures = measures.data();
+  c.step.param_measures = param_measures.data();
   if (!c.traits.in_place && seed % 4 != 0) c.step.clamped = &expected_clamped;
   cpu::run(c.step, cpu::ThreadPool{1, one_thread});
 
@@ -329,7 +353,7 @@ bool check(uint64_t seed) {
     Device first(c.step, 0, tensors / 2), second(c.step, tensors / 2, tensors);
     second.on_cpu = seed % 2;
     good &= first.run(Passes::measure) && second.run(Passes::measure);
-    const Measure sums[] = {first.outcome.sum, second.outcome.sum};
+    const Sums sums[] = {first.outcome.sums, second.outcome.sums};
     for (Device* part : {&first, &second}) {
       part->step.sums = sums;
       part->step.parts = 2;
@@ -341,17 +365,21 @@ bool check(uint64_t seed) {
     outcome.skipped_steps += second.outcome.skipped_steps;
     good &= first.outcome.skipped == second.outcome.skipped;
     clamped = first.clamped() + second.clamped();
+    for (Device* part : {&first, &second}) {
+      if (c.step.limits.measures_params) good &= same_params_measured_again(*part);
+    }
   } else {
     Device whole(c.step, 0, tensors);
     good &= whole.run(Passes::all);
     outcome = whole.outcome;
     clamped = whole.clamped();
+    if (c.step.limits.measures_params) good &= same_params_measured_again(whole);
   }
   good &= outcome.arrived == 0 && outcome.finished == 0 && outcome.skipped == expected.skipped;
   good &= outcome.skipped_steps == expected.skipped_steps;
   if (c.step.clamped && !expected.skipped) good &= clamped == expected_clamped;
   good &= same(outcome.total_norm, expected.total_norm, c.exact) &&
-          same(outcome.coefficient, expected.coefficient, c.exact);
+          same(outcome.coefficient, expected.coefficient, c.exact) && same(outcome.change, expected.change, c.exact);
   good &= c.gpu.steps == c.cpu.steps && c.gpu.scalars == c.cpu.scalars;
   for (int kind = 0; kind < kKinds; ++kind) good &= same_memory(c, kind);
   if (!good) std::printf("seed %llu differs: %zu tensors\n", static_cast<unsigned long long>(seed), tensors);
@@ -381,7 +409,7 @@ bool check_huge() {
 
   Step step(Rules::id_of<ClipGrad>());
   step.norm = Norm::two;
-  step.max_norm = std::sqrt(double{kNumel}) / 2;
+  step.limits.max_norm = std::sqrt(double{kNumel}) / 2;
   step.hypers.push_back({});
   step.hypers[0].clip_low = -HUGE_VAL;
   step.hypers[0].clip_high = HUGE_VAL;
@@ -391,7 +419,7 @@ bool check_huge() {
   tensor.dtype = tensor.grad_dtype = DType::bfloat16;
   tensor.uniform = true;
   Device device(step, 0, 1);
-  const bool good = device.run(Passes::measure) && device.outcome.sum.medium == double{kNumel};
+  const bool good = device.run(Passes::measure) && device.outcome.sums.grads.medium == double{kNumel};
   step.norm = Norm::none;
   step.hypers[0].clip_high = 0.5;
   Device clips(step, 0, 1);

@@ -1,6 +1,7 @@
 // The CPU's step, taken by the CUDA kernels: an extension that is linked with this instead of csrc/cpu/step.cpp runs
 // all tests of the CPU on them.
 #include <cmath>
+#include <map>
 #include <mutex>
 #include <numeric>
 #include <stdexcept>
@@ -8,6 +9,23 @@
 #include "step.h"
 
 namespace fastclip::cpu {
+
+// The measures of the parameters are in the order of a GPU's tiles: kept for each engine, by the address of the CPU's.
+void keep_param_measures(Step& step, const cuda::Needs& needs) {
+  if (!step.param_measures) return;
+  struct Kept {
+    std::vector<Measure> measures;
+    uint64_t layout = 0;
+  };
+  static std::map<const Measure*, Kept> all;
+  Kept& kept = all[step.param_measures];
+  if (kept.layout != needs.layout) {
+    kept = {std::vector<Measure>(needs.param_measures), needs.layout};
+    for (TensorEntry& tensor : step.tensors) tensor.param_is_measured = false;
+    step.has_unmeasured_params = true;
+  }
+  step.param_measures = kept.measures.data();
+}
 
 void run(const Step& step, const ThreadPool&) {
   static std::mutex one_at_a_time;  // the emulated device knows one thread of the host
@@ -18,6 +36,7 @@ void run(const Step& step, const ThreadPool&) {
   const cuda::Needs needs = cuda::needs(step);
   std::vector<Measure> measures(step.norm == Norm::none ? 0 : needs.measures);
   on_device.measures = measures.data();
+  keep_param_measures(on_device, needs);
   std::vector<double> clamped(cuda::kMaxBlocks, std::nan(""));
   if (step.clamped) on_device.clamped = clamped.data();
   static std::vector<unsigned char> memory;

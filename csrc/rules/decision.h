@@ -1,0 +1,125 @@
+// What a step decides by the norms that it has measured: how much gradients are scaled down, or whether the step is left
+// out. The only copy, for host and device.
+#pragma once
+
+#include "measure.h"
+
+namespace fastclip {
+
+// The limits of a step. inf: only measured.
+struct Limits {
+  double max_norm = HUGE_VAL;  // of the gradients' norm
+  double max_change = HUGE_VAL;  // of the change that the gradients make in the end, see `kLimitsChange` in rule.h
+  double max_relative_change = HUGE_VAL;  // of the same, divided by the norm of the parameters
+  double smallest_norm = 0;  // stands for the norm of smaller parameters: a model of zeros has to move, too
+  bool measures_change = false;
+  bool measures_params = false;
+
+  bool operator==(const Limits& other) const {
+    return max_norm == other.max_norm && max_change == other.max_change &&
+           max_relative_change == other.max_relative_change && smallest_norm == other.smallest_norm &&
+           measures_change == other.measures_change && measures_params == other.measures_params;
+  }
+};
+
+// A model whose parameters have a smaller root mean square than this is limited as one that has it.
+constexpr double kSmallestRms = 1e-3;
+
+// Returns Limits::smallest_norm of a model with this number of parameters.
+inline double smallest_norm(Norm norm, int64_t parameters) {
+  return norm == Norm::inf ? kSmallestRms : kSmallestRms * sqrt(static_cast<double>(parameters > 0 ? parameters : 1));
+}
+
+// What they are compared with.
+struct Sums {
+  Measure grads;
+  Measure change;
+  Measure params;
+};
+
+FASTCLIP_HD void combine(Norm norm, Sums& into, const Sums& other) {
+  combine(norm, into.grads, other.grads);
+  combine(norm, into.change, other.change);
+  combine(norm, into.params, other.params);
+}
+
+// The factor of a clip, as a product of two. A norm of 1e38 that is clipped to 1 has a coefficient below the normal
+// numbers of float32. It would lose its digits, and would be 0 under torch.set_flush_denormal. Gradients are then taken
+// in units of 2^-100. The value clip and its bounds are in these units too, so they cost nothing per element.
+struct Scaling {
+  double coefficient = 1.0;
+  double unit = 1.0;
+
+  FASTCLIP_HD double product() const { return coefficient * unit; }
+};
+
+// Returns min(1, limit / size), and NaN if the size is NaN. A limit of inf only measures.
+FASTCLIP_HD Scaling scaling_to(double limit, double size) {
+  if (limit == HUGE_VAL || size <= limit) return {};
+  const double coefficient = limit / size;
+  if (coefficient < 0x1p-126 && limit > 0 && size < HUGE_VAL) return {limit / (size * 0x1p-100), 0x1p-100};
+  return {coefficient, 1.0};
+}
+
+// Returns the factor of clip_grad_norm_: min(1, max_norm / (norm + 1e-6)).
+FASTCLIP_HD Scaling scaling_of(double norm, double max_norm) { return scaling_to(max_norm, norm + 1e-6); }
+
+// Returns the smaller one, or one that is NaN.
+FASTCLIP_HD Scaling smaller(const Scaling& a, const Scaling& b) {
+  return b.product() < a.product() || b.coefficient != b.coefficient ? b : a;
+}
+
+// The consequence of what was measured for a step.
+struct Decision {
+  double total_norm;
+  double change;  // that the scaled gradients make in the end
+  Scaling scaling;
+  bool skip;
+};
+// Returns the decision of a step that AMP skips.
+FASTCLIP_HD Decision skipped(const Limits& limits) {
+  return {HUGE_VAL, 0, scaling_of(HUGE_VAL, limits.max_norm), true};
+}
+
+FASTCLIP_HD Decision decide(Norm norm, const Sums& sums, const Limits& limits, bool skip_nonfinite) {
+  // No sum of finite gradients overflows, so this is not 0 exactly if a gradient is not finite.
+  const Measure& sum = sums.grads;
+  const double zero = (sum.small - sum.small) + (sum.medium - sum.medium) + (sum.big - sum.big);
+  Decision decision{total_norm(norm, sum), 0, {}, skip_nonfinite && zero != 0};
+  decision.scaling = scaling_of(decision.total_norm, limits.max_norm);
+  if (!limits.measures_change) return decision;
+  const double change = total_norm(norm, sums.change);
+  decision.scaling = smaller(decision.scaling, scaling_to(limits.max_change, change));
+  if (limits.measures_params) {
+    const double params = larger(limits.smallest_norm, total_norm(norm, sums.params));
+    // Parameters that are not finite limit nothing.
+    const double limit = params < HUGE_VAL ? limits.max_relative_change * params : HUGE_VAL;
+    decision.scaling = smaller(decision.scaling, scaling_to(limit, change));
+  }
+  decision.change = decision.skip ? 0 : change * decision.scaling.product();
+  return decision;
+}
+
+// The results of a step, in the memory of its device. Nothing waits for them; they are read when a caller asks.
+struct Outcome {
+  Sums sums;  // over this device
+  double total_norm;  // norm over all devices
+  double coefficient;
+  double change;
+  uint64_t skipped;  // this step: 0 or 1
+  uint64_t skipped_steps;  // since the engine was made
+  uint32_t arrived;  // blocks at the barrier; 0 between steps
+  uint32_t opened;  // number of times that the barrier has opened
+  uint32_t finished;  // blocks that have updated; 0 between steps
+  uint32_t unused;
+};
+
+FASTCLIP_HD void record(Outcome& outcome, const Decision& decision, bool counts) {
+  outcome.total_norm = decision.total_norm;
+  outcome.coefficient = decision.scaling.product();
+  outcome.change = decision.change;
+  outcome.skipped = decision.skip;
+  outcome.skipped_steps += decision.skip && counts;
+}
+
+}  // namespace fastclip

@@ -1,0 +1,131 @@
+"""What a step decides by the norms that it has measured: csrc/rules/decision.h in plain torch."""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from .measure import combined, measure_of, multiplied, norm_of
+from .rounding import has_master
+from .values import values_of
+
+# A model whose parameters have a smaller root mean square than this is limited as one that has it: a model of zeros has
+# to move, too.
+SMALLEST_RMS = 1e-3
+
+
+class Limits(NamedTuple):
+    """The limits that the groups have in common. None: not set; inf: only measured."""
+
+    max_norm: float | None
+    max_change: float | None
+    max_relative_change: float | None
+    norm_type: float
+
+    @property
+    def of_change(self):
+        return self.max_change is not None or self.max_relative_change is not None
+
+    @property
+    def any(self):
+        return self.max_norm is not None or self.of_change
+
+
+class Decision(NamedTuple):
+    """The norm of the gradients, the factors by which they are scaled, and the change that they make in the end."""
+
+    norm: torch.Tensor | None
+    factors: tuple = ()
+    change: torch.Tensor | None = None
+
+
+def limits_of(groups):
+    own = {name: groups[0][name] for name in ("max_norm", "max_change", "max_relative_change")}
+    limits = Limits(**own, norm_type=float(groups[0]["norm_type"]))
+    return limits if limits.any else limits._replace(norm_type=math.inf)  # to look for inf and NaN
+
+
+def scaling_to(limit, size):
+    """Returns min(1, limit / size), NaN if the size is NaN, as two factors: (unit, coefficient). A limit of inf only
+    measures.
+
+    The unit is 1, or 2^-100 where the coefficient alone would be subnormal in float32, and lose its digits.
+    """
+    limit = torch.as_tensor(limit, dtype=size.dtype, device=size.device)  # number / tensor rounds twice
+    leaves_alone = (limit == math.inf) | (size <= limit)
+    small = ~leaves_alone & (limit / size < 2.0**-126) & (limit > 0) & (size < math.inf)
+    unit = torch.ones_like(size).masked_fill(small, 2.0**-100)
+    return unit, torch.where(leaves_alone, 1.0, limit / torch.where(leaves_alone, 1.0, size * unit))
+
+
+def scaling_of(norm, max_norm):
+    """Returns the factor of `clip_grad_norm_`, min(1, max_norm / (norm + 1e-6)), as `scaling_to` does."""
+    return scaling_to(max_norm, norm + 1e-6)
+
+
+def smaller(a, b):
+    """Returns the pair of factors with the smaller product, or with one that is NaN."""
+    takes_b = (math.prod(b) < math.prod(a)) | b[1].isnan()
+    return tuple(torch.where(takes_b, of_b, of_a) for of_a, of_b in zip(a, b, strict=True))
+
+
+def change_factors(rule, groups):
+    """Returns, for each parameter, the change that a gradient of norm 1 makes in the end."""
+    return {param: rule.change(group) for group in groups for param in group["params"]}
+
+
+def counted_params(groups, state):
+    """Returns the parameters whose norm counts, each with the values that are updated: its own, or its master weights.
+    Frozen parameters without a gradient do not count."""
+    values = {}
+    for group in groups:
+        for param in group["params"]:
+            if param.requires_grad or param.grad is not None:
+                master = state.get(param, {}).get("master_param") if has_master(group, param) else None
+                values[param] = values_of((param if master is None else master).detach())
+    return values
+
+
+def sums_of(grads, factors, params, norm_type, among):
+    """Returns the measures of some gradients, of the change that they make, and of parameters, float64 [3], [6] or [9].
+
+    Args:
+        grads (dict): the values of each parameter's gradient, clamped.
+        factors (dict or None): see `change_factors`; None where the change is not limited.
+        params (dict or None): see `counted_params`; None where no limit is relative to them.
+        among (list): the parameters that count here, in order.
+    """
+    device = next((param.device for param in among), torch.device("cpu"))
+    grads = {param: grads[param] for param in among if param in grads}
+    parts = [measure_of(grads.values(), norm_type, device)]
+    if factors is not None:
+        changes = torch.zeros_like(parts[0])
+        for param, grad in grads.items():
+            change = multiplied(measure_of([grad], norm_type, device), factors[param], norm_type)
+            changes = combined(changes, change, norm_type)
+        parts.append(changes)
+    if params is not None:
+        parts.append(measure_of([params[param] for param in among if param in params], norm_type, device))
+    return torch.cat(parts)
+
+
+def decide(sums, limits, smallest_norm):
+    """Returns the Decision that follows from the measures of all gradients and parameters."""
+    norm, *others = (norm_of(measure, limits.norm_type) for measure in sums.split(3))
+    factors = scaling_of(norm, math.inf if limits.max_norm is None else limits.max_norm)
+    if not limits.of_change:
+        return Decision(norm, factors)
+    change = others[0]
+    if limits.max_change is not None:
+        factors = smaller(factors, scaling_to(limits.max_change, change))
+    if limits.max_relative_change is not None:
+        of_params = others[1].clamp(min=smallest_norm)
+        limit = torch.where(of_params < math.inf, limits.max_relative_change * of_params, math.inf)
+        factors = smaller(factors, scaling_to(limit, change))
+    return Decision(norm, factors, change * math.prod(factors))
+
+
+def smallest_norm(params, numels, norm_type):
+    """Returns the norm that stands for that of smaller parameters. `numels` has the sizes of sharded ones."""
+    numel = sum((numels or {}).get(param, param.numel()) for param in params)
+    return SMALLEST_RMS if norm_type == math.inf else SMALLEST_RMS * math.sqrt(max(numel, 1))
