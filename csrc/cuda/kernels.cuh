@@ -206,6 +206,8 @@ __device__ __noinline__ void measure_all_params(const Arguments<kTableBytes>& ar
         arguments, false, false,
         [&](uint32_t tile, const Hyper&, const Entry<K, kDTypes>& entry, int64_t begin, int size, const uint4*) {
           if (entry.param_is_measured) return;
+          bool mixed = false;
+          if constexpr (kMixed<K, kDTypes>) mixed = kDTypes == DTypes::mixed || !entry.uniform;
           with_dtype<kDTypes>(entry.dtype, [&](auto stored) {
             using Stored = decltype(stored);
             constexpr int kFull = kPackBytes / sizeof(Stored);
@@ -215,7 +217,7 @@ __device__ __noinline__ void measure_all_params(const Arguments<kTableBytes>& ar
                   measure_params<Stored, decltype(full)::value>(header, entry, begin, size));
             };
             if constexpr (kMixed<K, kDTypes> && sizeof(Stored) < sizeof(double)) {
-              if (kDTypes == DTypes::mixed || !entry.uniform) return measure(std::integral_constant<int, kElements>{});
+              if (mixed) return measure(std::integral_constant<int, kElements>{});
             }
             measure(std::integral_constant<int, kFull>{});
           });
