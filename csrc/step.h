@@ -98,9 +98,9 @@ struct Step {
   // With Limits::measures_params: the measure of each chunk, or tile, of the parameters. An update writes what it makes
   // of them, and the next step reads that. As long as tensors have the same chunks, or Needs::layout is the same.
   Measure* param_measures = nullptr;
-  const Sums* sums = nullptr;     // for Passes::update: the sums of each part's outcome, in device memory
-  int parts = 1;                  // number of these sums
-  bool counts_skips = true;       // exactly one part of a step counts skipped steps
+  const Sums* sums = nullptr;  // for Passes::update: the sums of each part's outcome, in device memory
+  int parts = 1;  // number of these sums
+  bool counts_skips = true;  // exactly one part of a step counts skipped steps
 };
 
 namespace cpu {
@@ -129,9 +129,9 @@ constexpr int kMaxBlocks = 4096;
 
 // The memory that the host must allocate for a step.
 struct Needs {
-  int64_t measures;     // number of Measures, for a norm
+  int64_t measures;  // number of Measures, for a norm
   int64_t param_measures;  // number of Measures of the parameters
-  uint64_t layout;      // a hash of the places of each tensor's measures, not 0
+  uint64_t layout;  // a hash of the places of each tensor's measures, not 0
   int64_t table_bytes;  // 0: the table fits into the kernel arguments
 };
 Needs needs(const Step& step);

@@ -139,7 +139,9 @@ def clip_grad_norm_(
             clipped = _with_unique_grads([local[p] for p in parameters])
             grads = [p.grad for p in clipped]
             if norm_type in (2.0, math.inf):
-                measure_among = functools.partial(sums_of, dict(zip(clipped, grads, strict=True)), None, None, norm_type)
+                measure_among = functools.partial(
+                    sums_of, dict(zip(clipped, grads, strict=True)), None, None, norm_type
+                )
                 measure, _ = sums_of_all(measure_among, clipped, norm_type, None, reductions)
                 norm = norm_of(measure, norm_type)
             else:

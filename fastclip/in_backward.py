@@ -19,9 +19,10 @@ def step_in_backward(
     `zero_grad()` may stay in the training loop, and find nothing to do. Schedulers, checkpoints and groups work as
     usual, and `clip_stats()` is about the whole pass.
 
-    Limits: `max_norm`, `max_change`, `skip_nonfinite` and `GradScaler` need all gradients first. Changes of gradients between
-    `backward()` and `step()` (a trainer's clip, an all-reduce, hooks of `step`) come too late; hooks of a tensor come
-    in time. A second pass through a graph of updated parameters raises: add the losses up instead. A pass that raises
+    Limits: `max_norm`, `max_change`, `max_relative_change`, `skip_nonfinite` and `GradScaler` need all gradients first.
+    Changes of gradients between `backward()` and `step()` (a trainer's clip, an all-reduce, hooks of `step`) come too
+    late; hooks of a tensor come in time. A second pass through a graph of updated parameters raises: add the losses up
+    instead. A pass that raises
     may have updated some parameters. Passes that run in several threads at once must belong to different optimizers.
     `torch.compile` hands over all gradients of a graph at once: the bits are the same, and no memory is saved. Its
     compiled autograd, an option, raises.
@@ -44,8 +45,8 @@ def step_in_backward(
         StepInBackward: to accumulate gradients, and to go back to ordinary steps; also a context manager.
 
     Raises:
-        ValueError: `max_norm`, `max_change` or `skip_nonfinite` is set, now or (raised in `backward()`) later; the optimizer is not
-            the model's; a parameter is stepped in the backward pass by another optimizer, or shares memory with another
+        ValueError: one of these settings is set, now or (raised in `backward()`) later; the optimizer is not the
+            model's; a parameter is stepped in the backward pass by another optimizer, or shares memory with another
             parameter; a negative bucket_cap_mb.
         TypeError: parameters of `DistributedDataParallel` or `FullyShardedDataParallel`, DTensors; an optimizer with a
             `step` of its own.

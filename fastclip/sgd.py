@@ -29,7 +29,15 @@ class SGD(ClippedOptimizer, torch.optim.SGD):
             [low, high]. Can be set per group. Units: those of the gradient.
         max_norm (float, optional): gradients are scaled down so that their norm over all groups is at most this. 0 is
             allowed; inf only measures, see `total_norm`.
-        norm_type (float): 2 or inf.
+        norm_type (float): 2 or inf; of all norms here.
+        max_change (float, optional): the largest change of the parameters, as a norm over all groups, that the
+            gradients of a step make in the end: lr * (1 - dampening) / (1 - momentum) * norm of the gradients after
+            their clips, each group with its own settings. Gradients are scaled down to it. Units: those of the
+            parameters. Kaldi's `max-param-change`, with momentum counted.
+        max_relative_change (float, optional): the same limit, as a fraction of the norm of all parameters: 0.03 is 3 %.
+            Frozen parameters do not count. Parameters whose root mean square is below 1e-3 are taken for that large, so
+            that a model of zeros moves. With several of these limits, the smallest factor holds. inf only measures, see
+            `clip_stats`.
         skip_nonfinite (bool): leaves parameters and momentum as they are if any gradient holds an inf or NaN, even one
             that a value clip would bound; see `skipped_steps`. Reads the gradients once more, unless `max_norm` does
             already. By default, as in torch, such values take their course.
@@ -46,12 +54,13 @@ class SGD(ClippedOptimizer, torch.optim.SGD):
             `master_weights`. bfloat16 halves the memory for a float32 parameter's momentum.
 
     Raises:
-        ValueError: a negative or NaN threshold, low > high, another norm type, `max_norm` or `skip_nonfinite` different
-            between groups.
+        ValueError: a negative or NaN threshold, low > high, another norm type, a limit on the change with a momentum of
+            1 or more, or one of `max_norm`, `max_change`, `max_relative_change`, `norm_type` and `skip_nonfinite`
+            different between groups.
         TypeError: a value that is not a number.
 
     Sources: value clip, Mikolov (2012), and the article this project started from; norm clip, Pascanu et al. (2013),
-    https://arxiv.org/abs/1211.5063.
+    https://arxiv.org/abs/1211.5063; limit on the change, Kaldi's nnet3, https://kaldi-asr.org/doc/dnn3.html.
 
     Example:
         >>> model = torch.nn.Linear(80, 64)

@@ -136,7 +136,8 @@ template <class T>
 FASTCLIP_HD void measure_block(Norm norm, const T* params, int64_t size, Measure& measure) {
   const bool full = size == kBlock;  // its loop has a fixed length
   if (norm == Norm::inf) return combine(norm, measure, measure_block_as<Norm::inf>(params, size));
-  combine(norm, measure, full ? measure_block_as<Norm::two>(params, kBlock) : measure_block_as<Norm::two>(params, size));
+  combine(norm, measure,
+          full ? measure_block_as<Norm::two>(params, kBlock) : measure_block_as<Norm::two>(params, size));
 }
 
 // Updates elements [begin, begin + size) of a tensor whose arrays all have the compute type. Where parameters are

@@ -148,7 +148,8 @@ void measure_all(const Step& step, const ThreadPool& pool, const LoopTable& loop
     Seen seen = Seen::raw;
     for_each_run(step, first_chunk, last_chunk, [&](const TensorEntry& tensor, int64_t begin, int64_t size) {
       if (!tensor.grad) {
-        return for_each_chunk_of(tensor, begin, size, [&](int64_t, int64_t, int64_t place) { step.measures[place] = {}; });
+        return for_each_chunk_of(tensor, begin, size,
+                                 [&](int64_t, int64_t, int64_t place) { step.measures[place] = {}; });
       }
       if (current != tensor.hyper) {
         const Hyper& hyper = step.hypers[tensor.hyper];

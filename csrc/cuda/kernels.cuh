@@ -125,11 +125,9 @@ __device__ __forceinline__ void meet_and_sum(const Header& header) {
     constexpr bool kWide = kDTypes == DTypes::any;  // only float64 has more than one part
     Sums sums{};
     sums.grads = sum_over_tiles<kWide>(header, header.measures);
-    if constexpr (K::Rule::kLimitsChange) {
-      if (header.change_measures) {
-        __syncthreads();  // `warp_sums` is read
-        sums.change = sum_over_tiles<kWide>(header, header.change_measures);
-      }
+    if constexpr (K::kLimitsChange) {
+      __syncthreads();  // `warp_sums` is read
+      sums.change = sum_over_tiles<kWide>(header, header.change_measures);
       if (header.param_measures) {
         __syncthreads();
         sums.params = sum_over_tiles<kWide>(header, header.param_measures);
@@ -148,6 +146,7 @@ __device__ __forceinline__ void meet_and_sum(const Header& header) {
 }
 
 // Decides by the norm, and returns the decision to all threads of the block.
+template <class K>
 __device__ __forceinline__ const Decision& decide_for_block(const Header& header) {
   if (threadIdx.x == 0) {
     Sums sums{};
@@ -157,8 +156,10 @@ __device__ __forceinline__ const Decision& decide_for_block(const Header& header
     for (int part = 0; part < header.parts; ++part) {
       const volatile Sums& of_part = header.sums[part];
       add(sums.grads, of_part.grads);
-      if (header.change_measures) add(sums.change, of_part.change);
-      if (header.param_measures) add(sums.params, of_part.params);
+      if constexpr (K::kLimitsChange) {
+        add(sums.change, of_part.change);
+        add(sums.params, of_part.params);
+      }
     }
     shared().decision = decide(header.norm, sums, header.limits, header.skip_nonfinite);
     if (blockIdx.x == 0) record(*header.outcome, shared().decision, header.counts_skips);
@@ -200,7 +201,7 @@ __device__ __forceinline__ void count_steps(const Arguments<kTableBytes>& argume
 // Measures the parameters that somebody else has written to, or that no step has measured yet.
 template <class K, DTypes kDTypes, int kTableBytes>
 __device__ __noinline__ void measure_all_params(const Arguments<kTableBytes>& arguments) {
-  if constexpr (K::Rule::kLimitsChange) {
+  if constexpr (K::kLimitsChange) {
     const Header& header = arguments.header;
     for_each_tile<K, kDTypes>(
         arguments, false, false,
@@ -251,7 +252,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks(kDTypes))
             using Stored = decltype(stored);
             constexpr bool kFloat64 = sizeof(Stored) == sizeof(double);
             Measure sum{};
-            if (K::Rule::kLimitsChange && !entry.grad) {
+            if (K::kLimitsChange && !entry.grad) {
               // Nothing is added.
             } else if (header.norm == Norm::inf) {
               sum = measure_tile<Norm::inf, Stored>(header, hyper, entry, begin, size, slot);
@@ -259,8 +260,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks(kDTypes))
               sum = measure_tile<Norm::two, Stored>(header, hyper, entry, begin, size, slot);
             }
             write_measure<kDTypes, kFloat64>(header, header.measures, tile, sum);
-            if constexpr (K::Rule::kLimitsChange) {
-              if (!header.change_measures) return;
+            if constexpr (K::kLimitsChange) {
               const double change = K::Rule::change(hyper.of<typename K::Rule>(), lr_of(hyper));
               write_measure<kDTypes, kFloat64>(header, header.change_measures, tile,
                                                multiplied(header.norm, sum, change));
@@ -272,7 +272,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks(kDTypes))
   if (!header.update) return;
   Scaling scaling;
   if (header.sums) {
-    const Decision& decision = decide_for_block(header);
+    const Decision& decision = decide_for_block<K>(header);
     if (decision.skip) return;
     scaling = decision.scaling;
     if (K::Rule::kClipsInPlace && scaling.coefficient == 1.0) return;
@@ -282,13 +282,14 @@ __global__ void __launch_bounds__(kThreads, min_blocks(kDTypes))
       arguments, keep, keep,
       [&](uint32_t tile, const Hyper& hyper, const Entry<K, kDTypes>& entry, int64_t begin, int size,
           const uint4* slot) {
-        if (K::Rule::kLimitsChange && !entry.grad) return;
-        const auto note = [&](auto stored, const Updated<typename K::Rule>& updated) {
+        if (K::kLimitsChange && !entry.grad) return;
+        const auto note = [&](auto stored, const Updated<K::kLimitsChange>& updated) {
           clamped += updated.clamped;
-          if constexpr (K::Rule::kLimitsChange) {
-            if (!header.param_measures) return;
+          if constexpr (K::kLimitsChange) {
             constexpr bool kFloat64 = sizeof(stored) == sizeof(double);
-            write_measure<kDTypes, kFloat64>(header, header.param_measures, tile, updated.params);
+            if (header.param_measures) {
+              write_measure<kDTypes, kFloat64>(header, header.param_measures, tile, updated.params);
+            }
           }
         };
         if constexpr (kMixed<K, kDTypes>) {

@@ -92,7 +92,7 @@ __device__ __forceinline__ uint4 pack(const float (&values)[kElements], DType dt
 
 // Updates a tile.
 template <class K, class OneEntry>
-__device__ __noinline__ Updated<typename K::Rule> update_mixed_tile(const Header& header, const Hyper& hyper,
+__device__ __noinline__ Updated<K::kLimitsChange> update_mixed_tile(const Header& header, const Hyper& hyper,
                                                                     const OneEntry& entry, int64_t begin, int size,
                                                                     Scaling scaling, const uint4* slot) {
   using R = typename K::Rule;
@@ -110,7 +110,8 @@ __device__ __noinline__ Updated<typename K::Rule> update_mixed_tile(const Header
   }
   const int per_pack = entry.grad_dtype == DType::float32 ? 4 : 8;  // elements in 16 bytes, as the measure keeps them
   const int kept = slot && entry.aligned ? size / per_pack * per_pack : 0;
-  Updated<R> updated;
+  Updated<K::kLimitsChange> updated;
+  const Norm norm = header.norm;
 
   const auto update = [&](auto size_of_word, int from, int count) {
     constexpr int kSize = decltype(size_of_word)::value;
@@ -166,13 +167,11 @@ __device__ __noinline__ Updated<typename K::Rule> update_mixed_tile(const Header
           return word;
         };
         const uint4 stored = write_array(0, entry.dtype, entry.param, param);
-        if constexpr (R::kLimitsChange) {
-          if (header.param_measures) {
-            float as_rounded[kElements];
-            unpack(stored, entry.dtype, as_rounded);
+        if constexpr (K::kLimitsChange) {
+          float as_rounded[kElements];
+          unpack(stored, entry.dtype, as_rounded);
 #pragma unroll
-            for (int j = 0; j < kSize; ++j) measure_param<false>(header.norm, updated.params, as_rounded[j]);
-          }
+          for (int j = 0; j < kSize; ++j) measure_param<false>(norm, updated.params, as_rounded[j]);
         }
         if (entry.rounded)
           write<kSize>(entry.rounded, entry.rounded_dtype, at(i), pack(param, entry.rounded_dtype, nearest));

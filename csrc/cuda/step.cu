@@ -129,27 +129,37 @@ auto with_dtypes(DTypes dtypes, const Body& body) {
   return body(K{}, DTypesTag<DTypes::any>{});
 }
 
+// What a step's kernel is chosen by.
+struct Choice {
+  Rules::Id rule;
+  int states = 0;  // the largest number of state arrays of a tensor
+  DTypes dtypes = DTypes::any;
+  bool limits_change = false;
+};
+
 template <class R, size_t kKernel, class Body>
-auto with_kernel_from(int states, DTypes dtypes, const Body& body) {
+auto with_kernel_from(const Choice& choice, const Body& body) {
+  constexpr int kStates = R::kKernels[kKernel];
   if constexpr (kKernel + 1 < std::size(R::kKernels)) {
-    if (states > R::kKernels[kKernel]) return with_kernel_from<R, kKernel + 1>(states, dtypes, body);
+    const bool fits = choice.states <= kStates && !choice.limits_change;  // only the largest measures for a limit
+    if (!fits) return with_kernel_from<R, kKernel + 1>(choice, body);
+  } else if constexpr (R::kLimitsChange) {
+    if (choice.limits_change) return with_dtypes<Kernel<R, kStates, true>>(choice.dtypes, body);
   }
-  return with_dtypes<Kernel<R, R::kKernels[kKernel]>>(dtypes, body);
+  return with_dtypes<Kernel<R, kStates, false>>(choice.dtypes, body);
 }
 
 template <class Body>
-auto with_kernel(Rules::Id rule, int states, DTypes dtypes, const Body& body) {
-  return Rules::visit(rule, [&](auto tag) {
+auto with_kernel(const Choice& choice, const Body& body) {
+  return Rules::visit(choice.rule, [&](auto tag) {
     using R = typename decltype(tag)::Rule;
     static_assert(R::kKernels[std::size(R::kKernels) - 1] == R::kStates.size(), "some tensors would have no kernel");
-    return with_kernel_from<R, 0>(states, dtypes, body);
+    return with_kernel_from<R, 0>(choice, body);
   });
 }
 
 struct Layout {
-  Rules::Id rule;
-  int states = 0;  // the largest number of state arrays of a tensor
-  DTypes dtypes = DTypes::any;
+  Choice choice;
   int64_t entries = 0;
   int64_t tiles = 0;
   int tile_bits = 10;      // a tile has 2^tile_bits elements: divisions would take half of the host's time here
@@ -166,9 +176,7 @@ struct Layout {
 Layout layout_of(const Step& step) {
   constexpr int64_t kManyTiles = 1 << 15;
   constexpr int kLargestTileBits = 14;
-  Layout layout{step.rule};
-  layout.states = states_of(step);
-  layout.dtypes = dtypes_of(step);
+  Layout layout{{step.rule, states_of(step), dtypes_of(step), step.limits.measures_change}};
   const bool narrow = std::all_of(step.tensors.begin(), step.tensors.end(),
                                   [](const TensorEntry& tensor) { return item_size(tensor.grad_dtype) == 2; });
   if (narrow) ++layout.tile_bits;  // as many bytes
@@ -180,9 +188,8 @@ Layout layout_of(const Step& step) {
     layout.item_bytes = std::max(layout.item_bytes, item_size(tensor.grad_dtype));
   });
   layout.places = (layout.places ^ layout.tile_bits) | 1;  // not 0
-  const size_t entry_bytes = with_kernel(layout.rule, layout.states, layout.dtypes, [](auto kernel, auto dtypes) {
-    return sizeof(Entry<decltype(kernel), decltype(dtypes)::value>);
-  });
+  const size_t entry_bytes = with_kernel(
+      layout.choice, [](auto kernel, auto dtypes) { return sizeof(Entry<decltype(kernel), decltype(dtypes)::value>); });
   layout.table_bytes = static_cast<int64_t>(step.hypers.size() * sizeof(Hyper) + layout.entries * entry_bytes);
   return layout;
 }
@@ -190,7 +197,7 @@ Layout layout_of(const Step& step) {
 void write_table(const Step& step, const Layout& layout, unsigned char* bytes) {
   auto* hypers = reinterpret_cast<Hyper*>(bytes);
   std::copy(step.hypers.begin(), step.hypers.end(), hypers);
-  with_kernel(layout.rule, layout.states, layout.dtypes, [&](auto kernel, auto dtypes) {
+  with_kernel(layout.choice, [&](auto kernel, auto dtypes) {
     auto* entry = reinterpret_cast<Entry<decltype(kernel), decltype(dtypes)::value>*>(hypers + step.hypers.size());
     uint32_t tiles = 0;
     for_each_entry(step, [&](const TensorEntry& tensor, int64_t begin, int64_t numel) {
@@ -276,14 +283,16 @@ cudaError_t launch(const Layout& layout, Args& arguments, int device, cudaStream
   return cudaLaunchKernel(kKernel, blocks, dim3(kThreads), pointers, sizeof(Shared), stream);
 }
 
-// Returns whether kernels of these dtypes exist for the small table, too. Rarer dtypes take the longest to compile.
-constexpr bool has_small_table(DTypes dtypes) { return dtypes == DTypes::float32 || dtypes == DTypes::bfloat16; }
+// Returns whether a kernel exists for the small table, too. Rarer dtypes take the longest to compile.
+constexpr bool has_small_table(DTypes dtypes, bool limits_change) {
+  return (dtypes == DTypes::float32 || dtypes == DTypes::bfloat16) && !limits_change;
+}
 
 template <int kTableBytes>
 cudaError_t launch_with(const Layout& layout, Arguments<kTableBytes>& arguments, int device, cudaStream_t stream) {
-  return with_kernel(layout.rule, layout.states, layout.dtypes, [&](auto kernel, auto dtypes) {
+  return with_kernel(layout.choice, [&](auto kernel, auto dtypes) {
     constexpr DTypes kDTypes = decltype(dtypes)::value;
-    if constexpr (kTableBytes == kSmallTable && !has_small_table(kDTypes)) {
+    if constexpr (kTableBytes == kSmallTable && !has_small_table(kDTypes, decltype(kernel)::kLimitsChange)) {
       return cudaErrorInvalidValue;
     } else {
       return launch<step_kernel<decltype(kernel), kDTypes, kTableBytes>>(layout, arguments, device, stream);
@@ -354,8 +363,9 @@ cudaError_t run_with(const Step& step, const Layout& layout, DeviceTable& table,
 cudaError_t run_on_current_device(const Step& step, DeviceTable& table, int device, cudaStream_t stream) {
   const Layout layout = layout_of(step);
   const bool fits_large = layout.table_bytes > kSmallTable && layout.table_bytes <= kLargeTable;
-  return fits_large || !has_small_table(layout.dtypes) ? run_with<kLargeTable>(step, layout, table, device, stream)
-                                                       : run_with<kSmallTable>(step, layout, table, device, stream);
+  const bool has_small = has_small_table(layout.choice.dtypes, layout.choice.limits_change);
+  return fits_large || !has_small ? run_with<kLargeTable>(step, layout, table, device, stream)
+                                  : run_with<kSmallTable>(step, layout, table, device, stream);
 }
 
 }  // namespace

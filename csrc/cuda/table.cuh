@@ -40,10 +40,12 @@ constexpr int length_of(uint32_t states) {
   return length;
 }
 
-// A kernel of a rule. The kernels of one rule differ in the number of state arrays that they have registers for.
-template <class R, int kStateArrays>
+// A kernel of a rule. The kernels of one rule differ in the number of state arrays that they have registers for, and in
+// whether they measure for a limit on the change, which takes registers, too.
+template <class R, int kStateArrays, bool kLimits>
 struct Kernel {
   using Rule = R;
+  static constexpr bool kLimitsChange = kLimits;
   static constexpr int kStates = kStateArrays;
   static constexpr int kRoom = kStates > 0 ? kStates : 1;  // the length of an array of states
 

@@ -129,32 +129,27 @@ __device__ __noinline__ Measure measure_tile(const Header& header, const Hyper& 
 template <bool kFloat64, class T>
 __device__ __forceinline__ void measure_param(Norm norm, Measure& sum, T x) {
   if (norm == Norm::inf) {
-    measure<Norm::inf, kFloat64>(sum.small, sum.medium, sum.big, double{x});
+    const T magnitude = fabs(x);
+    sum.medium = larger(sum.medium, double{magnitude});
   } else {
     measure<Norm::two, kFloat64>(sum.small, sum.medium, sum.big, double{x});
   }
 }
 
 // Measures this lane's share of the parameters of a tile, in the order in which an update goes through them, by words
-// of kFull values. So the measure has the bits that the update would give it.
+// of kFull values: so the measure has the bits that the update would give it. It is seldom called, and small.
 template <class Stored, int kFull>
 __device__ __noinline__ Measure measure_params(const Header& header, const EntryHead& entry, int64_t begin, int size) {
-  constexpr int kAtOnce = kInFlight<1>;
-  const auto* const params = static_cast<const Stored*>(entry.param) + begin;
+  using Value = Pack<Stored, 1>;
+  const auto* const params = reinterpret_cast<const typename Value::Word*>(static_cast<const Stored*>(entry.param));
   Measure sum{};
-  for_tile<Stored, kAtOnce, kFull>(entry.aligned, size, [&](auto values, int offset, int first, int count) {
+  for_tile<Stored, 1, kFull>(entry.aligned, size, [&](auto values, int offset, int first, int) {
     constexpr int kSize = decltype(values)::value;
-    using Values = Pack<Stored, kSize>;
-    const auto* const words = reinterpret_cast<const typename Values::Word*>(params + offset);
-    typename Values::Word p[kAtOnce];
-    for_words<kAtOnce>(first, count, [&](int k, int i) { p[k] = __ldcs(words + i); });
-    for_words<kAtOnce>(first, count, [&](int k, int) {
-      const Values param(p[k]);
-#pragma unroll
-      for (int j = 0; j < kSize; ++j) {
-        measure_param<sizeof(Stored) == sizeof(double)>(header.norm, sum, load(param.values[j]));
-      }
-    });
+#pragma unroll 1
+    for (int j = 0; j < kSize; ++j) {
+      const Value value(__ldcs(params + begin + offset + first * kSize + j));
+      measure_param<sizeof(Stored) == sizeof(double)>(header.norm, sum, load(value.values[0]));
+    }
   });
   return sum;
 }
@@ -172,19 +167,20 @@ __device__ __forceinline__ typename R::template Constants<T> constants_of(const 
   return converted<typename R::template Constants<T>>(constants);
 }
 
-// What an update tells of this lane's share of a tile.
-struct Clamped {
+// What an update tells of this lane's share of a tile. The parameters are measured for a limit on the change.
+template <bool kLimitsChange>
+struct Updated {
   uint32_t clamped = 0;  // number of elements that the value clip changed
-};
-struct ClampedAndMeasured : Clamped {
   Measure params{};
 };
-template <class R>
-using Updated = std::conditional_t<R::kLimitsChange, ClampedAndMeasured, Clamped>;
+template <>
+struct Updated<false> {
+  uint32_t clamped = 0;
+};
 
 // Updates a tile.
 template <class K, class Stored, class OneEntry>
-__device__ __noinline__ Updated<typename K::Rule> update_tile(const Header& header, const Hyper& hyper,
+__device__ __noinline__ Updated<K::kLimitsChange> update_tile(const Header& header, const Hyper& hyper,
                                                               const OneEntry& entry, int64_t begin, int size,
                                                               Scaling scaling, const uint4* slot) {
   using T = ComputeType<Stored>;
@@ -202,7 +198,8 @@ __device__ __noinline__ Updated<typename K::Rule> update_tile(const Header& head
   Stored* states_at[kRoom];  // in registers: if not, the compiler looks them up for each word
 #pragma unroll
   for (int s = 0; s < kStates; ++s) states_at[s] = static_cast<Stored*>(entry.states[s]) + begin;
-  Updated<R> updated;
+  Updated<K::kLimitsChange> updated;
+  const Norm norm = header.norm;
 
   for_tile<Stored, kAtOnce>(entry.aligned, size, [&](auto values, int offset, int first, int count) {
     constexpr int kSize = decltype(values)::value;
@@ -242,9 +239,8 @@ __device__ __noinline__ Updated<typename K::Rule> update_tile(const Header& head
         for (int s = 0; s < kStates; ++s) state[s] = load(states[s].values[j]);
         R::update(terms, constants, x, d, state);
         store(param.values[j], x);
-        if constexpr (R::kLimitsChange) {
-          constexpr bool kFloat64 = sizeof(Stored) == sizeof(double);
-          if (header.param_measures) measure_param<kFloat64>(header.norm, updated.params, load(param.values[j]));
+        if constexpr (K::kLimitsChange) {
+          measure_param<sizeof(Stored) == sizeof(double)>(norm, updated.params, load(param.values[j]));
         }
 #pragma unroll
         for (int s = 0; s < kStates; ++s) store(states[s].values[j], state[s]);

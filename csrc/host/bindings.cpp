@@ -28,7 +28,8 @@ Rules::Id rule_named(const std::string& name) {
 }
 
 // Each rule as fastclip/plain/rules.py has it: (name, names of the state arrays, name of the scalar or None, whether it
-// counts steps, name of the momentum or None, whether its first step fills the states, whether max_change can limit it).
+// counts steps, name of the momentum or None, whether its first step fills the states, whether max_change can limit
+// it).
 py::list rules() {
   py::list all;
   Rules::each([&](auto tag) {

@@ -120,8 +120,9 @@ TensorEntry& Walk::begin_entry(const at::Tensor& grad, const Hyper& hyper, const
 
 // The norm of the parameters counts: `measured` is this one, or its master weights.
 void Walk::note_params(Step& step, TensorEntry& entry, const at::Tensor& measured, const Place& place) {
-  measured_params_ += THPVariable_Unpack(place.param).numel();
-  entry.param_is_measured = versions_.add(parameter_, measured, entry.param, entry.first_chunk);
+  const at::Tensor& param = THPVariable_Unpack(place.param);
+  measured_params_ += param.numel();
+  entry.param_is_measured = versions_.add(parameter_, param, measured, entry.param, entry.first_chunk);
   step.has_unmeasured_params |= !entry.param_is_measured;
 }
 

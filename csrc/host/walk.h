@@ -68,7 +68,8 @@ class Walk {
   // A parameter without a gradient, where the norm of the parameters counts. A frozen one is left out.
   [[gnu::noinline]] void add_unstepped(const Group& group, const StateNames& names, const Place& place,
                                        const at::Tensor& param, const Shard* shard);
-  [[gnu::always_inline]] inline TensorEntry& begin_entry(const at::Tensor& grad, const Hyper& hyper, const Place& place);
+  [[gnu::always_inline]] inline TensorEntry& begin_entry(const at::Tensor& grad, const Hyper& hyper,
+                                                         const Place& place);
   void note_params(Step& step, TensorEntry& entry, const at::Tensor& measured, const Place& place);
   // As add_param, of a DTensor: the kernels step on the shard that is here.
   [[gnu::noinline]] void add_shard(const Group& group, const StateNames& names, const Place& place, Shard shard);

@@ -1,5 +1,5 @@
-// What a step decides by the norms that it has measured: how much gradients are scaled down, or whether the step is left
-// out. The only copy, for host and device.
+// What a step decides by the norms that it has measured: how much gradients are scaled down, or whether the step is
+// left out. The only copy, for host and device.
 #pragma once
 
 #include "measure.h"

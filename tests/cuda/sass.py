@@ -88,7 +88,7 @@ def source(name):
 
 
 def enumerators(enum):
-    text = "".join(map(source, ("cuda/table.cuh", "rules/clip.h")))
+    text = "".join(map(source, ("cuda/table.cuh", "rules/measure.h")))
     return re.search(rf"enum class {enum} [^{{]*{{([^}}]*)}}", text)[1].replace(" ", "").split(",")
 
 
@@ -108,9 +108,15 @@ def says(rule, member, pattern):
     return re.search(rf"constexpr \w+ {member}(?:\[\])? = {pattern};", headers()[rule])[1]
 
 
+LIMITING = " limiting"
+
+
 def variants(rule):
-    """A rule's kernels, by how many state arrays they have: "SGD 0", "SGD 1"."""
-    return [f"{rule} {states}" for states in says(rule, "kKernels", r"\{([\d, ]*)\}").split(", ")]
+    """A rule's kernels, by how many state arrays they have: "SGD 0", "SGD 1"; and the one that limits the
+    change, too, which is the largest: "SGD 1 limiting"."""
+    plain = [f"{rule} {states}" for states in says(rule, "kKernels", r"\{([\d, ]*)\}").split(", ")]
+    limits = says(rule, "kLimitsChange", "(true|false)") == "true"
+    return plain + [variant + LIMITING for variant in plain[-1:] if limits]
 
 
 def is_common(rule):
@@ -169,6 +175,10 @@ class Tile:
         return self.variant.startswith("Adam ")
 
     @property
+    def measures_params(self):
+        return self.variant.endswith(LIMITING)
+
+    @property
     def arrays_read(self):
         return 1 if self.work == "measure" or self.variant == "ClipGrad 0" else 2 + self.states
 
@@ -210,7 +220,7 @@ class Function:
 
 
 DTYPES = {"f": "float32", "d": "float64", "BFloat16": "bfloat16", "Float16": "float16"}
-VARIANT = r"KernelI\w*?_\d+([A-Za-z]+)ELi(\d)EEE"
+VARIANT = r"KernelI\w*?_\d+([A-Za-z]+)ELi(\d)ELb([01])EEE"
 DTYPE = r"(?:NS\d*_\d)?(BFloat16|Float16|f|d)(?:E|NS)"
 KERNEL = re.compile(rf"step_kernelI\w*?{VARIANT}\w*?DTypesE(\d)ELi(\d+)E")
 UPDATE_TILE = re.compile(rf"\$.*\$_.*update_tileI\w*?{VARIANT}{DTYPE}")
@@ -222,14 +232,18 @@ INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)
 
 def kernel_of(symbol):
     m = KERNEL.search(symbol)
-    return Kernel(f"{m[1]} {m[2]}", enumerators("DTypes")[int(m[3])], int(m[4])) if m else None
+    return Kernel(variant_of(m), enumerators("DTypes")[int(m[4])], int(m[5])) if m else None
+
+
+def variant_of(match):
+    return f"{match[1]} {match[2]}" + LIMITING * int(match[3])
 
 
 def tile_of(symbol):
     if m := MIXED_TILE.search(symbol):
-        return Tile("update", f"{m[1]} {m[2]}", "mixed")
+        return Tile("update", variant_of(m), "mixed")
     if m := UPDATE_TILE.search(symbol):
-        return Tile("update", f"{m[1]} {m[2]}", DTYPES[m[3]])
+        return Tile("update", variant_of(m), DTYPES[m[4]])
     m = MEASURE_TILE.search(symbol)
     return Tile("measure", enumerators("Norm")[int(m[1])], DTYPES[m[2]]) if m else None
 

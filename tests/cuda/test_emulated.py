@@ -21,6 +21,7 @@ ALL_TESTS = [
     "step/test_clip_grad",
     "step/test_skip_nonfinite",
     "step/test_clip_stats",
+    "step/test_change",
     "drop_in/test_drop_in",
     "step/test_errors",
     "step/test_layouts",

@@ -102,6 +102,35 @@ def master_weights_are_shards():
             assert_same_model(sharded.state[p].values(), alone.state[q].values(), rtol=1e-6)
 
 
+@on_ranks(1, 2, 4)
+def a_limit_on_the_change_counts_all_ranks():
+    """Both norms of the whole model, of shards, replicas and plain tensors; one parameter without a gradient."""
+    mesh = line()
+    model = Sharded(
+        ((5, 3), mesh, [Shard(0)]), ((9000,), mesh, [Shard(0)]), ((7,), mesh, [Replicate()]), ((3, 1), mesh, [Shard(0)])
+    )
+    for limits in ({"max_change": 0.05}, {"max_relative_change": 0.01}, {"max_relative_change": 0.01, "max_norm": 1.0}):
+        for norm_type in (2.0, math.inf):
+            settings = {"lr": 0.1, "momentum": 0.9, "norm_type": norm_type, **limits}
+            sharded, alone = fastclip.SGD(model.params, **settings), fastclip.SGD(model.plain, **settings)
+            for step in range(4):
+                model.give_grads(step, 10.0)
+                for params in (model.params, model.plain):
+                    params[step % 3].grad = None
+                if step == 2:
+                    with torch.no_grad():
+                        for params in (model.params, model.plain):
+                            params[step % 3].mul_(2)
+                sharded.step()
+                alone.step()
+                assert_same_model(model.params, model.plain)
+                stats, expected = sharded.clip_stats(), alone.clip_stats()
+                assert expected.clip_coefficient < 1
+                torch.testing.assert_close(stats.change, expected.change, rtol=1e-12, atol=0)
+                assert_same_on_all_ranks(stats.change)
+                assert_same_on_all_ranks(stats.clip_coefficient)
+
+
 @on_ranks(2, 4)
 def norms_of_extreme_gradients():
     """Squares that would overflow or vanish are summed apart, over ranks, too."""

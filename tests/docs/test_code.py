@@ -14,6 +14,7 @@ SCRIPTS = ["docs/distributed.md"]  # under torchrun
 PAGES = [
     "docs/accumulation.md",
     "docs/api.md",
+    "docs/change.md",
     "docs/logging.md",
     "docs/precision.md",
     "docs/step_in_backward.md",

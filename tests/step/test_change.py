@@ -18,7 +18,6 @@ from tests.support.cases import (
     reference_step,
 )
 
-
 R = 0.03
 MOMENTUMS = {
     "none": {},
@@ -450,7 +449,9 @@ def test_bad_limits_are_refused_by_name(name, value):
 
 def test_limits_are_the_same_in_all_groups():
     a, b = make_params([(3,), (4,)])
-    with pytest.raises(ValueError, match=r"max_relative_change must be the same in all groups: 0.1 in param_groups\[1\]"):
+    with pytest.raises(
+        ValueError, match=r"max_relative_change must be the same in all groups: 0.1 in param_groups\[1\]"
+    ):
         fastclip.SGD([{"params": [a]}, {"params": [b], "max_relative_change": 0.1}], max_relative_change=0.2)
     optimizer = fastclip.SGD([a], max_change=0.2)
     optimizer.add_param_group({"params": [b]})
@@ -474,7 +475,9 @@ def test_a_momentum_without_end_is_refused(name, momentum):
 
 
 @pytest.mark.parametrize(
-    "cls", [c for c in vars(fastclip).values() if hasattr(c, "_rule") and c is not fastclip.SGD], ids=lambda c: c.__name__
+    "cls",
+    [c for c in vars(fastclip).values() if hasattr(c, "_rule") and c is not fastclip.SGD],
+    ids=lambda c: c.__name__,
 )
 def test_other_optimizers_refuse_them(cls):
     for name in ("max_change", "max_relative_change"):

@@ -115,6 +115,30 @@ def test_a_norm_reads_gradients_once_where_they_fit_on_the_chip(settings, read, 
     assert (counted.bytes_read, counted.bytes_written) == (4 * (read * numel + tail), 4 * written * numel)
 
 
+CHANGE = {"max_change": 0.01, "max_relative_change": 0.01}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"momentum": 0.9}, {"momentum": 0.9, "norm_type": "inf"}], ids=str)
+def test_a_limit_on_the_change_costs_no_byte_more_than_a_norm(settings, dtype):
+    """The norm of the parameters comes from the step before; the first step measures them once."""
+    whole = stepped(SHAPES, dtype, steps=2, **settings, **NORM)
+    limited = stepped(SHAPES, dtype, steps=2, **settings, **CHANGE)
+    expected, counted = (emulator.count(optimizer.step) for optimizer, *_ in (whole, limited))
+    assert (counted.bytes_read, counted.bytes_written) == (expected.bytes_read, expected.bytes_written)
+    assert (counted.launches, counted.cooperative_launches, counted.copies, counted.synchronizations) == (1, 1, 0, 0)
+
+
+def test_only_what_was_written_to_is_measured_anew():
+    optimizer, params, _ = stepped(SHAPES, steps=2, **CHANGE)
+    expected = emulator.count(optimizer.step)
+    give_grads(params)
+    with torch.no_grad():
+        params[1].mul_(2)
+    counted = emulator.count(optimizer.step)
+    assert counted.bytes_read - expected.bytes_read == 4 * params[1].numel() and counted.launches == 1
+
+
 @pytest.mark.parametrize(("settings", "read", "written"), [({}, 3, 1), (ADAM, 5, 3)], ids=["plain", "adam"])
 def test_beyond_that_only_the_rest_is_read_again(settings, read, written):
     """16 bytes per parameter, 32 for Adam, less what shared memory keeps, which is nearly all there is of it."""

@@ -7,6 +7,7 @@ CASES = [
     "gradients_that_are_missing",
     "a_nan_on_one_rank_skips_the_step_on_all",
     "amp_verdicts_that_differ_between_ranks_are_joined",
+    "a_limit_on_the_change_counts_all_ranks",
 ]
 
 
