@@ -22,10 +22,9 @@ def step_in_backward(
     Limits: `max_norm`, `max_change`, `max_relative_change`, `skip_nonfinite` and `GradScaler` need all gradients first.
     Changes of gradients between `backward()` and `step()` (a trainer's clip, an all-reduce, hooks of `step`) come too
     late; hooks of a tensor come in time. A second pass through a graph of updated parameters raises: add the losses up
-    instead. A pass that raises
-    may have updated some parameters. Passes that run in several threads at once must belong to different optimizers.
-    `torch.compile` hands over all gradients of a graph at once: the bits are the same, and no memory is saved. Its
-    compiled autograd, an option, raises.
+    instead. A pass that raises may have updated some parameters. Passes that run in several threads at once must belong
+    to different optimizers. `torch.compile` hands over all gradients of a graph at once: the bits are the same, and no
+    memory is saved. Its compiled autograd, an option, raises.
 
     A pass steps on all parameters of the optimizer that get a gradient. The loss of a GAN's generator goes through the
     discriminator, and steps on it, too. Call `discriminator.requires_grad_(False)` before that loss is computed. Or

@@ -9,7 +9,7 @@ class Problem:
     """The start of all contenders, and the memory of each: kept from the check to the last measurement, as the first
     touch of memory takes longer than many steps."""
 
-    def __init__(self, model, shapes, seed=0, device="cpu", dtype=torch.float32):
+    def __init__(self, model, shapes, seed=0, device="cpu", dtype=torch.float32, contenders=tuple(CONTENDERS)):
         generator = torch.Generator(device).manual_seed(seed)
 
         def random(shape):
@@ -20,7 +20,7 @@ class Problem:
         # A value clip at 0.01 cuts more than half of these.
         self.grads = [0.02 * random(shape) for shape in shapes]
         self.numel = sum(p.numel() for p in self.params)
-        self.copies = {name: self.copy() for name in CONTENDERS}
+        self.copies = {name: self.copy() for name in contenders}
 
     def copy(self, dtype=None):
         """Parameters with gradients."""

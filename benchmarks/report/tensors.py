@@ -26,7 +26,31 @@ LARGE_HEADER = [
 
 
 def markdown(results):
-    return large(results) if results["kind"] == "large" else host(results)
+    return {"large": large, "limits": limits, "host_time": host}[results["kind"]](results)
+
+
+def limits(results):
+    """A row for each model, momentum and number of threads: what each setting takes more than a norm clip."""
+    rows = results["cases"]
+    base, *others = rows[0]["ratio"]
+    header = ["model", "momentum", "threads", f"µs per step, {base}", *others]
+
+    def more(row, name):
+        ratio, micros = row["ratio"][name], row["us_more"][name]["median"]
+        spread = f"{percent(ratio['p10'])} to {percent(ratio['p90'])}"
+        return f"{percent(ratio['median'])} ({spread}), {micros:+.2f} µs"
+
+    body = [
+        [row["model"], f"{row['momentum']:g}", str(row["threads"]), duration(row["us_per_step"][base]["median"])]
+        + [more(row, name) for name in others]
+        for row in rows
+    ]
+    note = "Medians of the differences in each round, and the 10th and 90th percentile."
+    return "\n\n".join([f"{machine(results)} {note}", table([header, *body], words=2)])
+
+
+def percent(ratio):
+    return f"{100 * (ratio - 1):+.1f} %"
 
 
 def host(results):

@@ -119,26 +119,45 @@ FASTCLIP_HD int64_t update_block(T* params, const T* grads, T* const* states, in
   return clamped;
 }
 
-// Adds a block of parameters to their measure: an update, while the block is in the innermost cache, and a pass over
-// the parameters alone, with the same bits.
-template <Norm kNorm, class T>
-FASTCLIP_HD Measure measure_block_as(const T* params, int64_t size) {
-  constexpr int kParamLanes = 16;
-  LaneSums<kNorm, std::is_same_v<T, double>, kParamLanes> sums;
-  int64_t i = 0;
-  for (; i + kParamLanes <= size; i += kParamLanes) {
-    for (int lane = 0; lane < kParamLanes; ++lane) sums.add(lane, params[i + lane]);
-  }
-  for (int lane = 0; i < size; ++i, ++lane) sums.add(lane, params[i]);
-  return sums.total();
-}
+// The measure of a chunk of parameters, block by block: an update adds each block while it is in the innermost cache, and
+// a pass over the parameters alone does the same, with the same bits. float32 is summed in float32, as each lane gets no
+// more than 64 squares: the norm is right in the seventh digit. An element beyond 1e18 makes it infinite.
 template <class T>
-FASTCLIP_HD void measure_block(Norm norm, const T* params, int64_t size, Measure& measure) {
-  const bool full = size == kBlock;  // its loop has a fixed length
-  if (norm == Norm::inf) return combine(norm, measure, measure_block_as<Norm::inf>(params, size));
-  combine(norm, measure,
-          full ? measure_block_as<Norm::two>(params, kBlock) : measure_block_as<Norm::two>(params, size));
-}
+class ParamSums {
+ public:
+  FASTCLIP_HD explicit ParamSums(Norm norm) : norm_(norm) {
+    if (norm == Norm::none) return;
+    for (T& sum : sums_) sum = 0;
+  }
+
+  FASTCLIP_HD void add(const T* params, int64_t size) {
+    if (norm_ == Norm::inf) {
+      for (int64_t i = 0; i < size; ++i) sums_[i % kLanes] = larger(sums_[i % kLanes], T(fabs(params[i])));
+    } else if constexpr (std::is_same_v<T, double>) {
+      for (int64_t i = 0; i < size; ++i) wide_.add(i % kWideLanes, params[i]);
+    } else if (size == kBlock) {
+      for (int64_t i = 0; i < kBlock; i += kLanes) {
+        FASTCLIP_IVDEP
+        for (int lane = 0; lane < kLanes; ++lane) sums_[lane] += params[i + lane] * params[i + lane];
+      }
+    } else {
+      for (int64_t i = 0; i < size; ++i) sums_[i % kLanes] += params[i] * params[i];
+    }
+  }
+
+  FASTCLIP_HD Measure total() {
+    if (norm_ == Norm::two && std::is_same_v<T, double>) return wide_.total();
+    double total = 0;
+    for (const T sum : sums_) total = norm_ == Norm::inf ? larger(total, double{sum}) : total + sum;
+    return {0, total, 0};
+  }
+
+ private:
+  static constexpr int kLanes = 64, kWideLanes = 16;
+  const Norm norm_;
+  T sums_[kLanes];
+  LaneSums<Norm::two, std::is_same_v<T, double>, kWideLanes> wide_;
+};
 
 // Updates elements [begin, begin + size) of a tensor whose arrays all have the compute type. Where parameters are
 // measured, these are one chunk.
@@ -155,10 +174,11 @@ FASTCLIP_HD Updated update_uniform(const TensorEntry& tensor, int64_t begin, int
     for (int s = 0; s < kMaxStates; ++s) moved[s] = states[s] + (has(kWrites, s) ? i : 0);
   };
   Updated updated;
+  ParamSums<T> sums(all.params_norm);
   const auto update = [&](int64_t i, T* const* moved, int64_t count) __attribute__((always_inline)) {
     updated.clamped += update_block<T, R, kTerms>(params + i, grads + i, moved, count, clip, constants);
     if constexpr (R::kLimitsChange) {
-      if (all.params_norm != Norm::none) measure_block(all.params_norm, params + i, count, updated.params);
+      if (all.params_norm != Norm::none && count > 0) sums.add(params + i, count);
     }
   };
   int64_t i = 0;
@@ -175,6 +195,9 @@ FASTCLIP_HD Updated update_uniform(const TensorEntry& tensor, int64_t begin, int
   T* moved[kMaxStates];
   at(i, moved);
   update(i, moved, size - i);
+  if constexpr (R::kLimitsChange) {
+    if (all.params_norm != Norm::none) updated.params = sums.total();
+  }
   return updated;
 }
 
@@ -225,6 +248,7 @@ FASTCLIP_HD Updated update_staged(const TensorEntry& tensor, int64_t begin, int6
   alignas(kCacheLine) float params[kBlock], grads[kBlock], states[kMaxStates][kBlock];
   float* const rows[kMaxStates] = {states[0], states[1], states[2]};
   Updated updated;
+  ParamSums<float> sums(all.params_norm);
   for (const int64_t end = begin + size; begin < end; begin += kBlock) {
     const int64_t count = end - begin < kBlock ? end - begin : kBlock;
     const auto write = [&](int array, DType dtype, void* to, const float* from) {
@@ -246,8 +270,11 @@ FASTCLIP_HD Updated update_staged(const TensorEntry& tensor, int64_t begin, int6
     if constexpr (R::kLimitsChange) {
       if (all.params_norm == Norm::none) continue;
       read_any<Set>(tensor.dtype, tensor.param, begin, count, params);  // as they were rounded
-      measure_block(all.params_norm, params, count, updated.params);
+      sums.add(params, count);
     }
+  }
+  if constexpr (R::kLimitsChange) {
+    if (all.params_norm != Norm::none) updated.params = sums.total();
   }
   return updated;
 }
@@ -255,18 +282,18 @@ FASTCLIP_HD Updated update_staged(const TensorEntry& tensor, int64_t begin, int6
 // Measures the parameters of a chunk, in blocks as an update does.
 template <class Set, class T>
 FASTCLIP_HD Measure measure_params(const TensorEntry& tensor, int64_t begin, int64_t size, Norm norm) {
-  Measure measure{};
+  ParamSums<T> sums(norm);
   for (const int64_t end = begin + size; begin < end; begin += kBlock) {
     const int64_t count = end - begin < kBlock ? end - begin : kBlock;
     if constexpr (std::is_same_v<T, double>) {
-      measure_block(norm, static_cast<const double*>(tensor.param) + begin, count, measure);
+      sums.add(static_cast<const double*>(tensor.param) + begin, count);
     } else {
       alignas(kCacheLine) float params[kBlock];
       read_any<Set>(tensor.dtype, tensor.param, begin, count, params);
-      measure_block(norm, params, count, measure);
+      sums.add(params, count);
     }
   }
-  return measure;
+  return sums.total();
 }
 
 // The number of lanes in which a chunk of gradients is summed.

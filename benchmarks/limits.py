@@ -1,0 +1,95 @@
+"""python -m benchmarks limits: what a limit on the change costs more than a fixed norm clip, on the CPU.
+
+All are fastclip's: the same step over the same gradients, with one setting or another.
+"""
+
+import argparse
+import itertools
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import fastclip
+
+from .core import record, rows, timing
+from .core.models import MODELS
+from .core.problem import Problem
+from .cpu import thread_counts
+from .report import tensors as report
+
+DEFAULT = ["dnn", "gru-ctc", "tiny-600", "conformer-m", "dense-100m"]
+BASE = "max_norm"
+# A second norm clip shows how far two equal steps differ. No limit acts: that would change no time, but the values.
+SETTINGS = {
+    BASE: {"max_norm": 1e9},
+    "max_norm again": {"max_norm": 1e9},
+    "max_change": {"max_change": 1e9},
+    "max_relative_change": {"max_relative_change": 1e9},
+    "both and max_norm": {"max_norm": 1e9, "max_change": 1e9, "max_relative_change": 1e9},
+}
+NONE = ("max_norm", "max_change", "max_relative_change")
+MOMENTUMS = (0.0, 0.9)
+LEAST_STEPS = 8  # of a block: the first meets what the block before has left in the caches
+
+
+def main(arguments=None):
+    """Returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parse(arguments)
+    found = record.describe(arguments, "python -m benchmarks limits") | {"kind": "limits", "cases": []}
+    combinations = list(itertools.product(options.model, MOMENTUMS, options.threads))
+    for model, momentum, threads in tqdm(combinations, unit="case"):
+        found["cases"].append(measure(model, momentum, threads, options.rounds))
+    print(report.markdown(found))
+    options.out.mkdir(parents=True, exist_ok=True)
+    record.write(found, options.out / "limits.json")
+    print(f"\nWritten: {options.out / 'limits.json'}")
+    return 0
+
+
+def parse(arguments):
+    parser = argparse.ArgumentParser(prog="python -m benchmarks limits", description=__doc__.split(": ", 1)[1])
+    parser.add_argument("--model", nargs="+", choices=MODELS, metavar="MODEL", default=DEFAULT)
+    parser.add_argument("--threads", type=thread_counts, default="1,all", help="as in 1,all (the default)")
+    parser.add_argument("--rounds", type=int, default=40, help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="default: %(default)s")
+    options = parser.parse_args(arguments)
+    if options.rounds < 1:
+        parser.error("--rounds is at least 1")
+    return options
+
+
+def measure(model, momentum, threads, rounds):
+    """A row: microseconds per step, and what each setting takes more than a norm clip, round by round."""
+    torch.set_num_threads(threads)
+    problem = Problem(model, MODELS[model], contenders=())
+    optimizer = fastclip.SGD(problem.copy(), lr=1e-9, momentum=momentum)
+    steps = max(LEAST_STEPS, timing.steps_per_block(optimizer.step))
+    # One optimizer for all: others would have other memory, and notice that somebody else writes to the parameters.
+    timers = {name: timer(optimizer, own, steps) for name, own in SETTINGS.items()}
+    samples = timing.rounds(timers, rounds)
+    more = {name: [a - b for a, b in zip(samples[name], samples[BASE], strict=True)] for name in SETTINGS}
+    return {
+        "model": model,
+        "tensors": len(problem.params),
+        "parameters": problem.numel,
+        "momentum": momentum,
+        "threads": threads,
+        "us_per_step": rows.microseconds(samples),
+        "ratio": {name: rows.described(timing.ratios(samples[name], samples[BASE])) for name in SETTINGS},
+        "us_more": rows.microseconds(more),
+    }
+
+
+def timer(optimizer, settings, steps):
+    """Times blocks of steps with these settings, after one that measures the parameters."""
+    timed = timing.Timer(optimizer.step, steps=steps)
+
+    def seconds_per_step():
+        optimizer.param_groups[0].update(dict.fromkeys(NONE) | settings)
+        optimizer.step()
+        return timed()
+
+    return seconds_per_step
