@@ -119,9 +119,9 @@ FASTCLIP_HD int64_t update_block(T* params, const T* grads, T* const* states, in
   return clamped;
 }
 
-// The measure of a chunk of parameters, block by block: an update adds each block while it is in the innermost cache, and
-// a pass over the parameters alone does the same, with the same bits. float32 is summed in float32, as each lane gets no
-// more than 64 squares: the norm is right in the seventh digit. An element beyond 1e18 makes it infinite.
+// The measure of a chunk of parameters, block by block: an update adds each block while it is in the innermost cache,
+// and a pass over the parameters alone does the same, with the same bits. float32 is summed in float32, as each lane
+// gets no more than 128 squares: the norm is right in the seventh digit. An element beyond 1e18 makes it infinite.
 template <class T>
 class ParamSums {
  public:
@@ -135,25 +135,35 @@ class ParamSums {
       for (int64_t i = 0; i < size; ++i) sums_[i % kLanes] = larger(sums_[i % kLanes], T(fabs(params[i])));
     } else if constexpr (std::is_same_v<T, double>) {
       for (int64_t i = 0; i < size; ++i) wide_.add(i % kWideLanes, params[i]);
-    } else if (size == kBlock) {
-      for (int64_t i = 0; i < kBlock; i += kLanes) {
-        FASTCLIP_IVDEP
-        for (int lane = 0; lane < kLanes; ++lane) sums_[lane] += params[i + lane] * params[i + lane];
-      }
+    } else if (size == kBlock) {  // a loop of fixed length
+      add_squares(params, kBlock);
     } else {
-      for (int64_t i = 0; i < size; ++i) sums_[i % kLanes] += params[i] * params[i];
+      add_squares(params, size);
     }
   }
 
   FASTCLIP_HD Measure total() {
     if (norm_ == Norm::two && std::is_same_v<T, double>) return wide_.total();
-    double total = 0;
-    for (const T sum : sums_) total = norm_ == Norm::inf ? larger(total, double{sum}) : total + sum;
-    return {0, total, 0};
+    for (int half = kLanes / 2; half > 0; half /= 2) {
+      for (int lane = 0; lane < half; ++lane) {
+        sums_[lane] = norm_ == Norm::inf ? larger(sums_[lane], sums_[lane + half]) : sums_[lane] + sums_[lane + half];
+      }
+    }
+    return {0, sums_[0], 0};
   }
 
  private:
-  static constexpr int kLanes = 64, kWideLanes = 16;
+  static constexpr int kLanes = 32, kWideLanes = 16;
+
+  FASTCLIP_HD void add_squares(const T* params, int64_t size) {
+    int64_t i = 0;
+    for (; i + kLanes <= size; i += kLanes) {
+      FASTCLIP_IVDEP
+      for (int lane = 0; lane < kLanes; ++lane) sums_[lane] += params[i + lane] * params[i + lane];
+    }
+    for (int lane = 0; i < size; ++i, ++lane) sums_[lane] += params[i] * params[i];
+  }
+
   const Norm norm_;
   T sums_[kLanes];
   LaneSums<Norm::two, std::is_same_v<T, double>, kWideLanes> wide_;
