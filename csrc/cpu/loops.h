@@ -121,7 +121,7 @@ FASTCLIP_HD int64_t update_block(T* params, const T* grads, T* const* states, in
 
 // The measure of a chunk of parameters, block by block: an update adds each block while it is in the innermost cache,
 // and a pass over the parameters alone does the same, with the same bits. float32 is summed in float32, as each lane
-// gets no more than 128 squares: the norm is right in the seventh digit. An element beyond 1e18 makes it infinite.
+// gets no more than 128 squares: the norm is right in the seventh digit. Elements beyond 1e17 make it infinite.
 template <class T>
 class ParamSums {
  public:
