@@ -28,9 +28,14 @@ from .results import cell_of, read_rows, write_rows
 from .summary import summary
 
 LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
-THRESHOLDS = {"none": (None,), "value": (1e-4, 1e-3, 1e-2, 1e-1), "norm": (0.1, 1, 10, 100)}
+THRESHOLDS = {
+    "none": (None,),
+    "value": (1e-4, 1e-3, 1e-2, 1e-1),
+    "norm": (0.1, 1, 10, 100),
+    "change": (0.01, 0.03, 0.1),
+}
 QUICK_LEARNING_RATES = (1e-2, 1e-1)
-QUICK_THRESHOLDS = {"none": (None,), "value": (1e-2,), "norm": (1,)}
+QUICK_THRESHOLDS = {"none": (None,), "value": (1e-2,), "norm": (1,), "change": (0.03,)}
 
 
 def grid(models, seeds, quick):

@@ -22,6 +22,8 @@ MODELS = {
     "cnn": partial(CNN, channels=64),
     "lstm": partial(SpeechModel, hidden=64, layers=1, cell=torch.nn.LSTM),
 }
+# Kind of clip: the setting that its threshold is of.
+CLIPS = {"none": None, "value": "clip_value", "norm": "max_norm", "change": "max_relative_change"}
 MAX_DIGITS, TEST_STRINGS, MOMENTUM = 2, 200, 0.9
 WINDOW, PATIENCE = 20, 100  # steps whose mean loss is looked at; steps in which a bad start may still come right
 LOST = 1.5  # times the untrained model's loss: a training that crawls stays below it
@@ -31,7 +33,7 @@ CURVE_POINTS = 20
 @dataclasses.dataclass(frozen=True)
 class Cell:
     model: str
-    kind: str  # "none", "value" or "norm"
+    kind: str  # a key of CLIPS
     threshold: float | None
     lr: float
     seed: int
@@ -80,8 +82,8 @@ def held_out_voice(voices, seed):
 
 
 def make_optimizer(cell, params):
-    clip = {"none": {}, "value": {"clip_value": cell.threshold}, "norm": {"max_norm": cell.threshold}}[cell.kind]
-    return fastclip.SGD(params, cell.lr, MOMENTUM, **clip)
+    setting = CLIPS[cell.kind]
+    return fastclip.SGD(params, cell.lr, MOMENTUM, **({setting: cell.threshold} if setting else {}))
 
 
 def diverges(losses, norm, untrained):
@@ -146,7 +148,7 @@ def unheard_error_rate(model, data, diverged):
 
 
 def clipped_share(stats):
-    """Returns the fraction of elements that a value clip clamped in a step; for a norm clip, 1 if it acted, else 0."""
+    """Returns the fraction of elements that a value clip clamped in a step; for others, 1 if they acted, else 0."""
     if stats.clamped_fraction is not None:
         return stats.clamped_fraction.item()
     return float(stats.clip_coefficient is not None and stats.clip_coefficient.item() < 1)

@@ -11,17 +11,18 @@ from .summary import KINDS, best_of, clip_name, groups_of, values_of
 # Okabe and Ito's colours can be told apart with any colour vision; markers and dashes say the same again.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
+CLIPPED = [kind for kind in KINDS if kind != "none"]
 
 
 def draw(rows, folder):
-    """Draws two PNG files per model; returns their paths. SpeechDataError if they cannot be written."""
+    """Draws three PNG files per model; returns their paths. SpeechDataError if they cannot be written."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     paths = []
     for model in values_of(rows, "model"):
         model_rows = [row for row in rows if row["model"] == model]
-        for name, picture in (("heatmap", heat_maps), ("curves", curves)):
+        for name, picture in (("rates", rates_of_clips), ("heatmap", heat_maps), ("curves", curves)):
             figure = picture(plt, model_rows, model)
             paths.append(folder / f"{name}_{model}.png")
             try:
@@ -33,11 +34,33 @@ def draw(rows, folder):
     return paths
 
 
+def rates_of_clips(plt, rows, model):
+    """Error rate over the learning rate, a line per clip: a panel for each kind, and no clip in all of them."""
+    groups, rates = groups_of(rows), values_of(rows, "lr")
+    figure, panels = plt.subplots(1, len(CLIPPED), figsize=(13, 4), layout="constrained", sharey=True)
+    for axes, kind in zip(panels, CLIPPED, strict=True):
+        clips = [("none", None), *((kind, threshold) for threshold in values_of(rows, "threshold", kind=kind))]
+        for clip, colour, marker in zip(clips, ("#000000", *COLOURS), ("x", *MARKERS), strict=False):
+            found = [lr for lr in rates if (model, *clip, lr) in groups]
+            of = [groups[(model, *clip, lr)] for lr in found]
+            middle = [group.median("wer") for group in of]
+            axes.plot(found, middle, color=colour, marker=marker, ms=5, label=clip_name(*clip))
+            axes.fill_between(
+                found, [min(g.values("wer")) for g in of], [max(g.values("wer")) for g in of], color=colour, alpha=0.12
+            )
+        axes.set(xscale="log", xlabel="learning rate", ylim=(0, 104), title=f"{KINDS[kind]} clip")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    panels[0].set_ylabel("word error rate, %")
+    figure.suptitle(f"{model}: medians over the seeds, and their range; 100: diverged, or nothing learnt")
+    return figure
+
+
 def heat_maps(plt, rows, model):
     """Draws a panel per kind of clip, threshold over learning rate; the lowest line is without a clip."""
     groups, rates = groups_of(rows), values_of(rows, "lr")
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for axes, kind in zip(panels, ("value", "norm"), strict=True):
+    figure, panels = plt.subplots(1, len(CLIPPED), figsize=(16, 4), layout="constrained")
+    for axes, kind in zip(panels, CLIPPED, strict=True):
         clips = [
             ("none", None),
             *((kind, threshold) for threshold in reversed(values_of(rows, "threshold", kind=kind))),
@@ -62,8 +85,8 @@ def heat_maps(plt, rows, model):
 def curves(plt, rows, model):
     """Error rate over the threshold, a line per learning rate; and the losses of the best cells."""
     groups, rates = groups_of(rows), values_of(rows, "lr")
-    figure, (*panels, losses) = plt.subplots(1, 3, figsize=(15, 5), layout="constrained")
-    for axes, kind in zip(panels, ("value", "norm"), strict=True):
+    figure, (*panels, losses) = plt.subplots(1, len(CLIPPED) + 1, figsize=(19, 5), layout="constrained")
+    for axes, kind in zip(panels, CLIPPED, strict=True):
         thresholds = values_of(rows, "threshold", kind=kind)
         for lr, colour, marker in zip(rates, COLOURS, MARKERS, strict=False):
             found = [t for t in thresholds if (model, kind, t, lr) in groups]
@@ -90,7 +113,7 @@ def curves(plt, rows, model):
 def chosen(rows, model):
     """(label, row of the first seed): the best cell of each kind, and no clip at the learning rates of the others."""
     keys = []
-    for kind in ("norm", "value", "none"):
+    for kind in (*reversed(CLIPPED), "none"):
         if best := best_of(rows, model, kind):
             keys.append(best[0])
     keys += [(model, "none", None, key[3]) for key in keys]

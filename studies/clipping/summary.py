@@ -4,7 +4,7 @@ import dataclasses
 import math
 from statistics import median
 
-KINDS = {"none": "no clip", "value": "value", "norm": "norm"}
+KINDS = {"none": "no clip", "value": "value", "norm": "norm", "change": "change"}
 
 
 @dataclasses.dataclass
