@@ -58,7 +58,7 @@ def draw_curves(axes, arms, labels, loss, title):
     """Loss in the first axes, with labels, and gradient norm in the second."""
     # The loop is a broad light line, so that fastclip's, which coincides with it, shows inside.
     styles = {"Python loop": {"lw": 6, "alpha": 0.35, "color": "tab:blue"}, "fastclip": {"lw": 1.3, "color": "navy"}}
-    others = iter(("tab:red", "tab:orange"))
+    others = iter(("tab:red", "tab:orange", "tab:green"))
     for arm, label in zip(arms, labels, strict=True):
         style = styles.get(arm.name) or {"lw": 1.3, "color": next(others)}
         axes[0].plot(range(1, len(arm.losses) + 1), smooth(arm.losses), label=label, **style)

@@ -55,7 +55,9 @@ class Arm:
         self.update()
         end = time_on(self.device)
         if measure_norm and hasattr(self.optimizer, "clip_stats"):
-            self.clamped.append(self.optimizer.clip_stats().clamped_fraction.item())
+            clamped = self.optimizer.clip_stats().clamped_fraction
+            if clamped is not None:
+                self.clamped.append(clamped.item())
         if not measure_norm:
             self.update_seconds.append(end - before_update)
             self.step_seconds.append(end - start)

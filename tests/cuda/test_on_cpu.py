@@ -181,6 +181,30 @@ BUGS = {
         "static_cast<int32_t>(tile - entry.first_tile) * header.tile",
         ("huge",),
     ),
+    "groups count alike in the change": (
+        "cuda/kernels.cuh",
+        "multiplied(header.norm, sum, change)",
+        "multiplied(header.norm, sum, 1.0)",
+        STEPS,
+    ),
+    "parameters measured before they are rounded": (
+        "cuda/tiles.cuh",
+        "updated.params, load(param.values[j]));",
+        "updated.params, x);",
+        (0, 0, 200),
+    ),
+    "parameters that are not measured anew": (
+        "cuda/kernels.cuh",
+        "if (entry.param_is_measured) return;",
+        "return;",
+        STEPS,
+    ),
+    "a tensor without a gradient is updated": (
+        "cuda/kernels.cuh",
+        "if (K::kLimitsChange && !entry.grad) return;",
+        "",
+        STEPS,
+    ),
     "table not uploaded again": (
         "cuda/step.cu",
         "if (bytes == table.uploaded) return cudaSuccess;",

@@ -140,7 +140,7 @@ def test_half_a_fetch_does_not_count(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("lr", ["0.03", "1e30"])
 def test_tiny_run(folder, capsys, lr):
-    """At the absurd learning rate all arms end in NaN, which has to pass through table, picture and JSON."""
+    """At the absurd learning rate all arms but one end in NaN, which has to pass through table, picture and JSON."""
     code, out, said = run_demo(capsys, folder, "--epochs", "2", "--lr", lr)
     assert code == 0, said
     assert "12 utterances" in out and "agree in every bit" in out
@@ -150,7 +150,9 @@ def test_tiny_run(folder, capsys, lr):
     assert (results / "speech_demo.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads((results / "speech_demo.json").read_text(), parse_constant=pytest.fail)
     rows = {row["arm"]: row for row in report["results"]}
-    assert len(rows) == 4
+    assert len(rows) == 5
+    limited = next(row for arm, row in rows.items() if arm.startswith("change <= 3 %, lr "))
+    assert limited["final_loss"] is not None and limited["lr"] == pytest.approx(10 * float(lr))
     assert rows["fastclip"]["wer_percent"] == rows["Python loop"]["wer_percent"]
     assert report["curves"]["fastclip"]["loss"] == report["curves"]["Python loop"]["loss"]
     assert report["settings"]["identical_bits"] is True
@@ -171,13 +173,13 @@ def test_a_gpu_is_the_default_if_there_is_one():
 def test_where_bits_may_differ_a_difference_is_no_error(folder, capsys, monkeypatch):
     why_not_equal = lockstep.why_not_equal
     monkeypatch.setattr(lockstep, "why_not_equal", lambda device: why_not_equal(torch.device("cuda")))
-    monkeypatch.setattr("fastclip.SGD", lambda params, lr, momentum, clip_value: torch.optim.SGD(params, lr, momentum))
+    monkeypatch.setattr("fastclip.SGD", lambda params, lr, momentum, **clip: torch.optim.SGD(params, lr, momentum))
     code, out, _ = run_demo(capsys, folder, "--epochs", "2")
     assert code == 0 and "Bits are compared on the CPU only" in out
 
 
 def test_a_difference_is_an_error(folder, capsys, monkeypatch):
-    monkeypatch.setattr("fastclip.SGD", lambda params, lr, momentum, clip_value: (
+    monkeypatch.setattr("fastclip.SGD", lambda params, lr, momentum, **clip: (
         torch.optim.SGD(params, lr, momentum)))  # fmt: skip
     code, _, said = run_demo(capsys, folder, "--epochs", "2")
     assert code == 1
