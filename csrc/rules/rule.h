@@ -10,9 +10,8 @@
 //                         new states are laid out like the gradient. false: they begin as `new_value`, laid out like
 //                         the parameter
 //   kClipsInPlace         true: no optimizer; it updates the gradient itself
-//   kLimitsChange         true: the change that a gradient makes in the end, in this step and by momentum in later
-//   ones,
-//                         is the gradient times a number. `change(settings, lr)` returns it, for max_change
+//   kLimitsChange         true: the change that a gradient makes in the end, also by momentum in later steps, is the
+//                         gradient times a number. `change(settings, lr)` returns it, for max_change
 //   kKernels              numbers of state arrays, the largest last: a GPU has a kernel for each
 //   kIsCommon             true: a GPU has separate kernels for float32 and bfloat16. false: one kernel for all dtypes
 //   Settings              the hyperparameters of a group besides those that all rules have; double and bool

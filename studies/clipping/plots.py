@@ -85,7 +85,7 @@ def heat_maps(plt, rows, model):
 def curves(plt, rows, model):
     """Error rate over the threshold, a line per learning rate; and the losses of the best cells."""
     groups, rates = groups_of(rows), values_of(rows, "lr")
-    figure, (*panels, losses) = plt.subplots(1, len(CLIPPED) + 1, figsize=(19, 5), layout="constrained")
+    figure, (*panels, losses) = plt.subplots(1, len(CLIPPED) + 1, figsize=(17, 5), layout="constrained")
     for axes, kind in zip(panels, CLIPPED, strict=True):
         thresholds = values_of(rows, "threshold", kind=kind)
         for lr, colour, marker in zip(rates, COLOURS, MARKERS, strict=False):
