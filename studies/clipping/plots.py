@@ -26,7 +26,7 @@ def draw(rows, folder):
             figure = picture(plt, model_rows, model)
             paths.append(folder / f"{name}_{model}.png")
             try:
-                figure.savefig(paths[-1], dpi=80)
+                figure.savefig(paths[-1], dpi=76)
             except OSError as error:
                 raise SpeechDataError(f"{paths[-1]}: {error.strerror}; the rows are safe") from None
             finally:
