@@ -181,13 +181,13 @@ Layout layout_of(const Step& step) {
                                   [](const TensorEntry& tensor) { return item_size(tensor.grad_dtype) == 2; });
   if (narrow) ++layout.tile_bits;  // as many bytes
   while (layout.tile_bits < kLargestTileBits && step.elements >> layout.tile_bits > kManyTiles) ++layout.tile_bits;
+  layout.places = static_cast<uint64_t>(layout.tile_bits);
   for_each_entry(step, [&](const TensorEntry& tensor, int64_t, int64_t numel) {
     ++layout.entries;
     layout.places = (layout.places ^ static_cast<uint64_t>(numel)) * 0x9e3779b97f4a7c15u;
     layout.tiles += layout.tiles_of(numel);
     layout.item_bytes = std::max(layout.item_bytes, item_size(tensor.grad_dtype));
   });
-  layout.places = (layout.places ^ layout.tile_bits) | 1;  // not 0
   const size_t entry_bytes = with_kernel(
       layout.choice, [](auto kernel, auto dtypes) { return sizeof(Entry<decltype(kernel), decltype(dtypes)::value>); });
   layout.table_bytes = static_cast<int64_t>(step.hypers.size() * sizeof(Hyper) + layout.entries * entry_bytes);
@@ -373,7 +373,8 @@ cudaError_t run_on_current_device(const Step& step, DeviceTable& table, int devi
 Needs needs(const Step& step) {
   const Layout layout = layout_of(step);
   const int64_t measures = step.limits.measures_change ? 2 * layout.tiles : layout.tiles;
-  return {measures, layout.tiles, layout.places, layout.table_bytes > kLargeTable ? layout.table_bytes : 0};
+  return {measures, layout.tiles, layout.places | uint64_t{1} << 63,
+          layout.table_bytes > kLargeTable ? layout.table_bytes : 0};
 }
 
 bool is_capturing(void* stream) {

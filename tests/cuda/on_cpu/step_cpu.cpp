@@ -19,7 +19,7 @@ void keep_param_measures(Step& step, const cuda::Needs& needs) {
   };
   static std::map<const Measure*, Kept> all;
   Kept& kept = all[step.param_measures];
-  if (kept.layout != needs.layout) {
+  if (kept.layout != needs.layout || static_cast<int64_t>(kept.measures.size()) != needs.param_measures) {
     kept = {std::vector<Measure>(needs.param_measures), needs.layout};
     for (TensorEntry& tensor : step.tensors) tensor.param_is_measured = false;
     step.has_unmeasured_params = true;
