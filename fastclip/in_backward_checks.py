@@ -10,6 +10,7 @@ import torch
 from .distributed import is_dtensor
 from .optimizer import ClippedOptimizer
 from .reasons import name_of, negative, not_a_number
+from .settings import LIMITS
 
 # The code that calls back a torch.autograd.Function.
 _FUNCTION_BACKWARD = {
@@ -70,7 +71,7 @@ def check_settings(optimizer):
     """Refuses settings that need all gradients first. Runs at each pass, as settings can be changed, and loaded."""
     optimizer._complete(optimizer.param_groups)
     for index, group in enumerate(optimizer.param_groups):
-        for limit in ("max_norm", "max_change", "max_relative_change"):
+        for limit in LIMITS:
             if group[limit] is not None:
                 raise ValueError(
                     f"step_in_backward can't apply the {limit} of param_groups[{index}]: the norm is that of all "

@@ -19,9 +19,8 @@ OWN_SETTINGS = {
     "rounding_seed": 0,
     "momentum_dtype": None,
 }
-# They look at all gradients, and are the same in all groups.
-OF_ALL_GRADIENTS = ("max_norm", "max_change", "max_relative_change", "skip_nonfinite")
-SHARED_SETTINGS = (*OF_ALL_GRADIENTS, "norm_type")
+LIMITS = ("max_norm", "max_change", "max_relative_change")  # each on a norm over all gradients
+SHARED_SETTINGS = (*LIMITS, "norm_type", "skip_nonfinite")  # the same in all groups
 
 
 class ClipSettings(TypedDict, total=False):
@@ -40,8 +39,9 @@ class ClipSettings(TypedDict, total=False):
 
 
 def of_all_gradients(group):
-    """Names the settings of a group that look at all gradients."""
-    return [name for name in OF_ALL_GRADIENTS if group.get(name) not in (None, False)]
+    """Names the settings of a group that look at all gradients. A limit of 0 is one, too."""
+    limits = [name for name in LIMITS if group.get(name) is not None]
+    return [*limits, "skip_nonfinite"] if group.get("skip_nonfinite") else limits
 
 
 Init = TypeVar("Init", bound=Callable[..., Any])

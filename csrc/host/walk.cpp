@@ -25,6 +25,11 @@ template <class Part>
   return static_cast<char*>(storage->mutable_data()) + begin;
 }
 
+// Adds an array to a hash of addresses.
+[[gnu::always_inline]] inline uint64_t hashed(uint64_t addresses, const void* data, int64_t size) {
+  return (addresses ^ reinterpret_cast<uintptr_t>(data) ^ size * 0xd6e8feb86659fd93u) * 0x9e3779b97f4a7c15u;
+}
+
 // Whether another tensor may lie in the same memory.
 [[gnu::always_inline]] inline bool shares_storage(const at::Tensor& tensor) {
   return tensor.unsafeGetTensorImpl()->unsafe_storage().use_count() > 1;
@@ -138,9 +143,8 @@ void Walk::note_params(Step& step, TensorEntry& entry, const at::Tensor& measure
   if (part.clamps) step.clampable += numel;
 
   uint64_t addresses = addresses_;  // in a register
-  const auto hash = [&](const void* data, int64_t size) __attribute__((always_inline)) {
-    addresses = (addresses ^ reinterpret_cast<uintptr_t>(data) ^ size * 0xd6e8feb86659fd93u) * 0x9e3779b97f4a7c15u;
-  };
+  const auto hash = [&](const void* data, int64_t size)
+                        __attribute__((always_inline)) { addresses = hashed(addresses, data, size); };
   const auto write = [&](const at::Tensor& tensor, const void* data, int64_t size) __attribute__((always_inline)) {
     hash(data, size);
     borrowed_.write(tensor);
@@ -221,7 +225,7 @@ void Walk::add_unstepped(const Group& group, const StateNames& names, const Plac
   entry.param = data_of(measured, item, bytes, "", place);
   entry.uniform = !states.master && !(group.hyper.stochastic_rounding && item == 2);
   borrowed_.read(measured);
-  addresses_ = (addresses_ ^ reinterpret_cast<uintptr_t>(entry.param) ^ bytes) * 0x9e3779b97f4a7c15u;
+  addresses_ = hashed(addresses_, entry.param, bytes);
   note_params(part_->step, entry, measured, place);
 }
 

@@ -25,7 +25,7 @@ from ..reasons import (
     other_dtype,
     other_shape,
 )
-from ..settings import of_all_gradients
+from ..settings import LIMITS, of_all_gradients
 from .rounding import has_master
 from .values import KNOWN_DTYPES, KNOWN_LAYOUTS, is_sparse, item_of
 
@@ -75,9 +75,7 @@ def other_kind(what, kind):
 def check_gradient(rule, group, param, where):
     """Clips and weight decay, which not every kind of gradient has."""
     grad = param.grad
-    clips = [
-        name for name in ("clip_value", "max_norm", "max_change", "max_relative_change") if group[name] is not None
-    ]
+    clips = [name for name in ("clip_value", *LIMITS) if group[name] is not None]
     if is_dtensor(grad):  # of a DTensor parameter, a step in plain torch sees the shard
         raise other_kind(f"the gradient of {where}", "a DTensor")
     sparse, sparse_gradient = is_sparse(grad), f"the sparse gradient of {where}"

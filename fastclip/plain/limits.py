@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..settings import LIMITS
 from .measure import combined, measure_of, multiplied, norm_of
 from .rounding import has_master
 from .values import values_of
@@ -40,7 +41,7 @@ class Decision(NamedTuple):
 
 
 def limits_of(groups):
-    own = {name: groups[0][name] for name in ("max_norm", "max_change", "max_relative_change")}
+    own = {name: groups[0][name] for name in LIMITS}
     limits = Limits(**own, norm_type=float(groups[0]["norm_type"]))
     return limits if limits.any else limits._replace(norm_type=math.inf)  # to look for inf and NaN
 

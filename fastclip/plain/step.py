@@ -9,6 +9,7 @@ from torch.optim.optimizer import _get_scalar_dtype
 from .._extension import _C
 from ..clip_stats import ClipStats
 from ..distributed import total_measure
+from ..settings import LIMITS
 from .checks import check
 from .limits import Decision, change_factors, counted_params, decide, limits_of, scaling_of, smallest_norm, sums_of
 from .rounding import SIXTEEN_BIT, Rounding, compute_dtype, has_master, state_dtype
@@ -36,7 +37,7 @@ def clips_value(group):
 def in_plain_numbers(rule, group):
     """Returns the group with plain numbers, which torch takes, whatever types they were given in."""
     plain = {}
-    for name in ("lr", "weight_decay", "max_norm", "max_change", "max_relative_change", *rule.numbers):
+    for name in ("lr", "weight_decay", *LIMITS, *rule.numbers):
         if name == "betas":
             plain[name] = tuple(map(number_of, group[name]))
         elif group[name] is not None:

@@ -56,6 +56,11 @@ def make_sgd(kind, shapes=SHAPES, **settings):
     return fastclip.SGD(params, **settings), params
 
 
+def alike(optimizer, params):
+    """An optimizer of other parameters, with the settings of this one."""
+    return fastclip.SGD(params, **{k: v for k, v in optimizer.param_groups[0].items() if k != "params"})
+
+
 def norm_of(tensors, norm_type=2.0):
     return torch.linalg.vector_norm(torch.cat([t.detach().double().flatten() for t in tensors]), norm_type).item()
 
@@ -141,7 +146,7 @@ def test_groups_count_by_their_own_settings_and_all_are_read_at_every_step():
 def test_plain_torch_takes_the_same_steps(kind, limit):
     optimizer, ours = make_sgd(kind, momentum=0.9, **LIMITS[limit])
     theirs = copy_params(ours)
-    plain = fastclip.SGD(theirs, **{k: v for k, v in optimizer.param_groups[0].items() if k != "params"})
+    plain = alike(optimizer, theirs)
     for step in range(5):
         give_grads(theirs, ours, scale=10.0 ** (step % 3 - 1))
         for params in (theirs, ours):
@@ -168,7 +173,7 @@ def test_scaling_the_gradients_changes_no_bit_where_the_limit_acts(kind):
     """No loss scale, no reduction and no number of frames matters."""
     first, ours = make_sgd(kind, momentum=0.9, max_relative_change=R / 100)
     theirs = copy_params(ours)
-    second = fastclip.SGD(theirs, **{k: v for k, v in first.param_groups[0].items() if k != "params"})
+    second = alike(first, theirs)
     for _ in range(4):
         give_grads(theirs, ours)
         for p in theirs:
@@ -394,7 +399,7 @@ def test_a_resumed_training_has_the_bits_of_one_that_went_on(kind):
     for step in range(6):
         if step == 3:
             theirs = copy_params(ours)
-            second = fastclip.SGD(theirs, **{k: v for k, v in first.param_groups[0].items() if k != "params"})
+            second = alike(first, theirs)
             second.load_state_dict(copy.deepcopy(first.state_dict()))
         give_grads(*([ours] if step < 3 else [theirs, ours]), scale=10.0)
         first.step()
@@ -509,6 +514,15 @@ def test_a_limit_of_zero_holds_everything():
         give_grads(params)
         optimizer.step()
         assert_same_bits(before, params)
+
+
+@pytest.mark.parametrize("limit", ["max_norm", "max_change", "max_relative_change"])
+def test_a_limit_of_zero_is_refused_where_a_norm_is(limit):
+    """0 is not False: each rank of FullyShardedDataParallel would take a norm of its own shard."""
+    p = make_params([(3,)])[0]
+    p._fsdp_flattened = True
+    with pytest.raises(TypeError, match=f"{limit} can't be applied to"):
+        fastclip.SGD([p], lr=0.1, **{limit: 0})
 
 
 def test_a_learning_rate_of_zero():
