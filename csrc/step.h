@@ -98,7 +98,12 @@ struct Step {
   // With Limits::measures_params: the measure of each chunk, or tile, of the parameters. An update writes what it makes
   // of them, and the next step reads that. As long as tensors have the same chunks, or Needs::layout is the same.
   Measure* param_measures = nullptr;
+  // With rules among the limits: what they remember. The measuring pass reads their levels, the update pushes the norm.
+  // Set in one part of a step only.
+  History* clip_history = nullptr;
+  History* skip_history = nullptr;
   const Sums* sums = nullptr;  // for Passes::update: the sums of each part's outcome, in device memory
+  const Levels* levels = nullptr;  // and the levels of that part which has the histories
   int parts = 1;  // number of these sums
   bool counts_skips = true;  // exactly one part of a step counts skipped steps
 };
@@ -112,6 +117,8 @@ struct ThreadPool {
 };
 
 void run(const Step& step, const ThreadPool& pool);
+// Adds up what a step has left in Step::measures, for each of its tensors.
+std::vector<Measure> measures_by_tensor(const Step& step);
 const char* capability();  // the instruction set that runs: "AVX512", "AVX2" or "baseline"
 
 }  // namespace cpu
@@ -135,6 +142,9 @@ struct Needs {
   int64_t table_bytes;  // 0: the table fits into the kernel arguments
 };
 Needs needs(const Step& step);
+
+// Adds up what a step has left in Step::measures, of which `measures` is a copy on the host, for each of its tensors.
+std::vector<Measure> measures_by_tensor(const Step& step, const double* measures);
 
 // Returns whether a CUDA graph captures the stream.
 bool is_capturing(void* stream);

@@ -10,6 +10,7 @@ from .clip_stats import ClipStats
 from .in_backward import step_in_backward
 from .lion import Lion
 from .nadam import NAdam
+from .norm_rules import EmaNorm, QuantileNorm
 from .radam import RAdam
 from .rmsprop import RMSprop
 from .sgd import SGD
@@ -21,6 +22,8 @@ __all__ = [
     "Adam",
     "AdamW",
     "ClipStats",
+    "EmaNorm",
+    "QuantileNorm",
     "RMSprop",
     "RAdam",
     "NAdam",

@@ -4,6 +4,7 @@ from contextlib import contextmanager
 
 import torch
 
+from .plain.history import HISTORIES, NUMBERS, adopted
 from .plain.rounding import state_dtype
 from .settings import OWN_SETTINGS
 
@@ -39,6 +40,10 @@ def restore_dtypes(optimizer, rule, state_dict):
     for key, (group, param) in zip(saved, pairs, strict=True):
         loaded = optimizer.state.get(param, {})
         for name, value in state_dict["state"].get(key, {}).items():
+            if name in HISTORIES.values():
+                window = max(value.numel() - NUMBERS, 0) // 2
+                loaded[name] = adopted(value, window, loaded[name].device)
+                continue
             if name != "step" and isinstance(loaded.get(name), torch.Tensor) and value.is_floating_point():
                 is_number = name in rule.number_states  # which torch keeps in float32 or float64
                 dtype = value.dtype if is_number else state_dtype(rule, group, param, name)

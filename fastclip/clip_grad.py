@@ -10,7 +10,7 @@ from ._extension import _C
 from .distributed import is_dtensor, local_shards, place_gradients, reduction_of, total_measure
 from .eager import eager
 from .plain.checks import check_clip
-from .plain.limits import scaling_of, sums_of
+from .plain.limits import measures_of, scaling_of, sums_of
 from .plain.measure import norm_of
 from .plain.step import bounds, scaled, sums_of_all
 from .reasons import named, negative, not_a_number
@@ -35,6 +35,8 @@ def _as_number(value, name):
         return float(value)
     except ValueError:
         raise ValueError(str(not_a_number(name, value))) from None
+    except TypeError:
+        raise not_a_number(name, value) from None
 
 
 def _engine():
@@ -140,7 +142,7 @@ def clip_grad_norm_(
             grads = [p.grad for p in clipped]
             if norm_type in (2.0, math.inf):
                 measure_among = functools.partial(
-                    sums_of, dict(zip(clipped, grads, strict=True)), None, None, norm_type
+                    sums_of, measures_of(dict(zip(clipped, grads, strict=True)), norm_type), None, None, norm_type
                 )
                 measure, _ = sums_of_all(measure_among, clipped, norm_type, None, reductions)
                 norm = norm_of(measure, norm_type)

@@ -1,12 +1,15 @@
 """Results of a clip: numbers to log, and the first gradient that was not finite."""
 
+import math
 from typing import NamedTuple
 
 import torch
 
-from .distributed import local_of, on_any_rank
+from .distributed import local_of, on_any_rank, over_ranks
+from .plain.measure import norm_of
 from .plain.values import values_of
 from .reasons import name_of
+from .settings import LIMITS, of_all_gradients
 
 
 class ClipStats(NamedTuple):
@@ -29,6 +32,9 @@ class ClipStats(NamedTuple):
         change (float64): norm of the change that the gradients, after all clips, make in the end, see `max_change` of
             `fastclip.SGD`; in the parameters' units. 0 in a skipped step; None without `max_change` and
             `max_relative_change`.
+        threshold (float64): the value of `max_norm` in this step; of a rule, it follows from the norms of the steps
+            before. None without `max_norm`.
+        skip_threshold (float64): the same of `skip_norm`.
 
     Example:
         >>> opt = fastclip.SGD(model.parameters(), lr=0.1, max_norm=5.0)
@@ -43,6 +49,38 @@ class ClipStats(NamedTuple):
     skipped: torch.Tensor
     skipped_steps: torch.Tensor
     change: torch.Tensor | None = None
+    threshold: torch.Tensor | None = None
+    skip_threshold: torch.Tensor | None = None
+
+
+def table_of(measures, groups):
+    """Returns measures by position, of a step in plain torch, as `Engine.measures_by_parameter` does."""
+    if not groups or not of_all_gradients(groups[0]):
+        return None, 2.0
+    count = sum(len(group["params"]) for group in groups)
+    rows = torch.zeros(count, 3, dtype=torch.float64, device="cpu")
+    for position, measure in measures.items():
+        rows[position] = measure.detach()
+    limits = any(groups[0][name] is not None for name in LIMITS)
+    return rows, float(groups[0]["norm_type"]) if limits else math.inf
+
+
+@torch.no_grad()
+def norms_by_parameter(groups, measures, norm_type):
+    """Returns the names of all parameters, and the norms of these measures of their gradients, over all ranks."""
+    if measures is None:
+        raise RuntimeError(
+            "the last step took no norm, or there was none: norms_by_parameter needs a limit on the norm, and "
+            "max_norm=inf measures without a clip"
+        )
+    params = [param for group in groups for param in group["params"]]
+    if len(params) != len(measures):
+        raise RuntimeError("the optimizer's groups have changed since its last step: norms_by_parameter tells of that")
+    names = []
+    for index, group in enumerate(groups):
+        by_place = [name_of(group, index, i) for i in range(len(group["params"]))]
+        names += group.get("param_names") or by_place
+    return names, norm_of(over_ranks(params, names, measures, norm_type).T, norm_type)
 
 
 @torch.no_grad()

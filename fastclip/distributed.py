@@ -137,6 +137,21 @@ def _all_reduced(numbers, norm_type, group):
     return both[0].masked_fill(both[1] > 0, torch.nan)
 
 
+def over_ranks(params, names, measures, norm_type):
+    """Returns the measures, float64 [parameters, 3], of whole gradients from those of the shards here. All ranks must
+    call it."""
+    total = measures.clone()
+    by_reduction = defaultdict(list)
+    for i, (param, name) in enumerate(zip(params, names, strict=True)):
+        if is_dtensor(param):
+            by_reduction[reduction_of(param._spec, name)].append(i)
+    for reduction, rows in by_reduction.items():
+        for group in reduction.groups:
+            numbers = total[rows].flatten().to(reduction.device_type)
+            total[rows] = _all_reduced(numbers, norm_type, group).cpu().view(-1, 3)
+    return total
+
+
 def on_any_rank(flags, params):
     """Returns for each parameter whether its flag, a bool, is set on any rank that has a part of it. All ranks must
     call it, and wait for each other."""
@@ -211,7 +226,7 @@ def step_on_shards(step, numbers, groups, state, *amp):
         stats = step(local_groups, local_state, *amp, reductions, numels)
     for param, shard in local.items():
         for name, value in local_state.get(shard, {}).items():
-            if state[param].get(name) is None:
+            if name in numbers or state[param].get(name) is None:
                 state[param][name] = value if name in numbers else placed_as(param, value)
     return stats
 

@@ -15,8 +15,11 @@ from ._extension import _C
 from .checkpoints import complete, groups_in_file, is_flat_loader, numbers_in, restore_dtypes
 from .distributed import gradients_placed_as, is_dtensor, reduction_of, step_on_shards, total_measure, who_shares_out
 from .eager import eager
+from .norm_rules import complete_rules
 from .pieces import Given
+from .plain import history
 from .plain import step as plain
+from .plain.history import HISTORIES
 from .plain.masters import undone
 from .reasons import name_of, not_shared
 from .settings import OWN_SETTINGS, SHARED_SETTINGS, of_all_gradients
@@ -32,7 +35,9 @@ class ClippedOptimizer(torch.optim.Optimizer):
     _optional = frozenset(OWN_SETTINGS)  # the settings that a checkpoint of others may lack
 
     def __init__(self, *positional, **named):
-        self._own_defaults = {name: named.pop(name, none) for name, none in OWN_SETTINGS.items()}
+        own = {name: named.pop(name) for name in OWN_SETTINGS if name in named}
+        complete_rules(own, " in param_groups[0]")
+        self._own_defaults = {**OWN_SETTINGS, **own}
         super().__init__(*positional, **named)
         del self._own_defaults  # from now on a new group takes max_norm from the existing ones
 
@@ -74,6 +79,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
         if isinstance(param_group, dict):
             if not isinstance(param_group["params"], (torch.Tensor, set)):
                 param_group["params"] = list(param_group["params"])  # a generator can be read once
+            complete_rules(param_group, f" in param_groups[{len(self.param_groups)}]")
             if "_own_defaults" not in self.__dict__ and self.param_groups:  # may have been loaded, or changed
                 if not self.param_groups[0].keys() >= OWN_SETTINGS.keys():
                     self._complete(self.param_groups)
@@ -117,6 +123,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
         self._given = Given()
         self._loading = None
         self._reference_stats = None  # of the last step, if it was in plain torch
+        self._reference_measures = None
         self._in_backward = None  # see step_in_backward
         self._reference_skips = 0
         self._warned = set()
@@ -202,8 +209,53 @@ class ClippedOptimizer(torch.optim.Optimizer):
     def _stats_of_call(self):
         if self._reference_stats:
             return self._reference_stats
-        *others, change = self._engine.clip_stats()
-        return clip_stats.ClipStats(*others, None, change)
+        norm, coefficient, clamped, skipped, *limits = self._engine.clip_stats()
+        return clip_stats.ClipStats(norm, coefficient, clamped, skipped, None, *limits)
+
+    def norm_history(self) -> torch.Tensor:
+        """Returns the norms that a `fastclip.QuantileNorm` looks at, the oldest first, to log their quartiles.
+
+        Waits for the device.
+
+        Returns:
+            Tensor: float64, of up to `window` norms, on the parameters' device; of `max_norm`, or else of `skip_norm`.
+                Empty before the first step.
+
+        Raises:
+            RuntimeError: neither limit is a `QuantileNorm`.
+
+        Example:
+            >>> opt = fastclip.SGD(model.parameters(), lr=0.1, max_norm=fastclip.QuantileNorm())
+            >>> model(x).sum().backward(); opt.step()
+            >>> quartiles = opt.norm_history().quantile(torch.tensor([0, 0.25, 0.5, 0.75, 1], dtype=torch.float64))
+        """
+        return history.norm_history(self.param_groups, self.state)
+
+    def norms_by_parameter(self) -> tuple[list[str], torch.Tensor]:
+        """Returns the norm of each parameter's gradient in the last step, after a value clip and before the norm clip.
+
+        The sums are there already: the step has added them up for the norm of all. Waits for the device; over a sharded
+        model all ranks must call it.
+
+        Returns:
+            (list of str, Tensor): the names of all parameters, as the optimizer was given them (`named_parameters()`)
+                or by their places; and their norms, float64 on the CPU, each of `norm_type`. 0 without a gradient; NaN
+                where AMP skipped the step.
+
+        Raises:
+            RuntimeError: the last step took no norm, or there was none. `max_norm=inf` measures and does not clip.
+
+        Example:
+            >>> opt = fastclip.SGD(model.named_parameters(), lr=0.1, max_norm=5.0)
+            >>> model(x).sum().backward(); opt.step()
+            >>> names, norms = opt.norms_by_parameter()
+            >>> dominating = names[norms.argmax()], norms.max() ** 2 / norms.square().sum()
+        """
+        if self._reference_measures is None:
+            measures, norm_type = self._engine.measures_by_parameter()
+        else:
+            measures, norm_type = clip_stats.table_of(*self._reference_measures)
+        return clip_stats.norms_by_parameter(self.param_groups, measures, norm_type)
 
     def first_nonfinite(self) -> str | None:
         """Names the first parameter whose gradient holds an inf or NaN, as 'parameter 3 of group 0', with its name if
@@ -283,6 +335,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
             self._given.check(groups)  # which now say whether there is a norm
             not_covered = self._engine.step(groups, self.state, grad_scale, found_inf)
         taken = not_covered is None
+        self._reference_measures = None
         self._reference_stats = None if taken else self._step_elsewhere(groups, not_covered, grad_scale, found_inf)
 
     def _complete(self, groups):
@@ -311,7 +364,11 @@ class ClippedOptimizer(torch.optim.Optimizer):
             warnings.warn(f"fastclip falls back to plain torch (slower): {why_not}", stacklevel=6)
         if (place := undone(groups, self.state)) is not None:
             self._engine.warn_of_undone(name_of(groups[place[0]], *place), 6)
-        stats = step_on_shards(partial(plain.step, self._rule), self._rule.number_states, groups, self.state, *amp)
+        numbers = (*self._rule.number_states, *HISTORIES.values())  # no shards
+        measures: dict[int, torch.Tensor] = {}
+        step = partial(plain.step, self._rule, by_parameter=measures)
+        stats = step_on_shards(step, numbers, groups, self.state, *amp)
+        self._reference_measures = measures, groups
         self._reference_skips = stats.skipped_steps + self._reference_skips
         return stats
 

@@ -8,7 +8,6 @@ import torch
 
 from ._extension import BUILD_INFO
 from .plain.values import is_sparse
-from .settings import SHARED_SETTINGS
 
 # ---- what a message is about ---------------------------------------------------------------------
 
@@ -99,6 +98,8 @@ def incomplete(what, missing, present):
 
 def not_shared(groups, index):
     """A setting of a group that differs from the first group's."""
+    from .settings import SHARED_SETTINGS  # which import the rules, and these the words
+
     name = next(name for name in SHARED_SETTINGS if groups[index][name] != groups[0][name])
     return ValueError(
         f"{name} must be the same in all groups: {groups[index][name]} in param_groups[{index}], "

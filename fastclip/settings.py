@@ -1,15 +1,18 @@
 """The settings that fastclip adds to an optimizer's groups: named once, here."""
 
 import inspect
-from collections.abc import Callable
-from typing import Any, TypedDict, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias, TypedDict, TypeVar
 
 import torch
+
+from .norm_rules import EmaNorm, QuantileNorm
 
 # Each setting, with the value that means torch's own step.
 OWN_SETTINGS = {
     "clip_value": None,
     "max_norm": None,
+    "skip_norm": None,
     "norm_type": 2.0,
     "max_change": None,
     "max_relative_change": None,
@@ -19,15 +22,20 @@ OWN_SETTINGS = {
     "rounding_seed": 0,
     "momentum_dtype": None,
 }
-LIMITS = ("max_norm", "max_change", "max_relative_change")  # each on a norm over all gradients
+LIMITS = ("max_norm", "skip_norm", "max_change", "max_relative_change")  # each on a norm over all gradients
 SHARED_SETTINGS = (*LIMITS, "norm_type", "skip_nonfinite")  # the same in all groups
+
+
+# A limit on the norm: a number, or a rule, see `fastclip.QuantileNorm` and `fastclip.EmaNorm`.
+NormLimit: TypeAlias = "float | QuantileNorm | EmaNorm | Mapping[str, Any] | str | None"
 
 
 class ClipSettings(TypedDict, total=False):
     """The keywords that each optimizer of fastclip takes besides torch's; see `fastclip.SGD` for what they mean."""
 
     clip_value: float | tuple[float, float] | None
-    max_norm: float | None
+    max_norm: NormLimit
+    skip_norm: NormLimit
     norm_type: float
     max_change: float | None
     max_relative_change: float | None

@@ -167,12 +167,19 @@ void measure_all(const Step& step, const ThreadPool& pool, const LoopTable& loop
   step.outcome->sums = sum_all(step);
 }
 
+void read_levels(const Step& step) {
+  step.outcome->levels = {level_of(step.limits.max_norm, step.clip_history),
+                          level_of(step.limits.skip_norm, step.skip_history)};
+}
+
+const Levels& levels_of(const Step& step) { return step.passes == Passes::all ? step.outcome->levels : *step.levels; }
+
 Decision decide_for(const Step& step) {
   const bool alone = step.passes == Passes::all;
   const Sums* sums = alone ? &step.outcome->sums : step.sums;
   Sums sum{};
   for (int part = 0; part < (alone ? 1 : step.parts); ++part) combine(step.norm, sum, sums[part]);
-  return decide(step.norm, sum, step.limits, step.skip_nonfinite);
+  return decide(step.norm, sum, step.limits, levels_of(step), step.skip_nonfinite);
 }
 
 void update_all(const Step& step, const ThreadPool& pool, const LoopTable& loops, const Scaling& scaling) {
@@ -219,9 +226,10 @@ void update_all(const Step& step, const ThreadPool& pool, const LoopTable& loops
 
 void run(const Step& step, const ThreadPool& pool) {
   const LoopTable& loops = instruction_set().loops;
+  if (step.passes != Passes::update && step.outcome) read_levels(step);
   if (step.found_inf && *step.found_inf != 0) {
     if (step.has_unmeasured_params) measure_params(step, pool, loops);  // the next step takes them for measured
-    if (step.passes != Passes::measure) record(*step.outcome, skipped(step.limits), step.counts_skips);
+    if (step.passes != Passes::measure) record(*step.outcome, skipped(step.limits, levels_of(step)), step.counts_skips);
     return;
   }
   Scaling scaling;
@@ -230,11 +238,23 @@ void run(const Step& step, const ThreadPool& pool) {
     if (step.passes == Passes::measure) return;
     const Decision decision = decide_for(step);
     record(*step.outcome, decision, step.counts_skips);
+    push(step.limits.max_norm, step.clip_history, decision.total_norm, false, Alone{});
+    push(step.limits.skip_norm, step.skip_history, decision.total_norm, true, Alone{});
     if (decision.skip) return;
     scaling = decision.scaling;
     if (clips_in_place(step.rule) && scaling.coefficient == 1.0) return;
   }
   update_all(step, pool, loops, scaling);
+}
+
+std::vector<Measure> measures_by_tensor(const Step& step) {
+  std::vector<Measure> sums;
+  for (const TensorEntry& tensor : step.tensors) {
+    Measure& sum = sums.emplace_back();
+    const Measure* const first = step.measures + tensor.first_chunk;
+    for (int64_t i = 0; i < (tensor.numel + kChunk - 1) / kChunk; ++i) combine(step.norm, sum, first[i]);
+  }
+  return sums;
 }
 
 const char* capability() { return instruction_set().name; }

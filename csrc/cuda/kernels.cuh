@@ -1,6 +1,7 @@
 // The CUDA kernel: measures (if there is a norm), waits for the whole grid, updates.
 #pragma once
 
+#include "history.cuh"
 #include "mixed.cuh"
 #include "tiles.cuh"
 
@@ -122,6 +123,7 @@ __device__ __forceinline__ void meet_and_sum(const Header& header) {
   __syncthreads();
   if (shared().last) {
     __threadfence();
+    if (threadIdx.x == kThreads - 1) read_levels(header);  // meanwhile
     constexpr bool kWide = kDTypes == DTypes::any;  // only float64 has more than one part
     Sums sums{};
     sums.grads = sum_over_tiles<kWide>(header, header.measures);
@@ -161,10 +163,12 @@ __device__ __forceinline__ const Decision& decide_for_block(const Header& header
         add(sums.params, of_part.params);
       }
     }
-    shared().decision = decide(header.norm, sums, header.limits, header.skip_nonfinite);
+    shared().decision = decide(header.norm, sums, header.limits, levels_of(header), header.skip_nonfinite);
     if (blockIdx.x == 0) record(*header.outcome, shared().decision, header.counts_skips);
   }
   __syncthreads();
+  const bool remembers = header.clip_history || header.skip_history;
+  if (remembers && blockIdx.x == 0 && threadIdx.x < kWarp) push_norm(header, shared().decision.total_norm);
   return shared().decision;
 }
 
@@ -238,8 +242,10 @@ __global__ void __launch_bounds__(kThreads, min_blocks(kDTypes))
   if (header.found_inf && *header.found_inf != 0) {
     // The next step takes all parameters for measured.
     if (header.measure && header.has_unmeasured_params) measure_all_params<K, kDTypes>(arguments);
-    if (header.update && blockIdx.x == 0 && threadIdx.x == 0)
-      record(*header.outcome, skipped(header.limits), header.counts_skips);
+    if (blockIdx.x == 0 && threadIdx.x == 0) {
+      if (header.measure) read_levels(header);
+      if (header.update) record(*header.outcome, skipped(header.limits, levels_of(header)), header.counts_skips);
+    }
     return;
   }
   const bool keep = header.measure && header.update;

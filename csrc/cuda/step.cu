@@ -317,8 +317,11 @@ Header header_of(const Step& step, const Layout& layout) {
   if (step.norm != Norm::none) {
     header.measure = step.passes != Passes::update;
     header.sums = header.measure ? &step.outcome->sums : step.sums;
+    header.levels = header.measure ? &step.outcome->levels : step.levels;
     header.parts = header.measure ? 1 : step.parts;
   }
+  header.clip_history = step.clip_history;
+  header.skip_history = step.skip_history;
   header.update = step.passes != Passes::measure;
   header.norm = step.norm;
   header.skip_nonfinite = step.skip_nonfinite;
@@ -375,6 +378,23 @@ Needs needs(const Step& step) {
   const int64_t measures = step.limits.measures_change ? 2 * layout.tiles : layout.tiles;
   return {measures, layout.tiles, layout.places | uint64_t{1} << 63,
           layout.table_bytes > kLargeTable ? layout.table_bytes : 0};
+}
+
+std::vector<Measure> measures_by_tensor(const Step& step, const double* measures) {
+  const Layout layout = layout_of(step);
+  const double* const medium = measures;
+  const double* const small = medium + layout.tiles;
+  const double* const big = small + layout.tiles;
+  const bool wide = layout.choice.dtypes == DTypes::any;  // only its kernels write all parts
+  std::vector<Measure> sums;
+  int64_t tile = 0;
+  for_each_entry(step, [&](const TensorEntry&, int64_t begin, int64_t numel) {
+    Measure& sum = begin == 0 ? sums.emplace_back() : sums.back();
+    for (const int64_t end = tile + layout.tiles_of(numel); tile < end; ++tile) {
+      combine(step.norm, sum, {wide ? small[tile] : 0, medium[tile], wide ? big[tile] : 0});
+    }
+  });
+  return sums;
 }
 
 bool is_capturing(void* stream) {

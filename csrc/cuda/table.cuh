@@ -132,6 +132,9 @@ struct Header {
   double* change_measures;  // the same, of the change that the gradients make; nullptr without a limit on it
   double* param_measures;  // the same, of the parameters; nullptr if their norm does not count
   const Sums* sums;  // one per part of the step; nullptr without a norm
+  const Levels* levels;  // of the rules among the limits
+  History* clip_history;  // as in Step
+  History* skip_history;
   int32_t parts;
   Norm norm;
   bool measure;  // whether this launch measures

@@ -117,7 +117,13 @@ PYBIND11_MODULE(_C, module) {
            [](const Engine& engine) {
              const Engine::ClipStats stats = engine.clip_stats();
              return py::make_tuple(wrap(stats.total_norm), wrap(stats.coefficient), wrap(stats.clamped_fraction),
-                                   wrap(stats.skipped), wrap(stats.change));
+                                   wrap(stats.skipped), wrap(stats.change), wrap(stats.max_norm),
+                                   wrap(stats.skip_norm));
+           })
+      .def("measures_by_parameter",
+           [](const Engine& engine) {
+             const auto [measures, norm] = engine.measures_by_parameter();
+             return py::make_tuple(wrap(measures), norm == Norm::inf ? HUGE_VAL : 2.0);
            })
       .def("skipped_steps", [](const Engine& engine) { return wrap(engine.skipped_steps()); });
 

@@ -42,6 +42,7 @@ class Engine::Busy {
     engine.walk_.begin();
   }
   ~Busy() {
+    engine_.histories_.end();
     engine_.walk_.end();
     engine_.groups_.clear();
     engine_.busy_ = false;
@@ -80,6 +81,8 @@ std::optional<NotCovered> Engine::step(PyObject* groups, PyObject* state, PyObje
     warn_of_undone(walk_.undone()->text().object, kCallerOfStep);
   }
 
+  const auto in_use = parts_in_use(walk_.parts());
+  if (norm_clip.limits.has_rules() && !in_use.empty()) histories_.prepare(groups_, *in_use.front());
   if (states.has_new()) {  // a replay would make them again each time
     for (const Part& part : walk_.parts()) {
       if (part.in_use() && part.is_capturing()) part.raise_capturing();
@@ -90,12 +93,16 @@ std::optional<NotCovered> Engine::step(PyObject* groups, PyObject* state, PyObje
   const bool joint = asks_all_ranks(norm_clip);  // and then no rank skips by itself, while others wait for it
   if (inf.defined() && !joint && (inf.is_cpu() || states.has_new()) && inf.item<float>() != 0) {
     remember(norm_clip, /*skipped_by_host=*/true);
+    last_.levels = histories_.levels(norm_clip.limits);
     ++skipped_by_host_;
     return {};
   }
   states.prepare();
   run(norm_clip, {scale, inf});
-  if (states.has_new() && !((norm_clip.skip_nonfinite || (joint && inf.defined())) && was_skipped())) states.store();
+  if (states.has_new() && !((norm_clip.may_skip() || (joint && inf.defined())) && was_skipped())) {
+    states.store();
+    histories_.add_entries(rule_, groups_);
+  }
   return {};
 }
 
@@ -130,12 +137,12 @@ void Engine::warn_of_undone(PyObject* param, int stack_level) {
 }
 
 void Engine::remember(const NormClip& norm_clip, bool skipped_by_host) {
-  last_ = {norm_clip, false, false, skipped_by_host, walk_.first_device()};
+  last_ = {norm_clip, false, false, skipped_by_host, {}, walk_.first_device()};
   for (const Group& group : groups_) last_.clamps |= clips_value(group.hyper);
   for (Part& part : walk_.parts()) {
     part.stepped = part.in_use() && !skipped_by_host;
     part.stepped_clampable = part.stepped ? part.step.clampable : 0;
-    last_.asks_device |= part.stepped && (part.step.found_inf || norm_clip.skip_nonfinite);
+    last_.asks_device |= part.stepped && (part.step.found_inf || norm_clip.may_skip());
   }
 }
 
@@ -195,8 +202,15 @@ Engine::ClipStats Engine::clip_stats() const {
     stats.skipped = at::full({}, last_.skipped_by_host, options.dtype(at::kBool));
   }
   if (stats.total_norm.defined()) {
-    const double of_none = scaling_of(last_.skipped_by_host ? HUGE_VAL : 0, last_.norm_clip.limits.max_norm).product();
-    stats.coefficient = first ? first->coefficient().clone() : at::full({}, of_none, options.dtype(at::kDouble));
+    const double norm = last_.skipped_by_host ? HUGE_VAL : 0;  // where nothing was measured
+    const Decision of_none = decision_at(norm, last_.norm_clip.limits, last_.levels);
+    const auto number = [&](at::Tensor (Part::*of_part)() const, double value) {
+      return first ? (first->*of_part)().clone() : at::full({}, value, options.dtype(at::kDouble));
+    };
+    stats.coefficient = number(&Part::coefficient, of_none.scaling.product());
+    const Limits& limits = last_.norm_clip.limits;
+    if (limits.max_norm.is_set()) stats.max_norm = number(&Part::max_norm, of_none.max_norm);
+    if (limits.skip_norm.is_set()) stats.skip_norm = number(&Part::skip_norm, of_none.skip_norm);
   }
   if (last_.norm_clip.limits.measures_change) {
     stats.change = first ? first->change().clone() : at::zeros({}, options.dtype(at::kDouble));
@@ -213,6 +227,20 @@ Engine::ClipStats Engine::clip_stats() const {
     stats.clamped_fraction.masked_fill_(stats.skipped, 0);  // nothing was written then, and not this either
   }
   return stats;
+}
+
+std::pair<at::Tensor, Norm> Engine::measures_by_parameter() const {
+  const bool measured = last_.norm_clip.norm != Norm::none || last_.norm_clip.skip_nonfinite;
+  if (!measured || !last_.device) return {{}, Norm::none};
+  const Norm norm = last_.norm_clip.norm != Norm::none ? last_.norm_clip.norm : Norm::inf;
+  at::Tensor measures = at::full({walk_.parameters(), kParts}, last_.skipped_by_host ? NAN : 0.0, at::kDouble);
+  auto* const rows = static_cast<Measure*>(measures.mutable_data_ptr());
+  for (const Part& part : walk_.parts()) {
+    if (!part.stepped) continue;
+    const std::vector<Measure> of_part = part.measures_by_tensor();
+    for (size_t i = 0; i < of_part.size(); ++i) combine(norm, rows[part.step.tensors[i].index], of_part[i]);
+  }
+  return {measures, norm};
 }
 
 at::Tensor Engine::skipped_steps() const {

@@ -5,10 +5,12 @@
 #include <Python.h>
 
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "../step.h"
 #include "groups.h"
+#include "histories.h"
 #include "part.h"
 #include "walk.h"
 
@@ -49,8 +51,15 @@ class Engine {
     at::Tensor clamped_fraction;  // float64: elements that the value clip moved, of those it looked at
     at::Tensor skipped;           // bool
     at::Tensor change;            // float64: that the clipped gradients make in the end
+    at::Tensor max_norm;          // float64: the values of these limits
+    at::Tensor skip_norm;         // float64
   };
   ClipStats clip_stats() const;
+
+  // The measures of the gradients in the last step, float64 [parameters, 3], on the CPU, and the norm that they are
+  // for. 0 without a gradient here; NaN where AMP skipped the step. Undefined if nothing was measured. Waits for the
+  // device.
+  std::pair<at::Tensor, Norm> measures_by_parameter() const;
 
   // Steps that were skipped since the engine was made, an int64 scalar on the parameters' device.
   at::Tensor skipped_steps() const;
@@ -62,6 +71,7 @@ class Engine {
     bool clamps = false;  // some group has a value clip
     bool asks_device = false;  // whether it was skipped
     bool skipped_by_host = false;
+    Levels levels;  // where the host skipped it
     std::optional<c10::Device> device;  // of the first parameter
   };
   class Busy;
@@ -76,6 +86,7 @@ class Engine {
 
   const Rules::Id rule_;
   Walk walk_;
+  Histories histories_{walk_.borrowed(), walk_.states()};
   std::vector<Group> groups_;  // of the step being taken
   LastStep last_;
   int64_t skipped_by_host_ = 0;

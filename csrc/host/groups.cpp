@@ -11,6 +11,7 @@
 #include <new>
 #include <utility>
 
+#include "norm_limits.h"
 #include "reasons.h"
 
 namespace fastclip {
@@ -188,6 +189,20 @@ bool read_limit(PyObject* value, const char* name, const std::string& where, dou
   return true;
 }
 
+// Reads a limit on the norm, if it is set: a number or a rule. Returns whether it is.
+bool read_norm_limit(PyObject* group, const Name& key, PyObject* value, bool leaves_out, const std::string& where,
+                     NormLimit& limit) {
+  if (value == Py_None) return false;
+  const Held held(value);
+  if (const auto number = number_in(value)) {
+    limit.kind = NormLimit::Kind::number;
+    limit.ceiling = non_negative(*number, value, key.text, where);
+  } else {
+    limit = read_rule(group, key, leaves_out, where);
+  }
+  return true;
+}
+
 void read_change_limits(PyObject* max_change, PyObject* max_relative_change, PyObject* norm_type,
                         const std::string& where, NormClip& clip) {
   Limits& limits = clip.limits;
@@ -234,7 +249,10 @@ NormClip read_norm_clip(PyObject* max_norm, PyObject* norm_type, const std::stri
   NormClip clip;
   const Held held(max_norm);
   const Norm norm = read_norm_type(norm_type, where);
-  if (read_limit(max_norm, "max_norm", where, clip.limits.max_norm)) clip.norm = norm;
+  if (read_limit(max_norm, "max_norm", where, clip.limits.max_norm.ceiling)) {
+    clip.limits.max_norm.kind = NormLimit::Kind::number;
+    clip.norm = norm;
+  }
   return clip;
 }
 
@@ -243,7 +261,7 @@ Group read_group(PyObject* object, Py_ssize_t index, Rules::Id rule) {
       kMaximize("maximize"), kDifferentiable("differentiable"), kClipValue("clip_value"), kMaxNorm("max_norm"),
       kNormType("norm_type"), kSkipNonfinite("skip_nonfinite"), kMasterWeights("master_weights"),
       kStochasticRounding("stochastic_rounding"), kRoundingSeed("rounding_seed"), kMomentumDtype("momentum_dtype"),
-      kMaxChange("max_change"), kMaxRelativeChange("max_relative_change");
+      kMaxChange("max_change"), kMaxRelativeChange("max_relative_change"), kSkipNorm("skip_norm");
   GroupReader reader(object, index);
   Group group{};
   PyObject* params = reader.required(kParams);
@@ -278,12 +296,25 @@ Group read_group(PyObject* object, Py_ssize_t index, Rules::Id rule) {
   PyObject* max_norm = reader.required(kMaxNorm);
   PyObject* norm_type = reader.required(kNormType);
   const bool two = PyFloat_CheckExact(norm_type) && PyFloat_AS_DOUBLE(norm_type) == 2;
-  if (max_norm != Py_None || !two) group.norm_clip = read_norm_clip(max_norm, norm_type, reader.where());
-  group.norm_clip.skip_nonfinite = reader.flag(kSkipNonfinite);
+  PyObject* skip_norm = reader.required(kSkipNorm);
+  NormClip& clip = group.norm_clip;
+  if (max_norm != Py_None || skip_norm != Py_None || !two) {
+    const std::string where = reader.where();
+    const Norm norm = read_norm_type(norm_type, where);
+    const bool clips = read_norm_limit(object, kMaxNorm, max_norm, false, where, clip.limits.max_norm);
+    const bool skips = read_norm_limit(object, kSkipNorm, skip_norm, true, where, clip.limits.skip_norm);
+    if (clips || skips) clip.norm = norm;
+  }
+  clip.skip_nonfinite = reader.flag(kSkipNonfinite);
+  if (clip.limits.has_rules() && !clip.skip_nonfinite) {
+    const Name& ruled = clip.limits.max_norm.is_rule() ? kMaxNorm : kSkipNorm;
+    raise(PyExc_ValueError, ruled.text, reader.where(),
+          " is a rule, which needs skip_nonfinite=True: an inf or NaN has no place among the norms that it looks at");
+  }
   PyObject* const max_change = reader.required(kMaxChange);
   PyObject* const max_relative_change = reader.required(kMaxRelativeChange);
   const bool limits_change = max_change != Py_None || max_relative_change != Py_None;
-  if (limits_change) read_change_limits(max_change, max_relative_change, norm_type, reader.where(), group.norm_clip);
+  if (limits_change) read_change_limits(max_change, max_relative_change, norm_type, reader.where(), clip);
 
   group.master_weights = reader.flag(kMasterWeights);
   hyper.stochastic_rounding = reader.flag(kStochasticRounding);

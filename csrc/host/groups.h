@@ -17,6 +17,9 @@ struct NormClip {
   Limits limits;
   bool skip_nonfinite = false;
 
+  // A step may find out on the device that it changes nothing.
+  bool may_skip() const { return skip_nonfinite || limits.skip_norm.ceiling < HUGE_VAL || limits.skip_norm.is_rule(); }
+
   bool operator==(const NormClip& other) const {
     return norm == other.norm && limits == other.limits && skip_nonfinite == other.skip_nonfinite;
   }

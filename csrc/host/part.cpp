@@ -52,7 +52,8 @@ const float* pointer(const at::Tensor& scalar) {
 
 at::TensorOptions doubles_on(c10::Device device) { return at::TensorOptions().dtype(at::kDouble).device(device); }
 
-constexpr int64_t kDoubles = sizeof(Measure) / sizeof(double), kDoublesOfSums = sizeof(Sums) / sizeof(double);
+constexpr int64_t kDoubles = sizeof(Measure) / sizeof(double), kDoublesOfSums = sizeof(Sums) / sizeof(double),
+                  kDoublesOfLevels = sizeof(Levels) / sizeof(double);
 constexpr int64_t place_of(size_t offset) { return static_cast<int64_t>(offset / sizeof(double)); }
 
 #if defined(FASTCLIP_CUDA)
@@ -71,6 +72,8 @@ void Part::clear() {
   step.chunks = step.elements = step.clampable = 0;
   step.has_step_counts = step.has_unmeasured_params = false;
   awaited = false;
+  clip_history.reset();
+  skip_history.reset();
 }
 
 at::Tensor Part::sums() const {
@@ -78,7 +81,13 @@ at::Tensor Part::sums() const {
   return outcome_.narrow(0, place_of(offsetof(Outcome, sums)), measured * kDoubles);
 }
 
+at::Tensor Part::levels() const { return outcome_.narrow(0, place_of(offsetof(Outcome, levels)), kDoublesOfLevels); }
+
 at::Tensor Part::total_norm() const { return outcome_.select(0, place_of(offsetof(Outcome, total_norm))); }
+
+at::Tensor Part::max_norm() const { return outcome_.select(0, place_of(offsetof(Outcome, max_norm))); }
+
+at::Tensor Part::skip_norm() const { return outcome_.select(0, place_of(offsetof(Outcome, skip_norm))); }
 
 at::Tensor Part::coefficient() const { return outcome_.select(0, place_of(offsetof(Outcome, coefficient))); }
 
@@ -93,6 +102,17 @@ at::Tensor Part::skipped_steps() const {
 
 at::Tensor Part::clamped() const { return clamped_; }
 
+std::vector<Measure> Part::measures_by_tensor() const {
+  const bool by_amp = step.found_inf && skipped().item<int64_t>() != 0 && total_norm().item<double>() == HUGE_VAL;
+  if (by_amp) return std::vector<Measure>(step.tensors.size(), Measure{NAN, NAN, NAN});  // nothing was measured
+  if (device.is_cpu()) return cpu::measures_by_tensor(step);
+#if defined(FASTCLIP_CUDA)
+  const at::Tensor here = (captured_measures_.defined() ? captured_measures_ : measures_).cpu();
+  return cuda::measures_by_tensor(step, here.const_data_ptr<double>());
+#endif
+  return {};
+}
+
 void Part::prepare(const NormClip& norm_clip, const Amp& amp, bool counts_skips) {
   amp_ = {moved_to(device, amp.grad_scale), moved_to(device, amp.found_inf)};
   step.norm = norm_clip.norm;
@@ -103,6 +123,11 @@ void Part::prepare(const NormClip& norm_clip, const Amp& amp, bool counts_skips)
   step.found_inf = pointer(amp_.found_inf);
   step.outcome = nullptr;
   step.measures = step.param_measures = nullptr;
+  const auto history = [](at::Tensor& tensor) {
+    return tensor.defined() ? static_cast<History*>(tensor.mutable_data_ptr()) : nullptr;
+  };
+  step.clip_history = history(clip_history);
+  step.skip_history = history(skip_history);
   step.clamped = nullptr;
   // On the CPU, a tensor's place among the chunks says all of the layout.
   const cuda::Needs needs = device.is_cuda() ? prepare_gpu() : cuda::Needs{step.chunks, step.chunks, 1, 0};
@@ -185,6 +210,7 @@ void Part::run(Passes passes) {
 void Part::run_update(at::Tensor sums, int parts) {
   sums_ = std::move(sums);
   step.sums = static_cast<const Sums*>(sums_.const_data_ptr());
+  step.levels = reinterpret_cast<const Levels*>(step.sums + parts);
   step.parts = parts;
   run(Passes::update);
 }
@@ -214,9 +240,20 @@ void Part::run_on_gpu() {
 
 namespace {
 
+// Memory for the sums of some parts, and the levels.
+at::Tensor new_sums(const Part& part, int64_t count) {
+  return at::empty({count * kDoublesOfSums + kDoublesOfLevels}, doubles_on(part.device));
+}
+
 // Copies between GPUs are enqueued. The CPU has to wait for the others' sums: it computes with them.
-void copy_sums(const at::Tensor& sums, const at::Tensor& to, int64_t place) {
-  to.narrow(0, place * kDoublesOfSums, sums.numel()).copy_(sums, /*non_blocking=*/to.is_cuda());
+void copy_to(const at::Tensor& to, int64_t place, const at::Tensor& from) {
+  to.narrow(0, place, from.numel()).copy_(from, /*non_blocking=*/to.is_cuda());
+}
+
+// The first part has the histories.
+void copy_levels(const at::Tensor& sums, const std::vector<Part*>& parts) {
+  if (!parts.front()->step.limits.has_rules()) return;
+  copy_to(sums, sums.numel() - kDoublesOfLevels, parts.front()->levels());
 }
 
 // Here and below all sums are copied before any part updates, so that nothing can fail in between.
@@ -227,7 +264,8 @@ void update_over_ranks(const std::vector<Part*>& parts, const NormClip& norm_cli
   const auto [total, found_inf] = shards.total(measures, norm_clip.norm, amp.found_inf);
   std::vector<at::Tensor> sums;
   for (Part* part : parts) {
-    copy_sums(total, sums.emplace_back(at::empty({kDoublesOfSums}, doubles_on(part->device))), 0);
+    copy_to(sums.emplace_back(new_sums(*part, 1)), 0, total);
+    copy_levels(sums.back(), parts);
     part->set_found_inf(found_inf);
   }
   for (size_t i = 0; i < parts.size(); ++i) parts[i]->run_update(std::move(sums[i]), 1);
@@ -237,21 +275,27 @@ void update_over_devices(const std::vector<Part*>& parts) {
   const auto count = static_cast<int64_t>(parts.size());
   std::vector<at::Tensor> sums;
   for (const Part* part : parts) {
-    sums.push_back(at::empty({count * kDoublesOfSums}, doubles_on(part->device)));
-    for (int64_t i = 0; i < count; ++i) copy_sums(parts[i]->sums(), sums.back(), i);
+    sums.push_back(new_sums(*part, count));
+    for (int64_t i = 0; i < count; ++i) copy_to(sums.back(), i * kDoublesOfSums, parts[i]->sums());
+    copy_levels(sums.back(), parts);
   }
   for (int64_t i = 0; i < count; ++i) parts[i]->run_update(std::move(sums[i]), static_cast<int>(count));
 }
 
 }  // namespace
 
-void run_parts(std::vector<Part>& all_parts, const NormClip& norm_clip, const Amp& amp, const Shards& shards) {
-  std::vector<Part*> parts;  // GPUs first: they work while the CPU does its share
+std::vector<Part*> parts_in_use(std::vector<Part>& parts) {
+  std::vector<Part*> in_use;
   for (const bool cpu : {false, true}) {
-    for (auto& part : all_parts) {
-      if (part.device.is_cpu() == cpu && part.in_use()) parts.push_back(&part);
+    for (auto& part : parts) {
+      if (part.device.is_cpu() == cpu && part.in_use()) in_use.push_back(&part);
     }
   }
+  return in_use;
+}
+
+void run_parts(std::vector<Part>& all_parts, const NormClip& norm_clip, const Amp& amp, const Shards& shards) {
+  const std::vector<Part*> parts = parts_in_use(all_parts);
   for (Part* part : parts) part->prepare(norm_clip, amp, /*counts_skips=*/part == parts.front());
   const bool over_ranks = shards.over_ranks() && norm_clip.norm != Norm::none;
   if (!over_ranks && (parts.size() < 2 || norm_clip.norm == Norm::none)) {

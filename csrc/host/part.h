@@ -32,7 +32,7 @@ class Part {
   // On the CPU: does it. On a GPU: enqueues it on the current stream.
   void run(Passes passes);
 
-  // The update of a step that spans several parts: `sums` holds all their sums, here.
+  // The update of a step that spans several parts: `sums` holds all their sums, here, and behind them the levels.
   void run_update(at::Tensor sums, int parts);
 
   // Ranks have put their verdicts together: the one that the update goes by.
@@ -44,12 +44,21 @@ class Part {
 
   // Views into what the step leaves behind, for as long as no other step is taken.
   at::Tensor sums() const;           // Sums, as float64: those that are measured
+  at::Tensor levels() const;         // Levels, as float64
   at::Tensor total_norm() const;     // float64
+  at::Tensor max_norm() const;       // float64
+  at::Tensor skip_norm() const;      // float64
   at::Tensor coefficient() const;    // float64
   at::Tensor change() const;         // float64
   at::Tensor skipped() const;        // int64, 0 or 1
   at::Tensor skipped_steps() const;  // int64
   at::Tensor clamped() const;        // float64, to be added up
+  // The measure of each tensor's gradient, or all NaN where AMP skipped the step. Waits for the device.
+  std::vector<Measure> measures_by_tensor() const;
+
+  // What the rules among the limits remember, float64, in one part of a step; undefined in the others.
+  at::Tensor clip_history;
+  at::Tensor skip_history;
 
   const c10::Device device;
   PyObject* const reduction;  // over which ranks its sum is added up; nullptr where all hold the same
@@ -85,6 +94,9 @@ class Part {
   bool capturing_ = false;
   std::vector<at::Tensor> outgrown_;  // of param_measures_: a graph that was captured may use it
 };
+
+// Returns the parts that are in use. GPUs come first: they work while the CPU does its share.
+std::vector<Part*> parts_in_use(std::vector<Part>& parts);
 
 // One step over all parts that are in use, and one norm over all of them, on all ranks.
 void run_parts(std::vector<Part>& parts, const NormClip& norm_clip, const Amp& amp, const Shards& shards);

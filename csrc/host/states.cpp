@@ -162,6 +162,25 @@ const at::Tensor* States::shard_in(const at::Tensor* state, const Name& name, co
   return found;
 }
 
+Held States::find_anywhere(const Name& name, Py_ssize_t& hint, PyObject*& param) {
+  PyObject* found = nullptr;
+  const auto look = [&](Py_ssize_t& place) {
+    PyObject* entry = nullptr;
+    if (!PyDict_Next(state_, &place, &param, &entry)) return false;
+    found = PyDict_Check(entry) ? PyDict_GetItemWithError(entry, name.object) : nullptr;
+    if (!found && PyErr_Occurred()) throw PythonError{};
+    if (found == Py_None) found = nullptr;
+    return true;
+  };
+  Py_ssize_t place = hint;
+  if (look(place) && found) return Held(found);
+  place = 0;
+  do {
+    hint = place;
+  } while (look(place) && !found);
+  return Held(found);
+}
+
 const at::Tensor* States::make(const Place& place, const Name& name, at::Tensor tensor) {
   New& added = new_.emplace_back(New{Held(place.param), place, &name, std::move(tensor), {}, {}});
   const auto shard = shard_of(added.tensor);
@@ -231,6 +250,17 @@ void States::prepare() {
 void States::store() {
   for (New& added : new_) {
     if (PyDict_SetItem(added.entry.object, added.name->object, added.wrapped.object) != 0) throw PythonError{};
+  }
+}
+
+void States::add_entries(const std::vector<Group>& groups) {
+  for (const Group& group : groups) {
+    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(group.params.object); ++i) {
+      const Held param(PySequence_Fast_GET_ITEM(group.params.object, i));
+      if (!THPVariable_Unpack(param.object).requires_grad()) continue;
+      const Held empty = checked(PyDict_New());
+      if (!PyDict_SetDefault(state_, param.object, empty.object)) throw PythonError{};
+    }
   }
 }
 

@@ -49,6 +49,7 @@ class Walk {
   States& states() { return states_; }
   Borrowed& borrowed() { return borrowed_; }
   const std::optional<c10::Device>& first_device() const { return first_device_; }  // of all parameters
+  int64_t parameters() const { return static_cast<int64_t>(parameter_); }  // of all groups
   int64_t measured_params() const { return measured_params_; }  // elements of all parameters whose norm counts
 
  private:

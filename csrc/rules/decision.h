@@ -3,12 +3,14 @@
 #pragma once
 
 #include "measure.h"
+#include "norm_limit.h"
 
 namespace fastclip {
 
 // The limits of a step. inf: only measured.
 struct Limits {
-  double max_norm = HUGE_VAL;  // of the gradients' norm
+  NormLimit max_norm;   // gradients are scaled down to it
+  NormLimit skip_norm;  // a step with a larger norm is left out
   double max_change = HUGE_VAL;  // of the change that the gradients make in the end, see `kLimitsChange` in rule.h
   double max_relative_change = HUGE_VAL;  // of the same, divided by the norm of the parameters
   double smallest_norm = 0;  // stands for the norm of smaller parameters: a model of zeros has to move, too
@@ -16,10 +18,11 @@ struct Limits {
   bool measures_params = false;
 
   bool operator==(const Limits& other) const {
-    return max_norm == other.max_norm && max_change == other.max_change &&
+    return max_norm == other.max_norm && skip_norm == other.skip_norm && max_change == other.max_change &&
            max_relative_change == other.max_relative_change && smallest_norm == other.smallest_norm &&
            measures_change == other.measures_change && measures_params == other.measures_params;
   }
+  bool has_rules() const { return max_norm.is_rule() || skip_norm.is_rule(); }
 };
 
 // A model whose parameters have a smaller root mean square than this is limited as one that has it.
@@ -72,21 +75,36 @@ FASTCLIP_HD Scaling smaller(const Scaling& a, const Scaling& b) {
 // The consequence of what was measured for a step.
 struct Decision {
   double total_norm;
+  double max_norm;  // the values of the limits
+  double skip_norm;
   double change;  // that the scaled gradients make in the end
   Scaling scaling;
   bool skip;
 };
-// Returns the decision of a step that AMP skips.
-FASTCLIP_HD Decision skipped(const Limits& limits) {
-  return {HUGE_VAL, 0, scaling_of(HUGE_VAL, limits.max_norm), true};
+
+FASTCLIP_HD Decision decision_at(double norm, const Limits& limits, const Levels& levels) {
+  Decision decision{
+      norm, value_of(limits.max_norm, levels.max_norm, norm), value_of(limits.skip_norm, levels.skip_norm, norm), 0, {},
+      false};
+  decision.scaling = scaling_of(norm, decision.max_norm);
+  decision.skip = decision.skip_norm < HUGE_VAL && !(norm <= decision.skip_norm);
+  return decision;
 }
 
-FASTCLIP_HD Decision decide(Norm norm, const Sums& sums, const Limits& limits, bool skip_nonfinite) {
+// Returns the decision of a step that AMP skips.
+FASTCLIP_HD Decision skipped(const Limits& limits, const Levels& levels) {
+  Decision decision = decision_at(HUGE_VAL, limits, levels);
+  decision.skip = true;
+  return decision;
+}
+
+FASTCLIP_HD Decision decide(Norm norm, const Sums& sums, const Limits& limits, const Levels& levels,
+                            bool skip_nonfinite) {
+  Decision decision = decision_at(total_norm(norm, sums.grads), limits, levels);
   // No sum of finite gradients overflows, so this is not 0 exactly if a gradient is not finite.
   const Measure& sum = sums.grads;
   const double zero = (sum.small - sum.small) + (sum.medium - sum.medium) + (sum.big - sum.big);
-  Decision decision{total_norm(norm, sum), 0, {}, skip_nonfinite && zero != 0};
-  decision.scaling = scaling_of(decision.total_norm, limits.max_norm);
+  decision.skip |= skip_nonfinite && zero != 0;
   if (!limits.measures_change) return decision;
   const double change = total_norm(norm, sums.change);
   decision.scaling = smaller(decision.scaling, scaling_to(limits.max_change, change));
@@ -103,7 +121,10 @@ FASTCLIP_HD Decision decide(Norm norm, const Sums& sums, const Limits& limits, b
 // The results of a step, in the memory of its device. Nothing waits for them; they are read when a caller asks.
 struct Outcome {
   Sums sums;  // over this device
+  Levels levels;  // as they were before the step
   double total_norm;  // norm over all devices
+  double max_norm;
+  double skip_norm;
   double coefficient;
   double change;
   uint64_t skipped;  // this step: 0 or 1
@@ -116,6 +137,8 @@ struct Outcome {
 
 FASTCLIP_HD void record(Outcome& outcome, const Decision& decision, bool counts) {
   outcome.total_norm = decision.total_norm;
+  outcome.max_norm = decision.max_norm;
+  outcome.skip_norm = decision.skip_norm;
   outcome.coefficient = decision.scaling.product();
   outcome.change = decision.change;
   outcome.skipped = decision.skip;

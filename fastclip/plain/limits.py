@@ -8,7 +8,7 @@ import torch
 from ..settings import LIMITS
 from .measure import combined, measure_of, multiplied, norm_of
 from .rounding import has_master
-from .values import values_of
+from .values import item_of, values_of
 
 # A model whose parameters have a smaller root mean square than this is limited as one that has it: a model of zeros has
 # to move, too.
@@ -18,7 +18,8 @@ SMALLEST_RMS = 1e-3
 class Limits(NamedTuple):
     """The limits that the groups have in common. None: not set; inf: only measured."""
 
-    max_norm: float | None
+    max_norm: float | dict | None
+    skip_norm: float | dict | None
     max_change: float | None
     max_relative_change: float | None
     norm_type: float
@@ -29,15 +30,19 @@ class Limits(NamedTuple):
 
     @property
     def any(self):
-        return self.max_norm is not None or self.of_change
+        return self.max_norm is not None or self.skip_norm is not None or self.of_change
 
 
 class Decision(NamedTuple):
-    """The norm of the gradients, the factors by which they are scaled, and the change that they make in the end."""
+    """The norm of the gradients, the factors by which they are scaled, the change that they make in the end, whether
+    the step is left out for its norm, and the values of `max_norm` and `skip_norm`."""
 
     norm: torch.Tensor | None
     factors: tuple = ()
     change: torch.Tensor | None = None
+    skip: bool = False
+    max_norm: float | None = None
+    skip_norm: float | None = None
 
 
 def limits_of(groups):
@@ -87,43 +92,57 @@ def counted_params(groups, state):
     return values
 
 
-def sums_of(grads, factors, params, norm_type, among):
+def measures_of(grads, norm_type):
+    """Returns the measure of each gradient; `grads` has the values of each parameter's, clamped."""
+    return {param: measure_of([grad], norm_type) for param, grad in grads.items()}
+
+
+def sums_of(measures, factors, params, norm_type, among):
     """Returns the measures of some gradients, of the change that they make, and of parameters, float64 [3], [6] or [9].
 
     Args:
-        grads (dict): the values of each parameter's gradient, clamped.
+        measures (dict): see `measures_of`.
         factors (dict or None): see `change_factors`; None where the change is not limited.
         params (dict or None): see `counted_params`; None where no limit is relative to them.
         among (list): the parameters that count here, in order.
     """
     device = next((param.device for param in among), torch.device("cpu"))
-    grads = {param: grads[param] for param in among if param in grads}
-    parts = [measure_of(grads.values(), norm_type, device)]
-    if factors is not None:
-        changes = torch.zeros_like(parts[0])
-        for param, grad in grads.items():
-            change = multiplied(measure_of([grad], norm_type, device), factors[param], norm_type)
-            changes = combined(changes, change, norm_type)
-        parts.append(changes)
+    grads = changes = torch.zeros(3, dtype=torch.float64, device=device)
+    for param in (param for param in among if param in measures):
+        measure = measures[param].to(device)
+        grads = combined(grads, measure, norm_type)
+        if factors is not None:
+            changes = combined(changes, multiplied(measure, factors[param], norm_type), norm_type)
+    parts = [grads] if factors is None else [grads, changes]
     if params is not None:
         parts.append(measure_of([params[param] for param in among if param in params], norm_type, device))
     return torch.cat(parts)
 
 
-def decide(sums, limits, smallest_norm):
+def decide_by_norm(norm, histories):
+    """Returns the Decision that follows from the norm of the gradients alone."""
+    if not isinstance(norm, torch.Tensor):
+        norm = torch.tensor(norm, dtype=torch.float64, device="cpu")
+    max_norm, skip_norm = (histories.limit(name, norm) for name in ("max_norm", "skip_norm"))
+    skip = skip_norm is not None and skip_norm < math.inf and not item_of(norm <= skip_norm, unknown=True)
+    factors = scaling_of(norm, math.inf if max_norm is None else max_norm)
+    return Decision(norm, factors, None, skip, max_norm, skip_norm)
+
+
+def decide(sums, limits, smallest_norm, histories):
     """Returns the Decision that follows from the measures of all gradients and parameters."""
     norm, *others = (norm_of(measure, limits.norm_type) for measure in sums.split(3))
-    factors = scaling_of(norm, math.inf if limits.max_norm is None else limits.max_norm)
+    decision = decide_by_norm(norm, histories)
     if not limits.of_change:
-        return Decision(norm, factors)
-    change = others[0]
+        return decision
+    factors, change = decision.factors, others[0]
     if limits.max_change is not None:
         factors = smaller(factors, scaling_to(limits.max_change, change))
     if limits.max_relative_change is not None:
         of_params = others[1].clamp(min=smallest_norm)
         limit = torch.where(of_params < math.inf, limits.max_relative_change * of_params, math.inf)
         factors = smaller(factors, scaling_to(limit, change))
-    return Decision(norm, factors, change * math.prod(factors))
+    return decision._replace(factors=factors, change=change * math.prod(factors))
 
 
 def smallest_norm(params, numels, norm_type):

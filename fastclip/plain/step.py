@@ -11,7 +11,18 @@ from ..clip_stats import ClipStats
 from ..distributed import total_measure
 from ..settings import LIMITS
 from .checks import check
-from .limits import Decision, change_factors, counted_params, decide, limits_of, scaling_of, smallest_norm, sums_of
+from .history import Histories
+from .limits import (
+    Decision,
+    change_factors,
+    counted_params,
+    decide,
+    decide_by_norm,
+    limits_of,
+    measures_of,
+    smallest_norm,
+    sums_of,
+)
 from .rounding import SIXTEEN_BIT, Rounding, compute_dtype, has_master, state_dtype
 from .values import item_of, number_of, overlap_in_part, values_of
 
@@ -40,7 +51,7 @@ def in_plain_numbers(rule, group):
     for name in ("lr", "weight_decay", *LIMITS, *rule.numbers):
         if name == "betas":
             plain[name] = tuple(map(number_of, group[name]))
-        elif group[name] is not None:
+        elif group[name] is not None and not isinstance(group[name], dict):  # a rule
             plain[name] = number_of(group[name])
     return {**group, **plain}
 
@@ -63,7 +74,7 @@ def clamped(grad, clip_value, dtype):
 
 
 @torch.no_grad()
-def step(rule, groups, state, grad_scale=None, found_inf=None, reductions=None, numels=None):
+def step(rule, groups, state, grad_scale=None, found_inf=None, reductions=None, numels=None, by_parameter=None):
     """Takes one step by `rule` over `groups` (a list of dicts) with `state` (a dict of dicts by parameter).
 
     Order: unscale, value clip, norm clip, update.
@@ -73,6 +84,7 @@ def step(rule, groups, state, grad_scale=None, found_inf=None, reductions=None, 
         grad_scale, found_inf (Tensor, optional): AMP's.
         reductions (dict, optional): the Reduction of each parameter of a sharded model.
         numels (dict, optional): the number of elements on all ranks of each of these.
+        by_parameter (dict, optional): gets the measure of each gradient, by the parameter's position among all.
 
     Returns:
         ClipStats: whose `skipped_steps` counts this step only.
@@ -82,6 +94,7 @@ def step(rule, groups, state, grad_scale=None, found_inf=None, reductions=None, 
     stepped = [[p for p in group["params"] if p.grad is not None] for group in groups]
     params = [p for group_params in stepped for p in group_params]
     limits, skip_nonfinite = limits_of(groups), groups[0]["skip_nonfinite"]
+    histories = Histories(groups, state, params, any(keeps_states(rule, group) for group in groups))
     inverse_scale = None if grad_scale is None else grad_scale.double().reciprocal().float()
     moved, looked_at = 0, 0
     with torch.set_grad_enabled(any(group["differentiable"] for group in groups)):
@@ -103,16 +116,22 @@ def step(rule, groups, state, grad_scale=None, found_inf=None, reductions=None, 
             if skip_nonfinite:  # a value clip would hide an inf
                 raw = [values_of(p.grad) for p in params]
                 flat = flat if all(item_of(g.isfinite().all(), unknown=True) for g in raw) else raw
-            measured = dict(zip(params, flat, strict=True))  # a parameter that is given twice counts once
+            measured = measures_of(dict(zip(params, flat, strict=True)), limits.norm_type)  # each parameter once
+            if by_parameter is not None:
+                by_parameter.update(positions_of(groups, measured))
             factors = change_factors(rule, groups) if limits.of_change else None
             counted = counted_params(groups, state) if limits.max_relative_change is not None else None
             sums_among = partial(sums_of, measured, factors, counted, limits.norm_type)
             both = [*measured, *(param for param in counted or () if param not in measured)]
             sums, found_inf = sums_of_all(sums_among, both, limits.norm_type, found_inf, reductions)
-            decision = decide(sums, limits, smallest_norm(counted or (), numels, limits.norm_type))
+            decision = decide(sums, limits, smallest_norm(counted or (), numels, limits.norm_type), histories)
         if found_inf is not None and item_of(found_inf, unknown=0) != 0:
-            return stats_of(groups, limits, Decision(math.inf), skipped=True)
+            return stats_of(groups, limits, decide_by_norm(math.inf, histories), skipped=True)
         if skip_nonfinite and not item_of(sums[:3].isfinite().all(), unknown=True):
+            return stats_of(groups, limits, decision, skipped=True)
+        if params or reductions:
+            histories.push(decision.norm, stores=not decision.skip)
+        if decision.skip:
             return stats_of(groups, limits, decision, skipped=True)
         if limits.any:
             grads = [
@@ -124,6 +143,18 @@ def step(rule, groups, state, grad_scale=None, found_inf=None, reductions=None, 
             update_group(rule, group, group_grads, state, first)
             first += len(group["params"])
     return stats_of(groups, limits, decision, moved, looked_at)
+
+
+def keeps_states(rule, group):
+    """Returns whether each parameter of a group has states of its own."""
+    return bool(rule.states(group) or rule.counts_steps or group["stochastic_rounding"] or group["master_weights"])
+
+
+def positions_of(groups, measures):
+    """Returns measures by their parameters' first positions among the parameters of all groups."""
+    params = [p for group in groups for p in group["params"]]
+    first = {p: position for position, p in reversed([*enumerate(params)])}
+    return {first[p]: measure for p, measure in measures.items()}
 
 
 def sums_of_all(sums_among, params, norm_type, found_inf, reductions):
@@ -147,16 +178,15 @@ def stats_of(groups, limits, decision, moved=0, looked_at=0, skipped=False):
         return torch.as_tensor(value, dtype=torch.float64, device=device).detach()
 
     norm = number(decision.norm) if limits.any else None
-    factors = decision.factors
-    if skipped and norm is not None and not factors:  # AMP's verdict
-        factors = scaling_of(norm, math.inf if limits.max_norm is None else limits.max_norm)
     return ClipStats(
         total_norm=norm,
-        clip_coefficient=None if norm is None else number(math.prod(factors)),
+        clip_coefficient=None if norm is None else number(math.prod(decision.factors)),
         clamped_fraction=number(moved) / max(looked_at, 1) if any(map(clips_value, groups)) else None,
         skipped=torch.tensor(skipped, device=device),
         skipped_steps=torch.tensor(int(skipped), device=device),
         change=number(0.0 if skipped else decision.change) if limits.of_change else None,
+        threshold=None if decision.max_norm is None else number(decision.max_norm),
+        skip_threshold=None if decision.skip_norm is None else number(decision.skip_norm),
     )
 
 

@@ -22,6 +22,8 @@ ALL_TESTS = [
     "step/test_skip_nonfinite",
     "step/test_clip_stats",
     "step/test_change",
+    "step/test_norm_rules",
+    "drop_in/test_histories",
     "drop_in/test_drop_in",
     "step/test_errors",
     "step/test_layouts",

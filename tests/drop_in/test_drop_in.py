@@ -25,6 +25,7 @@ def test_is_an_sgd_with_its_arguments():
         **{k: v for k, v in plain.param_groups[0].items() if k != "params"},
         "clip_value": None,
         "max_norm": None,
+        "skip_norm": None,
         "norm_type": 2.0,
         "max_change": None,
         "max_relative_change": None,

@@ -157,7 +157,7 @@ def test_amp_unscales_first_and_its_skips_are_told(settings, momentum, device):
 def test_the_numbers_are_of_their_step(device):
     """Whoever logs may look later; a step that raises has changed nothing, and this neither."""
     params = make_params([(100,), (7,)], device=device)
-    optimizer = fastclip.SGD(params, lr=0.1, clip_value=0.5, max_norm=1.0, max_change=0.2)
+    optimizer = fastclip.SGD(params, lr=0.1, clip_value=0.5, max_norm=1.0, max_change=0.2, skip_norm=1e9)
     give_grads(params)
     optimizer.step()
     first = optimizer.clip_stats()
@@ -175,13 +175,14 @@ def test_the_numbers_are_of_their_step(device):
 
 def test_before_the_first_step_and_without_gradients(device):
     params = make_params([(100,)], device=device)
-    optimizer = fastclip.SGD(params, clip_value=0.5, max_norm=0.25, max_relative_change=0.03)
+    optimizer = fastclip.SGD(params, clip_value=0.5, max_norm=0.25, max_relative_change=0.03, skip_norm=9.0)
     before = optimizer.clip_stats()
     assert before.total_norm is before.clip_coefficient is before.clamped_fraction is before.change is None
     assert not before.skipped and before.skipped_steps == 0
     optimizer.step()
     stats = optimizer.clip_stats()
     assert (stats.total_norm, stats.clip_coefficient, stats.clamped_fraction, stats.change) == (0, 1, 0, 0)
+    assert (stats.threshold, stats.skip_threshold) == (0.25, 9)
     assert {number.device.type for number in stats} == {device}
 
 

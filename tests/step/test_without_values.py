@@ -64,6 +64,7 @@ def test_what_a_step_leaves_has_no_values_either():
     p = torch.ones(3, device="meta", requires_grad=True)
     p.grad = torch.ones(3, device="meta")
     optimizer = fastclip.SGD([p], lr=0.1, clip_value=0.5, max_norm=1.0, skip_nonfinite=True, max_relative_change=0.03)
+    optimizer.param_groups[0]["skip_norm"] = 9.0
     optimizer.step()
     assert {
         value.device.type for value in (*optimizer.clip_stats(), optimizer.total_norm, optimizer.skipped_steps)

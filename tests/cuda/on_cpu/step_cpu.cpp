@@ -1,5 +1,6 @@
 // The CPU's step, taken by the CUDA kernels: an extension that is linked with this instead of csrc/cpu/step.cpp runs
 // all tests of the CPU on them.
+#include <algorithm>
 #include <cmath>
 #include <map>
 #include <mutex>
@@ -25,6 +26,25 @@ void keep_param_measures(Step& step, const cuda::Needs& needs) {
     step.has_unmeasured_params = true;
   }
   step.param_measures = kept.measures.data();
+}
+
+// Leaves each tensor's sum at its first chunk, for measures_by_tensor.
+void keep_measures(const Step& step, const Step& on_device) {
+  if (step.norm == Norm::none || step.passes == Passes::update) return;
+  const std::vector<Measure> sums =
+      cuda::measures_by_tensor(on_device, reinterpret_cast<const double*>(on_device.measures));
+  std::fill_n(step.measures, step.chunks, Measure{});
+  for (size_t i = 0; i < sums.size(); ++i) {
+    if (step.tensors[i].numel > 0) step.measures[step.tensors[i].first_chunk] = sums[i];
+  }
+}
+
+std::vector<Measure> measures_by_tensor(const Step& step) {
+  std::vector<Measure> sums;
+  for (const TensorEntry& tensor : step.tensors) {
+    sums.push_back(tensor.numel > 0 ? step.measures[tensor.first_chunk] : Measure{});
+  }
+  return sums;
 }
 
 void run(const Step& step, const ThreadPool&) {
@@ -58,6 +78,7 @@ void run(const Step& step, const ThreadPool&) {
     }
   }
   if (const char* error = cuda::run(on_device, table, 0, nullptr)) throw std::runtime_error(error);
+  keep_measures(step, on_device);
   if (step.clamped) *step.clamped = std::accumulate(clamped.begin(), clamped.end(), 0.0);
 }
 

@@ -1,0 +1,46 @@
+// What the rules among the limits remember: states of the optimizer, which stand beside those of one parameter.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <Python.h>
+
+#include "../step.h"
+#include "borrowed.h"
+#include "groups.h"
+#include "part.h"
+#include "states.h"
+
+namespace fastclip {
+
+class Histories {
+ public:
+  Histories(Borrowed& borrowed, States& states) : borrowed_(borrowed), states_(states) {}
+
+  // Finds those that the limits need, or makes them, for a step that `part` takes; `groups` are all of the optimizer.
+  // Raises where what is there is none.
+  void prepare(const std::vector<Group>& groups, Part& part);
+  // A step has stored its states. Of a rule without states, torch.distributed.checkpoint would refuse a file that has a
+  // history beside one parameter, and nothing beside the others.
+  void add_entries(Rules::Id rule, const std::vector<Group>& groups);
+  // The levels before the step. Waits for the device.
+  Levels levels(const Limits& limits) const;
+  void end();
+
+ private:
+  struct OfLimit {
+    const Name& name;    // in the state
+    Py_ssize_t hint = 0;  // where its holder was found in the state
+    at::Tensor tensor;   // undefined where the limit is no rule
+  };
+  void prepare(OfLimit& history, const NormLimit& limit, const std::vector<Group>& groups, c10::Device device);
+
+  Borrowed& borrowed_;
+  States& states_;
+  bool made_ = false;
+  OfLimit of_max_norm_{max_norm_name()}, of_skip_norm_{skip_norm_name()};
+
+  static const Name& max_norm_name();
+  static const Name& skip_norm_name();
+};
+
+}  // namespace fastclip
