@@ -3,9 +3,9 @@
     python -m examples.trainers.icefall_style
 
 icefall's ScaledAdam sets its threshold every `clipping_update_period` = 100 steps, and waits for the device at every
-step to compare the norm with it. Here the norms stay on the device, and the only wait is the median's, once in a
-period. Two things differ: a threshold holds from the next step on, and the norm is the plain one, where ScaledAdam
-weighs each gradient by the size of its parameter. The threshold is kept in param_groups, so checkpoints have it.
+step to compare the norm with it. Here the threshold follows at every step, on the device, and nothing waits but the
+line that is printed. The norm is the plain one, where ScaledAdam weighs each gradient by the size of its parameter.
+Checkpoints have the last norms.
 """
 
 import math
@@ -17,27 +17,21 @@ import fastclip
 
 from .tiny_ctc import DTYPES, MOMENTUM, Log, TinyCTC, loader, run
 
-PERIOD = 20  # steps in this short run
+PERIOD = 20  # steps in this short run, and between two lines
 
 
 # <copy>
-class MedianClip:
-    """Sets max_norm to `scale` times the median of the norms of the last `period` steps, once in a period."""
-
-    def __init__(self, optimizer, scale=2.0, period=100):
-        self.optimizer, self.scale, self.period = optimizer, scale, period
-        self.norms = []
-
-    def step(self):
-        self.norms.append(self.optimizer.total_norm)
-        if len(self.norms) < self.period:
-            return
-        median = torch.stack(self.norms).nanmedian().item()
-        if not math.isfinite(median):
-            raise RuntimeError(f"most of the last {self.period} steps had gradients with inf or NaN")
-        for group in self.optimizer.param_groups:  # one norm over all of them, so one threshold
-            group["max_norm"] = self.scale * median
-        self.norms.clear()
+def line_of(optimizer):
+    """icefall's line: quartiles of the last norms, the threshold, and the parameter with the largest gradient."""
+    norms, threshold = optimizer.norm_history(), optimizer.clip_stats().threshold
+    quartiles = norms.quantile(norms.new_tensor([0, 0.25, 0.5, 0.75, 1])).tolist()
+    names, own_norms = optimizer.norms_by_parameter()
+    shares = own_norms.square() / own_norms.square().sum()
+    return (
+        f"grad-norm quartiles {' '.join(f'{q:.1e}' for q in quartiles)}, threshold={threshold:.1e}, "
+        f"percent-clipped={100 * (norms > threshold).double().mean():.1f}, dominating parameter "
+        f"{names[shares.argmax()]}, with proportion {shares.max():.2f}"
+    )
 
 
 # </copy>
@@ -53,14 +47,12 @@ def train(options):
     model = TinyCTC().to(device)
     # <copy>
     optimizer = fastclip.SGD(
-        model.parameters(),
+        model.named_parameters(),
         options.lr,
         MOMENTUM,
-        max_norm=options.max_norm,  # until the first median is there; math.inf as in icefall: no clip yet
+        max_norm=fastclip.QuantileNorm(0.5, scale=2.0, window=100, ceiling=options.max_norm or math.inf),
         clip_value=options.clip_value,
-        skip_nonfinite=True,
     )
-    median_clip = MedianClip(optimizer, period=PERIOD)
     # </copy>
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, eden)
     scaler = torch.amp.GradScaler(device, enabled=options.amp == "fp16")
@@ -76,10 +68,11 @@ def train(options):
                 scheduler.step()
                 scaler.step(optimizer)
                 scaler.update()
-                median_clip.step()
                 # </copy>
-                optimizer.zero_grad()
                 log.add(loss, optimizer.clip_stats())
+                if len(log.losses) % PERIOD == 0:
+                    progress.write(line_of(optimizer))
+                optimizer.zero_grad()
                 progress.update()
     progress.close()
     return model, log

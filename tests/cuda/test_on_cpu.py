@@ -121,8 +121,8 @@ BUGS = {
     ),
     "no barrier between decision and update": (
         "cuda/kernels.cuh",
-        "  __syncthreads();\n  return shared().decision;",
-        "  return shared().decision;",
+        "  __syncthreads();\n  const bool remembers",
+        "  const bool remembers",
         (1, 0, 60),
     ),
     "no waiting for the grid": (
@@ -180,6 +180,30 @@ BUGS = {
         "static_cast<int64_t>(tile - entry.first_tile) * header.tile",
         "static_cast<int32_t>(tile - entry.first_tile) * header.tile",
         ("huge",),
+    ),
+    "a norm remembered before all have read": (
+        "rules/norm_limit.h",
+        "  workers.sync();  // all have read what the first one changes\n",
+        "",
+        STEPS,
+    ),
+    "neighbours overwritten before they have moved": (
+        "cuda/history.cuh",
+        "(to < from ? round : rounds - 1 - round)",
+        "round",
+        (0, 0, 200),
+    ),
+    "the norm of an earlier level": (
+        "cuda/kernels.cuh",
+        "if (threadIdx.x == kThreads - 1) read_levels(header);  // meanwhile\n",
+        "",
+        STEPS,
+    ),
+    "a norm remembered by each block": (
+        "cuda/kernels.cuh",
+        "if (remembers && blockIdx.x == 0 && ",
+        "if (remembers && ",
+        STEPS,
     ),
     "groups count alike in the change": (
         "cuda/kernels.cuh",

@@ -46,8 +46,7 @@ def state_of(model, optimizer, flat):
     }
 
 
-def load(model, optimizer, kind):
-    flat = KINDS[kind][-1]
+def load(model, optimizer, kind, flat):
     state = state_of(model, optimizer, flat)
     dcp.load(state, checkpoint_id=place.folder / kind)
     set_model_state_dict(model, state["model"])
@@ -59,7 +58,7 @@ def assert_continues(kind, into_torch):
     """From the checkpoint on as from the third step of a loop that was never interrupted."""
     ours, theirs, rule, _ = KINDS[kind]
     model, optimizer = make(theirs, **rule) if into_torch else make(ours, **rule, **CLIP)
-    load(model, optimizer, kind)
+    load(model, optimizer, kind, KINDS[kind][-1])
     plain = make_model()
     loop = loop_of(plain.parameters(), CLIP, theirs, **rule)
     train(plain, loop, loss_of_all_rows, range(STEPS))

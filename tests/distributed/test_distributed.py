@@ -12,7 +12,7 @@ if not torch.distributed.is_available():
 import fastclip
 from tests.support.cases import param
 
-from . import accumulation, checkpoints, disagreement, models, pieces, placements, scalers
+from . import accumulation, checkpoints, disagreement, histories, models, pieces, placements, scalers
 from .compare import CASES
 from .worker import PASSED, start_ranks
 
@@ -63,6 +63,11 @@ def test_clipped_accumulation(results, case, ranks):
 
 @cases_of(checkpoints)
 def test_checkpoints(results, case, ranks):
+    assert_passed(results[ranks][case])
+
+
+@cases_of(histories)
+def test_limits_by_past_norms(results, case, ranks):
     assert_passed(results[ranks][case])
 
 

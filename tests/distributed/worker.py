@@ -94,6 +94,7 @@ def main():
         accumulation,
         checkpoints,
         disagreement,
+        histories,
         in_deepspeed,
         models,
         pieces,

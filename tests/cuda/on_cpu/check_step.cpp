@@ -28,7 +28,7 @@ void one_thread(int count, void (*work)(void*), void* context) {
 // The arrays of all tensors, each kind in one piece of memory with gaps that nobody may write to.
 enum Kind { kParams, kRounded, kGrads, kStates, kKinds = kStates + kMaxStates };
 struct Memory {
-  std::vector<double> of[kKinds], steps, scalars;
+  std::vector<double> of[kKinds], steps, scalars, clip_history, skip_history;
 };
 
 DType dtype_of(const TensorEntry& tensor, int kind) {
@@ -135,7 +135,7 @@ struct Case {
     const bool mixtures = random() % 3 == 0;
     const DType one = static_cast<DType>(random() % kNumDTypes);
     step.norm = draw(Norm::none, Norm::two, Norm::inf);
-    step.limits.max_norm = step.norm == Norm::none ? 0 : draw(0.5, 3.0, 1e9, HUGE_VAL);
+    step.limits.max_norm.ceiling = step.norm == Norm::none ? 0 : draw(0.5, 3.0, 1e9, HUGE_VAL);
     step.skip_nonfinite = step.norm != Norm::none && random() % 3 == 0;
     if (step.norm != Norm::none && traits.limits_change && random() % 2) {
       step.limits.measures_change = true;
@@ -228,14 +228,46 @@ struct Case {
         store(grads[random() % step.tensors[which].numel], static_cast<ComputeType<Stored>>(NAN));
       });
     }
+    if (step.norm != Norm::none && !traits.in_place && random() % 2) {
+      step.limits.max_norm = random_rule_of_norms(cpu.clip_history);
+      if (random() % 2) step.limits.skip_norm = random_rule_of_norms(cpu.skip_history);
+      step.skip_nonfinite = true;
+    }
     exact = step.norm != Norm::two;
     gpu = cpu;
     place(cpu);
   }
 
+  // A rule, and a history that it has: of none, some, or more norms than it keeps.
+  NormLimit random_rule_of_norms(std::vector<double>& history) {
+    NormLimit limit;
+    limit.kind = random() % 2 ? NormLimit::Kind::quantile : NormLimit::Kind::ema;
+    const bool quantile = limit.kind == NormLimit::Kind::quantile;
+    const int windows[] = {2, 5, 31, 32, 33, 128, 1024};
+    if (quantile) limit.window = windows[random() % 7];
+    limit.reciprocal = !quantile && random() % 2;
+    limit.warmup = 1 + random() % 2;
+    limit.q = random() % 5 / 4.0;
+    limit.factor = random() % 2 ? 1.0 : 0.125;
+    limit.z = quantile ? 0 : random() % 4 / 2.0;
+    limit.decay = 0.9;
+    if (random() % 4 == 0) limit.floor = 2.0, limit.ceiling = 20.0;
+    history.assign(doubles_of_history(limit), 0.0);
+    std::lognormal_distribution<double> norm(4.0, 1.0);
+    for (auto count = random() % 3 * (limit.window ? limit.window - 1 : 3); count > 0; --count) {
+      push(limit, reinterpret_cast<History*>(history.data()), norm(random), false, Alone{});
+    }
+    return limit;
+  }
+
   int64_t at(size_t tensor, int kind) const { return at_byte[tensor] + (kind == kGrads ? grad_shift[tensor] : 0); }
 
   void place(Memory& memory) {
+    const auto history = [](std::vector<double>& doubles) {
+      return doubles.empty() ? nullptr : reinterpret_cast<History*>(doubles.data());
+    };
+    step.clip_history = history(memory.clip_history);
+    step.skip_history = history(memory.skip_history);
     for (size_t i = 0; i < step.tensors.size(); ++i) {
       TensorEntry& tensor = step.tensors[i];
       const auto array = [&](int kind) { return reinterpret_cast<char*>(memory.of[kind].data()) + at(i, kind); };
@@ -308,6 +340,13 @@ bool same(double a, double b, bool exact, double tolerance = 1e-13) {
   return exact ? a == b : a == b || std::fabs(a - b) <= tolerance * std::fabs(b);
 }
 
+// The norms in them may differ in their last digits.
+bool same_histories(const std::vector<double>& a, const std::vector<double>& b) {
+  bool good = a.size() == b.size();
+  for (size_t i = 0; good && i < a.size(); ++i) good &= same(a[i], b[i], false, 1e-12);
+  return good;
+}
+
 // A CPU sums parameters of float32 in float32.
 double tolerance_of_params(const Case& c) { return c.step.limits.measures_params ? 1e-6 : 1e-13; }
 
@@ -358,8 +397,10 @@ bool check(uint64_t seed) {
     second.on_cpu = seed % 2;
     good &= first.run(Passes::measure) && second.run(Passes::measure);
     const Sums sums[] = {first.outcome.sums, second.outcome.sums};
+    second.step.clip_history = second.step.skip_history = nullptr;
     for (Device* part : {&first, &second}) {
       part->step.sums = sums;
+      part->step.levels = &first.outcome.levels;
       part->step.parts = 2;
       part->step.counts_skips = part == &first;
       good &= part->run(Passes::update);
@@ -385,7 +426,10 @@ bool check(uint64_t seed) {
   const double tolerance = tolerance_of_params(c);
   good &= same(outcome.total_norm, expected.total_norm, c.exact) &&
           same(outcome.coefficient, expected.coefficient, c.exact, tolerance) &&
-          same(outcome.change, expected.change, c.exact, tolerance);
+          same(outcome.change, expected.change, c.exact, tolerance) &&
+          same(outcome.max_norm, expected.max_norm, c.exact) && same(outcome.skip_norm, expected.skip_norm, c.exact) &&
+          same_histories(c.gpu.clip_history, c.cpu.clip_history) &&
+          same_histories(c.gpu.skip_history, c.cpu.skip_history);
   good &= c.gpu.steps == c.cpu.steps && c.gpu.scalars == c.cpu.scalars;
   for (int kind = 0; kind < kKinds; ++kind) good &= same_memory(c, kind);
   if (!good) std::printf("seed %llu differs: %zu tensors\n", static_cast<unsigned long long>(seed), tensors);
@@ -415,7 +459,7 @@ bool check_huge() {
 
   Step step(Rules::id_of<ClipGrad>());
   step.norm = Norm::two;
-  step.limits.max_norm = std::sqrt(double{kNumel}) / 2;
+  step.limits.max_norm.ceiling = std::sqrt(double{kNumel}) / 2;
   step.hypers.push_back({});
   step.hypers[0].clip_low = -HUGE_VAL;
   step.hypers[0].clip_high = HUGE_VAL;

@@ -129,6 +129,21 @@ def test_a_limit_on_the_change_costs_no_byte_more_than_a_norm(settings, dtype):
     assert (counted.launches, counted.cooperative_launches, counted.copies, counted.synchronizations) == (1, 1, 0, 0)
 
 
+RULES = {"max_norm": fastclip.QuantileNorm(warmup=2), "skip_norm": fastclip.EmaNorm(z=6, warmup=2)}
+
+
+@pytest.mark.parametrize("settings", [{}, {"momentum": 0.9}, ADAM], ids=["plain", "momentum", "adam"])
+@pytest.mark.parametrize("shapes", [[(3,)], SHAPES, TINY[:400]], ids=["one", "mixed", "400"])
+def test_a_rule_costs_what_its_number_costs(shapes, settings):
+    """No byte per parameter, no launch, no copy, and nothing waits."""
+    by_number = stepped(shapes, steps=4, **settings, max_norm=1.0, skip_nonfinite=True)
+    by_rule = stepped(shapes, steps=4, **settings, **RULES)
+    expected, counted = (emulator.count(optimizer.step) for optimizer, *_ in (by_number, by_rule))
+    assert by_rule[0].clip_stats().threshold.isfinite()
+    assert (counted.bytes_read, counted.bytes_written) == (expected.bytes_read, expected.bytes_written)
+    assert (counted.launches, counted.cooperative_launches, counted.copies, counted.synchronizations) == (1, 1, 0, 0)
+
+
 def test_only_what_was_written_to_is_measured_anew():
     optimizer, params, _ = stepped(SHAPES, steps=2, **CHANGE)
     expected = emulator.count(optimizer.step)

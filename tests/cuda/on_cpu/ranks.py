@@ -8,6 +8,10 @@ CASES = [
     "a_nan_on_one_rank_skips_the_step_on_all",
     "amp_verdicts_that_differ_between_ranks_are_joined",
     "a_limit_on_the_change_counts_all_ranks",
+    "rules_look_at_the_norms_of_all_ranks",
+    "a_nan_on_one_rank_enters_no_history",
+    "a_rank_without_gradients_remembers_the_norms_of_the_others",
+    "norms_by_parameter_are_those_of_all_ranks",
 ]
 
 
