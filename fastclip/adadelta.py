@@ -24,7 +24,7 @@ class Adadelta(ClippedOptimizer, torch.optim.Adadelta):
     Args:
         params, lr, rho, eps, weight_decay, maximize, differentiable: as in `torch.optim.Adadelta`.
         foreach, capturable: accepted and not needed; the step is fused, and can be captured, in any case.
-        clip_value, max_norm, norm_type, skip_nonfinite: as in `fastclip.SGD`.
+        clip_value, max_norm, skip_norm, norm_type, skip_nonfinite: as in `fastclip.SGD`.
         master_weights, stochastic_rounding, rounding_seed: as in `fastclip.SGD`.
         momentum_dtype (torch.dtype, optional): refused, as Adadelta keeps no momentum.
 

@@ -29,7 +29,7 @@ class Adagrad(ClippedOptimizer, torch.optim.Adagrad):
         params, lr, lr_decay, weight_decay, initial_accumulator_value, eps, maximize, differentiable:
             as in `torch.optim.Adagrad`.
         foreach, fused: accepted and not needed; the step is fused in any case.
-        clip_value, max_norm, norm_type, skip_nonfinite: as in `fastclip.SGD`.
+        clip_value, max_norm, skip_norm, norm_type, skip_nonfinite: as in `fastclip.SGD`.
         master_weights, stochastic_rounding, rounding_seed: as in `fastclip.SGD`.
         momentum_dtype (torch.dtype, optional): refused, as Adagrad keeps no momentum.
 

@@ -27,7 +27,7 @@ class Adam(ClippedOptimizer, torch.optim.Adam):
         params, lr, betas, eps, weight_decay, amsgrad, maximize, differentiable, decoupled_weight_decay: as in
             `torch.optim.Adam`. lr and betas given as tensors are read as numbers, in double precision.
         foreach, fused, capturable: accepted and not needed; the step is fused, and can be captured, in any case.
-        clip_value, max_norm, norm_type, skip_nonfinite: as in `fastclip.SGD`.
+        clip_value, max_norm, skip_norm, norm_type, skip_nonfinite: as in `fastclip.SGD`.
         master_weights, stochastic_rounding, rounding_seed: as in `fastclip.SGD`.
         momentum_dtype (torch.dtype, optional): of `exp_avg`; the squares stay in the parameter's dtype, or in float32.
 
@@ -98,7 +98,7 @@ class AdamW(ClippedOptimizer, torch.optim.AdamW):
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, maximize, differentiable: as in `torch.optim.AdamW`.
         foreach, fused, capturable: accepted and not needed; the step is fused, and can be captured, in any case.
-        clip_value, max_norm, norm_type, skip_nonfinite: as in `fastclip.SGD`.
+        clip_value, max_norm, skip_norm, norm_type, skip_nonfinite: as in `fastclip.SGD`.
         master_weights, stochastic_rounding, rounding_seed: as in `fastclip.SGD`.
         momentum_dtype (torch.dtype, optional): of `exp_avg`; the squares stay in the parameter's dtype, or in float32.
 

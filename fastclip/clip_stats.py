@@ -27,7 +27,7 @@ class ClipStats(NamedTuple):
         clamped_fraction (float64): fraction of the elements under a `clip_value` that were outside its bounds, from 0
             to 1. A NaN, which `clamp_` leaves alone, does not count. 0 in a skipped step; None if no group has a
             `clip_value`, or only infinite ones.
-        skipped (bool): whether the step was skipped, by `skip_nonfinite` or by AMP.
+        skipped (bool): whether the step was skipped, by `skip_nonfinite`, `skip_norm` or AMP.
         skipped_steps (int64): number of skipped steps, see `optimizer.skipped_steps`.
         change (float64): norm of the change that the gradients, after all clips, make in the end, see `max_change` of
             `fastclip.SGD`; in the parameters' units. 0 in a skipped step; None without `max_change` and

@@ -30,8 +30,8 @@ class Lion(ClippedOptimizer):
         betas ((float, float)): the weights of the old average in the direction of a step, and in the new average.
         weight_decay (float): about ten times AdamW's.
         maximize (bool): moves up the gradients.
-        clip_value, max_norm, norm_type, skip_nonfinite: as in `fastclip.SGD`. A norm clip changes the direction through
-            the average only.
+        clip_value, max_norm, skip_norm, norm_type, skip_nonfinite: as in `fastclip.SGD`. A norm clip changes the
+            direction through the average only.
         master_weights, stochastic_rounding, rounding_seed: as in `fastclip.SGD`.
         momentum_dtype (torch.dtype, optional): of `exp_avg`, all the state there is.
 

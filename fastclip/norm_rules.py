@@ -79,8 +79,8 @@ class EmaNorm:
         ratio (float): above 0; of a `skip_norm`, 1 or more, and above 1 if `z` is 0.
         decay (float): of the moving averages, at least 0 and below 1.
         warmup (int): number of norms, 1 or more.
-        above (str): "threshold", or "reciprocal": a norm whose score, (norm - mean) / deviation, is above `z` is
-            limited to `ratio` * mean + `z` * deviation * `z` / score. The larger the spike, the closer to the mean.
+        above (str): "threshold", or "reciprocal": a norm that is more than `z` deviations above the mean, s of them, is
+            limited to `ratio` * mean + `z` * deviation * `z` / s. The larger the spike, the closer to the mean.
         floor, ceiling (float): bounds of the limit, in the gradients' units.
 
     Raises:

@@ -165,8 +165,8 @@ class ClippedOptimizer(torch.optim.Optimizer):
         """Norm of the gradients in the last step, after a value clip and before the norm clip, to log:
         `torch.nn.utils.clip_grad_norm_` returns the same.
 
-        A float64 scalar tensor on the parameters' device, computed without waiting for the device. None if `max_norm`
-        is not set or no step was taken; inf if AMP skipped the step. `max_norm=inf` measures and does not clip.
+        A float64 scalar tensor on the parameters' device, computed without waiting for the device. None if no limit on
+        a norm is set or no step was taken; inf if AMP skipped the step. `max_norm=inf` measures and does not clip.
 
         Example:
             >>> opt = fastclip.SGD(model.parameters(), lr=0.1, max_norm=5.0)
@@ -177,7 +177,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
 
     @property
     def skipped_steps(self) -> torch.Tensor:
-        """Number of steps that were skipped, and changed nothing: by `skip_nonfinite`, or by AMP's `found_inf`.
+        """Number of steps that were skipped, and changed nothing: by `skip_nonfinite`, `skip_norm` or AMP.
 
         An int64 scalar tensor on the parameters' device, counted there and read without waiting for it. Counts from 0
         in an optimizer that was made, copied or unpickled; it is not part of the state_dict.

@@ -25,7 +25,7 @@ class RAdam(ClippedOptimizer, torch.optim.RAdam):
         params, lr, betas, eps, weight_decay, decoupled_weight_decay, maximize, differentiable:
             as in `torch.optim.RAdam`.
         foreach, capturable: accepted and not needed; the step is fused, and can be captured, in any case.
-        clip_value, max_norm, norm_type, skip_nonfinite: as in `fastclip.SGD`.
+        clip_value, max_norm, skip_norm, norm_type, skip_nonfinite: as in `fastclip.SGD`.
         master_weights, stochastic_rounding, rounding_seed: as in `fastclip.SGD`.
         momentum_dtype (torch.dtype, optional): of `exp_avg`.
 

@@ -27,8 +27,11 @@ class SGD(ClippedOptimizer, torch.optim.SGD):
         foreach, fused: accepted and not needed; the step is fused in any case.
         clip_value (float or (float, float), optional): gradients are clamped to [-clip_value, clip_value], or to
             [low, high]. Can be set per group. Units: those of the gradient.
-        max_norm (float, optional): gradients are scaled down so that their norm over all groups is at most this. 0 is
-            allowed; inf only measures, see `total_norm`.
+        max_norm (float or rule, optional): gradients are scaled down so that their norm over all groups is at most
+            this. 0 is allowed; inf only measures, see `total_norm`. A rule derives it from the norms of past steps:
+            `fastclip.QuantileNorm`, `fastclip.EmaNorm`, either as a dict, or "quantile" or "ema" for its defaults.
+        skip_norm (float or rule, optional): a step with a larger norm, or one that is not finite, is left out: it
+            changes nothing, and counts in `skipped_steps`. inf leaves out none.
         norm_type (float): 2 or inf; of all norms here.
         max_change (float, optional): the largest change of the parameters, as a norm over all groups, that the
             gradients of a step make in the end: lr * (1 - dampening) / (1 - momentum) * norm of the gradients after
@@ -40,7 +43,7 @@ class SGD(ClippedOptimizer, torch.optim.SGD):
             `clip_stats`.
         skip_nonfinite (bool): leaves parameters and momentum as they are if any gradient holds an inf or NaN, even one
             that a value clip would bound; see `skipped_steps`. Reads the gradients once more, unless `max_norm` does
-            already. By default, as in torch, such values take their course.
+            already. By default, as in torch, such values take their course, except that a rule implies True.
         master_weights (bool): 16-bit parameters have a float32 copy in the state, `master_param`. Each step updates the
             copy and rounds it to the parameter. All states of the parameter are float32. The first step makes the copy;
             later steps undo other changes of the parameter.
@@ -55,8 +58,8 @@ class SGD(ClippedOptimizer, torch.optim.SGD):
 
     Raises:
         ValueError: a negative or NaN threshold, low > high, another norm type, a limit on the change with a momentum of
-            1 or more, or one of `max_norm`, `max_change`, `max_relative_change`, `norm_type` and `skip_nonfinite`
-            different between groups.
+            1 or more, or one of `max_norm`, `skip_norm`, `max_change`, `max_relative_change`, `norm_type` and
+            `skip_nonfinite` different between groups.
         TypeError: a value that is not a number.
 
     Sources: value clip, Mikolov (2012), and the article this project started from; norm clip, Pascanu et al. (2013),

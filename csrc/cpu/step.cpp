@@ -238,8 +238,9 @@ void run(const Step& step, const ThreadPool& pool) {
     if (step.passes == Passes::measure) return;
     const Decision decision = decide_for(step);
     record(*step.outcome, decision, step.counts_skips);
-    push(step.limits.max_norm, step.clip_history, decision.total_norm, false, Alone{});
-    push(step.limits.skip_norm, step.skip_history, decision.total_norm, true, Alone{});
+    const Levels& levels = levels_of(step);
+    push(step.limits.max_norm, step.clip_history, levels.max_norm, decision.total_norm, false, Alone{});
+    push(step.limits.skip_norm, step.skip_history, levels.skip_norm, decision.total_norm, true, Alone{});
     if (decision.skip) return;
     scaling = decision.scaling;
     if (clips_in_place(step.rule) && scaling.coefficient == 1.0) return;

@@ -1,7 +1,7 @@
 // The CUDA kernel: measures (if there is a norm), waits for the whole grid, updates.
 #pragma once
 
-#include "history.cuh"
+#include "decision.cuh"
 #include "mixed.cuh"
 #include "tiles.cuh"
 
@@ -148,24 +148,8 @@ __device__ __forceinline__ void meet_and_sum(const Header& header) {
 }
 
 // Decides by the norm, and returns the decision to all threads of the block.
-template <class K>
 __device__ __forceinline__ const Decision& decide_for_block(const Header& header) {
-  if (threadIdx.x == 0) {
-    Sums sums{};
-    const auto add = [&](Measure& sum, const volatile Measure& measured) {
-      combine(header.norm, sum, Measure{measured.small, measured.medium, measured.big});
-    };
-    for (int part = 0; part < header.parts; ++part) {
-      const volatile Sums& of_part = header.sums[part];
-      add(sums.grads, of_part.grads);
-      if constexpr (K::kLimitsChange) {
-        add(sums.change, of_part.change);
-        add(sums.params, of_part.params);
-      }
-    }
-    shared().decision = decide(header.norm, sums, header.limits, levels_of(header), header.skip_nonfinite);
-    if (blockIdx.x == 0) record(*header.outcome, shared().decision, header.counts_skips);
-  }
+  if (threadIdx.x == 0) decide_from_sums(header, shared().decision);
   __syncthreads();
   const bool remembers = header.clip_history || header.skip_history;
   if (remembers && blockIdx.x == 0 && threadIdx.x < kWarp) push_norm(header, shared().decision.total_norm);
@@ -242,10 +226,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks(kDTypes))
   if (header.found_inf && *header.found_inf != 0) {
     // The next step takes all parameters for measured.
     if (header.measure && header.has_unmeasured_params) measure_all_params<K, kDTypes>(arguments);
-    if (blockIdx.x == 0 && threadIdx.x == 0) {
-      if (header.measure) read_levels(header);
-      if (header.update) record(*header.outcome, skipped(header.limits, levels_of(header)), header.counts_skips);
-    }
+    if (blockIdx.x == 0 && threadIdx.x == 0) record_skipped(header);
     return;
   }
   const bool keep = header.measure && header.update;
@@ -278,7 +259,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks(kDTypes))
   if (!header.update) return;
   Scaling scaling;
   if (header.sums) {
-    const Decision& decision = decide_for_block<K>(header);
+    const Decision& decision = decide_for_block(header);
     if (decision.skip) return;
     scaling = decision.scaling;
     if (K::Rule::kClipsInPlace && scaling.coefficient == 1.0) return;

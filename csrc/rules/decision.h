@@ -57,7 +57,7 @@ struct Scaling {
 };
 
 // Returns min(1, limit / size), and NaN if the size is NaN. A limit of inf only measures.
-FASTCLIP_HD Scaling scaling_to(double limit, double size) {
+FASTCLIP_HD_RARE Scaling scaling_to(double limit, double size) {
   if (limit == HUGE_VAL || size <= limit) return {};
   const double coefficient = limit / size;
   if (coefficient < 0x1p-126 && limit > 0 && size < HUGE_VAL) return {limit / (size * 0x1p-100), 0x1p-100};
@@ -82,7 +82,7 @@ struct Decision {
   bool skip;
 };
 
-FASTCLIP_HD Decision decision_at(double norm, const Limits& limits, const Levels& levels) {
+FASTCLIP_HD_RARE Decision decision_at(double norm, const Limits& limits, const Levels& levels) {
   Decision decision{
       norm, value_of(limits.max_norm, levels.max_norm, norm), value_of(limits.skip_norm, levels.skip_norm, norm), 0, {},
       false};

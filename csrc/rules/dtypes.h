@@ -8,8 +8,10 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #define FASTCLIP_HD __host__ __device__ __forceinline__
+#define FASTCLIP_HD_RARE __host__ __device__ __noinline__  // once in each kernel
 #else
 #define FASTCLIP_HD [[gnu::always_inline]] inline
+#define FASTCLIP_HD_RARE inline
 #endif
 
 namespace fastclip {

@@ -68,7 +68,7 @@ FASTCLIP_HD double between(double low, double high, double weight) {
   return weight < 0.5 ? low + distance * weight : high - distance * (1 - weight);
 }
 
-FASTCLIP_HD Level level_of(const NormLimit& limit, History* history) {
+FASTCLIP_HD_RARE Level level_of(const NormLimit& limit, History* history) {
   if (!history || !(history->seen >= limit.warmup)) return {};
   if (limit.kind == NormLimit::Kind::ema) return {history->mean, sqrt(history->variance)};
   const int count = history->seen < limit.window ? static_cast<int>(history->seen) : limit.window;
@@ -80,22 +80,20 @@ FASTCLIP_HD Level level_of(const NormLimit& limit, History* history) {
 
 // Returns the limit for a step with this norm, without floor and ceiling.
 FASTCLIP_HD double unbounded_limit(const NormLimit& limit, const Level& level, double norm) {
-  const double center = limit.factor * level.center;
-  if (limit.reciprocal) {
-    const double score = (norm - level.center) / level.deviation;
-    if (score > limit.z) return center + limit.z * level.deviation / (score / limit.z);
-  }
-  return center + limit.z * level.deviation;
+  double above = limit.z * level.deviation;
+  const double distance = norm - level.center;
+  if (limit.reciprocal && distance > above) above *= above / distance;
+  return limit.factor * level.center + above;
 }
 
-FASTCLIP_HD double value_of(const NormLimit& limit, const Level& level, double norm) {
+FASTCLIP_HD_RARE double value_of(const NormLimit& limit, const Level& level, double norm) {
   if (!limit.is_rule()) return limit.ceiling;
   const double value = unbounded_limit(limit, level, norm);
   const double raised = value < limit.floor ? limit.floor : value;
   return raised > limit.ceiling ? limit.ceiling : raised;
 }
 
-// A thread that does by itself what a GPU's warp does together, see cuda/history.cuh.
+// A thread that does by itself what a GPU's warp does together, see cuda/decision.cuh.
 struct Alone {
   bool is_first() const { return true; }
   void sync() const {}
@@ -121,8 +119,8 @@ FASTCLIP_HD void push_to_ring(const NormLimit& limit, History* history, double n
   int gap = full ? workers.count_below(sorted, count, ring[next]) : count;  // where the oldest one is
   gap = gap < window ? gap : window - 1;
   const int place = after > gap ? after - 1 : after;
-  if (place > gap) workers.move(sorted + gap, sorted + gap + 1, place - gap);
-  if (place < gap) workers.move(sorted + place + 1, sorted + place, gap - place);
+  const bool up = place < gap;
+  workers.move(sorted + (up ? place + 1 : gap), sorted + (up ? place : gap + 1), up ? gap - place : place - gap);
   workers.sync();  // all have read what the first one changes
   if (!workers.is_first()) return;
   sorted[place] = ring[next] = norm;
@@ -133,17 +131,19 @@ FASTCLIP_HD void push_to_ring(const NormLimit& limit, History* history, double n
 // Puts a norm into the averages: those of the first `warmup` norms, then moving ones. What enters is no larger than the
 // limit. Where this step is left out for its norm, it is no smaller than twice the mean either: without any deviation
 // the limit would never rise, and all steps would be left out from then on.
-FASTCLIP_HD void push_to_averages(const NormLimit& limit, History* history, double norm, bool leaves_out) {
+FASTCLIP_HD void push_to_averages(const NormLimit& limit, History* history, const Level& level, double norm,
+                                  bool leaves_out) {
   const double mean = history->mean, variance = history->variance;
-  double entering = norm, next_mean, next_variance;
+  double next_mean, next_variance;
   if (history->seen < limit.warmup) {
-    const double count = history->seen + 1;
-    next_mean = mean + (entering - mean) / count;
-    next_variance = variance + ((entering - mean) * (entering - next_mean) - variance) / count;
+    const double weight = 1 / (history->seen + 1);
+    const double distance = norm - mean;
+    next_mean = mean + distance * weight;
+    next_variance = variance + (distance * (norm - next_mean) - variance) * weight;
   } else {
-    double most = unbounded_limit(limit, {mean, sqrt(variance)}, norm);
+    double most = unbounded_limit(limit, level, norm);
     if (leaves_out && most < 2 * mean) most = 2 * mean;
-    entering = norm < most ? norm : most;
+    const double entering = norm < most ? norm : most;
     next_mean = limit.decay * mean + (1 - limit.decay) * entering;
     const double distance = entering - next_mean;
     next_variance = limit.decay * variance + (1 - limit.decay) * (distance * distance);
@@ -154,14 +154,16 @@ FASTCLIP_HD void push_to_averages(const NormLimit& limit, History* history, doub
   history->seen += 1;
 }
 
-// Remembers the norm of a step. 0 and numbers that are not finite never enter. `leaves_out`: the limit is skip_norm.
+// Remembers the norm of a step. 0 and numbers that are not finite never enter. `level` is that of before the step;
+// `leaves_out`: the limit is skip_norm.
 template <class Workers>
-FASTCLIP_HD void push(const NormLimit& limit, History* history, double norm, bool leaves_out, const Workers& workers) {
+FASTCLIP_HD_RARE void push(const NormLimit& limit, History* history, const Level& level, double norm, bool leaves_out,
+                           const Workers& workers) {
   if (!history || !(norm > 0 && norm < HUGE_VAL)) return;
   if (limit.kind == NormLimit::Kind::quantile) {
     push_to_ring(limit, history, norm, workers);
   } else if (workers.is_first()) {
-    push_to_averages(limit, history, norm, leaves_out);
+    push_to_averages(limit, history, level, norm, leaves_out);
   }
 }
 

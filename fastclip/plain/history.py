@@ -93,12 +93,10 @@ def unbounded_limit(rule, level, norm):
     center, deviation = level
     if rule["rule"] == "quantile":
         return rule["scale"] * center
-    z = rule["z"]
-    if rule["above"] == "reciprocal" and (norm - center) > 0 and center < math.inf:
-        score = (norm - center) / deviation if deviation > 0 else math.inf
-        if score > z:
-            return rule["ratio"] * center + (z * deviation / (score / z) if z > 0 else 0.0)
-    return rule["ratio"] * center + z * deviation
+    above, distance = rule["z"] * deviation, norm - center
+    if rule["above"] == "reciprocal" and distance > above:
+        above *= above / distance
+    return rule["ratio"] * center + above
 
 
 def limit_of(rule, numbers, norm):
@@ -119,8 +117,9 @@ def push(rule, numbers, norm, leaves_out):
         numbers[NUMBERS:] = [*ring, *sorted(ring[:count]), *[0.0] * (window - count)]
         return
     if seen < rule["warmup"]:
-        following_mean = mean + (norm - mean) / (seen + 1)
-        variance += ((norm - mean) * (norm - following_mean) - variance) / (seen + 1)
+        weight, distance = 1 / (seen + 1), norm - mean
+        following_mean = mean + distance * weight
+        variance += (distance * (norm - following_mean) - variance) * weight
     else:
         most = unbounded_limit(rule, level_of(rule, numbers), norm)
         if leaves_out:

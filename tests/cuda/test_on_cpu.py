@@ -188,7 +188,7 @@ BUGS = {
         STEPS,
     ),
     "neighbours overwritten before they have moved": (
-        "cuda/history.cuh",
+        "cuda/decision.cuh",
         "(to < from ? round : rounds - 1 - round)",
         "round",
         (0, 0, 200),

@@ -16,6 +16,7 @@ PAGES = [
     "docs/api.md",
     "docs/change.md",
     "docs/logging.md",
+    "docs/past_norms.md",
     "docs/precision.md",
     "docs/step_in_backward.md",
     "docs/trainers.md",
@@ -39,7 +40,7 @@ def test_the_code_of_a_page_runs_and_trains(page):
 
 def test_the_logging_page_names_the_gradient(capsys):
     names = namespace()
-    first, second = python_of("docs/logging.md")
+    first, dominating, second = python_of("docs/logging.md")
     run(first, names)
     assert names["logged"][0].keys() == {"grad_norm", "clipped", "skipped"}
     run(second, names)

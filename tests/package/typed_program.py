@@ -14,7 +14,10 @@ fastclip.Adam(model.parameters(), betas=(0.9, 0.98), skip_nonfinite=True, amsgra
 fastclip.SGD(model.parameters(), lr=0.1, max_nrom=1.0)  # error: call-arg
 fastclip.Adam(model.parameters(), momentum=0.9)  # error: call-arg
 fastclip.AdamW(model.parameters(), clip_norm=0.9)  # error: call-arg
-fastclip.SGD(model.parameters(), max_norm="1")  # error: arg-type
+fastclip.SGD(model.parameters(), max_norm=fastclip.QuantileNorm(0.75, scale=2), skip_norm={"rule": "ema", "z": 6})
+fastclip.SGD(model.parameters(), max_norm="ema", skip_norm=None)
+fastclip.SGD(model.parameters(), max_norm=(1.0, 2.0))  # error: arg-type
+fastclip.QuantileNorm(0.5, z=3.0)  # error: call-arg
 fastclip.SGD(model, max_norm=1)  # error: arg-type
 fastclip.SGD(model.parameters(), clip_value=(1.0,))  # error: arg-type
 

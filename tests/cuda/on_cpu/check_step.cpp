@@ -255,7 +255,8 @@ struct Case {
     history.assign(doubles_of_history(limit), 0.0);
     std::lognormal_distribution<double> norm(4.0, 1.0);
     for (auto count = random() % 3 * (limit.window ? limit.window - 1 : 3); count > 0; --count) {
-      push(limit, reinterpret_cast<History*>(history.data()), norm(random), false, Alone{});
+      auto* const filled = reinterpret_cast<History*>(history.data());
+      push(limit, filled, level_of(limit, filled), norm(random), false, Alone{});
     }
     return limit;
   }
