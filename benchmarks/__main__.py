@@ -9,7 +9,7 @@ COMMANDS = {
     "cpu": (".cpu", "time a step against the Python loop and the best of torch"),
     "gpu": (".gpu", "the same on a GPU, by events and CUDA graphs"),
     "host": (".host", "time what a step costs per tensor, for 100 to 100,000 tensors"),
-    "limits": (".limits", "time the limits on the change against a norm clip"),
+    "limits": (".limits", "time limits on the change, and by past norms, against a norm clip"),
     "large": (".large", "take real steps on the largest models: check samples, then time"),
     "report": (".report.documents", "write the tables of README and docs from result files"),
     "shapes": (".shapes", "compare the recorded shapes of models with the libraries that define them"),

@@ -1,4 +1,4 @@
-"""python -m benchmarks limits: what a limit on the change costs more than a fixed norm clip, on the CPU.
+"""python -m benchmarks limits: what limits on the change, and by past norms, cost more than a fixed norm clip.
 
 All are fastclip's: the same step over the same gradients, with one setting or another.
 """
@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 import fastclip
+from fastclip.settings import LIMITS
 
 from .core import record, rows, timing
 from .core.models import MODELS
@@ -22,14 +23,18 @@ from .report import tensors as report
 DEFAULT = ["dnn", "gru-ctc", "tiny-600", "conformer-m", "dense-100m"]
 BASE = "max_norm"
 # A second norm clip shows how far two equal steps differ. No limit acts: that would change no time, but the values.
+QUANTILE, EMA = fastclip.QuantileNorm(scale=1e9), fastclip.EmaNorm(ratio=1e9)
 SETTINGS = {
     BASE: {"max_norm": 1e9},
     "max_norm again": {"max_norm": 1e9},
     "max_change": {"max_change": 1e9},
     "max_relative_change": {"max_relative_change": 1e9},
     "both and max_norm": {"max_norm": 1e9, "max_change": 1e9, "max_relative_change": 1e9},
+    "QuantileNorm": {"max_norm": QUANTILE},
+    "EmaNorm": {"max_norm": EMA},
+    "QuantileNorm and skip_norm": {"max_norm": QUANTILE, "skip_norm": EMA},
 }
-NONE = ("max_norm", "max_change", "max_relative_change")
+RULES_NEED = {"skip_nonfinite": True}  # so all have it; it changes nothing else without a value clip
 MOMENTUMS = (0.0, 0.9)
 LEAST_STEPS = 8  # of a block: the first meets what the block before has left in the caches
 
@@ -88,7 +93,7 @@ def timer(optimizer, settings, steps):
     timed = timing.Timer(optimizer.step, steps=steps)
 
     def seconds_per_step():
-        optimizer.param_groups[0].update(dict.fromkeys(NONE) | settings)
+        optimizer.param_groups[0].update(dict.fromkeys(LIMITS) | RULES_NEED | settings)
         optimizer.step()
         return timed()
 

@@ -70,7 +70,7 @@ __device__ __noinline__ void record_skipped(const Header& header) {
   if (header.update) record(*header.outcome, skipped(header.limits, levels_of(header)), header.counts_skips);
 }
 
-__device__ __forceinline__ void push_norm(const Header& header, double norm) {
+__device__ __noinline__ void push_norm(const Header& header, double norm) {
   const Levels levels = levels_of(header);
   push(header.limits.max_norm, header.clip_history, levels.max_norm, norm, false, Warp{});
   push(header.limits.skip_norm, header.skip_history, levels.skip_norm, norm, true, Warp{});

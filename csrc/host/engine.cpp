@@ -81,8 +81,8 @@ std::optional<NotCovered> Engine::step(PyObject* groups, PyObject* state, PyObje
     warn_of_undone(walk_.undone()->text().object, kCallerOfStep);
   }
 
-  const auto in_use = parts_in_use(walk_.parts());
-  if (norm_clip.limits.has_rules() && !in_use.empty()) histories_.prepare(groups_, *in_use.front());
+  Part* const first = norm_clip.limits.has_rules() ? first_in_use(walk_.parts()) : nullptr;
+  if (first) histories_.prepare(groups_, *first);
   if (states.has_new()) {  // a replay would make them again each time
     for (const Part& part : walk_.parts()) {
       if (part.in_use() && part.is_capturing()) part.raise_capturing();

@@ -194,7 +194,8 @@ bool read_norm_limit(PyObject* group, const Name& key, PyObject* value, bool lea
                      NormLimit& limit) {
   if (value == Py_None) return false;
   const Held held(value);
-  if (const auto number = number_in(value)) {
+  const bool may_be_number = !PyDict_CheckExact(value);  // to try takes longer than all else here
+  if (const auto number = may_be_number ? number_in(value) : std::nullopt) {
     limit.kind = NormLimit::Kind::number;
     limit.ceiling = non_negative(*number, value, key.text, where);
   } else {

@@ -4,6 +4,8 @@
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <utility>
+
 #include "tensors.h"
 
 namespace fastclip {
@@ -58,22 +60,20 @@ const Name& Histories::skip_norm_name() {
 void Histories::prepare(const std::vector<Group>& groups, Part& part) {
   const Limits& limits = groups.front().norm_clip.limits;
   made_ = false;
-  prepare(of_max_norm_, limits.max_norm, groups, part.device);
-  prepare(of_skip_norm_, limits.skip_norm, groups, part.device);
-  part.clip_history = of_max_norm_.tensor;
-  part.skip_history = of_skip_norm_.tensor;
+  part.step.clip_history = prepare(of_max_norm_, limits.max_norm, groups, part.device);
+  part.step.skip_history = prepare(of_skip_norm_, limits.skip_norm, groups, part.device);
 }
 
-void Histories::prepare(OfLimit& history, const NormLimit& limit, const std::vector<Group>& groups,
-                        c10::Device device) {
-  history.tensor.reset();
-  if (!limit.is_rule()) return;
+History* Histories::prepare(OfLimit& history, const NormLimit& limit, const std::vector<Group>& groups,
+                            c10::Device device) {
+  if (!limit.is_rule()) return nullptr;
   Place place{0, 0, nullptr, nullptr};
-  const Held found = states_.find_anywhere(history.name, history.hint, place.param);
+  Held found = states_.find_anywhere(history.name, history.hint, place.param);
   if (found.object && fits(found.object, limit, device)) {
-    history.tensor = THPVariable_Unpack(found.object);
-    borrowed_.write(history.tensor);
-    return;
+    history.tensor = &THPVariable_Unpack(found.object);
+    borrowed_.write(*history.tensor);
+    borrowed_.keep(std::move(found));
+    return static_cast<History*>(history.tensor->mutable_data_ptr());
   }
   const Held param(found.object ? place.param : nullptr);
   if (found.object) borrowed_.hold();  // Python runs
@@ -81,7 +81,8 @@ void Histories::prepare(OfLimit& history, const NormLimit& limit, const std::vec
   at::Tensor made =
       found.object ? adopted(found.object, limit, device) : at::zeros({doubles_of_history(limit)}, options);
   made_ = true;
-  history.tensor = *states_.make(found.object ? place : holder(groups), history.name, std::move(made));
+  history.tensor = states_.make(found.object ? place : holder(groups), history.name, std::move(made));
+  return static_cast<History*>(history.tensor->mutable_data_ptr());
 }
 
 void Histories::add_entries(Rules::Id rule, const std::vector<Group>& groups) {
@@ -93,9 +94,9 @@ void Histories::add_entries(Rules::Id rule, const std::vector<Group>& groups) {
 }
 
 Levels Histories::levels(const Limits& limits) const {
-  const auto level = [](const NormLimit& limit, const at::Tensor& tensor) {
-    if (!tensor.defined()) return Level{};
-    const at::Tensor here = tensor.cpu();
+  const auto level = [](const NormLimit& limit, const at::Tensor* tensor) {
+    if (!tensor) return Level{};
+    const at::Tensor here = tensor->cpu();
     return level_of(limit, static_cast<History*>(here.mutable_data_ptr()));
   };
   return {level(limits.max_norm, of_max_norm_.tensor), level(limits.skip_norm, of_skip_norm_.tensor)};
@@ -103,8 +104,7 @@ Levels Histories::levels(const Limits& limits) const {
 
 void Histories::end() {
   made_ = false;
-  of_max_norm_.tensor.reset();
-  of_skip_norm_.tensor.reset();
+  of_max_norm_.tensor = of_skip_norm_.tensor = nullptr;
 }
 
 }  // namespace fastclip

@@ -30,9 +30,10 @@ class Histories {
   struct OfLimit {
     const Name& name;    // in the state
     Py_ssize_t hint = 0;  // where its holder was found in the state
-    at::Tensor tensor;   // undefined where the limit is no rule
+    const at::Tensor* tensor = nullptr;  // borrowed for the step; nullptr where the limit is no rule
   };
-  void prepare(OfLimit& history, const NormLimit& limit, const std::vector<Group>& groups, c10::Device device);
+  // Returns its memory, nullptr where the limit is no rule.
+  History* prepare(OfLimit& history, const NormLimit& limit, const std::vector<Group>& groups, c10::Device device);
 
   Borrowed& borrowed_;
   States& states_;

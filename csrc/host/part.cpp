@@ -72,8 +72,7 @@ void Part::clear() {
   step.chunks = step.elements = step.clampable = 0;
   step.has_step_counts = step.has_unmeasured_params = false;
   awaited = false;
-  clip_history.reset();
-  skip_history.reset();
+  step.clip_history = step.skip_history = nullptr;
 }
 
 at::Tensor Part::sums() const {
@@ -123,11 +122,6 @@ void Part::prepare(const NormClip& norm_clip, const Amp& amp, bool counts_skips)
   step.found_inf = pointer(amp_.found_inf);
   step.outcome = nullptr;
   step.measures = step.param_measures = nullptr;
-  const auto history = [](at::Tensor& tensor) {
-    return tensor.defined() ? static_cast<History*>(tensor.mutable_data_ptr()) : nullptr;
-  };
-  step.clip_history = history(clip_history);
-  step.skip_history = history(skip_history);
   step.clamped = nullptr;
   // On the CPU, a tensor's place among the chunks says all of the layout.
   const cuda::Needs needs = device.is_cuda() ? prepare_gpu() : cuda::Needs{step.chunks, step.chunks, 1, 0};
@@ -292,6 +286,16 @@ std::vector<Part*> parts_in_use(std::vector<Part>& parts) {
     }
   }
   return in_use;
+}
+
+Part* first_in_use(std::vector<Part>& parts) {
+  Part* first = nullptr;
+  for (auto& part : parts) {
+    if (!part.in_use()) continue;
+    if (!part.device.is_cpu()) return &part;
+    if (!first) first = &part;
+  }
+  return first;
 }
 
 void run_parts(std::vector<Part>& all_parts, const NormClip& norm_clip, const Amp& amp, const Shards& shards) {

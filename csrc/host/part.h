@@ -56,10 +56,6 @@ class Part {
   // The measure of each tensor's gradient, or all NaN where AMP skipped the step. Waits for the device.
   std::vector<Measure> measures_by_tensor() const;
 
-  // What the rules among the limits remember, float64, in one part of a step; undefined in the others.
-  at::Tensor clip_history;
-  at::Tensor skip_history;
-
   const c10::Device device;
   PyObject* const reduction;  // over which ranks its sum is added up; nullptr where all hold the same
   bool awaited = false;       // by other ranks, also where this one has no elements or no gradients
@@ -97,6 +93,7 @@ class Part {
 
 // Returns the parts that are in use. GPUs come first: they work while the CPU does its share.
 std::vector<Part*> parts_in_use(std::vector<Part>& parts);
+Part* first_in_use(std::vector<Part>& parts);  // or nullptr
 
 // One step over all parts that are in use, and one norm over all of them, on all ranks.
 void run_parts(std::vector<Part>& parts, const NormClip& norm_clip, const Amp& amp, const Shards& shards);

@@ -97,9 +97,15 @@ FASTCLIP_HD_RARE double value_of(const NormLimit& limit, const Level& level, dou
 struct Alone {
   bool is_first() const { return true; }
   void sync() const {}
-  int count_below(const double* numbers, int count, double bound) const {
+  // Returns how many of the sorted numbers are below a bound.
+  int count_below(const double* sorted, int count, double bound) const {
     int below = 0;
-    for (int i = 0; i < count; ++i) below += numbers[i] < bound;
+    while (count > 0) {
+      const int half = count / 2;
+      const bool right = sorted[below + half] < bound;
+      below = right ? below + half + 1 : below;
+      count = right ? count - half - 1 : half;
+    }
     return below;
   }
   // Moves numbers by one place, up or down.
