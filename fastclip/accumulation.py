@@ -6,7 +6,9 @@ import torch
 
 from .clip_grad import clip_grad_norm_
 from .eager import eager
+from .norm_rules import is_rule
 from .optimizer import ClippedOptimizer
+from .settings import NormLimit
 from .sgd import SGD
 
 
@@ -36,18 +38,21 @@ class clipped_accumulation:  # noqa: N801  a context manager, named as torch nam
 
     Args:
         optimizer (torch.optim.Optimizer): whose parameters' gradients are clipped and added up.
-        max_norm (float, optional): the largest norm of a micro-batch's gradients. In the gradients' units; unscaled,
-            with `scaler`.
+        max_norm (float or rule, optional): the largest norm of a micro-batch's gradients. In the gradients' units;
+            unscaled, with `scaler`. A rule, `fastclip.QuantileNorm` or `fastclip.EmaNorm`, derives it from the norms of
+            the micro-batches before: `QuantileNorm(0.1, scale=1)` is close to the papers' smallest norm.
+        skip_norm (float or rule, optional): a micro-batch with a larger norm is left out.
         clip_value (float or (float, float), optional): clamps each element to [-clip_value, clip_value] or to
             [low, high] first. In the same units.
         norm_type (float): 2 or inf.
-        skip_nonfinite (bool): leaves out a micro-batch with an inf or NaN among its gradients.
+        skip_nonfinite (bool): leaves out a micro-batch with an inf or NaN among its gradients. A rule implies it.
         scaler (torch.amp.GradScaler, optional): if the losses are scaled by it. The sums stay scaled, for
             `scaler.step(optimizer)`.
 
     Attributes:
-        total_norm (Tensor or None): with `max_norm`, the norm of the last micro-batch before its clip: a scalar of
+        total_norm (Tensor or None): with `max_norm` or `skip_norm`, the norm of the last micro-batch before its clip: a scalar of
             float64 on the device.
+        threshold (Tensor or None): the value of `max_norm` for it, likewise.
         skipped (Tensor): how many micro-batches were left out, a scalar on the device.
 
     Raises:
@@ -56,7 +61,7 @@ class clipped_accumulation:  # noqa: N801  a context manager, named as torch nam
         RuntimeError: entered while it is at work already, or with `step_in_backward`, which keeps no gradients.
 
     Source: Wang et al., "Revisit Micro-batch Clipping", ICLR 2025, https://arxiv.org/abs/2408.16204. There the limit is
-    the smallest norm of the micro-batches; here it is a number.
+    the smallest norm of the micro-batches of a step, which needs all of them in memory.
 
     Example:
         >>> w = torch.nn.Parameter(torch.zeros(2))
@@ -72,11 +77,12 @@ class clipped_accumulation:  # noqa: N801  a context manager, named as torch nam
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        max_norm: float | None = None,
+        max_norm: NormLimit = None,
         clip_value: float | tuple[float, float] | None = None,
         norm_type: float = 2.0,
         skip_nonfinite: bool = False,
         scaler: Any = None,
+        skip_norm: NormLimit = None,
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
@@ -87,12 +93,29 @@ class clipped_accumulation:  # noqa: N801  a context manager, named as torch nam
             lr=1.0,
             maximize=True,
             max_norm=max_norm,
+            skip_norm=skip_norm,
             clip_value=clip_value,
             norm_type=norm_type,
-            skip_nonfinite=skip_nonfinite,
+            skip_nonfinite=skip_nonfinite or is_rule(max_norm) or is_rule(skip_norm),
         )
+        self._histories: dict[str, torch.Tensor] = {}  # what the rules remember
         self._before: dict[torch.Tensor, torch.Tensor | None] | None = None
         self.total_norm: torch.Tensor | None = None
+        self.threshold: torch.Tensor | None = None
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Returns the norms that rules remember, for a checkpoint; empty without rules.
+
+        Example:
+            >>> micro_batch = fastclip.clipped_accumulation(optimizer, max_norm="quantile")
+            >>> checkpoint = {"micro_batch": micro_batch.state_dict()}
+            >>> micro_batch.load_state_dict(checkpoint["micro_batch"])
+        """
+        return {name: history.clone() for name, history in self._histories.items()}
+
+    def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
+        """Goes on with the norms of a `state_dict()`."""
+        self._histories = {name: history.clone() for name, history in state_dict.items()}
 
     @property
     def skipped(self) -> torch.Tensor:
@@ -122,7 +145,8 @@ class clipped_accumulation:  # noqa: N801  a context manager, named as torch nam
     def _add(self, grads):
         """Adds the gradients, clipped, to those that the parameters have."""
         group = self._sum.param_groups[0]
-        of_norm_alone = group["clip_value"] is None and not group["skip_nonfinite"] and self._scaler is None
+        others = ("clip_value", "skip_norm", "skip_nonfinite")
+        of_norm_alone = not any(group[name] not in (None, False) for name in others) and self._scaler is None
         if of_norm_alone and group["max_norm"] is not None and all(p.grad is None for p in grads):
             self._clip_the_first(grads, group)
             return
@@ -136,8 +160,7 @@ class clipped_accumulation:  # noqa: N801  a context manager, named as torch nam
         try:
             for p, total in sums.items():
                 total.grad = grads[p]
-            self._sum._update(self._sum.param_groups, scale)
-            self.total_norm = self._sum.total_norm
+            self._update(next(iter(sums.values()), None), scale)
         finally:
             for total in sums.values():
                 total.grad = None
@@ -145,12 +168,26 @@ class clipped_accumulation:  # noqa: N801  a context manager, named as torch nam
         for p, total in sums.items():
             p.grad = total
 
+    def _update(self, first, scale):
+        """Takes the step. The sums are other tensors each time: what the rules remember stands beside the first."""
+        state = self._sum.state
+        if first is not None:
+            state[first] = dict(self._histories)
+        try:
+            self._sum._update(self._sum.param_groups, scale)
+            self._histories = next((dict(entry) for entry in state.values() if entry), {})
+            stats = self._sum.clip_stats()
+            self.total_norm, self.threshold = stats.total_norm, stats.threshold
+        finally:
+            state.clear()
+
     def _clip_the_first(self, grads, group):
         """Clips gradients that there is nothing to add to."""
         for p, grad in grads.items():
             p.grad = grad
         try:
             self.total_norm = clip_grad_norm_([*grads], group["max_norm"], group["norm_type"]).double()
+            self.threshold = torch.full_like(self.total_norm, group["max_norm"])
         except BaseException:
             for p in grads:
                 p.grad = None

@@ -24,7 +24,8 @@ from examples.support.options import add_device, count, make_folder, make_parser
 
 from . import page, plots
 from .cell import MODELS, MOMENTUM, Cell, load_data, train_cell
-from .results import cell_of, read_rows, write_rows
+from .results import COLUMNS, OF_SITUATIONS, cell_of, read_rows, write_rows
+from .situation import SITUATIONS, clips_in, lrs_of
 from .summary import summary
 
 LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
@@ -33,6 +34,15 @@ THRESHOLDS = {
     "value": (1e-4, 1e-3, 1e-2, 1e-1),
     "norm": (0.1, 1, 10, 100),
     "change": (0.01, 0.03, 0.1),
+}
+# What is compared in each situation, and in that of the study for the clips that its grid has not.
+SITUATION_CLIPS = {
+    "none": (None,),
+    "norm": (1, 10),
+    "change": (0.03,),
+    "quantile": (0.5, 0.75),
+    "ema": (2.5,),
+    "norm 10, skip": (8,),
 }
 QUICK_LEARNING_RATES = (1e-2, 1e-1)
 QUICK_THRESHOLDS = {"none": (None,), "value": (1e-2,), "norm": (1,), "change": (0.03,)}
@@ -48,22 +58,41 @@ def grid(models, seeds, quick):
     ]
 
 
+def situation_grid(models, seeds, quick):
+    """Returns (situation, cell), seed by seed."""
+    names = ("as it is", "corrupt 5 %") if quick else SITUATIONS
+    return [
+        (name, Cell(model, kind, threshold, lr, seed))
+        for seed, name, model in itertools.product(range(seeds), names, models)
+        for kind, thresholds in clips_in(name, SITUATION_CLIPS).items()
+        for threshold, lr in itertools.product(thresholds, lrs_of(name))
+    ]
+
+
+def key_of(row):
+    return row.get("situation"), cell_of(row)
+
+
 def run(options):
     """Trains the missing cells; returns the exit code."""
     torch.set_num_threads(1)
-    table = options.out / "clipping.csv"
+    columns = OF_SITUATIONS if options.situations else COLUMNS
+    table = options.out / ("situations.csv" if options.situations else "clipping.csv")
     with alone_in(options.out):
-        rows = read_rows(table)
-        cells = grid(options.models, options.seeds, options.quick)
-        done = {cell_of(row) for row in rows}
-        missing = [cell for cell in cells if cell not in done]
-        print(f"{len(cells)} cells, {len(cells) - len(missing)} of them in {table} already.", flush=True)
+        rows = read_rows(table, columns)
+        if options.situations:
+            jobs = situation_grid(options.models, options.seeds, options.quick)
+        else:
+            jobs = [(None, cell) for cell in grid(options.models, options.seeds, options.quick)]
+        done = set(map(key_of, rows))
+        missing = [job for job in jobs if job not in done]
+        print(f"{len(jobs)} cells, {len(jobs) - len(missing)} of them in {table} already.", flush=True)
         if missing:
-            fill(missing, rows, options, table)
-        wanted = set(cells)
-        rows = [row for row in rows if cell_of(row) in wanted]
-        pictures = plots.draw(rows, options.out)
-    print("\n" + summary(rows) + "\n")
+            fill(missing, rows, options, table, columns)
+        wanted = set(jobs)
+        rows = [row for row in rows if key_of(row) in wanted]
+        pictures = [] if options.situations else plots.draw(rows, options.out)
+    print("\n" + (page.situations(rows) if options.situations else summary(rows)) + "\n")
     print(", ".join(map(str, [table, *pictures])))
     return 0
 
@@ -75,7 +104,7 @@ def report(options):
     return 0
 
 
-def fill(missing, rows, options, table):
+def fill(missing, rows, options, table, columns):
     """Trains the cells, and saves each as a row when it is done."""
     found = record.describe(options.arguments, "python -m studies.clipping")
     commit = (found["commit"] or "unknown") + ("+changes" if found["dirty"] else "")
@@ -83,16 +112,19 @@ def fill(missing, rows, options, table):
               "machine": machine_of(found, options.device), "commit": commit}  # fmt: skip
     data, loaded_seed, failed = None, None, 0
     with progress(total=len(missing), desc="study", unit="cell") as bar:
-        for cell in missing:
+        for situation, cell in missing:
             if cell.seed != loaded_seed:
                 data = load_data(options.data, options.cache, cell.seed, options.strings, options.device)
                 keep_settings(options, data, found if loaded_seed is None else None)
                 loaded_seed = cell.seed
             threshold = "" if cell.threshold is None else f" {cell.threshold:g}"
-            bar.set_postfix_str(f"{cell.model} {cell.kind}{threshold} lr {cell.lr:g}, {failed} diverged", refresh=False)
-            rows.append({**vars(cell), **train_cell(cell, data, options.epochs), **origin})
-            failed += rows[-1]["diverged"]
-            write_rows(table, rows)
+            of = [situation] if situation else []
+            name = ", ".join([*of, f"{cell.model} {cell.kind}{threshold} lr {cell.lr:g}"])
+            bar.set_postfix_str(f"{name}, {failed} diverged", refresh=False)
+            row = train_cell(cell, data, options.epochs, *(SITUATIONS[name] for name in of))
+            rows.append({**({"situation": situation} if situation else {}), **vars(cell), **row, **origin})
+            failed += row["diverged"]
+            write_rows(table, rows, columns)
             bar.update()
 
 
@@ -143,6 +175,8 @@ def parse_arguments(arguments=None):
     add_device(parser)
     add = parser.add_argument
     add("--quick", action="store_true", help="a few cells: two learning rates, one threshold of each kind")
+    add("--situations", action="store_true",
+        help="another grid: other losses, momenta, widths, optimizers, bad data; its rows are in situations.csv")  # fmt: skip
     add("--models", nargs="+", choices=MODELS, default=["gru", "cnn"], metavar="M",
         help=f"of {', '.join(MODELS)} (default: gru cnn)")  # fmt: skip
     add("--seeds", type=count, metavar="N", default=3, help="0 to N-1: data, held-out voice, model (default: 3)")

@@ -6,7 +6,6 @@ import random
 import re
 import time
 from collections import Counter
-from functools import partial
 from statistics import mean, median, quantiles
 
 import torch
@@ -16,15 +15,26 @@ from examples.speech.batches import BATCH, batches_of_like_length, ctc_loss, err
 from examples.speech.data import DIGIT_RATE, Speech, digit_clips, digit_string, own_recordings
 from examples.speech.models import CNN, SpeechModel
 
+from .situation import BadBatches, Situation
+
 # Small, so that a cell takes seconds: the effect of a clip is in the comparison, not in the best of error rates.
+# Functions of the number of symbols and the width.
 MODELS = {
-    "gru": partial(SpeechModel, hidden=64, layers=1),
-    "cnn": partial(CNN, channels=64),
-    "lstm": partial(SpeechModel, hidden=64, layers=1, cell=torch.nn.LSTM),
+    "gru": lambda symbols, width: SpeechModel(symbols, hidden=width, layers=1),
+    "cnn": lambda symbols, width: CNN(symbols, channels=width),
+    "lstm": lambda symbols, width: SpeechModel(symbols, hidden=width, layers=1, cell=torch.nn.LSTM),
 }
-# Kind of clip: the setting that its threshold is of.
-CLIPS = {"none": None, "value": "clip_value", "norm": "max_norm", "change": "max_relative_change"}
-MAX_DIGITS, TEST_STRINGS, MOMENTUM = 2, 200, 0.9
+# Kind of clip: the settings that follow from its threshold.
+CLIPS = {
+    "none": lambda _: {},
+    "value": lambda clip_value: {"clip_value": clip_value},
+    "norm": lambda max_norm: {"max_norm": max_norm},
+    "change": lambda change: {"max_relative_change": change},
+    "quantile": lambda q: {"max_norm": fastclip.QuantileNorm(q, scale=2.0)},
+    "ema": lambda z: {"max_norm": fastclip.EmaNorm(z)},
+    "norm 10, skip": lambda scale: {"max_norm": 10.0, "skip_norm": fastclip.QuantileNorm(scale=scale)},
+}
+MAX_DIGITS, TEST_STRINGS, MOMENTUM = 2, 200, Situation().momentum
 WINDOW, PATIENCE = 20, 100  # steps whose mean loss is looked at; steps in which a bad start may still come right
 LOST = 1.5  # times the untrained model's loss: a training that crawls stays below it
 CURVE_POINTS = 20
@@ -81,9 +91,11 @@ def held_out_voice(voices, seed):
     return candidates[seed % len(candidates)] if candidates else None
 
 
-def make_optimizer(cell, params):
-    setting = CLIPS[cell.kind]
-    return fastclip.SGD(params, cell.lr, MOMENTUM, **({setting: cell.threshold} if setting else {}))
+def make_optimizer(cell, params, situation):
+    settings = CLIPS[cell.kind](cell.threshold)
+    if situation.optimizer == "SGD":
+        settings["momentum"] = situation.momentum
+    return getattr(fastclip, situation.optimizer)(params, lr=cell.lr, **settings)
 
 
 def diverges(losses, norm, untrained):
@@ -100,26 +112,28 @@ def mean_loss(model, examples):
     return mean(ctc_loss(examples[start : start + BATCH])(model).item() for start in every)
 
 
-def train_cell(cell, data, epochs):
+def train_cell(cell, data, epochs, situation=Situation()):  # noqa: B008  which is frozen
     """Trains a cell, and returns the rest of its row: a dict.
 
     A training that diverges is stopped; its error rates are recorded as 100.
     """
     began = time.process_time()
     torch.manual_seed(cell.seed)
-    model = MODELS[cell.model](len(data.speech.symbols)).to(data.device)
+    model = MODELS[cell.model](len(data.speech.symbols), situation.width).to(data.device)
     params = list(model.parameters())
-    optimizer = make_optimizer(cell, params)
+    optimizer = make_optimizer(cell, params, situation)
+    bad = BadBatches(situation, cell.seed)
     order = torch.Generator().manual_seed(cell.seed)
     untrained = mean_loss(model, data.train)
     losses, norms, clipped, diverged = [], [], [], False
     batches = (batch for _ in range(epochs) for batch in batches_of_like_length(data.train, order))
-    for batch in batches:
+    for step, batch in enumerate(batches):
         optimizer.zero_grad()
-        loss = ctc_loss([data.train[i] for i in batch])(model)
-        loss.backward()
+        examples = [data.train[i] for i in batch]
+        loss = ctc_loss(bad.spoil(examples) if step in bad else examples)(model)
+        (situation.scale * loss).backward()
         norms.append(torch.nn.utils.get_total_norm([p.grad for p in params]).item())
-        losses.append(loss.item())
+        losses += [] if step in bad else [loss.item()]  # the loss of a bad batch says nothing
         if diverged := diverges(losses, norms[-1], untrained):
             break
         optimizer.step()

@@ -6,7 +6,8 @@ from statistics import mean
 from examples.support import safe_files
 from examples.support.console import SpeechDataError
 
-from .results import read_rows
+from .results import OF_SITUATIONS, read_rows
+from .situation import SITUATIONS, is_bad
 from .summary import KINDS, best_table, clip_name, clips_of, groups_of, percent, spread, values_of
 
 
@@ -79,6 +80,37 @@ def parameter_table(rows):
     return markdown([*heads, *(f"ms per step, {name}" for name in KINDS.values())], lines)
 
 
+def situation_table(rows, model, names):
+    """Clips and learning rates down, situations across: error rates."""
+    rows = [row for row in rows if row["model"] == model]
+    groups = {name: groups_of([row for row in rows if row["situation"] == name]) for name in names}
+    lines = []
+    for kind, threshold in clips_of(rows):
+        for lr in values_of(rows, "lr", kind=kind):
+            found = [groups[name].get((model, kind, threshold, lr)) for name in names]
+            if any(found):
+                line = ["–" if group is None else wer_text(group) for group in found]
+                lines.append([f"{clip_name(kind, threshold)}, lr {lr:g}", *line])
+    return markdown(["", *names], lines)
+
+
+def situations(rows):
+    """Returns the tables at the end of a run over situations."""
+    names = [name for name in SITUATIONS if any(row["situation"] == name for row in rows)]
+    return "\n\n".join(f"{model}:\n\n{situation_table(rows, model, names)}" for model in values_of(rows, "model"))
+
+
+def situation_blocks(rows):
+    """As `blocks`, for the page of the situations."""
+    bad, others = ([name for name in SITUATIONS if is_bad(name) == of] for of in (True, False))
+    found = {"situations": extent(rows)}
+    for model in values_of(rows, "model"):
+        found[f"bad-{model}"] = situation_table(rows, model, [others[0], *bad])
+        found[f"transfer-{model}"] = situation_table(rows, model, [n for n in others if n != "AdamW"])
+        found[f"adamw-{model}"] = situation_table(rows, model, ["AdamW"])
+    return found
+
+
 def extent(rows):
     """Returns one sentence, on the part of the grid that was run."""
     seeds = {seed: sum(row["seed"] == seed for row in rows) for seed in values_of(rows, "seed")}
@@ -103,9 +135,9 @@ def blocks(rows):
     return found
 
 
-def updated(page, rows, name="the page"):
+def updated(page, rows, name="the page", of_situations=()):
     """Returns the page with all its blocks written again; SpeechDataError for a block that can't be made."""
-    found = blocks(rows)
+    found = blocks(rows) | (situation_blocks(of_situations) if of_situations else {})
 
     def block(match):
         if match[1] not in found:
@@ -124,5 +156,6 @@ def update(page, folder):
         text = page.read_text(encoding="utf-8")
     except OSError as error:
         raise SpeechDataError(f"{page}: {error.strerror}") from None
-    safe_files.write(page, updated(text, rows, page).encode())
+    of_situations = read_rows(folder / "situations.csv", OF_SITUATIONS)
+    safe_files.write(page, updated(text, rows, page, of_situations).encode())
     return rows

@@ -15,13 +15,14 @@ NUMBERS = {
     "cpu_seconds": float,
 }  # fmt: skip
 COLUMNS = ["model", "kind", *NUMBERS, "losses", "torch", "fastclip", "machine", "commit"]
+OF_SITUATIONS = ["situation", *COLUMNS]
 
 
 def cell_of(row):
     return Cell(*(row[field.name] for field in dataclasses.fields(Cell)))
 
 
-def read_rows(path):
+def read_rows(path, columns=COLUMNS):
     """Returns a list of dicts, empty without a file; raises SpeechDataError where the file is no such CSV."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
@@ -32,15 +33,15 @@ def read_rows(path):
         raise SpeechDataError(f"{path}: {error.strerror}") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise SpeechDataError(f"{path}: not a CSV of the clipping study ({error})") from None
-    if not lines or lines[0] != COLUMNS:
+    if not lines or lines[0] != columns:
         raise SpeechDataError(f"{path}: its first line is not that of a clipping study; move it away to start again")
-    return [_parsed(line, f"{path}, line {number}") for number, line in enumerate(lines[1:], 2)]
+    return [_parsed(line, columns, f"{path}, line {number}") for number, line in enumerate(lines[1:], 2)]
 
 
-def _parsed(line, where):
-    if len(line) != len(COLUMNS):
-        raise SpeechDataError(f"{where}: {len(line)} columns instead of {len(COLUMNS)}; remove the line to go on")
-    row = dict(zip(COLUMNS, line, strict=True))
+def _parsed(line, columns, where):
+    if len(line) != len(columns):
+        raise SpeechDataError(f"{where}: {len(line)} columns instead of {len(columns)}; remove the line to go on")
+    row = dict(zip(columns, line, strict=True))
     try:
         for name, number in NUMBERS.items():
             row[name] = number(row[name]) if row[name] else None
@@ -50,13 +51,13 @@ def _parsed(line, where):
     return row
 
 
-def write_rows(path, rows):
+def write_rows(path, rows, columns=COLUMNS):
     """Replaces the file at once: whatever breaks off, it holds the old rows or the new ones."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    writer.writerow(columns)
     for row in rows:
-        writer.writerow([_text(row[name]) for name in COLUMNS])
+        writer.writerow([_text(row[name]) for name in columns])
     safe_files.write(path, text.getvalue().encode())
 
 

@@ -4,7 +4,8 @@ import dataclasses
 import math
 from statistics import median
 
-KINDS = {"none": "no clip", "value": "value", "norm": "norm", "change": "change"}
+KINDS = {"none": "no clip", "value": "value", "norm": "norm", "change": "change"}  # of the study's own grid
+OTHERS = {"quantile": "quantile", "ema": "ema", "norm 10, skip": "norm 10, skip"}  # of the situations
 
 
 @dataclasses.dataclass
@@ -42,11 +43,12 @@ def values_of(rows, name, **equal):
 
 def clips_of(rows):
     """(kind, threshold) of all clips, no clip first."""
-    return [(kind, threshold) for kind in KINDS for threshold in values_of(rows, "threshold", kind=kind)]
+    return [(kind, threshold) for kind in KINDS | OTHERS for threshold in values_of(rows, "threshold", kind=kind)]
 
 
 def clip_name(kind, threshold):
-    return KINDS[kind] if threshold is None else f"{KINDS[kind]} {threshold:g}"
+    name = (KINDS | OTHERS)[kind]
+    return name if threshold is None else f"{name} {threshold:g}"
 
 
 def best_of(rows, model, kind, **equal):

@@ -259,3 +259,74 @@ def test_step_in_backward_is_refused():
     fastclip.step_in_backward(model, optimizer)
     with pytest.raises(RuntimeError, match="step_in_backward"), micro_batch:
         pass
+
+
+RULES = {
+    "quantile": fastclip.QuantileNorm(0.5, scale=0.8, window=5, warmup=2),
+    "ema": {"rule": "ema", "z": 0.0, "decay": 0.8, "warmup": 2},
+}
+SIZES = (1.0, 3.0, 2.0, 0.5, 30.0, math.nan, 1.0, 4.0, 2.0, 0.0, 5.0)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("cls", [torch.optim.SGD, fastclip.AdamW])
+def test_a_rule_looks_at_the_norms_of_micro_batches(cls, rule, device):
+    """As an optimizer that steps on each of them; over steps, in which the sums are other tensors."""
+    params = params_of(torch.float64, device)
+    micro_batch = fastclip.clipped_accumulation(cls(params, lr=0.1), max_norm=RULES[rule], skip_norm=1e9)
+    alone = fastclip.SGD([torch.zeros(1, dtype=torch.float64, device=device, requires_grad=True)], max_norm=RULES[rule])
+    (one,) = alone.param_groups[0]["params"]
+    expected = [torch.zeros_like(p) for p in params]
+    for number, size in enumerate(SIZES):
+        if number % 4 == 0:
+            for p, total in zip(params, expected, strict=True):
+                p.grad = None
+                total.zero_()
+        with micro_batch:
+            grads = give(params, size, seed=number)
+        norm = torch.cat([grad.flatten() for grad in grads]).norm()
+        one.grad = norm.reshape(1)
+        alone.step()
+        stats = alone.clip_stats()
+        torch.testing.assert_close(micro_batch.threshold, stats.threshold, rtol=1e-12, atol=0)
+        if math.isfinite(size):
+            torch._foreach_add_(expected, torch._foreach_mul(grads, stats.clip_coefficient.item()))
+        for p, total in zip(params, expected, strict=True):
+            torch.testing.assert_close(p.grad, total, rtol=1e-10, atol=1e-12)
+    assert micro_batch.skipped == 1 and micro_batch.threshold < math.inf
+
+
+def test_what_a_rule_remembers_is_saved_and_loaded(tmp_path):
+    params = params_of()
+    optimizer = torch.optim.SGD(params, 0.1)
+    settings = {"max_norm": "quantile", "skip_norm": {"rule": "ema", "warmup": 2}}
+    first = fastclip.clipped_accumulation(optimizer, **settings)
+    for number in range(12):
+        with first:
+            give(params, seed=number)
+    assert first.state_dict().keys() == {"clip_history", "skip_history"}
+    torch.save(first.state_dict(), tmp_path / "micro_batch.pt")
+    second = fastclip.clipped_accumulation(optimizer, **settings)
+    second.load_state_dict(torch.load(tmp_path / "micro_batch.pt"))
+    for number in range(12, 15):
+        for micro_batch in (first, second):
+            with micro_batch:
+                give(params, seed=number)
+        assert torch.equal(first.threshold, second.threshold)
+    assert first.threshold < math.inf
+
+
+def test_micro_batches_above_skip_norm_are_left_out():
+    params = params_of()
+    micro_batch = fastclip.clipped_accumulation(torch.optim.SGD(params, 0.1), skip_norm=500.0)
+    for size in (1.0, 1e6, 1.0):
+        with micro_batch:
+            give(params, size)
+    expected = [2 * p.grad for p in params]
+    for p in params:
+        p.grad = None
+    for _ in range(2):
+        grads = give(params)
+    assert micro_batch.skipped == 1
+    for total, grad in zip(expected, grads, strict=True):
+        torch.testing.assert_close(total, 4 * grad)
