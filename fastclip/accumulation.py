@@ -50,8 +50,8 @@ class clipped_accumulation:  # noqa: N801  a context manager, named as torch nam
             `scaler.step(optimizer)`.
 
     Attributes:
-        total_norm (Tensor or None): with `max_norm` or `skip_norm`, the norm of the last micro-batch before its clip: a scalar of
-            float64 on the device.
+        total_norm (Tensor or None): with `max_norm` or `skip_norm`, the norm of the last micro-batch before its clip: a
+            scalar of float64 on the device.
         threshold (Tensor or None): the value of `max_norm` for it, likewise.
         skipped (Tensor): how many micro-batches were left out, a scalar on the device.
 
@@ -107,6 +107,7 @@ class clipped_accumulation:  # noqa: N801  a context manager, named as torch nam
         """Returns the norms that rules remember, for a checkpoint; empty without rules.
 
         Example:
+            >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=1.0)
             >>> micro_batch = fastclip.clipped_accumulation(optimizer, max_norm="quantile")
             >>> checkpoint = {"micro_batch": micro_batch.state_dict()}
             >>> micro_batch.load_state_dict(checkpoint["micro_batch"])

@@ -115,7 +115,7 @@ def fill(missing, rows, options, table, columns):
         for situation, cell in missing:
             if cell.seed != loaded_seed:
                 data = load_data(options.data, options.cache, cell.seed, options.strings, options.device)
-                keep_settings(options, data, found if loaded_seed is None else None)
+                keep_settings(options, data, found if loaded_seed is None else None, table)
                 loaded_seed = cell.seed
             threshold = "" if cell.threshold is None else f" {cell.threshold:g}"
             of = [situation] if situation else []
@@ -132,9 +132,9 @@ def machine_of(found, device):
     return found["machine"]["cpu"] if device.type == "cpu" else lockstep.name_of(device)
 
 
-def keep_settings(options, data, started):
+def keep_settings(options, data, started, table):
     """Writes the settings of all rows, and each start, beside the CSV; SpeechDataError if the rows have others."""
-    path = options.out / "clipping.json"
+    path = table.with_suffix(".json")
     settings = {"data": data.speech.caption, "train": len(data.train), "test": len(data.test),
                 "test_new_voice": len(data.unheard), "epochs": options.epochs, "batch": BATCH,
                 "momentum": MOMENTUM}  # fmt: skip
@@ -176,7 +176,7 @@ def parse_arguments(arguments=None):
     add = parser.add_argument
     add("--quick", action="store_true", help="a few cells: two learning rates, one threshold of each kind")
     add("--situations", action="store_true",
-        help="another grid: other losses, momenta, widths, optimizers, bad data; its rows are in situations.csv")  # fmt: skip
+        help="another grid: other losses, momenta, widths, optimizers, bad data; it fills situations.csv")  # fmt: skip
     add("--models", nargs="+", choices=MODELS, default=["gru", "cnn"], metavar="M",
         help=f"of {', '.join(MODELS)} (default: gru cnn)")  # fmt: skip
     add("--seeds", type=count, metavar="N", default=3, help="0 to N-1: data, held-out voice, model (default: 3)")

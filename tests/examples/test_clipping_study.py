@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import itertools
 import json
 import math
 import re
@@ -20,6 +21,7 @@ from studies.clipping import __main__ as clipping_study  # noqa: E402
 from studies.clipping import cell as clipping_study_cell  # noqa: E402
 from studies.clipping import page as page_of  # noqa: E402
 from studies.clipping import results as results_of  # noqa: E402
+from studies.clipping import situation as situations_of  # noqa: E402
 from studies.clipping import summary as summary_of  # noqa: E402
 from studies.clipping.cell import Cell, held_out_voice, load_data, train_cell  # noqa: E402
 
@@ -126,7 +128,7 @@ def test_rows_table_and_pictures(tmp_path, capsys, monkeypatch):
 
 
 SHARES = [("none", None, 0), ("value", 1e9, 0), ("value", 0, 1), ("norm", 1e9, 0), ("norm", 1e-6, 1)]
-SHARES += [("change", 1e9, 0), ("change", 1e-6, 1)]
+SHARES += [("change", 1e9, 0), ("change", 1e-6, 1), ("quantile", 0.5, 0), ("norm 10, skip", 8, 1)]
 
 
 @pytest.mark.parametrize("kind, threshold, share", SHARES)
@@ -135,6 +137,39 @@ def test_share_that_was_clipped(kind, threshold, share):
     row = train_cell(Cell("cnn", kind, threshold, 1e-3, 0), data, epochs=1)
     assert row["clipped"] == pytest.approx(share, abs=0.1)  # clamp to 0: an element that is 0 is not outside
     assert row["norm_p90"] >= row["norm_median"] > 0
+
+
+def test_situations_are_a_table_of_their_own(tmp_path, capsys, monkeypatch):
+    names = ("as it is", "loss × 100", "no momentum", "width 256", "AdamW")
+    monkeypatch.setattr(clipping_study, "SITUATIONS", {name: situations_of.SITUATIONS[name] for name in names})
+    monkeypatch.setattr(clipping_study, "SITUATION_CLIPS", {"none": (None,), "change": (0.03,), "quantile": (0.5,)})
+    options = [option for option in TINY if option != "--quick"]
+    code, out, said = study(capsys, tmp_path, "--situations", options=options)
+    assert code == 0, said
+    rows = results_of.read_rows(tmp_path / "situations.csv", results_of.OF_SITUATIONS)
+    assert len(rows) == (4 * 3 + 2) * 2
+    assert {row["kind"] for row in rows if row["situation"] == "AdamW"} == {"none", "quantile"}
+    size = {row["situation"]: row["parameters"] for row in rows}
+    assert size["width 256"] > 10 * size["as it is"] == 10 * size["no momentum"]
+    norms = {row["situation"]: row["norm_median"] for row in rows if (row["kind"], row["lr"]) == ("change", 0.01)}
+    assert norms["loss × 100"] > 10 * norms["as it is"]
+    assert "| quantile 0.5, lr 0.01 | " in out and "| – |" in out
+    again = interrupted_after(monkeypatch, 0)
+    assert study(capsys, tmp_path, "--situations", options=options)[0] == 0 and again == []
+
+
+@pytest.mark.parametrize("name", [name for name in situations_of.SITUATIONS if situations_of.is_bad(name)])
+def test_bad_batches_are_the_same_in_all_cells_of_a_seed(name):
+    situation = situations_of.SITUATIONS[name]
+    examples = [(torch.randn(10 + i, 4), torch.tensor([1, 2]), "12") for i in range(12)]
+    first, again, other = (situations_of.BadBatches(situation, seed) for seed in (0, 0, 1))
+    assert first.steps == again.steps and min(first.steps) >= situations_of.BEFORE
+    assert len([step for step in first.steps if step < 400]) == pytest.approx(20 if "2 %" not in name else 8, abs=8)
+    assert (first.steps == other.steps) == (situation.bad == "burst")
+    made, made_again = first.spoil(examples), again.spoil(examples)
+    for (frames, target, _), (frames_again, *_), (own, own_target, _) in zip(made, made_again, examples, strict=True):
+        assert torch.equal(frames, frames_again)
+        assert frames.abs().mean() > 10 * own.abs().mean() or len(target) == 8 * len(own_target)
 
 
 def test_all_cells_of_a_seed_start_alike():
@@ -237,6 +272,7 @@ def test_bad_data_and_options(tmp_path, capsys):
 
 
 PAGE, RESULTS = ROOT / "docs" / "clipping.md", ROOT / "docs" / "study"
+SITUATIONS_PAGE = ROOT / "docs" / "situations.md"
 
 
 def test_the_page_says_what_the_results_say():
@@ -277,6 +313,32 @@ def test_error_rates_in_the_pages_text_are_those_of_the_file():
         kind, _, threshold = clip.replace("no clip", "none").partition(" ")
         group = groups[model, kind, float(threshold) if threshold else None, float(lr)]
         assert rate == f"{group.median('wer'):.0f}", (model, clip, lr)
+
+
+def test_the_tables_of_the_situations_are_those_of_the_file():
+    """Read without the study's own code."""
+    with open(RESULTS / "situations.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    text, checked = SITUATIONS_PAGE.read_text(), set()
+    for kind, model in itertools.product(("bad", "transfer", "adamw"), {row["model"] for row in rows}):
+        table = text.split(f"<!-- study:{kind}-{model} -->\n")[1].split("\n<!--")[0].splitlines()
+        situations = [head.strip() for head in table[0].split("|")[2:-1]]
+        for line in table[2:]:
+            clip, *cells = (cell.strip() for cell in line.split("|")[1:-1])
+            name, _, lr = clip.rpartition(", lr ")
+            for situation, cell in zip(situations, cells, strict=True):
+                same = [
+                    r for r in rows
+                    if (r["situation"], r["model"], r["lr"]) == (situation, model, lr)
+                    and f"{r['kind']} {r['threshold']}".strip() == name.replace("no clip", "none")
+                ]  # fmt: skip
+                failed = sum(r["diverged"] == "1" for r in same)
+                wanted = f"{median(float(r['wer']) for r in same):.0f}" + (f" ×{failed}" if failed else "")
+                assert cell == wanted, (situation, model, clip)
+                checked.update((situation, model, r["kind"], r["threshold"], lr, r["seed"]) for r in same)
+    assert len(checked) == len(rows)
+    about = json.loads((RESULTS / "situations.json").read_text())
+    assert {row["commit"] for row in rows} == {start["commit"] for start in about["starts"] if not start["dirty"]}
 
 
 def test_the_results_say_where_they_come_from():
