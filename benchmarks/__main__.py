@@ -10,6 +10,7 @@ COMMANDS = {
     "gpu": (".gpu", "the same on a GPU, by events and CUDA graphs"),
     "host": (".host", "time what a step costs per tensor, for 100 to 100,000 tensors"),
     "limits": (".limits", "time limits on the change, and by past norms, against a norm clip"),
+    "accumulation": (".accumulation", "time the clip and addition of a micro-batch against torch"),
     "large": (".large", "take real steps on the largest models: check samples, then time"),
     "report": (".report.documents", "write the tables of README and docs from result files"),
     "shapes": (".shapes", "compare the recorded shapes of models with the libraries that define them"),

@@ -1,7 +1,7 @@
 """The tables of many tensors and of large ones: what a step costs per tensor, and real steps on the largest models."""
 
 from .cpu import machine
-from .formats import duration, rounded, rule, table
+from .formats import duration, rounded, rule, spread, table, times
 
 WHAT = {
     "fastclip": "fastclip",
@@ -26,7 +26,8 @@ LARGE_HEADER = [
 
 
 def markdown(results):
-    return {"large": large, "limits": limits, "host_time": host}[results["kind"]](results)
+    kinds = {"large": large, "limits": limits, "accumulation": accumulation, "host_time": host}
+    return kinds[results["kind"]](results)
 
 
 def limits(results):
@@ -47,6 +48,21 @@ def limits(results):
     ]
     note = "Medians of the differences in each round, and the 10th and 90th percentile."
     return "\n\n".join([f"{machine(results)} {note}", table([header, *body], words=2)])
+
+
+def accumulation(results):
+    """A row for each model and number of threads: the time of a micro-batch, and that of others over it."""
+    rows = results["cases"]
+    base, *others = rows[0]["ratio"]
+    header = ["model", "threads", f"µs per micro-batch, {base}", *others]
+    body = [
+        [row["model"], str(row["threads"]), duration(row["us_per_micro_batch"][base]["median"])]
+        + [spread(row["ratio"][name], times, "×") for name in others]
+        for row in rows
+    ]
+    return "\n\n".join(
+        [f"{machine(results)} Medians, and the 10th and 90th percentile.", table([header, *body], words=1)]
+    )
 
 
 def percent(ratio):

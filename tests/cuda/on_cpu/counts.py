@@ -144,6 +144,26 @@ def test_a_rule_costs_what_its_number_costs(shapes, settings):
     assert (counted.launches, counted.cooperative_launches, counted.copies, counted.synchronizations) == (1, 1, 0, 0)
 
 
+@pytest.mark.parametrize("max_norm", [1.0, fastclip.QuantileNorm(0.1, scale=1.0, warmup=1)], ids=["number", "rule"])
+def test_a_micro_batch_costs_a_norm_and_an_addition(max_norm):
+    """The first one of a step, and one that is added: one launch. Where gradients stay on the chip, 12 bytes."""
+    params = make_params(SHAPES[1:])
+    grads = [torch.randn_like(p) for p in params]
+    micro_batch = fastclip.clipped_accumulation(torch.optim.SGD(params, lr=0.1), max_norm=max_norm)
+
+    def add():
+        with micro_batch:
+            for p, grad in zip(params, grads, strict=True):
+                p.grad = grad.clone()
+
+    for _ in range(2):
+        add()
+    counted = emulator.count(add)
+    numel, tail = sum(p.numel() for p in params), sum(p.numel() % 4 for p in params)
+    assert (counted.launches, counted.copies, counted.synchronizations) == (1, 0, 0)
+    assert (counted.bytes_read, counted.bytes_written) == (4 * (2 * numel + tail), 4 * numel)
+
+
 def test_only_what_was_written_to_is_measured_anew():
     optimizer, params, _ = stepped(SHAPES, steps=2, **CHANGE)
     expected = emulator.count(optimizer.step)

@@ -1,0 +1,98 @@
+"""python -m benchmarks accumulation: what a micro-batch's clip and addition take, against torch, on the CPU."""
+
+import argparse
+import itertools
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import fastclip
+
+from .core import record, rows, timing
+from .core.models import MODELS
+from .core.problem import Problem
+from .cpu import thread_counts
+from .report import tensors as report
+
+DEFAULT = ["dnn", "gru-ctc", "tiny-600", "conformer-m", "dense-100m"]
+BASE = "fastclip"
+MAX_NORM = 1e-3  # below all norms: each micro-batch is clipped
+
+
+def main(arguments=None):
+    """Returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parse(arguments)
+    found = record.describe(arguments, "python -m benchmarks accumulation") | {"kind": "accumulation", "cases": []}
+    for model, threads in tqdm(list(itertools.product(options.model, options.threads)), unit="case"):
+        found["cases"].append(measure(model, threads, options.rounds))
+    print(report.markdown(found))
+    options.out.mkdir(parents=True, exist_ok=True)
+    record.write(found, options.out / "accumulation.json")
+    print(f"\nWritten: {options.out / 'accumulation.json'}")
+    return 0
+
+
+def parse(arguments):
+    parser = argparse.ArgumentParser(prog="python -m benchmarks accumulation", description=__doc__.split(": ", 1)[1])
+    parser.add_argument("--model", nargs="+", choices=MODELS, metavar="MODEL", default=DEFAULT)
+    parser.add_argument("--threads", type=thread_counts, default="1,all", help="as in 1,all (the default)")
+    parser.add_argument("--rounds", type=int, default=20, help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="default: %(default)s")
+    options = parser.parse_args(arguments)
+    if options.rounds < 1:
+        parser.error("--rounds is at least 1")
+    return options
+
+
+def measure(model, threads, rounds):
+    """A row: microseconds per micro-batch, and how many times longer the others take, round by round."""
+    torch.set_num_threads(threads)
+    problem = Problem(model, MODELS[model], contenders=())
+
+    def grads():
+        return [grad.clone() for grad in problem.grads]
+
+    steps = {
+        BASE: by_fastclip(problem.copy(), grads(), max_norm=MAX_NORM),
+        "fastclip, QuantileNorm": by_fastclip(problem.copy(), grads(), max_norm=fastclip.QuantileNorm(0.1, scale=1e-3)),
+        "torch": by_torch(problem.copy(), grads(), [torch.zeros_like(p) for p in problem.params]),
+        "torch without a clip": by_torch(problem.copy(), grads(), [torch.zeros_like(p) for p in problem.params], False),
+    }
+    samples = timing.rounds({name: timing.Timer(step) for name, step in steps.items()}, rounds)
+    return {
+        "model": model,
+        "tensors": len(problem.params),
+        "parameters": problem.numel,
+        "threads": threads,
+        "us_per_micro_batch": rows.microseconds(samples),
+        "ratio": {name: rows.described(timing.ratios(samples[name], samples[BASE])) for name in steps},
+    }
+
+
+def by_fastclip(params, grads, **limit):
+    """A micro-batch whose backward pass leaves these gradients each time; they are added to those of `params`."""
+    micro_batch = fastclip.clipped_accumulation(torch.optim.SGD(params, lr=0.0), **limit)
+
+    def add():
+        with micro_batch:
+            for p, grad in zip(params, grads, strict=True):
+                p.grad = grad
+
+    return add
+
+
+def by_torch(params, grads, sums, clips=True):
+    """The same by `clip_grad_norm_`, which scales the gradients in place, and one fused addition to `sums`."""
+
+    @torch.no_grad()
+    def add():
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = grad
+        if clips:
+            torch.nn.utils.clip_grad_norm_(params, MAX_NORM, foreach=True)
+        torch._foreach_add_(sums, grads)
+
+    return add
