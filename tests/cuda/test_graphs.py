@@ -74,6 +74,20 @@ def test_replays_equal_eager_steps(clip, rule, model):
         assert replayed is eager is None or torch.equal(replayed, eager)
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_replays_remember_norms(rule):
+    """A replayed step pushes its norm by itself, and leaves out what is absurd."""
+    limits = {"max_norm": fastclip.QuantileNorm(window=9, warmup=2), "skip_norm": fastclip.EmaNorm(z=4, warmup=5)}
+    pair = Captured(**limits, **RULES[rule])
+    pair.capture()
+    for step in range(200):
+        pair.step(lambda grad, size=100.0 if step % 50 == 49 else 1.0 + step % 3: grad.mul_(size))
+        for replayed, eager in zip(pair.optimizer.clip_stats(), pair.eager.clip_stats(), strict=True):
+            assert replayed is eager is None or torch.equal(replayed, eager)
+    pair.check()
+    assert pair.optimizer.skipped_steps >= 4 and pair.optimizer.norm_history().numel() == 9
+
+
 def test_a_graph_stays_right_when_the_optimizer_steps_larger_models_meanwhile():
     """Its scratch memory is its own."""
     pair = Captured(SHAPES, max_norm=1.0)
