@@ -1,7 +1,8 @@
 """python -m benchmarks gpu-session: all that there is to do on a machine with a GPU, in one go; `make gpu` calls it.
 
-Builds, compares the device with the CPU, runs the tests on it, the benchmark, compute-sanitizer and ncu. A step that
-fails, or whose tool is absent, stops no other but the build's. Needs no network. Each step has a log in the folder.
+Builds, compares the device with the CPU, runs the tests on it, the benchmark, compute-sanitizer, ncu and the demo. A
+step that fails, or whose tool is absent, stops no other but the build's. Needs no network. Each step has a log in the
+folder.
 """
 
 import argparse
@@ -36,7 +37,7 @@ NOT_HERE = {
     "compute-sanitizer": ["Device not supported"],
 }
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
-NAMES = ["build", "built for CUDA", "exercise", "tests", "benchmark", *SANITIZERS, "ncu value", "ncu norm"]
+NAMES = ["build", "built for CUDA", "exercise", "tests", "benchmark", *SANITIZERS, "ncu value", "ncu norm", "demo"]
 # The kernel of a step, by ncu's pattern.
 KERNEL = "regex:step_kernel"
 
@@ -146,7 +147,7 @@ def steps(out, options, capability):
         Step("benchmark", benchmark(out, options), 170, "benchmark.log"),
     ]
     found += [sanitizer(tool, device) for tool in SANITIZERS]
-    found += [ncu("value", device), ncu("norm", device)]
+    found += [ncu("value", device), ncu("norm", device), demo(out, device)]
     return found
 
 
@@ -156,6 +157,13 @@ HAS_CUDA = "import fastclip, sys; sys.exit(0 if fastclip.build_info()['cuda'] el
 def benchmark(out, options):
     command = [sys.executable, "-m", "benchmarks", "gpu", "--out", str(out), "--seconds", "130"]
     return command + (["--quick"] if options.quick else []) + (["--device", "cpu"] if options.device == "cpu" else [])
+
+
+def demo(out, device):
+    """Trains the recogniser of `make demo` on the device. Its recordings are fetched on a machine with a network: carry
+    .cache/speech along; without them, and without a synthesiser, this step fails alone."""
+    command = [sys.executable, "-m", "examples.speech", "--device", device, "--epochs", "3", "--out", str(out / "demo")]
+    return Step("demo", command, 90, "demo.log", proof=r"change <= 3 %", optional=True)
 
 
 def sanitizer(tool, device):

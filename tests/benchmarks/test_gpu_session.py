@@ -145,7 +145,7 @@ def test_the_steps_and_their_limits(tmp_path):
     assert found["build"].environment["TORCH_CUDA_ARCH_LIST"] == "9.0"
     assert "cuda" in found["exercise"].command and "cpu" not in found["benchmark"].command
     assert session.SECONDS < 480 and all(s.limit <= 170 for s in found.values())
-    assert [name for name, s in found.items() if s.optional] == ["ncu value", "ncu norm"]
+    assert [name for name, s in found.items() if s.optional] == ["ncu value", "ncu norm", "demo"]
     assert len({s.log for s in found.values()} | {"gpu.json", "session.json"}) <= 8
 
 
