@@ -163,7 +163,7 @@ def demo(out, device):
     """Trains the recogniser of `make demo` on the device. Its recordings are fetched on a machine with a network: carry
     .cache/speech along; without them, and without a synthesiser, this step fails alone."""
     command = [sys.executable, "-m", "examples.speech", "--device", device, "--epochs", "3", "--out", str(out / "demo")]
-    return Step("demo", command, 90, "demo.log", proof=r"change <= 3 %", optional=True)
+    return Step("demo", command, 90, "benchmark.log", proof=r"change <= 3 %", optional=True)
 
 
 def sanitizer(tool, device):
