@@ -146,8 +146,8 @@ class clipped_accumulation:  # noqa: N801  a context manager, named as torch nam
     def _add(self, grads):
         """Adds the gradients, clipped, to those that the parameters have."""
         group = self._sum.param_groups[0]
-        others = ("clip_value", "skip_norm", "skip_nonfinite")
-        of_norm_alone = not any(group[name] not in (None, False) for name in others) and self._scaler is None
+        of_norm_alone = group["clip_value"] is group["skip_norm"] is self._scaler is None
+        of_norm_alone = of_norm_alone and not group["skip_nonfinite"]
         if of_norm_alone and group["max_norm"] is not None and all(p.grad is None for p in grads):
             self._clip_the_first(grads, group)
             return
@@ -176,7 +176,7 @@ class clipped_accumulation:  # noqa: N801  a context manager, named as torch nam
             state[first] = dict(self._histories)
         try:
             self._sum._update(self._sum.param_groups, scale)
-            self._histories = next((dict(entry) for entry in state.values() if entry), {})
+            self._histories = next((dict(entry) for entry in state.values() if entry), self._histories)
             stats = self._sum.clip_stats()
             self.total_norm, self.threshold = stats.total_norm, stats.threshold
         finally:

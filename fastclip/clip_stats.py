@@ -70,7 +70,7 @@ def norms_by_parameter(groups, measures, norm_type):
     """Returns the names of all parameters, and the norms of these measures of their gradients, over all ranks."""
     if measures is None:
         raise RuntimeError(
-            "the last step took no norm, or there was none: norms_by_parameter needs a limit on the norm, and "
+            "the last step took no norm, raised, or there was none: norms_by_parameter needs a limit on the norm, and "
             "max_norm=inf measures without a clip"
         )
     params = [param for group in groups for param in group["params"]]

@@ -70,17 +70,19 @@ class EmaNorm:
     step is `ratio` * mean + `z` * deviation of the norms *before* the step, and not below `floor` or above `ceiling`.
     Before `warmup` norms are there, it is `ceiling`.
 
-    Mean and variance are those of the first `warmup` norms, then moving averages. What enters is the norm, or the limit
-    without `floor` and `ceiling` where that is smaller; as `skip_norm`, at least twice the mean, so that after a
-    lasting rise the limit follows. 0, inf and NaN never enter, and a step with an inf or NaN is left out.
+    Mean and variance are those of the first `warmup` norms, then moving averages. What enters is the norm, cut at the
+    limit without `floor` and `ceiling`; at twice the mean, if the limit is below the mean, or is a `skip_norm` below
+    that, so that after a lasting rise it follows. 0, inf and NaN never enter, and a step with an inf or NaN is left
+    out. In float64, norms below 1e-150 or above 1e150 are beyond the range of a variance.
 
     Args:
-        z (float): 0 or more.
+        z (float): 0 or more. With 0, a `ratio` of 1 lets the limit sink: what enters is cut at the mean itself.
         ratio (float): above 0; of a `skip_norm`, 1 or more, and above 1 if `z` is 0.
         decay (float): of the moving averages, at least 0 and below 1.
         warmup (int): number of norms, 1 or more.
-        above (str): "threshold", or "reciprocal": a norm that is more than `z` deviations above the mean, s of them, is
-            limited to `ratio` * mean + `z` * deviation * `z` / s. The larger the spike, the closer to the mean.
+        above (str): "threshold"; or "reciprocal": a norm that is more than `z` deviations above the mean, s of them, is
+            limited to `ratio` * mean + `z` * deviation * `z` / s. The larger the spike, the closer to the mean;
+            so the limit hardly follows a lasting rise.
         floor, ceiling (float): bounds of the limit, in the gradients' units.
 
     Raises:
@@ -164,7 +166,7 @@ def complete_rule(value: Any, what: str, leaves_out: bool = False) -> dict[str, 
     if isinstance(value, Mapping):
         settings = dict(value)
         name = settings.pop("rule", None)
-        if name not in RULES:
+        if not isinstance(name, str) or name not in RULES:
             raise ValueError(f"the rule of {what} must be {names}, got {name!r}")
         unknown = [key for key in settings if key not in RULES[name].__dataclass_fields__]
         if unknown:

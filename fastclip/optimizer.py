@@ -15,7 +15,7 @@ from ._extension import _C
 from .checkpoints import complete, groups_in_file, is_flat_loader, numbers_in, restore_dtypes
 from .distributed import gradients_placed_as, is_dtensor, reduction_of, step_on_shards, total_measure, who_shares_out
 from .eager import eager
-from .norm_rules import complete_rules
+from .norm_rules import complete_rules, is_rule
 from .pieces import Given
 from .plain import history
 from .plain import step as plain
@@ -139,8 +139,20 @@ class ClippedOptimizer(torch.optim.Optimizer):
         # A checkpoint of plain torch knows of no clip: this optimizer's own settings stay.
         for index, group in enumerate(self.param_groups):
             complete(group, own_groups[index] if index < len(own_groups) else self.defaults)
+            if any(is_rule(group[name]) for name in HISTORIES):  # it may be this optimizer's, and the rest the file's
+                group["skip_nonfinite"] = True
         if self._loading is not None:
             restore_dtypes(self, self._rule, self._loading)
+
+    def state_dict(self):
+        """Returns the state as torch does. Norms that rules remember stand beside the first parameter that has states.
+
+        Example:
+            >>> opt = fastclip.SGD(model.parameters(), lr=0.1, momentum=0.9, max_norm="quantile")
+            >>> torch.save(opt.state_dict(), "optimizer.pt")
+        """
+        history.settle(self.param_groups, self.state)
+        return super().state_dict()
 
     def load_state_dict(self, state_dict):
         """Loads as torch does, except that states keep the dtypes that this optimizer gives them. torch rounds all

@@ -101,7 +101,6 @@ std::optional<NotCovered> Engine::step(PyObject* groups, PyObject* state, PyObje
   run(norm_clip, {scale, inf});
   if (states.has_new() && !((norm_clip.may_skip() || (joint && inf.defined())) && was_skipped())) {
     states.store();
-    histories_.add_entries(rule_, groups_);
   }
   return {};
 }
@@ -140,7 +139,7 @@ void Engine::remember(const NormClip& norm_clip, bool skipped_by_host) {
   last_ = {norm_clip, false, false, skipped_by_host, {}, walk_.first_device()};
   for (const Group& group : groups_) last_.clamps |= clips_value(group.hyper);
   for (Part& part : walk_.parts()) {
-    part.stepped = part.in_use() && !skipped_by_host;
+    part.stepped = part.keeps_tables = part.in_use() && !skipped_by_host;
     part.stepped_clampable = part.stepped ? part.step.clampable : 0;
     last_.asks_device |= part.stepped && (part.step.found_inf || norm_clip.may_skip());
   }
@@ -237,6 +236,7 @@ std::pair<at::Tensor, Norm> Engine::measures_by_parameter() const {
   auto* const rows = static_cast<Measure*>(measures.mutable_data_ptr());
   for (const Part& part : walk_.parts()) {
     if (!part.stepped) continue;
+    if (!part.keeps_tables) return {{}, Norm::none};
     const std::vector<Measure> of_part = part.measures_by_tensor();
     for (size_t i = 0; i < of_part.size(); ++i) combine(norm, rows[part.step.tensors[i].index], of_part[i]);
   }

@@ -15,18 +15,21 @@ namespace {
 bool fits(PyObject* value, const NormLimit& limit, c10::Device device) {
   if (!is_tensor(value)) return false;
   const at::Tensor& tensor = THPVariable_Unpack(value);
-  return is_ordinary(tensor.unsafeGetTensorImpl()) && tensor.scalar_type() == at::kDouble && tensor.is_contiguous() &&
-         tensor.numel() == doubles_of_history(limit) && tensor.device() == device && !tensor.is_inference();
+  const int64_t numel = doubles_of_history(limit);
+  if (!is_ordinary(tensor.unsafeGetTensorImpl()) || tensor.scalar_type() != at::kDouble || tensor.dim() != 1)
+    return false;
+  const size_t end = (tensor.storage_offset() + numel) * sizeof(double);
+  return tensor.is_contiguous() && tensor.numel() == numel && tensor.device() == device && !tensor.is_inference() &&
+         tensor.storage().nbytes() >= end;
 }
 
 // Asks fastclip/plain/history.py to make one that fits of another: it is on another device, of another window, or from
 // a file that torch.optim has written.
-at::Tensor adopted(PyObject* value, const NormLimit& limit, c10::Device device) {
+Held adopted(PyObject* value, const NormLimit& limit, c10::Device device) {
   const Held module = checked(PyImport_ImportModule("fastclip.plain.history"));
   const Held window = checked(PyLong_FromLong(limit.window)),
              where = checked(PyUnicode_FromString(device.str().c_str()));
-  const Held made = checked(PyObject_CallMethod(module.object, "adopted", "OOO", value, window.object, where.object));
-  return THPVariable_Unpack(made.object);
+  return checked(PyObject_CallMethod(module.object, "adopted", "OOO", value, window.object, where.object));
 }
 
 // The parameter that a new one stands beside: the first that has a gradient; or the first, where only other ranks have
@@ -59,7 +62,6 @@ const Name& Histories::skip_norm_name() {
 
 void Histories::prepare(const std::vector<Group>& groups, Part& part) {
   const Limits& limits = groups.front().norm_clip.limits;
-  made_ = false;
   part.step.clip_history = prepare(of_max_norm_, limits.max_norm, groups, part.device);
   part.step.skip_history = prepare(of_skip_norm_, limits.skip_norm, groups, part.device);
 }
@@ -67,30 +69,24 @@ void Histories::prepare(const std::vector<Group>& groups, Part& part) {
 History* Histories::prepare(OfLimit& history, const NormLimit& limit, const std::vector<Group>& groups,
                             c10::Device device) {
   if (!limit.is_rule()) return nullptr;
-  Place place{0, 0, nullptr, nullptr};
-  Held found = states_.find_anywhere(history.name, history.hint, place.param);
-  if (found.object && fits(found.object, limit, device)) {
-    history.tensor = &THPVariable_Unpack(found.object);
-    borrowed_.write(*history.tensor);
-    borrowed_.keep(std::move(found));
+  PyObject* entry = nullptr;
+  Held found = states_.find_anywhere(history.name, history.hint, entry);
+  if (!found.object) {
+    const auto options = at::TensorOptions().dtype(at::kDouble).device(device);
+    history.tensor = states_.make(holder(groups), history.name, at::zeros({doubles_of_history(limit)}, options));
     return static_cast<History*>(history.tensor->mutable_data_ptr());
   }
-  const Held param(found.object ? place.param : nullptr);
-  if (found.object) borrowed_.hold();  // Python runs
-  const auto options = at::TensorOptions().dtype(at::kDouble).device(device);
-  at::Tensor made =
-      found.object ? adopted(found.object, limit, device) : at::zeros({doubles_of_history(limit)}, options);
-  made_ = true;
-  history.tensor = states_.make(found.object ? place : holder(groups), history.name, std::move(made));
-  return static_cast<History*>(history.tensor->mutable_data_ptr());
-}
-
-void Histories::add_entries(Rules::Id rule, const std::vector<Group>& groups) {
-  if (!made_) return;
-  for (const Group& group : groups) {
-    if (state_names(rule, group).any) return;
+  if (!fits(found.object, limit, device)) {
+    borrowed_.hold();  // Python runs
+    const Held kept(entry);
+    found = adopted(found.object, limit, device);
+    // At once, and not with the new states: the norm of a step that is left out must enter.
+    if (PyDict_SetItem(entry, history.name.object, found.object) != 0) throw PythonError{};
   }
-  states_.add_entries(groups);
+  history.tensor = &THPVariable_Unpack(found.object);
+  borrowed_.write(*history.tensor);
+  borrowed_.keep(std::move(found));
+  return static_cast<History*>(history.tensor->mutable_data_ptr());
 }
 
 Levels Histories::levels(const Limits& limits) const {
@@ -102,9 +98,6 @@ Levels Histories::levels(const Limits& limits) const {
   return {level(limits.max_norm, of_max_norm_.tensor), level(limits.skip_norm, of_skip_norm_.tensor)};
 }
 
-void Histories::end() {
-  made_ = false;
-  of_max_norm_.tensor = of_skip_norm_.tensor = nullptr;
-}
+void Histories::end() { of_max_norm_.tensor = of_skip_norm_.tensor = nullptr; }
 
 }  // namespace fastclip

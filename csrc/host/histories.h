@@ -19,9 +19,6 @@ class Histories {
   // Finds those that the limits need, or makes them, for a step that `part` takes; `groups` are all of the optimizer.
   // Raises where what is there is none.
   void prepare(const std::vector<Group>& groups, Part& part);
-  // A step has stored its states. Of a rule without states, torch.distributed.checkpoint would refuse a file that has a
-  // history beside one parameter, and nothing beside the others.
-  void add_entries(Rules::Id rule, const std::vector<Group>& groups);
   // The levels before the step. Waits for the device.
   Levels levels(const Limits& limits) const;
   void end();
@@ -37,7 +34,6 @@ class Histories {
 
   Borrowed& borrowed_;
   States& states_;
-  bool made_ = false;
   OfLimit of_max_norm_{max_norm_name()}, of_skip_norm_{skip_norm_name()};
 
   static const Name& max_norm_name();

@@ -106,7 +106,11 @@ NormLimit read_rule(PyObject* group, const Name& key, bool leaves_out, const std
                                                 static_cast<int>(leaves_out)));
   const auto limit = read_complete(rule.object, leaves_out);
   if (!limit) raise(PyExc_ValueError, key.text, where, " can't be read: ", repr(rule.object));
-  if (PyDict_SetItem(group, key.object, rule.object) != 0) throw PythonError{};
+  // Groups share one dict, which has all keys already. Another one, which may be the caller's, is left as it is.
+  const bool in_place = PyDict_CheckExact(given.object) && PyDict_Size(given.object) == PyDict_Size(rule.object);
+  const int failed =
+      in_place ? PyDict_Update(given.object, rule.object) : PyDict_SetItem(group, key.object, rule.object);
+  if (failed) throw PythonError{};
   return *limit;
 }
 

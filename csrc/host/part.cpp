@@ -71,7 +71,7 @@ void Part::clear() {
   step.hypers.clear();
   step.chunks = step.elements = step.clampable = 0;
   step.has_step_counts = step.has_unmeasured_params = false;
-  awaited = false;
+  awaited = keeps_tables = false;
   step.clip_history = step.skip_history = nullptr;
 }
 

@@ -62,6 +62,7 @@ class Part {
   Step step;
   // The last step that did not raise: whether it came here, and how many elements its value clip looked at.
   bool stepped = false;
+  bool keeps_tables = false;  // `step` is still that step's: no later one has begun
   int64_t stepped_clampable = 0;
   // The current row of hyperparameters: its group, whether it clips values, and the template for its tensors' entries.
   Py_ssize_t group = 0;

@@ -162,11 +162,10 @@ const at::Tensor* States::shard_in(const at::Tensor* state, const Name& name, co
   return found;
 }
 
-Held States::find_anywhere(const Name& name, Py_ssize_t& hint, PyObject*& param) {
+Held States::find_anywhere(const Name& name, Py_ssize_t& hint, PyObject*& entry) {
   PyObject* found = nullptr;
   const auto look = [&](Py_ssize_t& place) {
-    PyObject* entry = nullptr;
-    if (!PyDict_Next(state_, &place, &param, &entry)) return false;
+    if (!PyDict_Next(state_, &place, nullptr, &entry)) return false;
     found = PyDict_Check(entry) ? PyDict_GetItemWithError(entry, name.object) : nullptr;
     if (!found && PyErr_Occurred()) throw PythonError{};
     if (found == Py_None) found = nullptr;
@@ -250,17 +249,6 @@ void States::prepare() {
 void States::store() {
   for (New& added : new_) {
     if (PyDict_SetItem(added.entry.object, added.name->object, added.wrapped.object) != 0) throw PythonError{};
-  }
-}
-
-void States::add_entries(const std::vector<Group>& groups) {
-  for (const Group& group : groups) {
-    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(group.params.object); ++i) {
-      const Held param(PySequence_Fast_GET_ITEM(group.params.object, i));
-      if (!THPVariable_Unpack(param.object).requires_grad()) continue;
-      const Held empty = checked(PyDict_New());
-      if (!PyDict_SetDefault(state_, param.object, empty.object)) throw PythonError{};
-    }
   }
 }
 

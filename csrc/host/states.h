@@ -50,9 +50,9 @@ class States {
   // Looks up what there is of the parameter at `position` among all. May run Python, with other threads. Of a sharded
   // parameter, shards are found and made.
   ParamStates find(const Place& place, size_t position, const StateNames& names, const Shard* param_shard);
-  // Looks up a state that stands beside one parameter's, whichever that is, and that parameter. `hint` is where the
-  // last look-up found it.
-  Held find_anywhere(const Name& name, Py_ssize_t& hint, PyObject*& param);
+  // Looks up a state that stands beside one parameter's, whichever that is, and the entry that has it. `hint` is where
+  // the last look-up found it.
+  Held find_anywhere(const Name& name, Py_ssize_t& hint, PyObject*& entry);
   bool ran_python() const { return ran_python_; }  // in the last `find`
 
   // Notes a state that the step makes; it gets into the dict by `store`. The pointer holds until `end`.
@@ -68,8 +68,6 @@ class States {
   // for lack of memory.
   void prepare();
   void store();
-  // Gives each trained parameter an entry in the state, if only an empty one.
-  void add_entries(const std::vector<Group>& groups);
 
  private:
   struct New {

@@ -90,7 +90,7 @@ FASTCLIP_HD_RARE double value_of(const NormLimit& limit, const Level& level, dou
   if (!limit.is_rule()) return limit.ceiling;
   const double value = unbounded_limit(limit, level, norm);
   const double raised = value < limit.floor ? limit.floor : value;
-  return raised > limit.ceiling ? limit.ceiling : raised;
+  return raised < limit.ceiling ? raised : limit.ceiling;  // also where it is NaN: a file's history was none
 }
 
 // A thread that does by itself what a GPU's warp does together, see cuda/decision.cuh.
@@ -118,8 +118,9 @@ FASTCLIP_HD void push_to_ring(const NormLimit& limit, History* history, double n
   const int window = limit.window;
   double* const ring = ring_of(history);
   double* const sorted = ring + window;
-  const bool full = history->seen >= window;
-  const int count = full ? window : static_cast<int>(history->seen);
+  // Whatever a file has put there, nothing outside is touched.
+  const bool full = !(history->seen < window);
+  const int count = full ? window : history->seen > 0 ? static_cast<int>(history->seen) : 0;
   const int next = history->next >= 0 && history->next < window ? static_cast<int>(history->next) : 0;
   const int after = workers.count_below(sorted, count, norm);
   int gap = full ? workers.count_below(sorted, count, ring[next]) : count;  // where the oldest one is
@@ -134,21 +135,23 @@ FASTCLIP_HD void push_to_ring(const NormLimit& limit, History* history, double n
   history->seen += 1;
 }
 
-// Puts a norm into the averages: those of the first `warmup` norms, then moving ones. What enters is no larger than the
-// limit. Where this step is left out for its norm, it is no smaller than twice the mean either: without any deviation
-// the limit would never rise, and all steps would be left out from then on.
+// Puts a norm into the averages: those of the first `warmup` norms, then moving ones. What enters is cut at the limit.
+// A limit below the mean, as of a ratio below 1, would bring the mean to 0, and a skip_norm below twice the mean might
+// never rise, and leave out all steps from then on: what enters is then cut at twice the mean.
 FASTCLIP_HD void push_to_averages(const NormLimit& limit, History* history, const Level& level, double norm,
                                   bool leaves_out) {
-  const double mean = history->mean, variance = history->variance;
+  double mean = history->mean, variance = history->variance, seen = history->seen;
+  const bool sound = seen > 0 && mean > 0 && variance >= 0;
+  if (!sound) mean = variance = seen = 0;
   double next_mean, next_variance;
-  if (history->seen < limit.warmup) {
-    const double weight = 1 / (history->seen + 1);
+  if (seen < limit.warmup) {
+    const double weight = 1 / (seen + 1);
     const double distance = norm - mean;
     next_mean = mean + distance * weight;
     next_variance = variance + (distance * (norm - next_mean) - variance) * weight;
   } else {
-    double most = unbounded_limit(limit, level, norm);
-    if (leaves_out && most < 2 * mean) most = 2 * mean;
+    const double limited = unbounded_limit(limit, level, norm);
+    const double most = limited >= (leaves_out ? 2 * mean : mean) ? limited : 2 * mean;
     const double entering = norm < most ? norm : most;
     next_mean = limit.decay * mean + (1 - limit.decay) * entering;
     const double distance = entering - next_mean;
@@ -157,7 +160,7 @@ FASTCLIP_HD void push_to_averages(const NormLimit& limit, History* history, cons
   if (!(next_variance < HUGE_VAL)) return;  // float64 norms above 1e154
   history->mean = next_mean;
   history->variance = next_variance;
-  history->seen += 1;
+  history->seen = seen + 1;
 }
 
 // Remembers the norm of a step. 0 and numbers that are not finite never enter. `level` is that of before the step;

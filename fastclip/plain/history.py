@@ -55,9 +55,10 @@ def _is_sound(numbers, window):
     if len(numbers) != NUMBERS + 2 * window:
         return False
     seen, following, mean, variance = numbers[:4]
-    norms = norms_in(numbers) if window else [mean, *[variance] * (variance > 0)] * (seen > 0)
+    norms = norms_in(numbers) if window else [mean] * (seen > 0)
     return (
         0 <= seen < math.inf
+        and 0 <= variance < math.inf
         and (0 <= following < window or not window)
         and all(0 < norm < math.inf for norm in norms)
         and (not window or numbers[NUMBERS + window :][: len(norms)] == sorted(norms))
@@ -100,7 +101,7 @@ def unbounded_limit(rule, level, norm):
 
 
 def limit_of(rule, numbers, norm):
-    return min(max(unbounded_limit(rule, level_of(rule, numbers), norm), rule["floor"]), rule["ceiling"])
+    return min(rule["ceiling"], max(rule["floor"], unbounded_limit(rule, level_of(rule, numbers), norm)))
 
 
 def push(rule, numbers, norm, leaves_out):
@@ -122,8 +123,8 @@ def push(rule, numbers, norm, leaves_out):
         variance += (distance * (norm - following_mean) - variance) * weight
     else:
         most = unbounded_limit(rule, level_of(rule, numbers), norm)
-        if leaves_out:
-            most = max(most, 2 * mean)  # or the limit might never rise, and all steps be left out from then on
+        if most < (2 * mean if leaves_out else mean):  # it would fall to 0, or might never rise
+            most = 2 * mean
         entering, decay = min(norm, most), rule["decay"]
         following_mean = decay * mean + (1 - decay) * entering
         distance = entering - following_mean
@@ -135,11 +136,9 @@ def push(rule, numbers, norm, leaves_out):
 class Histories:
     """What a step's rules remember, and the limits that follow."""
 
-    def __init__(self, groups, state, params, keeps_states):
+    def __init__(self, groups, state, params):
         self._state = state
         self._holder = params[0] if params else next((p for group in groups for p in group["params"]), None)
-        trained = [p for group in groups for p in group["params"] if p.requires_grad]
-        self._without_states = [] if keeps_states else trained
         self._limits = {name: groups[0][name] for name in HISTORIES} if groups else {}
         self._rules = {name: limit for name, limit in self._limits.items() if isinstance(limit, dict)}
         self._numbers = {name: self._read(name, rule) for name, rule in self._rules.items()}
@@ -150,13 +149,12 @@ class Histories:
         history, entry = find(self._state, HISTORIES[name])
         if history is None:
             return [0.0] * (NUMBERS + 2 * window)
-        if isinstance(history, torch.Tensor) and item_of(history.detach()[0], unknown=None) is None:
-            return None
-        if not isinstance(history, torch.Tensor) or (history.dtype, history.numel()) != (
-            torch.float64,
-            NUMBERS + 2 * window,
-        ):
-            history = entry[HISTORIES[name]] = adopted(history, window, self._holder.device)
+        if isinstance(history, torch.Tensor) and history.numel() > 0:
+            if item_of(history.detach().flatten()[0], unknown=None) is None:
+                return None
+            if history.dtype == torch.float64 and history.dim() == 1 and _is_sound(history.tolist(), window):
+                return history.tolist()
+        history = entry[HISTORIES[name]] = adopted(history, window, self._holder.device)
         return history.tolist()
 
     def limit(self, name, norm):
@@ -181,15 +179,29 @@ class Histories:
             values = torch.tensor(numbers, dtype=torch.float64, device=self._holder.device)
             if history is None and stores:
                 self._state[self._holder][HISTORIES[name]] = values
-                self._add_entries()
             elif history is not None:
                 history.copy_(values)
 
-    def _add_entries(self):
-        """Gives each parameter an entry in the state, where the rule keeps none: `torch.distributed.checkpoint` would
-        refuse a file that has a history beside one parameter, and nothing beside the others."""
-        for param in self._without_states:
-            self._state.setdefault(param, {})
+
+def settle(groups, state):
+    """Lets histories stand where a checkpoint needs them: beside the first parameter of the groups that has states of
+    its own. Where none has, all get an entry: `torch.distributed.checkpoint` refuses a file in which some have none."""
+    found = {name: find(state, name) for name in HISTORIES.values()}
+    found = {name: (history, entry) for name, (history, entry) in found.items() if history is not None}
+    params = [param for group in groups for param in group["params"]]
+    if not found or not params:
+        return
+    with_states = [param for param in params if state.get(param, {}).keys() - found.keys()]
+    trained = [param for param in params if param.requires_grad] or params
+    for param in [] if with_states else trained:
+        state.setdefault(param, {})
+    holder = state[(with_states or trained)[0]]
+    for name, (history, entry) in found.items():
+        del entry[name]
+        holder[name] = history
+    kept = set(map(id, params))
+    for param in [p for p, entry in state.items() if entry == {} and id(p) not in kept]:
+        del state[param]  # as without a rule: a dropped parameter had no state
 
 
 def norm_history(groups, state):

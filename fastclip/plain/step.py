@@ -94,7 +94,7 @@ def step(rule, groups, state, grad_scale=None, found_inf=None, reductions=None, 
     stepped = [[p for p in group["params"] if p.grad is not None] for group in groups]
     params = [p for group_params in stepped for p in group_params]
     limits, skip_nonfinite = limits_of(groups), groups[0]["skip_nonfinite"]
-    histories = Histories(groups, state, params, any(keeps_states(rule, group) for group in groups))
+    histories = Histories(groups, state, params)
     inverse_scale = None if grad_scale is None else grad_scale.double().reciprocal().float()
     moved, looked_at = 0, 0
     with torch.set_grad_enabled(any(group["differentiable"] for group in groups)):
@@ -126,6 +126,8 @@ def step(rule, groups, state, grad_scale=None, found_inf=None, reductions=None, 
             sums, found_inf = sums_of_all(sums_among, both, limits.norm_type, found_inf, reductions)
             decision = decide(sums, limits, smallest_norm(counted or (), numels, limits.norm_type), histories)
         if found_inf is not None and item_of(found_inf, unknown=0) != 0:
+            if by_parameter is not None:  # as the kernels, which have measured nothing
+                by_parameter.update({i: torch.full_like(measure, math.nan) for i, measure in by_parameter.items()})
             return stats_of(groups, limits, decide_by_norm(math.inf, histories), skipped=True)
         if skip_nonfinite and not item_of(sums[:3].isfinite().all(), unknown=True):
             return stats_of(groups, limits, decision, skipped=True)
@@ -145,16 +147,11 @@ def step(rule, groups, state, grad_scale=None, found_inf=None, reductions=None, 
     return stats_of(groups, limits, decision, moved, looked_at)
 
 
-def keeps_states(rule, group):
-    """Returns whether each parameter of a group has states of its own."""
-    return bool(rule.states(group) or rule.counts_steps or group["stochastic_rounding"] or group["master_weights"])
-
-
 def positions_of(groups, measures):
     """Returns measures by their parameters' first positions among the parameters of all groups."""
     params = [p for group in groups for p in group["params"]]
     first = {p: position for position, p in reversed([*enumerate(params)])}
-    return {first[p]: measure for p, measure in measures.items()}
+    return {first[p]: measure.detach() for p, measure in measures.items()}
 
 
 def sums_of_all(sums_among, params, norm_type, found_inf, reductions):

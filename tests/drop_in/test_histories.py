@@ -250,3 +250,113 @@ def test_from_device_to_device():
     other = by_file(optimizer, "momentum", ours)
     assert other.state[ours[0]]["clip_history"].device.type == "cuda"
     assert torch.equal(other.norm_history().cpu(), optimizer.norm_history())
+
+
+def test_a_changed_window_does_not_leave_out_steps_for_ever():
+    """A history that is made anew is kept, also where the step that made it is left out."""
+    p = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    skip = fastclip.QuantileNorm(window=8, warmup=2)
+    optimizer = fastclip.SGD([p], lr=0.1, skip_norm=skip)
+    p.grad = torch.ones_like(p)
+    for _ in range(10):
+        optimizer.step()
+    optimizer.param_groups[0]["skip_norm"]["window"] = 16
+    p.grad = torch.full_like(p, 100.0)
+    for _ in range(12):
+        optimizer.step()
+    assert optimizer.skipped_steps < 10 and not optimizer.clip_stats().skipped
+
+
+@pytest.mark.parametrize("value", [float("nan"), -5e7, float("inf"), -float("inf"), 1e300, 0.5])
+@pytest.mark.parametrize("place", [0, 1, 2, 3, 8, 15, slice(None)], ids=str)
+@pytest.mark.parametrize(
+    "rule", [fastclip.QuantileNorm(window=6, warmup=2), fastclip.EmaNorm(warmup=2)], ids=["q", "ema"]
+)
+def test_no_value_in_a_history_harms_the_model(rule, place, value):
+    """Of the right size and dtype, as a broken file may have it."""
+    p = torch.zeros(3, requires_grad=True)
+    optimizer = fastclip.SGD([p], lr=0.1, max_norm=rule, skip_norm=rule)
+    p.grad = torch.ones_like(p)
+    for _ in range(9):
+        optimizer.step()
+    for name in HISTORIES:
+        history = optimizer.state[p][name]
+        if isinstance(place, slice) or place < len(history):
+            history[place] = value
+    for _ in range(40):
+        optimizer.step()
+    assert p.isfinite().all() and not optimizer.clip_stats().threshold.isnan()
+
+
+def test_a_file_with_numbers_into_an_optimizer_with_rules():
+    """The file's settings win; a rule that it does not know stays, and with it skip_nonfinite."""
+    params = make_params(SHAPES)
+    file = fastclip.SGD(params, lr=0.1, max_norm=1.0).state_dict()
+    for group in file["param_groups"]:
+        del group["skip_norm"]
+    optimizer = fastclip.SGD(params, lr=0.1, max_norm="quantile", skip_norm="ema")
+    optimizer.load_state_dict(file)
+    (group,) = optimizer.param_groups
+    assert (group["max_norm"], group["skip_norm"]["rule"], group["skip_nonfinite"]) == (1.0, "ema", True)
+    step(optimizer, params, 0)
+
+
+@pytest.mark.parametrize("rule", ["SGD", "momentum", "AdamW"])
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
+def test_distributed_checkpoints_where_the_first_parameter_had_no_gradient_at_first(rule, flat, tmp_path):
+    model, other = (torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2)) for _ in range(2))
+    optimizer, options = make(rule, model.parameters(), **limits()), StateDictOptions(flatten_optimizer_state_dict=flat)
+    for seed in range(9):
+        torch.manual_seed(seed)
+        give_grads(list(model.parameters()))
+        if seed < 4:
+            model[0].weight.grad = None
+        optimizer.step()
+    before = optimizer.norm_history()
+    dcp.save({"optim": get_optimizer_state_dict(model, optimizer, options=options)}, checkpoint_id=tmp_path)
+    loaded = make(rule, other.parameters(), **limits())
+    target = {"optim": get_optimizer_state_dict(other, loaded, options=options)}
+    dcp.load(target, checkpoint_id=tmp_path)
+    set_optimizer_state_dict(other, loaded, target["optim"], options=options)
+    assert torch.equal(loaded.norm_history(), before)
+    assert torch.equal(optimizer.norm_history(), before)
+
+
+def test_a_rule_whose_parameters_have_no_states_and_distributed_checkpoints(tmp_path):
+    model = torch.nn.Linear(4, 3)  # float32: no master weights
+    optimizer = fastclip.SGD(model.parameters(), lr=0.1, master_weights=True, **limits())
+    step(optimizer, list(model.parameters()), 0)
+    dcp.save({"optim": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=tmp_path)
+    other = torch.nn.Linear(4, 3)
+    loaded = fastclip.SGD(other.parameters(), lr=0.1, master_weights=True, **limits())
+    target = {"optim": get_optimizer_state_dict(other, loaded)}
+    dcp.load(target, checkpoint_id=tmp_path)
+    set_optimizer_state_dict(other, loaded, target["optim"])
+    assert torch.equal(loaded.norm_history(), optimizer.norm_history())
+
+
+def test_a_dropped_parameter_takes_no_history_with_it():
+    params = make_params(SHAPES)
+    optimizer = make("SGD", params, **limits())
+    for seed in range(5):
+        step(optimizer, params, seed)
+    before = optimizer.norm_history()
+    optimizer.param_groups[0]["params"] = params[1:]
+    other = make("SGD", copy_params(params[1:]), **limits())
+    other.load_state_dict(optimizer.state_dict())
+    assert torch.equal(other.norm_history(), before) and torch.equal(optimizer.norm_history(), before)
+
+
+@pytest.mark.parametrize("broken", [None, [1.0, 2.0], "text"])
+def test_a_file_whose_history_is_none(broken):
+    optimizer, params = trained("momentum")
+    file = optimizer.state_dict()
+    file["state"][0]["clip_history"] = broken
+    other = make("momentum", params, **limits())
+    other.load_state_dict(file)
+    if broken is None:
+        step(other, params, 0)
+        assert other.norm_history().numel() == 1
+    else:
+        with pytest.raises(TypeError, match="the history of norms in the state must be a tensor"):
+            step(other, params, 0)

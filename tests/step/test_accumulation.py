@@ -330,3 +330,30 @@ def test_micro_batches_above_skip_norm_are_left_out():
     assert micro_batch.skipped == 1
     for total, grad in zip(expected, grads, strict=True):
         torch.testing.assert_close(total, 4 * grad)
+
+
+def test_limits_of_0_and_bounds_that_are_arrays():
+    params = params_of()
+    for settings, largest in (
+        ({"clip_value": 0, "max_norm": 1.0}, 0.0),
+        ({"skip_norm": 0.0}, 0.0),
+        ({"clip_value": torch.tensor([-1.0, 1.0])}, 1.0),
+    ):
+        micro_batch = fastclip.clipped_accumulation(torch.optim.SGD(params, 0.1), **settings)
+        with micro_batch:
+            give(params, 10.0)
+        assert max(p.grad.abs().max().item() for p in params if p.numel()) == largest
+        for p in params:
+            p.grad = None
+
+
+def test_a_micro_batch_without_gradients_forgets_nothing():
+    params = params_of()
+    micro_batch = fastclip.clipped_accumulation(torch.optim.SGD(params, 0.1), max_norm="quantile")
+    for number in range(3):
+        with micro_batch:
+            give(params, seed=number)
+    before = micro_batch.state_dict()["clip_history"]
+    with micro_batch:
+        pass
+    assert torch.equal(micro_batch.state_dict()["clip_history"], before) and before[0] == 3

@@ -117,7 +117,7 @@ def test_where_there_are_no_norms():
     for settings in ({}, {"clip_value": 0.5}):
         optimizer = fastclip.SGD(params, lr=0.1, **settings)
         for _ in range(2):
-            with pytest.raises(RuntimeError, match="the last step took no norm, or there was none: norms_by_parameter"):
+            with pytest.raises(RuntimeError, match="the last step took no norm, raised, or there was none: norms_by"):
                 optimizer.norms_by_parameter()
             optimizer.step()
     optimizer = fastclip.SGD(params, lr=0.1, max_norm=1.0)
@@ -129,6 +129,33 @@ def test_where_there_are_no_norms():
         optimizer.norms_by_parameter()
     optimizer.step()
     assert_norms(optimizer, exact_norms([*params, torch.zeros(2)]))
+
+
+def test_after_a_step_that_raised_there_are_none():
+    params = make_params([(3,), (5000,)])
+    optimizer = fastclip.SGD(params, lr=0.1, max_norm=1.0)
+    params[0].grad = torch.ones(3)
+    optimizer.step()
+    params[1].grad = torch.ones(5000)
+    optimizer.param_groups[0]["lr"] = math.nan
+    with pytest.raises(ValueError):
+        optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.1
+    with pytest.raises(RuntimeError, match="the last step took no norm, raised"):
+        optimizer.norms_by_parameter()
+    optimizer.step()
+    assert_norms(optimizer, exact_norms(params))
+
+
+@falls_back
+def test_a_step_in_plain_torch_that_amp_skips():
+    params = make_params([(3, 4), (5,)])
+    optimizer = fastclip.SGD(params, lr=0.1, max_norm=1.0)
+    give_grads(params)
+    params[0].grad = params[0].grad.t().contiguous().t()
+    optimizer.grad_scale, optimizer.found_inf = torch.ones(1), torch.ones(1)
+    optimizer.step()
+    assert optimizer.norms_by_parameter()[1].isnan().all()
 
 
 def test_norm_history(device):

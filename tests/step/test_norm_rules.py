@@ -411,7 +411,26 @@ def test_groups_share_a_rule(device):
         optimizer.step()
 
 
+def test_an_int_in_a_shared_rule_leaves_it_shared():
+    params = make_params([(4,), (3,)])
+    optimizer = fastclip.SGD([{"params": [p]} for p in params], lr=0.1, max_norm="quantile")
+    first, second = optimizer.param_groups
+    for scale in (3, 4.0):
+        first["max_norm"]["scale"] = scale
+        give_grads(params)
+        optimizer.step()
+        assert second["max_norm"] is first["max_norm"] and second["max_norm"]["scale"] == scale
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["kernels", "plain torch"])
+def test_a_ratio_below_1_does_not_bring_the_limit_to_0(plain):
+    optimizer = one(max_norm=fastclip.EmaNorm(z=0, ratio=0.5))
+    norms = lognormal(1500, 0.1)
+    assert thresholds(optimizer, norms, plain)[-1] == pytest.approx(0.5 * np.mean(norms), rel=0.1)
+
+
 BAD = {
+    "no hash": ({"rule": ["x"]}, "the rule of max_norm in param_groups.0. must be 'quantile' or 'ema'"),
     "no such rule": ({"rule": "median"}, "the rule of max_norm in param_groups.0. must be 'quantile' or 'ema'"),
     "no rule": ({"q": 0.5}, "must be 'quantile' or 'ema', got None"),
     "no such key": ({"rule": "ema", "q": 0.5}, "the rule 'ema' has no 'q'; it has z, ratio, decay"),
