@@ -82,7 +82,7 @@ struct Decision {
   bool skip;
 };
 
-FASTCLIP_HD_RARE Decision decision_at(double norm, const Limits& limits, const Levels& levels) {
+FASTCLIP_HD_RARE Decision decision_at(double norm, const Limits& limits, Levels levels) {
   Decision decision{
       norm, value_of(limits.max_norm, levels.max_norm, norm), value_of(limits.skip_norm, levels.skip_norm, norm), 0, {},
       false};
@@ -92,14 +92,13 @@ FASTCLIP_HD_RARE Decision decision_at(double norm, const Limits& limits, const L
 }
 
 // Returns the decision of a step that AMP skips.
-FASTCLIP_HD Decision skipped(const Limits& limits, const Levels& levels) {
+FASTCLIP_HD Decision skipped(const Limits& limits, Levels levels) {
   Decision decision = decision_at(HUGE_VAL, limits, levels);
   decision.skip = true;
   return decision;
 }
 
-FASTCLIP_HD Decision decide(Norm norm, const Sums& sums, const Limits& limits, const Levels& levels,
-                            bool skip_nonfinite) {
+FASTCLIP_HD Decision decide(Norm norm, const Sums& sums, const Limits& limits, Levels levels, bool skip_nonfinite) {
   Decision decision = decision_at(total_norm(norm, sums.grads), limits, levels);
   // No sum of finite gradients overflows, so this is not 0 exactly if a gradient is not finite.
   const Measure& sum = sums.grads;

@@ -79,14 +79,14 @@ FASTCLIP_HD_RARE Level level_of(const NormLimit& limit, History* history) {
 }
 
 // Returns the limit for a step with this norm, without floor and ceiling.
-FASTCLIP_HD double unbounded_limit(const NormLimit& limit, const Level& level, double norm) {
+FASTCLIP_HD double unbounded_limit(const NormLimit& limit, Level level, double norm) {
   double above = limit.z * level.deviation;
   const double distance = norm - level.center;
   if (limit.reciprocal && distance > above) above *= above / distance;
   return limit.factor * level.center + above;
 }
 
-FASTCLIP_HD_RARE double value_of(const NormLimit& limit, const Level& level, double norm) {
+FASTCLIP_HD_RARE double value_of(const NormLimit& limit, Level level, double norm) {
   if (!limit.is_rule()) return limit.ceiling;
   const double value = unbounded_limit(limit, level, norm);
   const double raised = value < limit.floor ? limit.floor : value;
@@ -114,7 +114,7 @@ struct Alone {
 
 // Puts a norm into the ring, in place of the oldest, and among the sorted ones.
 template <class Workers>
-FASTCLIP_HD void push_to_ring(const NormLimit& limit, History* history, double norm, const Workers& workers) {
+FASTCLIP_HD void push_to_ring(const NormLimit& limit, History* history, double norm, Workers workers) {
   const int window = limit.window;
   double* const ring = ring_of(history);
   double* const sorted = ring + window;
@@ -138,8 +138,7 @@ FASTCLIP_HD void push_to_ring(const NormLimit& limit, History* history, double n
 // Puts a norm into the averages: those of the first `warmup` norms, then moving ones. What enters is cut at the limit.
 // A limit below the mean, as of a ratio below 1, would bring the mean to 0, and a skip_norm below twice the mean might
 // never rise, and leave out all steps from then on: what enters is then cut at twice the mean.
-FASTCLIP_HD void push_to_averages(const NormLimit& limit, History* history, const Level& level, double norm,
-                                  bool leaves_out) {
+FASTCLIP_HD void push_to_averages(const NormLimit& limit, History* history, Level level, double norm, bool leaves_out) {
   double mean = history->mean, variance = history->variance, seen = history->seen;
   const bool sound = seen > 0 && mean > 0 && variance >= 0;
   if (!sound) mean = variance = seen = 0;
@@ -166,8 +165,8 @@ FASTCLIP_HD void push_to_averages(const NormLimit& limit, History* history, cons
 // Remembers the norm of a step. 0 and numbers that are not finite never enter. `level` is that of before the step;
 // `leaves_out`: the limit is skip_norm.
 template <class Workers>
-FASTCLIP_HD_RARE void push(const NormLimit& limit, History* history, const Level& level, double norm, bool leaves_out,
-                           const Workers& workers) {
+FASTCLIP_HD_RARE void push(const NormLimit& limit, History* history, Level level, double norm, bool leaves_out,
+                           Workers workers) {
   if (!history || !(norm > 0 && norm < HUGE_VAL)) return;
   if (limit.kind == NormLimit::Kind::quantile) {
     push_to_ring(limit, history, norm, workers);
