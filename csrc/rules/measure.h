@@ -64,7 +64,7 @@ FASTCLIP_HD void combine(Norm norm, Measure& into, const Measure& other) {
   }
 }
 
-FASTCLIP_HD_RARE double total_norm(Norm norm, const Measure& m) {
+FASTCLIP_HD_RARE double total_norm(Norm norm, Measure m) {
   if (norm == Norm::inf) return m.medium;
   if (m.big > 0) return sqrt(m.big + (m.medium * kScaleBig) * kScaleBig) / kScaleBig;
   if (m.small > 0 && m.medium < 1e-200) {
