@@ -1,22 +1,18 @@
 """python -m benchmarks accumulation: what a micro-batch's clip and addition take, against torch, on the CPU."""
 
-import argparse
 import itertools
 import sys
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import fastclip
 
-from .core import record, rows, timing
+from .core import command, record, rows, timing
 from .core.models import MODELS
 from .core.problem import Problem
-from .cpu import thread_counts
 from .report import tensors as report
 
-DEFAULT = ["dnn", "gru-ctc", "tiny-600", "conformer-m", "dense-100m"]
 BASE = "fastclip"
 MAX_NORM = 1e-3  # below all norms: each micro-batch is clipped
 
@@ -24,27 +20,11 @@ MAX_NORM = 1e-3  # below all norms: each micro-batch is clipped
 def main(arguments=None):
     """Returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    options = parse(arguments)
+    options = command.parse("accumulation", __doc__, arguments, rounds=20)
     found = record.describe(arguments, "python -m benchmarks accumulation") | {"kind": "accumulation", "cases": []}
     for model, threads in tqdm(list(itertools.product(options.model, options.threads)), unit="case"):
         found["cases"].append(measure(model, threads, options.rounds))
-    print(report.markdown(found))
-    options.out.mkdir(parents=True, exist_ok=True)
-    record.write(found, options.out / "accumulation.json")
-    print(f"\nWritten: {options.out / 'accumulation.json'}")
-    return 0
-
-
-def parse(arguments):
-    parser = argparse.ArgumentParser(prog="python -m benchmarks accumulation", description=__doc__.split(": ", 1)[1])
-    parser.add_argument("--model", nargs="+", choices=MODELS, metavar="MODEL", default=DEFAULT)
-    parser.add_argument("--threads", type=thread_counts, default="1,all", help="as in 1,all (the default)")
-    parser.add_argument("--rounds", type=int, default=20, help="default: %(default)s")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="default: %(default)s")
-    options = parser.parse_args(arguments)
-    if options.rounds < 1:
-        parser.error("--rounds is at least 1")
-    return options
+    return command.finish(found, report, options.out)
 
 
 def measure(model, threads, rounds):

@@ -3,10 +3,8 @@
 All are fastclip's: the same step over the same gradients, with one setting or another.
 """
 
-import argparse
 import itertools
 import sys
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -14,13 +12,11 @@ from tqdm import tqdm
 import fastclip
 from fastclip.settings import LIMITS
 
-from .core import record, rows, timing
+from .core import command, record, rows, timing
 from .core.models import MODELS
 from .core.problem import Problem
-from .cpu import thread_counts
 from .report import tensors as report
 
-DEFAULT = ["dnn", "gru-ctc", "tiny-600", "conformer-m", "dense-100m"]
 BASE = "max_norm"
 # A second norm clip shows how far two equal steps differ. No limit acts: that would change no time, but the values.
 QUANTILE, EMA = fastclip.QuantileNorm(scale=1e9), fastclip.EmaNorm(ratio=1e9)
@@ -42,28 +38,12 @@ LEAST_STEPS = 8  # of a block: the first meets what the block before has left in
 def main(arguments=None):
     """Returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    options = parse(arguments)
+    options = command.parse("limits", __doc__, arguments, rounds=40)
     found = record.describe(arguments, "python -m benchmarks limits") | {"kind": "limits", "cases": []}
     combinations = list(itertools.product(options.model, MOMENTUMS, options.threads))
     for model, momentum, threads in tqdm(combinations, unit="case"):
         found["cases"].append(measure(model, momentum, threads, options.rounds))
-    print(report.markdown(found))
-    options.out.mkdir(parents=True, exist_ok=True)
-    record.write(found, options.out / "limits.json")
-    print(f"\nWritten: {options.out / 'limits.json'}")
-    return 0
-
-
-def parse(arguments):
-    parser = argparse.ArgumentParser(prog="python -m benchmarks limits", description=__doc__.split(": ", 1)[1])
-    parser.add_argument("--model", nargs="+", choices=MODELS, metavar="MODEL", default=DEFAULT)
-    parser.add_argument("--threads", type=thread_counts, default="1,all", help="as in 1,all (the default)")
-    parser.add_argument("--rounds", type=int, default=40, help="default: %(default)s")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="default: %(default)s")
-    options = parser.parse_args(arguments)
-    if options.rounds < 1:
-        parser.error("--rounds is at least 1")
-    return options
+    return command.finish(found, report, options.out)
 
 
 def measure(model, momentum, threads, rounds):

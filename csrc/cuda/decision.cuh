@@ -1,5 +1,6 @@
 // What follows from the norm, on a GPU, and what the rules among the limits remember: read by the block that opens the
-// barrier, changed by block 0 behind it. One copy for all kernels: none of it is worth a place in each of them.
+// barrier, changed by block 0 behind it. Each kernel has its own copy of what it calls, so all of it is kept small:
+// called and not inlined, and with loops that are not unrolled.
 #pragma once
 
 #include "table.cuh"

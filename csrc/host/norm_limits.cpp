@@ -6,23 +6,15 @@
 namespace fastclip {
 namespace {
 
-// Reads a dict whose keys are in the order in which fastclip/norm_rules.py writes them; looks a key up where it is
-// another. The first value that is missing, or of another type, ends it.
+// Reads a dict in the order in which fastclip/norm_rules.py writes its keys. It is good if each value is there, and of
+// its type, and there is no other key.
 class RuleReader {
  public:
-  explicit RuleReader(PyObject* dict) : dict_(dict) {}
+  explicit RuleReader(PyObject* dict) : size_(PyDict_Size(dict)), dict_(dict) {}
 
   PyObject* value(const Name& name) {
-    PyObject *key = nullptr, *value = nullptr;
-    Py_ssize_t next = next_;
-    if (PyDict_Next(dict_, &next, &key, &value) && key == name.object) {
-      next_ = next;
-    } else {
-      value = PyDict_GetItemWithError(dict_, name.object);
-      if (!value && PyErr_Occurred()) throw PythonError{};
-    }
     ++read_;
-    return value;
+    return dict_.value(name);
   }
 
   double number(const Name& name) {
@@ -41,11 +33,12 @@ class RuleReader {
   }
 
   void require(bool good) { good_ &= good; }
-  bool good() const { return good_ && PyDict_Size(dict_) == read_; }
+  bool good() const { return good_ && read_ == size_; }
 
  private:
-  PyObject* dict_;
-  Py_ssize_t next_ = 0, read_ = 0;
+  const Py_ssize_t size_;
+  DictInOrder dict_;
+  Py_ssize_t read_ = 0;
   bool good_ = true;
 };
 

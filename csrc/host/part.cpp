@@ -276,8 +276,7 @@ void update_over_devices(const std::vector<Part*>& parts) {
   for (int64_t i = 0; i < count; ++i) parts[i]->run_update(std::move(sums[i]), static_cast<int>(count));
 }
 
-}  // namespace
-
+// GPUs come first: they work while the CPU does its share.
 std::vector<Part*> parts_in_use(std::vector<Part>& parts) {
   std::vector<Part*> in_use;
   for (const bool cpu : {false, true}) {
@@ -287,6 +286,8 @@ std::vector<Part*> parts_in_use(std::vector<Part>& parts) {
   }
   return in_use;
 }
+
+}  // namespace
 
 Part* first_in_use(std::vector<Part>& parts) {
   Part* first = nullptr;

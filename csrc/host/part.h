@@ -92,9 +92,8 @@ class Part {
   std::vector<at::Tensor> outgrown_;  // of param_measures_: a graph that was captured may use it
 };
 
-// Returns the parts that are in use. GPUs come first: they work while the CPU does its share.
-std::vector<Part*> parts_in_use(std::vector<Part>& parts);
-Part* first_in_use(std::vector<Part>& parts);  // or nullptr
+// Returns the part that `run_parts` takes first, or nullptr. It has the histories.
+Part* first_in_use(std::vector<Part>& parts);
 
 // One step over all parts that are in use, and one norm over all of them, on all ranks.
 void run_parts(std::vector<Part>& parts, const NormClip& norm_clip, const Amp& amp, const Shards& shards);

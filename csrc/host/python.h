@@ -52,6 +52,29 @@ struct Name {
   explicit Name(const char* name) : object(PyUnicode_InternFromString(name)), text(name) {}
 };
 
+// Reads a dict whose keys mostly come in a known order: a key is looked up only where it is not the next one.
+class DictInOrder {
+ public:
+  explicit DictInOrder(PyObject* dict) : dict_(dict) {}
+
+  // Returns a borrowed reference, nullptr where there is none.
+  [[gnu::always_inline]] PyObject* value(const Name& name) {
+    PyObject *key = nullptr, *value = nullptr;
+    Py_ssize_t next = next_;
+    if (PyDict_Next(dict_, &next, &key, &value) && key == name.object) {
+      next_ = next;
+      return value;
+    }
+    value = PyDict_GetItemWithError(dict_, name.object);
+    if (!value && PyErr_Occurred()) throw PythonError{};
+    return value;
+  }
+
+ private:
+  PyObject* dict_;
+  Py_ssize_t next_ = 0;
+};
+
 inline std::string repr(PyObject* value) {
   const Held text = Held::stolen(PyObject_Repr(value));
   const char* const utf8 = text.object ? PyUnicode_AsUTF8(text.object) : nullptr;

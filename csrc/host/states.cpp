@@ -31,7 +31,7 @@ const std::array<Name, R::kStates.size()>& array_names() {
   return names;
 }
 
-// Goes through a parameter's dict in the order in which torch fills it; looks a name up where it is another.
+// Reads a parameter's dict, in the order in which torch fills it.
 class EntryReader {
  public:
   // Keeps what it reads in `borrowed`, if that is given.
@@ -39,14 +39,7 @@ class EntryReader {
       : entry_(entry), place_(place), borrowed_(borrowed) {}
 
   const at::Tensor* tensor(const Name& name) {
-    PyObject *key = nullptr, *value = nullptr;
-    Py_ssize_t next = next_;
-    if (PyDict_Next(entry_, &next, &key, &value) && key == name.object) {
-      next_ = next;
-    } else {
-      value = PyDict_GetItemWithError(entry_, name.object);
-      if (!value && PyErr_Occurred()) throw PythonError{};
-    }
+    PyObject* const value = entry_.value(name);
     if (!value || value == Py_None) return nullptr;  // old checkpoints hold None
     if (!is_tensor(value)) refuse("no_tensor", place_, name.text, value);
     if (borrowed_) borrowed_->keep(Held(value));
@@ -54,10 +47,9 @@ class EntryReader {
   }
 
  private:
-  PyObject* entry_;
+  DictInOrder entry_;
   const Place& place_;
   Borrowed* const borrowed_;
-  Py_ssize_t next_ = 0;
 };
 
 }  // namespace

@@ -168,8 +168,8 @@ class Histories:
 
     def push(self, norm, stores):
         """Remembers the norm of a step. New histories get into the state where the step `stores` states."""
+        number = item_of(norm, unknown=None) if self._rules else None
         for name, rule in self._rules.items():
-            number = item_of(norm, unknown=None)
             numbers = self._numbers[name]
             if numbers is None:
                 continue

@@ -75,6 +75,14 @@ def by_torch(optimizer, rule, params):
     return by_state_dict(theirs, rule, params) if group else None
 
 
+def by_distributed_checkpoint(model, optimizer, other, loaded, folder, options=None):
+    dcp.save({"optim": get_optimizer_state_dict(model, optimizer, options=options)}, checkpoint_id=folder)
+    target = {"optim": get_optimizer_state_dict(other, loaded, options=options)}
+    assert not loaded.norm_history().numel(), "the step with zero gradients that makes the states"
+    dcp.load(target, checkpoint_id=folder)
+    set_optimizer_state_dict(other, loaded, target["optim"], options=options)
+
+
 WAYS = {"state_dict": by_state_dict, "file": by_file, "torch.optim": by_torch}
 
 
@@ -118,13 +126,9 @@ def test_distributed_checkpoints(rule, flat, tmp_path):
     optimizer, options = make(rule, model.parameters(), **limits()), StateDictOptions(flatten_optimizer_state_dict=flat)
     for seed in range(9):
         step(optimizer, [*model.parameters()], seed)
-    dcp.save({"optim": get_optimizer_state_dict(model, optimizer, options=options)}, checkpoint_id=tmp_path)
     other.load_state_dict(model.state_dict())
     loaded = make(rule, other.parameters(), **limits())
-    target = {"optim": get_optimizer_state_dict(other, loaded, options=options)}
-    assert not loaded.norm_history().numel(), "the step with zero gradients that makes the states"
-    dcp.load(target, checkpoint_id=tmp_path)
-    set_optimizer_state_dict(other, loaded, target["optim"], options=options)
+    by_distributed_checkpoint(model, optimizer, other, loaded, tmp_path, options)
     assert torch.equal(loaded.norm_history(), optimizer.norm_history())
     for seed in range(9, 20):
         step(optimizer, [*model.parameters()], seed)
@@ -313,11 +317,8 @@ def test_distributed_checkpoints_where_the_first_parameter_had_no_gradient_at_fi
             model[0].weight.grad = None
         optimizer.step()
     before = optimizer.norm_history()
-    dcp.save({"optim": get_optimizer_state_dict(model, optimizer, options=options)}, checkpoint_id=tmp_path)
     loaded = make(rule, other.parameters(), **limits())
-    target = {"optim": get_optimizer_state_dict(other, loaded, options=options)}
-    dcp.load(target, checkpoint_id=tmp_path)
-    set_optimizer_state_dict(other, loaded, target["optim"], options=options)
+    by_distributed_checkpoint(model, optimizer, other, loaded, tmp_path, options)
     assert torch.equal(loaded.norm_history(), before)
     assert torch.equal(optimizer.norm_history(), before)
 
@@ -326,12 +327,9 @@ def test_a_rule_whose_parameters_have_no_states_and_distributed_checkpoints(tmp_
     model = torch.nn.Linear(4, 3)  # float32: no master weights
     optimizer = fastclip.SGD(model.parameters(), lr=0.1, master_weights=True, **limits())
     step(optimizer, list(model.parameters()), 0)
-    dcp.save({"optim": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=tmp_path)
     other = torch.nn.Linear(4, 3)
     loaded = fastclip.SGD(other.parameters(), lr=0.1, master_weights=True, **limits())
-    target = {"optim": get_optimizer_state_dict(other, loaded)}
-    dcp.load(target, checkpoint_id=tmp_path)
-    set_optimizer_state_dict(other, loaded, target["optim"])
+    by_distributed_checkpoint(model, optimizer, other, loaded, tmp_path)
     assert torch.equal(loaded.norm_history(), optimizer.norm_history())
 
 
