@@ -1,4 +1,5 @@
-"""Small acoustic models: a recurrent and a convolutional one, which learn by CTC, and the article's DNN.
+"""Small acoustic models: those that learn by CTC (recurrent, convolutional, feed-forward, Conformer), and the article's
+DNN.
 
 All take log-mel features [batch, frames, mels], normalised. The DNN gives each frame's class, the others one output per
 four frames (`output_length`).
@@ -6,6 +7,7 @@ four frames (`output_length`).
 
 from functools import partial
 
+import torch
 from torch import nn
 
 from .features import MELS
@@ -67,6 +69,47 @@ class CNN(nn.Module):
         for block in self.blocks:
             hidden = hidden + block(hidden).relu()
         return self.head(hidden.permute(2, 0, 1)).log_softmax(-1)
+
+
+class SplicedDNN(nn.Module):
+    """Features [batch, frames, mels] to log probabilities [outputs, batch, symbols + 1]; 0 is CTC's blank.
+
+    The classic acoustic model: each output hears the frames around it, 0.2 s to each side, in fully connected layers.
+    """
+
+    def __init__(self, symbols, mels=MELS, hidden=HIDDEN, layers=3, context=41):
+        super().__init__()
+        # A convolution whose kernel is the context is the first layer of frames end to end.
+        self.splice = nn.Conv1d(mels, hidden, context, stride=STRIDE, padding=context // 2)
+        self.layers = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers))
+        self.head = nn.Linear(hidden, symbols + 1)
+
+    def forward(self, features):
+        hidden = self.splice(features.transpose(1, 2)).relu().permute(2, 0, 1)
+        for layer in self.layers:
+            hidden = layer(hidden).relu()
+        return self.head(hidden).log_softmax(-1)
+
+
+class Conformer(nn.Module):
+    """Features [batch, frames, mels] to log probabilities [outputs, batch, symbols + 1]; 0 is CTC's blank.
+
+    torchaudio's Conformer (Gulati et al., 2020) after a strided convolution. Padding is heard: batches are of like
+    length.
+    """
+
+    def __init__(self, symbols, mels=MELS, hidden=HIDDEN, layers=2, heads=4):
+        super().__init__()
+        from torchaudio.models import Conformer as Encoder  # the other models do without torchaudio
+
+        self.conv = nn.Conv1d(mels, hidden, 9, stride=STRIDE, padding=4)
+        self.encoder = Encoder(hidden, heads, 4 * hidden, layers, depthwise_conv_kernel_size=15, use_group_norm=True)
+        self.head = nn.Linear(hidden, symbols + 1)
+
+    def forward(self, features):
+        hidden = self.conv(features.transpose(1, 2)).relu().transpose(1, 2)
+        lengths = torch.full([len(hidden)], hidden.shape[1], device=hidden.device)
+        return self.head(self.encoder(hidden, lengths)[0]).transpose(0, 1).log_softmax(-1)
 
 
 CTC_MODELS = {"cnn": CNN, "gru": SpeechModel, "lstm": partial(SpeechModel, cell=nn.LSTM)}

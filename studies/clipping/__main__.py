@@ -8,7 +8,6 @@ clipping.csv in --out; the same command goes on where a run was stopped. At the 
 
 import contextlib
 import fcntl
-import itertools
 import json
 import shlex
 import sys
@@ -23,50 +22,11 @@ from examples.support.console import SpeechDataError, progress
 from examples.support.options import add_device, count, make_folder, make_parser
 
 from . import page, plots
-from .cell import MODELS, MOMENTUM, Cell, load_data, train_cell
+from .cell import MODELS, MOMENTUM, load_data, train_cell
+from .grids import grid, situation_grid
 from .results import COLUMNS, OF_SITUATIONS, cell_of, read_rows, write_rows
-from .situation import SITUATIONS, clips_in, lrs_of
+from .situation import SITUATIONS
 from .summary import summary
-
-LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
-THRESHOLDS = {
-    "none": (None,),
-    "value": (1e-4, 1e-3, 1e-2, 1e-1),
-    "norm": (0.1, 1, 10, 100),
-    "change": (0.01, 0.03, 0.1),
-}
-# What is compared in each situation, and in that of the study for the clips that its grid has not.
-SITUATION_CLIPS = {
-    "none": (None,),
-    "norm": (1, 10),
-    "change": (0.03,),
-    "quantile": (0.5, 0.75),
-    "ema": (2.5,),
-    "norm 10, skip": (8,),
-}
-QUICK_LEARNING_RATES = (1e-2, 1e-1)
-QUICK_THRESHOLDS = {"none": (None,), "value": (1e-2,), "norm": (1,), "change": (0.03,)}
-
-
-def grid(models, seeds, quick):
-    """Returns the cells, seed by seed: a run that is stopped has whole grids of fewer seeds."""
-    rates, thresholds = (QUICK_LEARNING_RATES, QUICK_THRESHOLDS) if quick else (LEARNING_RATES, THRESHOLDS)
-    return [
-        Cell(model, kind, threshold, lr, seed)
-        for seed, model, kind in itertools.product(range(seeds), models, thresholds)
-        for threshold, lr in itertools.product(thresholds[kind], rates)
-    ]
-
-
-def situation_grid(models, seeds, quick):
-    """Returns (situation, cell), seed by seed."""
-    names = ("as it is", "corrupt 5 %") if quick else SITUATIONS
-    return [
-        (name, Cell(model, kind, threshold, lr, seed))
-        for seed, name, model in itertools.product(range(seeds), names, models)
-        for kind, thresholds in clips_in(name, SITUATION_CLIPS).items()
-        for threshold, lr in itertools.product(thresholds, lrs_of(name))
-    ]
 
 
 def key_of(row):
@@ -80,10 +40,7 @@ def run(options):
     table = options.out / ("situations.csv" if options.situations else "clipping.csv")
     with alone_in(options.out):
         rows = read_rows(table, columns)
-        if options.situations:
-            jobs = situation_grid(options.models, options.seeds, options.quick)
-        else:
-            jobs = [(None, cell) for cell in grid(options.models, options.seeds, options.quick)]
+        jobs = situation_grid(options) if options.situations else [(None, cell) for cell in grid(options)]
         done = set(map(key_of, rows))
         missing = [job for job in jobs if job not in done]
         print(f"{len(jobs)} cells, {len(jobs) - len(missing)} of them in {table} already.", flush=True)
@@ -175,6 +132,7 @@ def parse_arguments(arguments=None):
     add_device(parser)
     add = parser.add_argument
     add("--quick", action="store_true", help="a few cells: two learning rates, one threshold of each kind")
+    add("--headline", action="store_true", help="only the clips that are compared on all models, with more seeds")
     add("--situations", action="store_true",
         help="another grid: other losses, momenta, widths, optimizers, bad data; it fills situations.csv")  # fmt: skip
     add("--models", nargs="+", choices=MODELS, default=["gru", "cnn"], metavar="M",

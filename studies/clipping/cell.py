@@ -10,12 +10,12 @@ from statistics import mean, median, quantiles
 
 import torch
 
-import fastclip
 from examples.speech.batches import BATCH, batches_of_like_length, ctc_loss, error_rate, extract
 from examples.speech.data import DIGIT_RATE, Speech, digit_clips, digit_string, own_recordings
-from examples.speech.models import CNN, SpeechModel
+from examples.speech.models import CNN, Conformer, SpeechModel, SplicedDNN
 
-from .situation import BadBatches, Situation
+from .clips import Clip
+from .situation import BadBatches, Situation, spoilt_corpus
 
 # Small, so that a cell takes seconds: the effect of a clip is in the comparison, not in the best of error rates.
 # Functions of the number of symbols and the width.
@@ -23,16 +23,8 @@ MODELS = {
     "gru": lambda symbols, width: SpeechModel(symbols, hidden=width, layers=1),
     "cnn": lambda symbols, width: CNN(symbols, channels=width),
     "lstm": lambda symbols, width: SpeechModel(symbols, hidden=width, layers=1, cell=torch.nn.LSTM),
-}
-# Kind of clip: the settings that follow from its threshold.
-CLIPS = {
-    "none": lambda _: {},
-    "value": lambda clip_value: {"clip_value": clip_value},
-    "norm": lambda max_norm: {"max_norm": max_norm},
-    "change": lambda change: {"max_relative_change": change},
-    "quantile": lambda q: {"max_norm": fastclip.QuantileNorm(q, scale=2.0)},
-    "ema": lambda z: {"max_norm": fastclip.EmaNorm(z)},
-    "norm 10, skip": lambda scale: {"max_norm": 10.0, "skip_norm": fastclip.QuantileNorm(scale=scale)},
+    "dnn": lambda symbols, width: SplicedDNN(symbols, hidden=width),
+    "conformer": lambda symbols, width: Conformer(symbols, hidden=width),
 }
 MAX_DIGITS, TEST_STRINGS, MOMENTUM = 2, 200, Situation().momentum
 WINDOW, PATIENCE = 20, 100  # steps whose mean loss is looked at; steps in which a bad start may still come right
@@ -43,7 +35,7 @@ CURVE_POINTS = 20
 @dataclasses.dataclass(frozen=True)
 class Cell:
     model: str
-    kind: str  # a key of CLIPS
+    kind: str  # a key of clips.CLIPS
     threshold: float | None
     lr: float
     seed: int
@@ -91,13 +83,6 @@ def held_out_voice(voices, seed):
     return candidates[seed % len(candidates)] if candidates else None
 
 
-def make_optimizer(cell, params, situation):
-    settings = CLIPS[cell.kind](cell.threshold)
-    if situation.optimizer == "SGD":
-        settings["momentum"] = situation.momentum
-    return getattr(fastclip, situation.optimizer)(params, lr=cell.lr, **settings)
-
-
 def diverges(losses, norm, untrained):
     """Returns whether a loss or norm is not finite, or, after PATIENCE steps, losses are far above the untrained."""
     return not math.isfinite(losses[-1] + norm) or (
@@ -121,23 +106,23 @@ def train_cell(cell, data, epochs, situation=Situation()):  # noqa: B008  which 
     torch.manual_seed(cell.seed)
     model = MODELS[cell.model](len(data.speech.symbols), situation.width).to(data.device)
     params = list(model.parameters())
-    optimizer = make_optimizer(cell, params, situation)
+    clip = Clip(cell, params, situation)
+    train = spoilt_corpus(data.train, situation, cell.seed)
     bad = BadBatches(situation, cell.seed)
     order = torch.Generator().manual_seed(cell.seed)
-    untrained = mean_loss(model, data.train)
+    untrained = mean_loss(model, train)
     losses, norms, clipped, diverged = [], [], [], False
-    batches = (batch for _ in range(epochs) for batch in batches_of_like_length(data.train, order))
+    batches = (batch for _ in range(epochs) for batch in batches_of_like_length(train, order))
     for step, batch in enumerate(batches):
-        optimizer.zero_grad()
-        examples = [data.train[i] for i in batch]
-        loss = ctc_loss(bad.spoil(examples) if step in bad else examples)(model)
-        (situation.scale * loss).backward()
+        clip.optimizer.zero_grad()
+        examples = [train[i] for i in batch]
+        loss = backward(model, bad.spoil(examples) if step in bad else examples, situation.scale, clip)
         norms.append(torch.nn.utils.get_total_norm([p.grad for p in params]).item())
-        losses += [] if step in bad else [loss.item()]  # the loss of a bad batch says nothing
+        losses += [] if step in bad else [loss]  # the loss of a bad batch says nothing
         if diverged := diverges(losses, norms[-1], untrained):
             break
-        optimizer.step()
-        clipped.append(clipped_share(optimizer.clip_stats()))
+        clip.optimizer.step()
+        clipped.append(clip.share())
     seconds = time.process_time() - began
     return {
         "diverged": int(diverged),
@@ -154,18 +139,22 @@ def train_cell(cell, data, epochs, situation=Situation()):  # noqa: B008  which 
     }
 
 
+def backward(model, examples, scale, clip):
+    """Adds up the gradients of a batch, a part at a time; returns its loss."""
+    total = 0.0
+    for part in clip.parts(examples):
+        with clip.clipped():
+            loss = len(part) / len(examples) * ctc_loss(part)(model)
+            (scale * loss).backward()
+        total += loss.item()
+    return total
+
+
 def unheard_error_rate(model, data, diverged):
     """Returns the error rate on the unheard voice; NaN without one."""
     if not data.unheard:
         return math.nan
     return 100.0 if diverged else error_rate(model, data.unheard, data.speech)
-
-
-def clipped_share(stats):
-    """Returns the fraction of elements that a value clip clamped in a step; for others, 1 if they acted, else 0."""
-    if stats.clamped_fraction is not None:
-        return stats.clamped_fraction.item()
-    return float(stats.clip_coefficient is not None and stats.clip_coefficient.item() < 1)
 
 
 def curve(losses):

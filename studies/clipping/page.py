@@ -1,14 +1,14 @@
 """The tables of docs/clipping.md, from the rows of the clipping study and nothing else."""
 
 import re
-from statistics import mean
 
 from examples.support import safe_files
 from examples.support.console import SpeechDataError
 
+from .clips import clip_name
 from .results import OF_SITUATIONS, read_rows
 from .situation import SITUATIONS, is_bad
-from .summary import KINDS, best_table, clip_name, clips_of, groups_of, percent, spread, values_of
+from .summary import best_table, clips_of, groups_of, percent, spread, values_of, whole
 
 
 def markdown(heads, lines, left=1):
@@ -63,21 +63,16 @@ def product_table(rows, kind):
     models = values_of(rows, "model")
     lines = [[f"{product:g}", *(spread(found[product].get(model, []), 0) for model in models)]
              for product in sorted(found)]  # fmt: skip
-    return markdown([f"lr × {KINDS[kind]} threshold", *models], lines)
+    return markdown([f"lr × {kind} threshold", *models], lines)
 
 
 def parameter_table(rows):
+    """Returns the sizes of each model over all clips: one."""
     lines = []
     for model in values_of(rows, "model"):
-        line = [model]
-        for kind in KINDS:
-            counts = {row["parameters"] for row in rows if (row["model"], row["kind"]) == (model, kind)}
-            line.append(", ".join(f"{count:,}" for count in sorted(counts)) or "–")
-        seconds = [[row["cpu_seconds"] / row["steps"] for row in rows
-                    if (row["model"], row["kind"], row["diverged"]) == (model, kind, 0)] for kind in KINDS]  # fmt: skip
-        lines.append([*line, *(f"{1000 * mean(s):.1f}" if s else "–" for s in seconds)])
-    heads = ["model", *(f"parameters, {name}" for name in KINDS.values())]
-    return markdown([*heads, *(f"ms per step, {name}" for name in KINDS.values())], lines)
+        counts = values_of(rows, "parameters", model=model)
+        lines.append([model, ", ".join(f"{count:,}" for count in counts)])
+    return markdown(["model", "parameters, with any clip"], lines)
 
 
 def situation_table(rows, model, names):
@@ -128,8 +123,8 @@ def extent(rows):
 def blocks(rows):
     """Returns the texts between <!-- study:name --> and <!-- /study:name --> in a page, by name."""
     found = {"extent": extent(rows), "best": markdown(*best_table(rows), left=2), "norms": norm_table(rows),
-             "parameters": parameter_table(rows), "product-value": product_table(rows, "value"),
-             "product-norm": product_table(rows, "norm")}  # fmt: skip
+             "parameters": parameter_table(rows), "product-value": product_table(whole(rows), "value"),
+             "product-norm": product_table(whole(rows), "norm")}  # fmt: skip
     for model in values_of(rows, "model"):
         found |= {f"wer-{model}": wer_table(rows, model), f"clipped-{model}": clipped_table(rows, model)}
     return found

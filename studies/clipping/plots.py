@@ -6,53 +6,62 @@ import matplotlib
 
 from examples.support.console import SpeechDataError
 
-from .summary import KINDS, best_of, clip_name, groups_of, values_of
+from .clips import clip_name
+from .grids import HEADLINE
+from .summary import best_of, groups_of, values_of, whole
 
 # Okabe and Ito's colours can be told apart with any colour vision; markers and dashes say the same again.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
-CLIPPED = [kind for kind in KINDS if kind != "none"]
+CLIPPED = ("value", "norm", "change")  # with several thresholds each
 
 
 def draw(rows, folder):
-    """Draws three PNG files per model; returns their paths. SpeechDataError if they cannot be written."""
+    """Draws a PNG file of all models, and two per model whose grid is whole; returns their paths.
+
+    SpeechDataError if they cannot be written.
+    """
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    paths = []
-    for model in values_of(rows, "model"):
+    pictures = {"rates": rates_of_clips(plt, rows)}
+    for model in values_of(whole(rows), "model"):
         model_rows = [row for row in rows if row["model"] == model]
-        for name, picture in (("rates", rates_of_clips), ("heatmap", heat_maps), ("curves", curves)):
-            figure = picture(plt, model_rows, model)
-            paths.append(folder / f"{name}_{model}.png")
-            try:
-                figure.savefig(paths[-1], dpi=76)
-            except OSError as error:
-                raise SpeechDataError(f"{paths[-1]}: {error.strerror}; the rows are safe") from None
-            finally:
-                plt.close(figure)
-    return paths
+        pictures[f"heatmap_{model}"] = heat_maps(plt, model_rows, model)
+        pictures[f"curves_{model}"] = curves(plt, model_rows, model)
+    paths = {folder / f"{name}.png": figure for name, figure in pictures.items()}
+    try:
+        for path, figure in paths.items():
+            figure.savefig(path, dpi=76)
+    except OSError as error:
+        raise SpeechDataError(f"{path}: {error.strerror}; the rows are safe") from None
+    finally:
+        plt.close("all")
+    return list(paths)
 
 
-def rates_of_clips(plt, rows, model):
-    """Error rate over the learning rate, a line per clip: a panel for each kind, and no clip in all of them."""
-    groups, rates = groups_of(rows), values_of(rows, "lr")
-    figure, panels = plt.subplots(1, len(CLIPPED), figsize=(13, 4), layout="constrained", sharey=True)
-    for axes, kind in zip(panels, CLIPPED, strict=True):
-        clips = [("none", None), *((kind, threshold) for threshold in values_of(rows, "threshold", kind=kind))]
-        for clip, colour, marker in zip(clips, ("#000000", *COLOURS), ("x", *MARKERS), strict=False):
-            found = [lr for lr in rates if (model, *clip, lr) in groups]
+def rates_of_clips(plt, rows):
+    """Error rate over the learning rate, a line per clip and a panel per model."""
+    groups, models = groups_of(rows), values_of(rows, "model")
+    clips = [(kind, threshold) for kind in HEADLINE for threshold in HEADLINE[kind]]
+    across = min(3, max(1, len(models)))
+    figure, panels = plt.subplots(
+        -(-len(models) // across), across, figsize=(5 * across, 7), layout="constrained", sharey=True, squeeze=False
+    )
+    for axes, model in zip(panels.flat, models, strict=False):
+        for clip, colour, marker in zip(clips, COLOURS, MARKERS, strict=False):
+            found = [lr for lr in values_of(rows, "lr") if (model, *clip, lr) in groups]
             of = [groups[(model, *clip, lr)] for lr in found]
-            middle = [group.median("wer") for group in of]
-            axes.plot(found, middle, color=colour, marker=marker, ms=5, label=clip_name(*clip))
-            axes.fill_between(
-                found, [min(g.values("wer")) for g in of], [max(g.values("wer")) for g in of], color=colour, alpha=0.12
-            )
-        axes.set(xscale="log", xlabel="learning rate", ylim=(0, 104), title=f"{KINDS[kind]} clip")
+            axes.plot(found, [group.median("wer") for group in of], color=colour, marker=marker, ms=5,
+                      label=clip_name(*clip))  # fmt: skip
+            low, high = ([extreme(group.values("wer")) for group in of] for extreme in (min, max))
+            axes.fill_between(found, low, high, color=colour, alpha=0.12)
+        axes.set(xscale="log", xlabel="learning rate", ylabel="word error rate, %", ylim=(0, 104), title=model)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    panels[0].set_ylabel("word error rate, %")
-    figure.suptitle(f"{model}: medians over the seeds, and their range; 100: diverged, or nothing learnt")
+    for axes in panels.flat[len(models) :]:
+        axes.set_axis_off()
+    figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(clips))
+    figure.suptitle("Medians over the seeds, and their range; 100: diverged, or nothing learnt")
     return figure
 
 
@@ -76,7 +85,7 @@ def heat_maps(plt, rows, model):
                               color="white" if error[y][x] > 55 else "black")  # fmt: skip
         axes.set_xticks(range(len(rates)), [f"{lr:g}" for lr in rates])
         axes.set_yticks(range(len(clips)), [clip_name(*clip) for clip in reversed(clips)])
-        axes.set(xlabel="learning rate", title=f"{KINDS[kind]} clip")
+        axes.set(xlabel="learning rate", title=f"{kind} clip")
     figure.colorbar(image, ax=panels, label="word error rate, %")
     figure.suptitle(f"{model}: median word error rate over the seeds (div.: runs that diverged)")
     return figure
@@ -94,8 +103,8 @@ def curves(plt, rows, model):
             axes.plot(found, errors, color=colour, marker=marker, label=f"lr {lr:g}")
             if unclipped := groups.get((model, "none", None, lr)):
                 axes.axhline(unclipped.median("wer"), color=colour, lw=1, ls=":")
-        axes.set(xlabel=f"{KINDS[kind]} threshold", ylabel="word error rate, %", ylim=(0, 104),
-                 title=f"{KINDS[kind]} clip (dotted: none, same lr)")  # fmt: skip
+        axes.set(xlabel=f"{kind} threshold", ylabel="word error rate, %", ylim=(0, 104),
+                 title=f"{kind} clip (dotted: none, same lr)")  # fmt: skip
         if thresholds:
             axes.set_xscale("log")
         axes.grid(alpha=0.3)

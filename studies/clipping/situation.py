@@ -17,18 +17,22 @@ class Situation:
     momentum: float = 0.9
     width: int = 64
     optimizer: str = "SGD"
-    bad: str | None = None  # a key of BAD
+    bad: str | None = None  # a key of BAD: batches
+    corpus: str | None = None  # a key of CORPORA: strings
 
 
 SITUATIONS = {
     "as it is": Situation(),
     "loss × 100": Situation(scale=100.0),
+    "loss / 100": Situation(scale=0.01),
     "no momentum": Situation(momentum=0.0),
     "width 256": Situation(width=256),
     "AdamW": Situation(optimizer="AdamW"),
     "corrupt 5 %": Situation(bad="corrupt"),
     "burst of 20": Situation(bad="burst"),
     "long strings in 2 %": Situation(bad="long"),
+    "5 % of strings corrupt": Situation(corpus="corrupt"),
+    "10 % of texts wrong": Situation(corpus="texts"),
 }
 
 
@@ -48,12 +52,38 @@ def long_strings(examples, _):
     ]
 
 
+def wrong_texts(examples, _):
+    """Each has the text of the next."""
+    return [
+        (frames, target, text)
+        for (frames, *_), (_, target, text) in zip(examples, [*examples[1:], *examples[:1]], strict=True)
+    ]
+
+
 # What a bad batch is made by, and the fraction of the steps that have one; None: those of BURST.
 BAD = {
     "corrupt": (corrupt, 0.05),
     "burst": (corrupt, None),
     "long": (long_strings, 0.02),
 }
+
+
+# What bad strings are made by, and the fraction of the strings to train on.
+CORPORA = {
+    "corrupt": (corrupt, 0.05),
+    "texts": (wrong_texts, 0.10),
+}
+
+
+def spoilt_corpus(examples, situation, seed):
+    """Returns the examples, some of them bad: the same in all cells of a seed."""
+    if situation.corpus is None:
+        return examples
+    make, share = CORPORA[situation.corpus]
+    random = torch.Generator().manual_seed(3000 + seed)
+    chosen = torch.randperm(len(examples), generator=random)[: round(share * len(examples))].tolist()
+    bad = dict(zip(chosen, make([examples[i] for i in chosen], random), strict=True))
+    return [bad.get(i, example) for i, example in enumerate(examples)]
 
 
 class BadBatches:
@@ -74,16 +104,12 @@ class BadBatches:
 
 
 def lrs_of(name):
-    """Learning rates to compare at: those of the study, and for AdamW a tenth of them."""
-    rates = (1e-2, 1e-1)
-    return tuple(rate / 10 for rate in rates) if SITUATIONS[name].optimizer == "AdamW" else rates
-
-
-def clips_in(name, clips):
-    """The clips that an optimizer has: a limit on the change is SGD's."""
-    sgd = SITUATIONS[name].optimizer == "SGD"
-    return {kind: thresholds for kind, thresholds in clips.items() if sgd or kind != "change"}
+    """Learning rates to compare at: those of the study; a tenth of them for AdamW; as many times larger as the loss is
+    smaller, which without a clip trains alike."""
+    if SITUATIONS[name].optimizer == "AdamW":
+        return (1e-3, 1e-2)
+    return (1.0, 10.0) if SITUATIONS[name].scale < 1 else (1e-2, 1e-1)
 
 
 def is_bad(name):
-    return SITUATIONS[name].bad is not None
+    return SITUATIONS[name].bad is not None or SITUATIONS[name].corpus is not None

@@ -4,8 +4,7 @@ import dataclasses
 import math
 from statistics import median
 
-KINDS = {"none": "no clip", "value": "value", "norm": "norm", "change": "change"}  # of the study's own grid
-OTHERS = {"quantile": "quantile", "ema": "ema", "norm 10, skip": "norm 10, skip"}  # of the situations
+from .clips import CLIPS, clip_name
 
 
 @dataclasses.dataclass
@@ -43,12 +42,13 @@ def values_of(rows, name, **equal):
 
 def clips_of(rows):
     """(kind, threshold) of all clips, no clip first."""
-    return [(kind, threshold) for kind in KINDS | OTHERS for threshold in values_of(rows, "threshold", kind=kind)]
+    return [(kind, threshold) for kind in CLIPS for threshold in values_of(rows, "threshold", kind=kind)]
 
 
-def clip_name(kind, threshold):
-    name = (KINDS | OTHERS)[kind]
-    return name if threshold is None else f"{name} {threshold:g}"
+def whole(rows):
+    """Returns the rows of the models for which the whole grid was run, not only what is compared on all models."""
+    models = {row["model"] for row in rows if row["kind"] == "value"}
+    return [row for row in rows if row["model"] in models]
 
 
 def best_of(rows, model, kind, **equal):
@@ -75,7 +75,7 @@ def best_table(rows):
     heads = ["model", "clip", "lr", "WER %", "new voice %", "training loss", "clipped %", "diverged"]
     lines = []
     for model in values_of(rows, "model"):
-        for kind in KINDS:
+        for kind in CLIPS:
             if best := best_of(rows, model, kind):
                 (*_, threshold, lr), group = best
                 clipped = "–" if kind == "none" else percent(group.median("clipped"))
