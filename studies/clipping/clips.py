@@ -1,6 +1,7 @@
 """The clips that the study compares: settings of an optimizer, or of each micro-batch before it is added."""
 
 import contextlib
+import math
 
 import fastclip
 
@@ -15,12 +16,17 @@ CLIPS = {
     "quantile": lambda q: {"max_norm": fastclip.QuantileNorm(q, scale=2.0)},
     "ema": lambda z: {"max_norm": fastclip.EmaNorm(z)},
     "norm 10, skip": lambda scale: {"max_norm": 10.0, "skip_norm": fastclip.QuantileNorm(scale=scale)},
+    "norm, in micro-batches": lambda max_norm: {"max_norm": max_norm},
+    "change, in micro-batches": lambda change: {"max_relative_change": change},
     "micro-batch norm": lambda _: {},
     "micro-batch quantile": lambda _: {},
     "change 0.03, micro-batch quantile": lambda _: {"max_relative_change": 0.03},
 }
-# The same for micro-batches, whose gradients are a part of the batch's.
+# The same for micro-batches, whose gradients are a part of the batch's. Where they are not clipped, what differs from a
+# whole batch is the padding: there is less of it.
 MICRO_CLIPS = {
+    "norm, in micro-batches": lambda _: {"max_norm": math.inf},
+    "change, in micro-batches": lambda _: {"max_norm": math.inf},
     "micro-batch norm": lambda max_norm: {"max_norm": max_norm},
     "micro-batch quantile": lambda q: {"max_norm": fastclip.QuantileNorm(q, scale=1.0)},
     "change 0.03, micro-batch quantile": lambda q: {"max_norm": fastclip.QuantileNorm(q, scale=1.0)},

@@ -27,6 +27,8 @@ SITUATION_CLIPS = {
     "quantile": (0.5, 0.75),
     "ema": (2.5,),
     "norm 10, skip": (8,),
+    "norm, in micro-batches": (1, 10),
+    "change, in micro-batches": (0.03,),
     "micro-batch norm": (0.25, 2.5),  # four of them: together at most 1 and 10
     "micro-batch quantile": (0.5,),
     "change 0.03, micro-batch quantile": (0.5,),
