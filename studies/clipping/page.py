@@ -5,7 +5,7 @@ import re
 from examples.support import safe_files
 from examples.support.console import SpeechDataError
 
-from .clips import clip_name
+from .clips import MICRO_CLIPS, clip_name
 from .results import OF_SITUATIONS, read_rows
 from .situation import SITUATIONS, is_bad
 from .summary import best_table, clips_of, groups_of, percent, spread, values_of, whole
@@ -99,10 +99,13 @@ def situation_blocks(rows):
     """As `blocks`, for the page of the situations."""
     bad, others = ([name for name in SITUATIONS if is_bad(name) == of] for of in (True, False))
     found = {"situations": extent(rows)}
+    whole_batches = [row for row in rows if row["kind"] not in MICRO_CLIPS]
+    beside_micro_batches = [row for row in rows if row["kind"] in (*MICRO_CLIPS, "norm", "change")]
     for model in values_of(rows, "model"):
-        found[f"bad-{model}"] = situation_table(rows, model, [others[0], *bad])
-        found[f"transfer-{model}"] = situation_table(rows, model, [n for n in others if n != "AdamW"])
-        found[f"adamw-{model}"] = situation_table(rows, model, ["AdamW"])
+        found[f"bad-{model}"] = situation_table(whole_batches, model, [others[0], *bad])
+        found[f"micro-{model}"] = situation_table(beside_micro_batches, model, [others[0], *bad])
+        found[f"transfer-{model}"] = situation_table(whole_batches, model, [n for n in others if n != "AdamW"])
+        found[f"adamw-{model}"] = situation_table(whole_batches, model, ["AdamW"])
     return found
 
 

@@ -32,7 +32,7 @@ def draw(rows, folder):
     paths = {folder / f"{name}.png": figure for name, figure in pictures.items()}
     try:
         for path, figure in paths.items():
-            figure.savefig(path, dpi=76)
+            figure.savefig(path, dpi=68)
     except OSError as error:
         raise SpeechDataError(f"{path}: {error.strerror}; the rows are safe") from None
     finally:
@@ -46,7 +46,7 @@ def rates_of_clips(plt, rows):
     clips = [(kind, threshold) for kind in HEADLINE for threshold in HEADLINE[kind]]
     across = min(3, max(1, len(models)))
     figure, panels = plt.subplots(
-        -(-len(models) // across), across, figsize=(5 * across, 7), layout="constrained", sharey=True, squeeze=False
+        -(-len(models) // across), across, figsize=(4.3 * across, 6.2), layout="constrained", sharey=True, squeeze=False
     )
     for axes, model in zip(panels.flat, models, strict=False):
         for clip, colour, marker in zip(clips, COLOURS, MARKERS, strict=False):
