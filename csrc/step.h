@@ -88,7 +88,7 @@ struct Step {
   bool has_unmeasured_params = false;  // some tensor's `param_is_measured` is false
   bool has_step_counts = false;  // some tensor has a `step`; `outcome` is set then
   // Device memory, borrowed for the call.
-  const float* grad_scale = nullptr;  // AMP: gradients are divided by it
+  Asked asked;
   const float* found_inf = nullptr;   // AMP: change nothing unless it is 0
   Outcome* outcome = nullptr;
   // Counts of clamped elements: one on the CPU, one per block on a GPU (unused ones are 0). Written by every step that

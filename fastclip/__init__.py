@@ -11,6 +11,7 @@ from .in_backward import step_in_backward
 from .lion import Lion
 from .nadam import NAdam
 from .norm_rules import EmaNorm, QuantileNorm
+from .patching import patch
 from .radam import RAdam
 from .rmsprop import RMSprop
 from .sgd import SGD
@@ -34,5 +35,6 @@ __all__ = [
     "clip_grad_norm_",
     "clip_grad_value_",
     "clipped_accumulation",
+    "patch",
     "step_in_backward",
 ]

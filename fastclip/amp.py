@@ -4,6 +4,8 @@ import sys
 
 import torch
 
+from .settings import LIMITS
+
 # torch's methods that unscale, or decide whether a step is taken. `update` does neither: it reads the same findings
 # either way.
 _TORCHS_METHODS = {
@@ -32,14 +34,14 @@ class SupportsAmpScaling:
         scaler = _scaler_that_asks(sys._getframe(1))
         if scaler is not None and optimizer._in_backward is not None:
             raise RuntimeError(IN_BACKWARD)
-        return scaler is None or _is_torchs(scaler)
+        return _is_torchs(scaler) if scaler is not None else _leaves_clipping_to(optimizer, sys._getframe(1))
 
     def __set__(self, optimizer, value):
         vars(optimizer)["_step_supports_amp_scaling"] = value  # torch's __init__ sets it if fused=True
 
 
 def _scaler_that_asks(frame):
-    """Returns the scaler that asks, or None: Lightning asks, too, to know whether it may clip."""
+    """Returns the scaler that asks, or None: Lightning asks, too, see `_leaves_clipping_to`."""
     while frame is not None:
         if frame.f_code.co_name == "step":
             caller = frame.f_locals.get("self")
@@ -47,6 +49,23 @@ def _scaler_that_asks(frame):
                 return caller
         frame = frame.f_back
     return None
+
+
+def _leaves_clipping_to(optimizer, frame):
+    """Returns what to answer Lightning's plugin for mixed precision. It asks whether the step unscales: then the
+    plugin does not unscale, and refuses to clip. So the answer is no where nothing is scaled (bfloat16), or where the
+    optimizer has no clip of its own, and the plugin's may be wanted. Anybody else gets a yes."""
+    for _ in range(3):
+        if frame is None:
+            break
+        plugin = frame.f_locals.get("self")
+        if hasattr(type(plugin), "clip_gradients") and hasattr(plugin, "scaler"):
+            own = any(
+                group.get(name) is not None for group in optimizer.param_groups for name in ("clip_value", *LIMITS)
+            )
+            return plugin.scaler is not None and own
+        frame = frame.f_back
+    return True
 
 
 def _is_torchs(scaler):

@@ -209,11 +209,11 @@ def local_shards(named_params):
             local[param].grad = None
 
 
-def step_on_shards(step, numbers, groups, state, *amp):
+def step_on_shards(step, numbers, groups, state, *asked):
     """Takes `step`, a step in plain torch, on this rank's shards, with the norm of all ranks. `numbers` are the names
     of states that are single numbers."""
     if not any(is_dtensor(param) for group in groups for param in group["params"]):
-        return step(groups, state, *amp)
+        return step(groups, state, *asked)
     if any(group["differentiable"] for group in groups):
         raise TypeError("a step over DTensors can't be differentiable")
     named = [(param, name_of(group, i, j)) for i, group in enumerate(groups) for j, param in enumerate(group["params"])]
@@ -223,7 +223,7 @@ def step_on_shards(step, numbers, groups, state, *amp):
         for param in local.keys() & state.keys():
             local_state[local[param]] = {name: local_of(value) for name, value in state[param].items()}
         numels = {shard: param.numel() for param, shard in local.items()}
-        stats = step(local_groups, local_state, *amp, reductions, numels)
+        stats = step(local_groups, local_state, *asked, reductions, numels)
     for param, shard in local.items():
         for name, value in local_state.get(shard, {}).items():
             if name in numbers or state[param].get(name) is None:

@@ -4,6 +4,7 @@ import torch
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
+from .arguments import complete_value
 from .optimizer import ClippedOptimizer
 from .plain import rules
 from .reasons import negative, not_a_number
@@ -62,7 +63,7 @@ class Lion(ClippedOptimizer):
         **clip: Unpack[ClipSettings],
     ) -> None:
         for name, value in (("lr", lr), ("weight_decay", weight_decay)):
-            if isinstance(value, str) or value is None:
+            if isinstance(complete_value(name, value), str) or value is None:
                 raise not_a_number(name, value)
             if not value >= 0:
                 raise negative(name, value)

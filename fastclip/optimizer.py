@@ -10,22 +10,26 @@ from typing import Any
 import torch
 from torch.optim import optimizer as torch_optimizer
 
-from . import amp, clip_stats
+from . import amp, counts, deferred
 from ._extension import _C
+from .arguments import complete_group, complete_params, complete_settings, complete_value
 from .checkpoints import complete, groups_in_file, is_flat_loader, numbers_in, restore_dtypes
 from .distributed import gradients_placed_as, is_dtensor, reduction_of, step_on_shards, total_measure, who_shares_out
+from .double_clip import DoubleClip
 from .eager import eager
-from .norm_rules import complete_rules, is_rule
+from .hidden import hide
+from .norm_rules import is_rule
 from .pieces import Given
 from .plain import history
 from .plain import step as plain
 from .plain.history import HISTORIES
 from .plain.masters import undone
 from .reasons import name_of, not_shared
+from .results import Results
 from .settings import OWN_SETTINGS, SHARED_SETTINGS, of_all_gradients
 
 
-class ClippedOptimizer(torch.optim.Optimizer):
+class ClippedOptimizer(Results, torch.optim.Optimizer):
     """Mixed in before an optimizer of `torch.optim`: takes over its `step`, and keeps everything else.
 
     A subclass names its row of the table in `plain/rules.py` by `_rule`.
@@ -34,12 +38,22 @@ class ClippedOptimizer(torch.optim.Optimizer):
     _step_supports_amp_scaling = amp.SupportsAmpScaling()
     _optional = frozenset(OWN_SETTINGS)  # the settings that a checkpoint of others may lack
 
-    def __init__(self, *positional, **named):
+    def __init_subclass__(cls, **named):
+        super().__init_subclass__(**named)
+        if cls.__module__.startswith("fastclip."):
+            hide(cls)
+
+    def __init__(self, params, *positional, **named):
+        complete_settings(named, " in param_groups[0]")
+        positional = self._complete_positional(positional)
         own = {name: named.pop(name) for name in OWN_SETTINGS if name in named}
-        complete_rules(own, " in param_groups[0]")
         self._own_defaults = {**OWN_SETTINGS, **own}
-        super().__init__(*positional, **named)
+        super().__init__(complete_params(params), *positional, **named)
         del self._own_defaults  # from now on a new group takes max_norm from the existing ones
+
+    def _complete_positional(self, values):
+        names = [*inspect.signature(type(self)).parameters][1:]
+        return [complete_value(name, value) for name, value in zip(names, values, strict=False)]
 
     @property
     def param_groups(self):
@@ -76,10 +90,11 @@ class ClippedOptimizer(torch.optim.Optimizer):
         if "_engine" not in self.__dict__:  # torch's __init__ is at work
             self._start()
             self.defaults.update(self._own_defaults)
+        param_group = complete_group(param_group)
         if isinstance(param_group, dict):
             if not isinstance(param_group["params"], (torch.Tensor, set)):
                 param_group["params"] = list(param_group["params"])  # a generator can be read once
-            complete_rules(param_group, f" in param_groups[{len(self.param_groups)}]")
+            complete_settings(param_group, f" in param_groups[{len(self.param_groups)}]")
             if "_own_defaults" not in self.__dict__ and self.param_groups:  # may have been loaded, or changed
                 if not self.param_groups[0].keys() >= OWN_SETTINGS.keys():
                     self._complete(self.param_groups)
@@ -127,6 +142,9 @@ class ClippedOptimizer(torch.optim.Optimizer):
         self._in_backward = None  # see step_in_backward
         self._reference_skips = 0
         self._warned = set()
+        self._deferred = None  # a clip that the next step carries out, see fastclip/deferred.py
+        deferred.enlist(self)
+        self._double_clip = DoubleClip()
 
     def __setstate__(self, state):
         own_groups = self.__dict__.get("param_groups", [])
@@ -172,116 +190,15 @@ class ClippedOptimizer(torch.optim.Optimizer):
             self._optimizer_load_state_dict_pre_hooks = hooks
             self._loading = outer
 
-    @property
-    def total_norm(self) -> torch.Tensor | None:
-        """Norm of the gradients in the last step, after a value clip and before the norm clip, to log:
-        `torch.nn.utils.clip_grad_norm_` returns the same.
-
-        A float64 scalar tensor on the parameters' device, computed without waiting for the device. None if no limit on
-        a norm is set or no step was taken; inf if AMP skipped the step. `max_norm=inf` measures and does not clip.
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch. A clip that was deferred to a step that did not come is forgotten.
 
         Example:
-            >>> opt = fastclip.SGD(model.parameters(), lr=0.1, max_norm=5.0)
-            >>> model(x).sum().backward(); opt.step()
-            >>> log({"grad_norm": opt.total_norm})
+            >>> opt = fastclip.SGD(model.parameters(), lr=0.1)
+            >>> opt.zero_grad()
         """
-        return self._reference_stats.total_norm if self._reference_stats else self._engine.total_norm()
-
-    @property
-    def skipped_steps(self) -> torch.Tensor:
-        """Number of steps that were skipped, and changed nothing: by `skip_nonfinite`, `skip_norm` or AMP.
-
-        An int64 scalar tensor on the parameters' device, counted there and read without waiting for it. Counts from 0
-        in an optimizer that was made, copied or unpickled; it is not part of the state_dict.
-
-        Example:
-            >>> opt = fastclip.SGD(model.parameters(), lr=0.1, max_norm=5.0, skip_nonfinite=True)
-            >>> opt.step()
-            >>> log({"skipped": opt.skipped_steps})
-        """
-        device = next((param.device for group in self.param_groups for param in group["params"]), "cpu")
-        return (self._engine.skipped_steps().to(device) + self._reference_skips).to(device)
-
-    def clip_stats(self) -> clip_stats.ClipStats:
-        """Returns statistics of the last step, to log: norm, coefficient, fraction of elements clamped, steps skipped.
-
-        Costs no pass over memory, and waits for no device: the step counts while it goes over the gradients.
-
-        Returns:
-            ClipStats: scalar tensors on the parameters' device, see there; None for a clip that is not set.
-
-        Example:
-            >>> opt = fastclip.SGD(model.parameters(), lr=0.1, clip_value=0.01)
-            >>> model(x).sum().backward(); opt.step()
-            >>> log({"clamped": opt.clip_stats().clamped_fraction})
-        """
-        stats = (self._in_backward and self._in_backward.clip_stats()) or self._stats_of_call()
-        return stats._replace(skipped_steps=self.skipped_steps)
-
-    def _stats_of_call(self):
-        if self._reference_stats:
-            return self._reference_stats
-        norm, coefficient, clamped, skipped, *limits = self._engine.clip_stats()
-        return clip_stats.ClipStats(norm, coefficient, clamped, skipped, None, *limits)
-
-    def norm_history(self) -> torch.Tensor:
-        """Returns the norms that a `fastclip.QuantileNorm` looks at, the oldest first, to log their quartiles.
-
-        Waits for the device.
-
-        Returns:
-            Tensor: float64, of up to `window` norms, on the parameters' device; of `max_norm`, or else of `skip_norm`.
-                Empty before the first step.
-
-        Raises:
-            RuntimeError: neither limit is a `QuantileNorm`.
-
-        Example:
-            >>> opt = fastclip.SGD(model.parameters(), lr=0.1, max_norm=fastclip.QuantileNorm())
-            >>> model(x).sum().backward(); opt.step()
-            >>> quartiles = opt.norm_history().quantile(torch.tensor([0, 0.25, 0.5, 0.75, 1], dtype=torch.float64))
-        """
-        return history.norm_history(self.param_groups, self.state)
-
-    def norms_by_parameter(self) -> tuple[list[str], torch.Tensor]:
-        """Returns the norm of each parameter's gradient in the last step, after a value clip and before the norm clip.
-
-        The sums are there already: the step has added them up for the norm of all. Waits for the device; over a sharded
-        model all ranks must call it.
-
-        Returns:
-            (list of str, Tensor): the names of all parameters, as the optimizer was given them (`named_parameters()`)
-                or by their places; and their norms, float64 on the CPU, each of `norm_type`. 0 without a gradient; NaN
-                where AMP skipped the step.
-
-        Raises:
-            RuntimeError: the last step took no norm, or there was none. `max_norm=inf` measures and does not clip.
-
-        Example:
-            >>> opt = fastclip.SGD(model.named_parameters(), lr=0.1, max_norm=5.0)
-            >>> model(x).sum().backward(); opt.step()
-            >>> names, norms = opt.norms_by_parameter()
-            >>> dominating = names[norms.argmax()], norms.max() ** 2 / norms.square().sum()
-        """
-        if self._reference_measures is None:
-            measures, norm_type = self._engine.measures_by_parameter()
-        else:
-            measures, norm_type = clip_stats.table_of(*self._reference_measures)
-        return clip_stats.norms_by_parameter(self.param_groups, measures, norm_type)
-
-    def first_nonfinite(self) -> str | None:
-        """Names the first parameter whose gradient holds an inf or NaN, as 'parameter 3 of group 0', with its name if
-        the optimizer was built from named parameters; None if there is none.
-
-        Reads the gradients as they are now, and waits for the device. Call it before `zero_grad`, to find out why a
-        step was skipped.
-
-        Example:
-            >>> opt = fastclip.SGD(model.named_parameters(), lr=0.1, skip_nonfinite=True)
-            >>> if opt.clip_stats().skipped:
-            ...     print(f"not finite: the gradient of {opt.first_nonfinite()}")
-        """
-        return clip_stats.first_nonfinite(self.param_groups)
+        self._deferred = None
+        super().zero_grad(set_to_none)
 
     @eager
     def step(self, *positional: Any, closure: Callable[[], Any] | None = None) -> Any:
@@ -334,21 +251,29 @@ class ClippedOptimizer(torch.optim.Optimizer):
             found_inf = torch.zeros((), device="cpu")
         groups = attributes["param_groups"]
         self._given.check(groups)
-        self._update(groups, grad_scale, found_inf)
+        factor = None
+        if self._deferred is not None:
+            groups, factor = self._deferred.in_step(groups)
+        self._update(groups, grad_scale, found_inf, factor)
+        if self._deferred is not None:
+            self._deferred.carried_out = True
+        if self._double_clip is not None:
+            self._double_clip = self._double_clip.look(self)
         return loss
 
-    def _update(self, groups, grad_scale=None, found_inf=None):
+    def _update(self, groups, grad_scale=None, found_inf=None, grad_factor=None):
         """Takes a step over `groups`, which have the form of `param_groups`, without hooks."""
+        asked = grad_scale, found_inf, grad_factor
         try:
-            not_covered = self._engine.step(groups, self.state, grad_scale, found_inf)
+            not_covered = self._engine.step(groups, self.state, *asked)
         except KeyError:
             if not self._complete(groups):
                 raise
             self._given.check(groups)  # which now say whether there is a norm
-            not_covered = self._engine.step(groups, self.state, grad_scale, found_inf)
+            not_covered = self._engine.step(groups, self.state, *asked)
         taken = not_covered is None
         self._reference_measures = None
-        self._reference_stats = None if taken else self._step_elsewhere(groups, not_covered, grad_scale, found_inf)
+        self._reference_stats = None if taken else self._step_elsewhere(groups, not_covered, *asked)
 
     def _complete(self, groups):
         """Gives groups that were made by hand, with torch's settings only, the settings that `add_param_group` gives.
@@ -358,33 +283,35 @@ class ClippedOptimizer(torch.optim.Optimizer):
             own[name] = next((group[name] for group in groups if name in group), own[name])
         return any([complete(group, own) for group in groups])
 
-    def _step_elsewhere(self, groups, not_covered, *amp):
+    def _step_elsewhere(self, groups, not_covered, *asked):
         """Takes a step that the kernels did not take: with gradients in the right places, or in plain torch."""
         if not not_covered.misplaced:
-            return self._step_in_plain_torch(groups, not_covered.reason, *amp)
+            return self._step_in_plain_torch(groups, not_covered.reason, *asked)
         with gradients_placed_as(not_covered.misplaced):
-            again = self._engine.step(groups, self.state, *amp)
+            again = self._engine.step(groups, self.state, *asked)
             if again is None:
                 return None
             if again.misplaced:
                 raise TypeError(again.reason)
-            return self._step_in_plain_torch(groups, again.reason, *amp)
+            return self._step_in_plain_torch(groups, again.reason, *asked)
 
-    def _step_in_plain_torch(self, groups, why_not, *amp):
+    def _step_in_plain_torch(self, groups, why_not, *asked):
         if why_not not in self._warned and not self.defaults["differentiable"]:
             self._warned.add(why_not)
             warnings.warn(f"fastclip falls back to plain torch (slower): {why_not}", stacklevel=6)
         if (place := undone(groups, self.state)) is not None:
             self._engine.warn_of_undone(name_of(groups[place[0]], *place), 6)
         numbers = (*self._rule.number_states, *HISTORIES.values())  # no shards
+        counts.steps_in_plain_torch += 1
         measures: dict[int, torch.Tensor] = {}
         step = partial(plain.step, self._rule, by_parameter=measures)
-        stats = step_on_shards(step, numbers, groups, self.state, *amp)
+        stats = step_on_shards(step, numbers, groups, self.state, *asked)
         self._reference_measures = measures, groups
         self._reference_skips = stats.skipped_steps + self._reference_skips
         return stats
 
 
+hide(ClippedOptimizer)
 _hooked_step = torch.optim.Optimizer.profile_hook_step(ClippedOptimizer._step)
 
 

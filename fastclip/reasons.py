@@ -44,6 +44,15 @@ def not_a_number(what, value):
     return TypeError(f"{what} must be a number, got {value!r} of type {type(value).__name__}")
 
 
+def number_as_text(what, value):
+    """YAML 1.1 reads a number with an exponent as one only if it has a point, and its exponent a sign."""
+    digits, e, exponent = value.strip().lower().partition("e")
+    if e and exponent:
+        digits += "" if "." in digits else ".0"
+        exponent = exponent if exponent[0] in "+-" else f"+{exponent}"
+    return TypeError(f"{what} is the text {value!r}: write {digits}{e}{exponent}, without quotes")
+
+
 def negative(what, value):
     return ValueError(f"{what} must not be negative or NaN, got {value!r}")
 
@@ -94,6 +103,13 @@ def no_count(what, number):
 
 def incomplete(what, missing, present):
     return KeyError(f"{what} has no {missing}, but has {present}: keep both, or neither")
+
+
+def changed_since(what):
+    return RuntimeError(
+        f"the gradient of {what} was changed after its clip, which was deferred to this step: clip last, right before "
+        "step(), or at once, without defer (`--clip fused` of fastclip.run)"
+    )
 
 
 def not_shared(groups, index):

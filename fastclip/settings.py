@@ -27,7 +27,7 @@ SHARED_SETTINGS = (*LIMITS, "norm_type", "skip_nonfinite")  # the same in all gr
 
 
 # A limit on the norm: a number, or a rule, see `fastclip.QuantileNorm` and `fastclip.EmaNorm`.
-NormLimit: TypeAlias = "float | QuantileNorm | EmaNorm | Mapping[str, Any] | str | None"
+NormLimit: TypeAlias = float | QuantileNorm | EmaNorm | Mapping[str, Any] | str | None
 
 
 class ClipSettings(TypedDict, total=False):
@@ -43,7 +43,7 @@ class ClipSettings(TypedDict, total=False):
     master_weights: bool
     stochastic_rounding: bool
     rounding_seed: int
-    momentum_dtype: torch.dtype | None
+    momentum_dtype: torch.dtype | str | None
 
 
 def of_all_gradients(group):
@@ -56,7 +56,7 @@ Init = TypeVar("Init", bound=Callable[..., Any])
 
 
 def lists_clip_settings(init: Init) -> Init:
-    """Makes `help()` and `inspect.signature` list the settings by name in place of `**clip`."""
+    """Makes `help()`, `inspect.signature` and type hints list the settings by name in place of `**clip`."""
     signature = inspect.signature(init)
     own = [
         inspect.Parameter(
@@ -66,4 +66,7 @@ def lists_clip_settings(init: Init) -> Init:
     ]
     others = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     init.__signature__ = signature.replace(parameters=[*others, *own])  # type: ignore[attr-defined]
+    init.__annotations__ = {name: hint for name, hint in init.__annotations__.items() if name != "clip"}
+    hints = {name: ClipSettings.__annotations__[name] for name in OWN_SETTINGS}
+    init.__annotations__ |= {**hints, "return": None}
     return init

@@ -10,10 +10,10 @@ from .models import MODELS
 DEFAULT = ["dnn", "gru-ctc", "tiny-600", "conformer-m", "dense-100m"]
 
 
-def parse(name, about, arguments, rounds):
+def parse(name, about, arguments, rounds, models=DEFAULT):
     """Returns the options of `python -m benchmarks NAME`; `about` is its module's docstring."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks {name}", description=about.split(": ", 1)[1])
-    parser.add_argument("--model", nargs="+", choices=MODELS, metavar="MODEL", default=DEFAULT)
+    parser.add_argument("--model", nargs="+", choices=MODELS, metavar="MODEL", default=list(models))
     parser.add_argument("--threads", type=thread_counts, default="1,all", help="as in 1,all (the default)")
     parser.add_argument("--rounds", type=int, default=rounds, help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="default: %(default)s")

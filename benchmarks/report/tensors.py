@@ -26,7 +26,7 @@ LARGE_HEADER = [
 
 
 def markdown(results):
-    kinds = {"large": large, "limits": limits, "accumulation": accumulation, "host_time": host}
+    kinds = {"large": large, "limits": limits, "accumulation": accumulation, "deferred": deferred, "host_time": host}
     return kinds[results["kind"]](results)
 
 
@@ -52,16 +52,28 @@ def limits(results):
 
 def accumulation(results):
     """A row for each model and number of threads: the time of a micro-batch, and that of others over it."""
+    return times_of_others(results, ["model", "threads"], "us_per_micro_batch", "µs per micro-batch")
+
+
+def deferred(results):
+    """A row for each model, rule and number of threads: the time of a clip and step, and that of others over it."""
+    return times_of_others(results, ["model", "rule", "threads"], "us_per_step", "µs per clip and step")
+
+
+def times_of_others(results, columns, micros, what):
     rows = results["cases"]
     base, *others = rows[0]["ratio"]
-    header = ["model", "threads", f"µs per micro-batch, {base}", *others]
+    header = [*columns, f"{what}, {base}", *others]
     body = [
-        [row["model"], str(row["threads"]), duration(row["us_per_micro_batch"][base]["median"])]
+        [*(str(row[column]) for column in columns), duration(row[micros][base]["median"])]
         + [spread(row["ratio"][name], times, "×") for name in others]
         for row in rows
     ]
     return "\n\n".join(
-        [f"{machine(results)} Medians, and the 10th and 90th percentile.", table([header, *body], words=1)]
+        [
+            f"{machine(results)} Medians, and the 10th and 90th percentile.",
+            table([header, *body], words=len(columns) - 1),
+        ]
     )
 
 

@@ -81,7 +81,7 @@ void for_each_chunk(const Step& step, const ThreadPool& pool, bool backwards, co
 
 Constants constants_of(const Step& step, const Hyper& hyper, const Scaling& scaling, const Progress& progress) {
   Constants c;
-  c.clip = clip_of<double>(hyper, step.grad_scale, scaling);
+  c.clip = clip_of<double>(hyper, step.asked, scaling);
   Rules::visit(step.rule, [&](auto tag) {
     using R = typename decltype(tag)::Rule;
     const auto rule_constants = R::constants(hyper, hyper.of<R>(), hyper.lr, progress);
@@ -153,7 +153,7 @@ void measure_all(const Step& step, const ThreadPool& pool, const LoopTable& loop
       }
       if (current != tensor.hyper) {
         const Hyper& hyper = step.hypers[tensor.hyper];
-        clip = clip_of<double>(hyper, step.grad_scale, {});
+        clip = clip_of<double>(hyper, step.asked, {});
         const bool clips = clip.unscale != 1 || clips_value(hyper);
         seen = !clips ? Seen::raw : step.skip_nonfinite ? Seen::clipped_or_nonfinite : Seen::clipped;
         current = tensor.hyper;
@@ -183,9 +183,11 @@ Decision decide_for(const Step& step) {
 }
 
 void update_all(const Step& step, const ThreadPool& pool, const LoopTable& loops, const Scaling& scaling) {
-  const bool normed = step.norm != Norm::none, counts = step.has_step_counts;
+  // A norm was taken just before, by this call or by the one that deferred its clip: the last gradients are in a cache.
+  const bool measured = step.norm != Norm::none || step.asked.grad_factor;
+  const bool counts = step.has_step_counts;
   std::atomic<int64_t> all_clamped{0};
-  for_each_chunk(step, pool, normed, [&](int64_t first_chunk, int64_t last_chunk) {
+  for_each_chunk(step, pool, measured, [&](int64_t first_chunk, int64_t last_chunk) {
     int32_t current = -1;
     Progress current_progress{-1, -1, false};
     Constants constants;

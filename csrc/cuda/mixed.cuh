@@ -98,7 +98,7 @@ __device__ __noinline__ Updated<K::kLimitsChange> update_mixed_tile(const Header
   using R = typename K::Rule;
   constexpr int kStates = K::kStates, kRoom = K::kRoom;
   constexpr int kAtOnce = kInFlight<2 + kStates>;
-  const Clip<float> clip = clip_of<float>(hyper, header.grad_scale, scaling);
+  const Clip<float> clip = clip_of<float>(hyper, header.asked, scaling);
   const auto constants = constants_of<R, float>(hyper, entry);
   const Terms terms = possible_terms<K>(hyper, entry);
   const uint32_t reads = R::reads(terms), writes = R::writes(terms);

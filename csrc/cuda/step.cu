@@ -306,7 +306,7 @@ Header header_of(const Step& step, const Layout& layout) {
   header.tensors = static_cast<uint32_t>(layout.entries);
   header.tiles = static_cast<uint32_t>(layout.tiles);
   header.tile = layout.tile();
-  header.grad_scale = step.grad_scale;
+  header.asked = step.asked;
   header.found_inf = step.found_inf;
   header.outcome = step.outcome;
   header.clamped = step.clamped;

@@ -124,7 +124,7 @@ struct Header {
   int32_t tile;  // elements
   uint32_t slots;  // number of tiles that a block can keep in its shared memory between the passes
   int32_t slot_bytes;  // the size of a slot
-  const float* grad_scale;
+  Asked asked;
   const float* found_inf;
   Outcome* outcome;
   double* clamped;  // one count per block

@@ -95,7 +95,7 @@ __device__ __noinline__ Measure measure_tile(const Header& header, const Hyper& 
   using Sum = std::conditional_t<kNorm == Norm::inf, T, double>;  // a largest value needs no double
   constexpr bool kFloat64 = sizeof(Stored) == sizeof(double);
   constexpr int kAtOnce = kInFlight<1>;
-  const Clip<T> clip = clip_of<T>(hyper, header.grad_scale, {});
+  const Clip<T> clip = clip_of<T>(hyper, header.asked, {});
   const bool see_nonfinite = header.skip_nonfinite;
   const auto* const grads = static_cast<const Stored*>(entry.grad) + begin;
   double small = 0, big = 0;
@@ -188,7 +188,7 @@ __device__ __noinline__ Updated<K::kLimitsChange> update_tile(const Header& head
   constexpr bool kReadsParam = !R::kClipsInPlace;
   constexpr int kStates = K::kStates, kRoom = K::kRoom;
   constexpr int kAtOnce = kInFlight<1 + kReadsParam + kStates>;
-  const Clip<T> clip = clip_of<T>(hyper, header.grad_scale, scaling);
+  const Clip<T> clip = clip_of<T>(hyper, header.asked, scaling);
   const auto constants = constants_of<R, T>(hyper, entry);
   const Terms terms = possible_terms<K>(hyper, entry);
   const uint32_t reads = R::reads(terms), writes = R::writes(terms);  // groups differ in these

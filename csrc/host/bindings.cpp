@@ -9,6 +9,7 @@
 #include <optional>
 
 #include "engine.h"
+#include "gradients.h"
 
 namespace py = pybind11;
 using namespace fastclip;
@@ -105,8 +106,8 @@ PYBIND11_MODULE(_C, module) {
                              Py_ssize_t index) { read_group(group.ptr(), index, engine.rule()); })
       .def("step",
            [](Engine& engine, const py::object& groups, const py::object& state, const py::object& grad_scale,
-              const py::object& found_inf) {
-             return engine.step(groups.ptr(), state.ptr(), grad_scale.ptr(), found_inf.ptr());
+              const py::object& found_inf, const py::object& grad_factor) {
+             return engine.step(groups.ptr(), state.ptr(), grad_scale.ptr(), found_inf.ptr(), grad_factor.ptr());
            })
       .def("warn_of_undone", [](Engine& engine, const py::str& param,
                                 int stack_level) { engine.warn_of_undone(param.ptr(), stack_level); })
@@ -127,8 +128,21 @@ PYBIND11_MODULE(_C, module) {
            })
       .def("skipped_steps", [](const Engine& engine) { return wrap(engine.skipped_steps()); });
 
+  py::class_<Gradients>(module, "Gradients")
+      .def(py::init([](const py::list& params) { return std::make_unique<Gradients>(params.ptr()); }))
+      .def("are_those_of", [](const Gradients& gradients, const py::list& groups) {
+        return gradients.are_those_of(groups.ptr());
+      })
+      .def("changed_in", [](const Gradients& gradients, const py::list& groups) -> py::object {
+        const Gradients::Change change = gradients.changed_in(groups.ptr());
+        if (change.gone) return py::none();
+        if (change.group < 0) return py::make_tuple();
+        return py::make_tuple(change.group, change.index);
+      });
+
   // Whether a profiler, or anything else that records torch's operations, is on.
   module.def("is_recording", [] { return at::hasCallbacks(); });
+  module.def("steps_taken", &Engine::steps_taken);
   module.def("clip_bounds", clip_bounds);
   module.def("rules", rules);
   module.def("cpu_capability", cpu::capability);

@@ -8,10 +8,13 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 
 namespace fastclip {
 namespace {
+
+std::atomic<int64_t> steps_taken_of_all = 0;
 
 at::Tensor optional_scalar(PyObject* object, const char* name) {
   if (object == Py_None) return {};
@@ -52,7 +55,8 @@ class Engine::Busy {
   Engine& engine_;
 };
 
-std::optional<NotCovered> Engine::step(PyObject* groups, PyObject* state, PyObject* grad_scale, PyObject* found_inf) {
+std::optional<NotCovered> Engine::step(PyObject* groups, PyObject* state, PyObject* grad_scale, PyObject* found_inf,
+                                       PyObject* grad_factor) {
   const Busy busy(*this);
   if (!PyList_Check(groups) && !PyTuple_Check(groups)) {
     raise_refusal("no_list", {object_of("param_groups"), object_of(groups)});
@@ -61,6 +65,7 @@ std::optional<NotCovered> Engine::step(PyObject* groups, PyObject* state, PyObje
   states.begin(state);
   const at::Tensor scale = optional_scalar(grad_scale, "grad_scale");
   const at::Tensor inf = optional_scalar(found_inf, "found_inf");
+  const at::Tensor factor = optional_scalar(grad_factor, "grad_factor");
   // All groups first: reading a number may run Python.
   for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(groups); ++i) {
     const Held group(PySequence_Fast_GET_ITEM(groups, i));
@@ -95,15 +100,19 @@ std::optional<NotCovered> Engine::step(PyObject* groups, PyObject* state, PyObje
     remember(norm_clip, /*skipped_by_host=*/true);
     last_.levels = histories_.levels(norm_clip.limits);
     ++skipped_by_host_;
+    ++steps_taken_of_all;
     return {};
   }
   states.prepare();
-  run(norm_clip, {scale, inf});
+  run(norm_clip, {scale, factor, inf});
+  ++steps_taken_of_all;
   if (states.has_new() && !((norm_clip.may_skip() || (joint && inf.defined())) && was_skipped())) {
     states.store();
   }
   return {};
 }
+
+int64_t Engine::steps_taken() { return steps_taken_of_all; }
 
 std::optional<NotCovered> Engine::clip_grads(PyObject* params, double low, double high, NormClip norm_clip) {
   const Busy busy(*this);

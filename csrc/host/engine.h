@@ -32,7 +32,11 @@ class Engine {
   // One step over `groups` (a list of dicts) with `state` (a dict of dicts by parameter). Returns nothing when it was
   // taken, or skipped because found_inf says so; where the kernels do not cover it, nothing was changed. Raises for bad
   // input, and nothing was changed.
-  std::optional<NotCovered> step(PyObject* groups, PyObject* state, PyObject* grad_scale, PyObject* found_inf);
+  std::optional<NotCovered> step(PyObject* groups, PyObject* state, PyObject* grad_scale, PyObject* found_inf,
+                                 PyObject* grad_factor);
+
+  // How many steps were taken, or skipped, by all engines of this process.
+  static int64_t steps_taken();
 
   // Warns, once, that a step undoes what somebody wrote to a parameter that has master weights; `param` names it.
   void warn_of_undone(PyObject* param, int stack_level);

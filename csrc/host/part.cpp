@@ -42,12 +42,13 @@ void run_on_torch_threads(int count, void (*work)(void*), void* context) {
 }
 
 // The CPU computes with it right away, so there the copy has to be waited for.
-at::Tensor moved_to(c10::Device device, const at::Tensor& scalar) {
-  return scalar.defined() ? scalar.to(device, at::kFloat, /*non_blocking=*/device.is_cuda()) : scalar;
+at::Tensor moved_to(c10::Device device, const at::Tensor& scalar, at::ScalarType dtype) {
+  return scalar.defined() ? scalar.to(device, dtype, /*non_blocking=*/device.is_cuda()) : scalar;
 }
 
-const float* pointer(const at::Tensor& scalar) {
-  return scalar.defined() ? static_cast<const float*>(scalar.const_data_ptr()) : nullptr;
+template <class T>
+const T* pointer(const at::Tensor& scalar) {
+  return scalar.defined() ? static_cast<const T*>(scalar.const_data_ptr()) : nullptr;
 }
 
 at::TensorOptions doubles_on(c10::Device device) { return at::TensorOptions().dtype(at::kDouble).device(device); }
@@ -113,13 +114,14 @@ std::vector<Measure> Part::measures_by_tensor() const {
 }
 
 void Part::prepare(const NormClip& norm_clip, const Amp& amp, bool counts_skips) {
-  amp_ = {moved_to(device, amp.grad_scale), moved_to(device, amp.found_inf)};
+  amp_ = {moved_to(device, amp.grad_scale, at::kFloat), moved_to(device, amp.grad_factor, at::kDouble),
+          moved_to(device, amp.found_inf, at::kFloat)};
   step.norm = norm_clip.norm;
   step.limits = norm_clip.limits;
   step.skip_nonfinite = norm_clip.skip_nonfinite;
   step.counts_skips = counts_skips;
-  step.grad_scale = pointer(amp_.grad_scale);
-  step.found_inf = pointer(amp_.found_inf);
+  step.asked = {pointer<float>(amp_.grad_scale), pointer<double>(amp_.grad_factor)};
+  step.found_inf = pointer<float>(amp_.found_inf);
   step.outcome = nullptr;
   step.measures = step.param_measures = nullptr;
   step.clamped = nullptr;
@@ -210,8 +212,8 @@ void Part::run_update(at::Tensor sums, int parts) {
 }
 
 void Part::set_found_inf(const at::Tensor& found_inf) {
-  amp_.found_inf = moved_to(device, found_inf);
-  step.found_inf = pointer(amp_.found_inf);
+  amp_.found_inf = moved_to(device, found_inf, at::kFloat);
+  step.found_inf = pointer<float>(amp_.found_inf);
 }
 
 bool Part::releases_gil() const { return device.is_cpu() && step.elements >= kElementsToReleaseGil; }

@@ -13,9 +13,10 @@
 
 namespace fastclip {
 
-// The scalars that AMP hands to a step, each of them or undefined.
+// The scalars that AMP, and a deferred clip, hand to a step, each of them or undefined.
 struct Amp {
   at::Tensor grad_scale;
+  at::Tensor grad_factor;
   at::Tensor found_inf;
 };
 

@@ -8,8 +8,8 @@
 
 namespace fastclip {
 
-// unscale (AMP) -> value clip -> norm clip -> sign (maximize). A part that is not asked for has a neutral constant (1,
-// or an infinite bound); a product with 1 changes no bits.
+// unscale (AMP, and a deferred clip) -> value clip -> norm clip -> sign (maximize). A part that is not asked for has a
+// neutral constant (1, or an infinite bound); a product with 1 changes no bits.
 template <class T>
 struct Clip {
   T unscale;
@@ -45,11 +45,18 @@ struct Clip {
   FASTCLIP_HD T operator()(T x) const { return value(x) * coefficient; }
 };
 
+// What somebody else asks of the gradients of a step, before its own clips; in device memory.
+struct Asked {
+  const float* grad_scale = nullptr;    // AMP: gradients are divided by it
+  const double* grad_factor = nullptr;  // a clip that was deferred to this step: they are multiplied by it
+};
+
 // Returns the clip of a group's gradients. It unscales them as GradScaler.unscale_ does: one reciprocal in double,
 // rounded to float, then products.
 template <class T>
-FASTCLIP_HD Clip<T> clip_of(const SharedHyper& hyper, const float* grad_scale, const Scaling& scaling) {
-  const float unscale = grad_scale ? static_cast<float>(1.0 / *grad_scale) : 1.0f;
+FASTCLIP_HD Clip<T> clip_of(const SharedHyper& hyper, const Asked& asked, const Scaling& scaling) {
+  T unscale = asked.grad_scale ? static_cast<float>(1.0 / *asked.grad_scale) : 1.0f;
+  if (asked.grad_factor) unscale *= static_cast<T>(*asked.grad_factor);
   const T unit = T(scaling.unit);
   return {unit * unscale, unit * T(hyper.clip_low), unit * T(hyper.clip_high),
           T(hyper.maximize ? -scaling.coefficient : scaling.coefficient)};

@@ -93,13 +93,16 @@ def finite(value):
 
 
 def save(path, rows, arms, speech, settings, command):
-    """All numbers, and what they depend on, as JSON."""
+    """The results, and what they depend on, as JSON; every step's numbers in a second file, ..._steps.json."""
     report = {
         "data": {"kind": speech.kind, "caption": speech.caption, "train": len(speech.train), "test": len(speech.test)},
         "settings": settings,
         **record.describe([], command),
         "results": rows,
+    }
+    steps = {
         "curves": {arm.name: {"loss": arm.losses, "norm_steps": arm.norm_steps, "norm": arm.norms} for arm in arms},
         "seconds": {arm.name: {"step": arm.step_seconds, "update": arm.update_seconds} for arm in arms},
     }
-    path.write_text(json.dumps(finite(report)) + "\n")
+    path.write_text(json.dumps(finite(report), indent=1) + "\n")
+    path.with_stem(f"{path.stem}_steps").write_text(json.dumps(finite(steps)) + "\n")

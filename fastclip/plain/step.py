@@ -61,10 +61,15 @@ def widened(grad, param):
     return grad.to(compute_dtype(param)) if grad.dtype in SIXTEEN_BIT else grad
 
 
-def unscaled(param, inverse_scale):
-    """Returns the gradient divided by AMP's scale; `param.grad` itself is left alone."""
+def unscaled(param, inverse_scale, grad_factor):
+    """Returns the gradient divided by AMP's scale, and times the factor of a deferred clip; `param.grad` itself is left
+    alone."""
     grad = param.grad.clone() if overlap_in_part(param, param.grad) else param.grad.resolve_conj()
-    return grad if inverse_scale is None else widened(grad, param) * inverse_scale.to(grad.device)
+    factors = [factor for factor in (inverse_scale, grad_factor) if factor is not None]
+    if not factors:
+        return grad
+    wide = widened(grad, param)
+    return wide * math.prod(factor.to(grad.device, wide.real.dtype) for factor in factors)
 
 
 def clamped(grad, clip_value, dtype):
@@ -74,14 +79,25 @@ def clamped(grad, clip_value, dtype):
 
 
 @torch.no_grad()
-def step(rule, groups, state, grad_scale=None, found_inf=None, reductions=None, numels=None, by_parameter=None):
+def step(
+    rule,
+    groups,
+    state,
+    grad_scale=None,
+    found_inf=None,
+    grad_factor=None,
+    reductions=None,
+    numels=None,
+    by_parameter=None,
+):
     """Takes one step by `rule` over `groups` (a list of dicts) with `state` (a dict of dicts by parameter).
 
-    Order: unscale, value clip, norm clip, update.
+    Order: unscale, deferred clip, value clip, norm clip, update.
 
     Args:
         rule (Rule): a row of `plain.rules`.
         grad_scale, found_inf (Tensor, optional): AMP's.
+        grad_factor (Tensor, optional): of a deferred clip: gradients are multiplied by it before all else.
         reductions (dict, optional): the Reduction of each parameter of a sharded model.
         numels (dict, optional): the number of elements on all ranks of each of these.
         by_parameter (dict, optional): gets the measure of each gradient, by the parameter's position among all.
@@ -100,7 +116,7 @@ def step(rule, groups, state, grad_scale=None, found_inf=None, reductions=None, 
     with torch.set_grad_enabled(any(group["differentiable"] for group in groups)):
         grads = []
         for group, group_params in zip(groups, stepped, strict=True):
-            group_grads = [unscaled(p, inverse_scale) for p in group_params]
+            group_grads = [unscaled(p, inverse_scale, grad_factor) for p in group_params]
             if clips_value(group):
                 pairs = [
                     clamped(g, group["clip_value"], p.grad.dtype)

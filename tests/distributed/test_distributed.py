@@ -12,7 +12,7 @@ if not torch.distributed.is_available():
 import fastclip
 from tests.support.cases import param
 
-from . import accumulation, checkpoints, disagreement, histories, models, pieces, placements, scalers
+from . import accumulation, checkpoints, deferred, disagreement, histories, models, pieces, placements, scalers
 from .compare import CASES
 from .worker import PASSED, start_ranks
 
@@ -58,6 +58,11 @@ def test_ranks_that_see_something_else(results, case, ranks):
 
 @cases_of(accumulation)
 def test_clipped_accumulation(results, case, ranks):
+    assert_passed(results[ranks][case])
+
+
+@cases_of(deferred)
+def test_deferred_clips(results, case, ranks):
     assert_passed(results[ranks][case])
 
 

@@ -93,6 +93,7 @@ def main():
     from . import (  # noqa: F401
         accumulation,
         checkpoints,
+        deferred,
         disagreement,
         histories,
         in_deepspeed,

@@ -17,6 +17,7 @@ PAGES = [
     "docs/change.md",
     "docs/logging.md",
     "docs/past_norms.md",
+    "docs/patch.md",
     "docs/precision.md",
     "docs/step_in_backward.md",
     "docs/trainers.md",

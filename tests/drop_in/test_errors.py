@@ -93,7 +93,6 @@ def test_other_errors_are_of_the_same_type_with_the_same_words(optim, params, kw
         (ADAM, {"betas": (0.9, 1.0)}),
         (ADAM, {"betas": (-0.1, 0.9)}),
         (ADAM, {"betas": (torch.ones(2), torch.ones(2))}),
-        (ADAM, {"betas": ("0.9", "0.9")}),
         (ADAM, {"betas": (0.9,)}),
         (ADAM, {"betas": 0.9}),
         (ADAMW, {"decoupled_weight_decay": False}),

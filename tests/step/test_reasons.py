@@ -255,5 +255,5 @@ def test_the_kernels_have_no_learning_rate_of_another_device():
     """Plain torch can't read one on this device, so the engine is asked."""
     optimizer, _ = make(max_norm=None)
     optimizer.param_groups[1]["lr"] = torch.tensor(0.1, device="meta")
-    not_covered = optimizer._engine.step(optimizer.param_groups, optimizer.state, None, None)
+    not_covered = optimizer._engine.step(optimizer.param_groups, optimizer.state, None, None, None)
     assert not_covered.reason == "lr is a torch.float32 tensor on meta, which fastclip has no kernels for"

@@ -1,0 +1,62 @@
+"""Arguments as configuration files give them: text for numbers, lists for pairs, names for dtypes."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .norm_rules import complete_rules
+from .reasons import number_as_text
+
+_WORDS = ("params", "param_names", "momentum_dtype")  # settings that are no numbers
+
+
+def complete_settings(settings: dict[str, Any], where: str = "") -> None:
+    """Gives settings the types that an optimizer keeps: rules become dicts, other sequences tuples, and names of dtypes
+    dtypes. `where` is what messages end with, as " in param_groups[1]".
+
+    Raises:
+        TypeError: a number that is text; ValueError: no dtype of that name, or a bad rule.
+    """
+    for name, value in settings.items():
+        if name not in _WORDS:
+            settings[name] = complete_value(name + where, value)
+    if isinstance(settings.get("momentum_dtype"), str):
+        settings["momentum_dtype"] = _dtype_of(settings["momentum_dtype"], where)
+    complete_rules(settings, where)
+
+
+def complete_value(what: str, value: Any) -> Any:
+    """Returns a value, a pair as a list or tuple: OmegaConf's ListConfig is neither, and no checkpoint should hold it.
+    Refuses text in the place of a number: YAML 1.1 makes text of 1e-3, and torch compares it with 0."""
+    if isinstance(value, Sequence) and not isinstance(value, (str, list, tuple)):
+        value = tuple(value)
+    for each in value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(each, str) and not each.isidentifier():  # "inf" is a norm_type
+            try:
+                float(each)
+            except ValueError:
+                continue  # a word, or not what torch takes, which says so
+            raise number_as_text(what, each)
+    return value
+
+
+def complete_group(group: Any) -> Any:
+    """Takes `named_params` for the `params` of a group, as icefall's groups have them: pairs of a name and a tensor."""
+    if isinstance(group, Mapping) and "params" not in group and "named_params" in group:
+        return {"params" if name == "named_params" else name: value for name, value in group.items()}
+    return group
+
+
+def complete_params(params: Any) -> Any:
+    """Does that for the groups among the parameters of a new optimizer. Leaves all else as it is, to be read once."""
+    if isinstance(params, (list, tuple)) and any(isinstance(group, Mapping) for group in params):
+        return [complete_group(group) for group in params]
+    return params
+
+
+def _dtype_of(name, where):
+    dtype = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"momentum_dtype{where} must be a dtype of torch, or its name, as 'bfloat16', got {name!r}")
+    return dtype

@@ -1,0 +1,301 @@
+"""fastclip.patch and `python -m fastclip.run`: a program that knows nothing of fastclip, with torch's bits."""
+
+import contextlib
+import multiprocessing
+import os
+import subprocess
+import sys
+import textwrap
+import types
+import warnings
+
+import pytest
+import torch
+
+import fastclip
+from fastclip import counts
+from fastclip import run as runner
+from fastclip.patching import OPTIMIZERS
+from tests.support.cases import assert_same_bits, copy_params, give_grads, make_params
+from tests.support.project import ROOT
+
+CLIPS = ("own", "fused", "defer")
+TORCHS = {name: getattr(torch.optim, name) for name in OPTIMIZERS}
+FUNCTIONS = {
+    name: getattr(torch.nn.utils, name) for name in ("clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_")
+}
+
+
+@pytest.fixture(autouse=True)
+def counted_from_zero(monkeypatch):
+    for name in ("clips_deferred", "clips_at_once", "clips_by_torch"):
+        monkeypatch.setattr(counts, name, 0)
+
+
+@contextlib.contextmanager
+def patched(clip):
+    """These tests have imported torch's names themselves, which the patch says."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fastclip.patch came too late")
+        with fastclip.patch(clip) if clip else contextlib.nullcontext():
+            yield
+
+
+def are_torchs():
+    return all(getattr(torch.optim, name) is torchs for name, torchs in TORCHS.items()) and all(
+        getattr(torch.nn.utils, name) is torchs for name, torchs in FUNCTIONS.items()
+    )
+
+
+def clip_by(how, params):
+    """The ways in which programs clip."""
+    utils = torch.nn.utils
+    if how == "norm":
+        return utils.clip_grad_norm_(params, 1.0)
+    if how == "generator, inf":
+        return utils.clip_grad_norm_((p for p in params), max_norm=0.3, norm_type=float("inf"))
+    if how == "by its module":
+        return utils.clip_grad.clip_grad_norm_(params, 1.0, error_if_nonfinite=True, foreach=False)
+    if how == "value":
+        return utils.clip_grad_value_(params, 0.2)
+    norm = utils.get_total_norm([p.grad for p in params])  # torchtitan
+    utils.clip_grads_with_norm_(params, 1.0, norm)
+    return norm
+
+
+HOWS = ("norm", "generator, inf", "by its module", "value", "two functions")
+
+
+def train(how, name="SGD", steps=12, dtype=torch.float32, device="cpu"):
+    torch.manual_seed(1)
+    model = torch.nn.Sequential(torch.nn.Linear(9, 33), torch.nn.Tanh(), torch.nn.Linear(33, 5)).to(device, dtype)
+    settings = {"momentum": 0.9} if name in ("SGD", "RMSprop") else {}
+    optimizer = getattr(torch.optim, name)(model.parameters(), lr=0.01, **settings)
+    x, norms = torch.randn(8, 9, dtype=dtype).to(device), []
+    for step in range(steps):
+        (10 * model(x + step)).square().sum().backward()
+        norms.append(clip_by(how, [*model.parameters()]))
+        optimizer.step()
+        optimizer.zero_grad()
+    return [*model.parameters()], norms, optimizer
+
+
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_deferred_clips_have_torchs_bits(how, dtype, device):
+    theirs, expected, _ = train(how, dtype=dtype, device=device)
+    before = counts.steps()
+    with patched("defer"):
+        ours, norms, optimizer = train(how, dtype=dtype, device=device)
+    assert type(optimizer) is fastclip.SGD
+    assert all(
+        norm is wanted is None or torch.equal(norm, wanted) for norm, wanted in zip(norms, expected, strict=True)
+    )
+    assert (counts.clips_deferred, counts.clips_by_torch, counts.steps() - before) == (12, 0, 12)
+    if device == "cpu":
+        assert_same_bits(theirs, ours)
+    else:
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("clip", CLIPS)
+def test_every_optimizer_and_clip(name, clip):
+    theirs, expected, _ = train("norm", name)
+    with patched(clip):
+        ours, norms, optimizer = train("norm", name)
+    assert type(optimizer) is getattr(fastclip, name) and are_torchs()
+    torch.testing.assert_close(torch.stack(norms), torch.stack(expected), rtol=1e-5, atol=0)
+    if clip == "fused":  # its norm is more exact, and some rules divide by almost nothing
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    else:
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert (counts.clips_deferred, counts.clips_at_once) == {"own": (0, 0), "fused": (0, 12), "defer": (12, 0)}[clip]
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_what_is_not_one_optimizers_is_torchs(how):
+    """A part of the model, and an optimizer of torch's."""
+    for make in (lambda params: fastclip.SGD(params[1:], lr=0.1), lambda params: TORCHS["SGD"](params, lr=0.1)):
+        theirs = make_params([(5,), (3, 4), (2,)])
+        ours = copy_params(theirs)
+        optimizer = make(ours)
+        give_grads(theirs, ours)
+        expected = clip_by(how, theirs)
+        with patched("defer"):
+            norm = clip_by(how, ours)
+        assert norm is expected is None or torch.equal(norm, expected)
+        for p, q in zip(ours, theirs, strict=True):
+            assert torch.equal(p.grad, q.grad)
+        optimizer.step()
+    assert counts.clips_by_torch == 2 and counts.clips_deferred == 0
+
+
+def test_a_context_ends_also_by_an_error_and_nests():
+    with pytest.raises(ZeroDivisionError), patched("fused"):
+        outer = torch.nn.utils.clip_grad_norm_
+        with patched("defer"):
+            assert torch.nn.utils.clip_grad_norm_ is not outer
+        assert torch.nn.utils.clip_grad_norm_ is outer and torch.optim.SGD is fastclip.SGD
+        raise ZeroDivisionError
+    assert are_torchs()
+    with patched(None):
+        patch = fastclip.patch("own")
+    assert torch.optim.AdamW is sys.modules["torch.optim.adamw"].AdamW is fastclip.AdamW
+    patch.undo()
+    assert are_torchs()
+    with patch:
+        assert torch.optim.AdamW is fastclip.AdamW
+    assert are_torchs()
+
+
+def test_bad_clip_changes_nothing():
+    with pytest.raises(ValueError, match="clip must be one of own, fused, defer, got 'all'"):
+        fastclip.patch(clip="all")
+    assert are_torchs()
+
+
+def test_says_which_modules_came_before(monkeypatch):
+    late = types.ModuleType("late_toolkit")
+    late.clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setitem(sys.modules, "late_toolkit", late)
+    with pytest.warns(UserWarning, match=r"came too late for .*late_toolkit.*fastclip\.run"), fastclip.patch():
+        assert late.clip is FUNCTIONS["clip_grad_norm_"]
+
+
+def test_subclasses_and_lists_of_types():
+    """ESPnet and FunASR subclass torch's SGD; DeepSpeed compares types."""
+    with patched("defer"):
+
+        class SGD(torch.optim.SGD):
+            def __init__(self, params, lr=0.1, momentum=0.0):
+                super().__init__(params, lr=lr, momentum=momentum)
+
+        optimizer = SGD([p := torch.ones(3, requires_grad=True)])
+        assert isinstance(optimizer, torch.optim.SGD) and isinstance(optimizer, TORCHS["SGD"])
+        assert type(torch.optim.AdamW([p])) in [torch.optim.Adam, torch.optim.AdamW]
+        p.grad = torch.ones(3)
+        torch.nn.utils.clip_grad_norm_([p], 0.5)
+        optimizer.step()
+    torch.testing.assert_close(p.detach(), torch.full((3,), 1 - 0.05 / 3**0.5))
+    assert counts.clips_deferred == 1
+
+
+PROGRAM = textwrap.dedent(
+    """
+    import sys
+    import torch
+    from torch.nn.utils import clip_grad_norm_, clip_grad_value_  # bound at import, as in toolkits
+    from torch.optim import SGD
+
+    def train(rank=0):
+        torch.manual_seed(0)
+        torch.set_num_threads(1)
+        model = torch.nn.Linear(50, 7)
+        optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+        for step in range(12):
+            model(torch.randn(4, 50)).square().sum().backward()
+            clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+        digest = model.weight.detach().view(torch.int32).sum().item()
+        print(f"{__name__} {sys.argv[1:]} {type(optimizer).__module__} {digest}", flush=True)
+
+    if __name__ == "__main__":
+        if "spawn" in sys.argv:
+            torch.multiprocessing.spawn(train, nprocs=2)
+        else:
+            train()
+    """
+)
+
+
+def run(tmp_path, *command):
+    (tmp_path / "their_program.py").write_text(PROGRAM)
+    done = subprocess.run(
+        [sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error::UserWarning"},
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_runs_a_program_with_its_bits(tmp_path):
+    """As a script, as a module and as text; `own` and `defer` have torch's bits."""
+    code, plain, said = run(tmp_path, "their_program.py", "a", "--clip")
+    assert code == 0 and "torch.optim" in plain, said
+    expected = plain.replace("torch.optim.sgd", "fastclip.sgd")
+    deferred = "12 clips deferred to the step"
+    for options, program, clips in (
+        ([], ["their_program.py"], deferred),
+        (["--clip=defer"], ["-m", "their_program"], deferred),
+        (["--clip", "own"], ["-c", PROGRAM], "no clips"),
+    ):
+        code, out, said = run(tmp_path, "-m", "fastclip.run", *options, *program, "a", "--clip")
+        assert (code, out) == (0, expected), said
+        assert said.endswith(f"fastclip: 12 steps, {clips}\n")
+
+
+def test_processes_that_it_spawns_are_patched_and_count_too(tmp_path):
+    """As in ESPnet and icefall."""
+    code, plain, said = run(tmp_path, "their_program.py")
+    assert code == 0, said
+    plain = 2 * plain.replace("__main__", "__mp_main__").replace("[]", "['spawn']")
+    for program in (["their_program.py"], ["-m", "their_program"]):
+        code, out, said = run(tmp_path, "-m", "fastclip.run", *program, "spawn")
+        assert code == 0 and out == plain.replace("torch.optim.sgd", "fastclip.sgd"), said
+        assert said.count("fastclip: 12 steps, 12 clips deferred to the step\n") == 2
+
+
+def _who_is_it(queue):
+    queue.put((torch.optim.SGD.__module__, torch.nn.utils.clip_grad_norm_.__module__))
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_a_process_started_within_a_context(method):
+    context = multiprocessing.get_context(method)
+    found = []
+    for clip in ("defer", None):
+        with patched(clip):
+            queue = context.Queue()
+            process = context.Process(target=_who_is_it, args=(queue,))
+            process.start()
+            found.append(queue.get(timeout=60))
+            process.join()
+    assert found == [("fastclip.sgd", "fastclip.patching"), ("torch.optim.sgd", "torch.nn.utils.clip_grad")]
+
+
+def test_a_program_that_exits_or_fails(tmp_path):
+    for text, code, words in (("import sys; sys.exit(3)", 3, ""), ("1 / 0", 1, "ZeroDivisionError")):
+        (tmp_path / "program.py").write_text(text)
+        found, out, said = run(tmp_path, "-m", "fastclip.run", "program.py")
+        assert found == code and words in said and "fastclip: " not in said and not out
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--clip", "all", "x.py"], "--clip must be one of own, fused, defer, got 'all'"),
+        (["--clip"], "got ''"),
+        (["--what", "x.py"], "no such option: --what"),
+        (["-m"], "expected -m MODULE, -c CODE or a script, got -m"),
+        (["-x", "y"], "got -x"),
+        (["nowhere.py"], "no such file: nowhere.py"),
+    ],
+)
+def test_bad_usage(capsys, arguments, words):
+    assert runner.main(arguments) == 2 and are_torchs()
+    out, said = capsys.readouterr()
+    assert words in said and said.count("\n") == 1 and not out
+
+
+def test_help(capsys):
+    for arguments, code in ((["--help"], 0), (["-h"], 0), ([], 2)):
+        assert runner.main(arguments) == code
+        assert "python -m fastclip.run [--clip own|fused|defer] -m MODULE" in capsys.readouterr().out
+
+
+def test_the_counts_line():
+    text = counts.text()
+    assert text.startswith("fastclip: ") and text.endswith("no clips")
+    counts.clips_deferred, counts.clips_by_torch = 2, 1
+    assert counts.text().endswith(", 2 clips deferred to the step, 1 clips left to torch")
