@@ -15,6 +15,7 @@ from examples.speech.batches import edit_distance, greedy_decode, word_error_rat
 from examples.speech.data import read_wav, resample  # noqa: E402
 from examples.speech.models import outputs_needed  # noqa: E402
 from examples.support import lockstep  # noqa: E402
+from tests.support.project import ROOT  # noqa: E402
 from tests.support.recordings import tone, write_recordings, write_wav  # noqa: E402
 
 
@@ -154,10 +155,26 @@ def test_tiny_run(folder, capsys, lr):
     limited = next(row for arm, row in rows.items() if arm.startswith("change <= 3 %, lr "))
     assert limited["final_loss"] is not None and limited["lr"] == pytest.approx(10 * float(lr))
     assert rows["fastclip"]["wer_percent"] == rows["Python loop"]["wer_percent"]
-    assert report["curves"]["fastclip"]["loss"] == report["curves"]["Python loop"]["loss"]
+    steps = json.loads((results / "speech_demo_steps.json").read_text(), parse_constant=pytest.fail)
+    assert steps["curves"]["fastclip"]["loss"] == steps["curves"]["Python loop"]["loss"]
     assert report["settings"]["identical_bits"] is True
     assert report["settings"]["device"] == "cpu"
     assert report["data"]["kind"] == "own"
+
+
+def test_the_readme_shows_the_recorded_run():
+    """Clip, learning rate and error rate of each arm; the loop and fastclip are one row."""
+    report = json.loads((ROOT / "docs/study/speech_demo.json").read_text())
+    assert report["settings"]["identical_bits"] and not report["dirty"] and report["commit"]
+    table = (ROOT / "README.md").read_text().split("<!-- demo -->\n")[1].split("\n<!--")[0].splitlines()[2:]
+    said = [tuple(cell.strip() for cell in line.split("|")[1:-1]) for line in table]
+    rows = {row["arm"]: row for row in report["results"]}
+    assert rows["fastclip"]["wer_percent"] == rows.pop("Python loop")["wer_percent"]
+    clips = {"no clipping": "none", "fastclip": "clip_value=0.01", "change": "max_relative_change=0.03"}
+    wanted = [(clip, f"{row['lr']:g}", f"{row['wer_percent']:.1f} %")
+              for row in rows.values() for arm, clip in clips.items() if row["arm"].startswith(arm)]  # fmt: skip
+    assert sorted((clip.strip("`"), lr, wer) for clip, lr, wer in said) == sorted(wanted)
+    assert report["settings"]["clip_value"] == 0.01 and "recorded" in report["data"]["caption"]
 
 
 def test_on_any_device(folder, capsys, device):
