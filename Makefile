@@ -38,17 +38,17 @@ study: build  ## what clipping does to training: 378 small trainings, 30 to 60 m
 IN_PARALLEL = $(shell $(PY) -c "import xdist" 2>/dev/null && echo " -n auto --maxprocesses 4 --dist loadfile")
 
 check: export OMP_WAIT_POLICY ?= passive
-check: build  ## the tests of the step, without slow ones: under 90 seconds on two cores
+check: .requirements build  ## the tests of the step, without slow ones: under 90 seconds on two cores
 	$(PY) -m pytest $(IN_PARALLEL) -m "not slow" tests/step tests/drop_in/test_drop_in.py $(ARGS)
 
 test: export OMP_WAIT_POLICY ?= passive
-test: build  ## all tests
+test: .requirements build  ## all tests
 	$(PY) -m pytest $(IN_PARALLEL) $(ARGS)
 
-fuzz: build  ## 10,000 random optimizers and steps against the plain loop, about 5 minutes; ARGS="--seed N" repeats a run
+fuzz: .requirements build  ## 10,000 random optimizers and steps against the plain loop, about 5 minutes; ARGS="--seed N" repeats a run
 	$(PY) -m tests.long.fuzz $(ARGS)
 
-soak: build  ## a million steps: flat memory, torch's bits at the end; about 8 minutes; ARGS="--steps N" takes less
+soak: .requirements build  ## a million steps: flat memory, torch's bits at the end; about 8 minutes; ARGS="--steps N" takes less
 	$(PY) -m tests.long.soak $(ARGS)
 
 sanitize: .requirements  ## the C++ under address, undefined and thread sanitizers, 8 to 15 minutes; ARGS="--only thread"
@@ -60,7 +60,7 @@ bench: build  ## time fastclip against the Python loop and the best of torch, ab
 gpu:  ## on a machine with a GPU, in PYTHON's environment: build, tests, sanitizer, benchmark, ncu; under 8 minutes; OUT=
 	@$(PY) -m benchmarks gpu-session --out "$(OUT)" $(ARGS)
 
-build: .requirements  ## the extension, in place
+build: .requirements-demo  ## the extension, in place
 	@echo "Building fastclip: 1 to 3 minutes the first time, longer with CUDA on an old machine. Log: build.log"
 	@$(PY) setup.py build_ext --inplace > build.log 2>&1 || { cat build.log; exit 1; }
 	@$(PY) -m fastclip
@@ -80,17 +80,24 @@ lint: .requirements  ## the same, and changes nothing: fails where `make format`
 clean:  ## what was built
 	rm -rf build build.log fastclip/_C*.so fastclip/_build_info.py
 
+# Two steps, so that a demo does not wait for what only the tests need.
 ifeq ($(strip $(VENV)),)
-.requirements:
-.PHONY: .requirements
+.requirements .requirements-demo:
 else
-.requirements: $(VENV)/installed-$(subst =,-,$(TORCH))
-.PHONY: .requirements
+ENVIRONMENT := $(VENV)/installed-$(subst =,-,$(TORCH))
+.requirements: $(ENVIRONMENT)-all
+.requirements-demo: $(ENVIRONMENT)
 # torch is pinned: a range would bring gigabytes of CUDA libraries that fastclip does not need.
-$(VENV)/installed-$(subst =,-,$(TORCH)): requirements.txt requirements-trainers.txt
-	@echo "Making $(VENV): torch and the rest, about three minutes (300 MB)"
+$(ENVIRONMENT): requirements-demo.txt
+	@echo "Making $(VENV): torch and a few packages, about a minute (300 MB)"
 	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet "$(TORCH)" -r requirements-demo.txt
+	touch $@
+$(ENVIRONMENT)-all: $(ENVIRONMENT) requirements.txt requirements-trainers.txt requirements-toolkits.txt
+	@echo "Adding what the tests need to $(VENV), about two minutes (300 MB)"
 	$(VENV)/bin/python -m pip install --quiet "$(TORCH)" -r requirements.txt -r requirements-trainers.txt
+	-$(VENV)/bin/python -m pip install --quiet --no-deps -r requirements-toolkits.txt  # its tests say if it is missing
 	-$(VENV)/bin/python -m tests.support.torchaudio_on_cpu  # where that fails, the tests that need torchaudio say so
 	touch $@
 endif
+.PHONY: .requirements .requirements-demo

@@ -152,8 +152,9 @@ def main(arguments=None):
     options = parse_arguments(arguments)
     try:
         return report(options) if options.report else run(options)
-    except SpeechDataError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (SpeechDataError, ImportError) as error:
+        missing = ": pip install -r requirements.txt brings it" if isinstance(error, ImportError) else ""
+        print(f"error: {error}{missing}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         with contextlib.suppress(OSError):

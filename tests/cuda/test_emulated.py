@@ -20,6 +20,7 @@ ALL_TESTS = [
     *STEP_TESTS,
     "step/test_clip_grad",
     "step/test_skip_nonfinite",
+    "step/test_deferred",
     "step/test_clip_stats",
     "step/test_change",
     "step/test_norm_rules",

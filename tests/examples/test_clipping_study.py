@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+import sys
 from statistics import median
 
 import pytest
@@ -284,6 +285,13 @@ def test_no_space_left_keeps_what_was_done(tmp_path, capsys, monkeypatch):
     assert code == 2 and "No space left on device" in said and "clipping.csv" in said and "Traceback" not in said
     assert (tmp_path / "clipping.csv").read_bytes() == before
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_conformer_needs_torchaudio(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchaudio", None)
+    monkeypatch.setitem(sys.modules, "torchaudio.models", None)
+    code, _, said = study(capsys, tmp_path, options=[*TINY[:1], "--models", "conformer", *TINY[3:]])
+    assert code == 2 and "torchaudio" in said and "requirements.txt" in said and said.count("error") == 1
 
 
 def test_two_studies_do_not_share_a_folder(tmp_path, capsys):

@@ -164,6 +164,18 @@ def test_a_micro_batch_costs_a_norm_and_an_addition(max_norm):
     assert (counted.bytes_read, counted.bytes_written) == (4 * (2 * numel + tail), 4 * numel)
 
 
+@pytest.mark.parametrize(("settings", "read", "written"), [({}, 2, 1), (ADAM, 4, 3)], ids=["plain", "adam"])
+def test_a_deferred_clip_reads_gradients_once_more_and_writes_none(settings, read, written):
+    """4 bytes per parameter to measure, and then the step without a clip: nothing waits."""
+    optimizer, params, numel = stepped(SHAPES, **settings)
+    counted = emulator.count(lambda: fastclip.clip_grad_norm_(params, 1e-3, defer=True))
+    assert (counted.launches, counted.copies, counted.synchronizations) == (1, 0, 0)
+    assert (counted.bytes_read, counted.bytes_written) == (4 * numel, 0)
+    counted = emulator.count(optimizer.step)
+    assert (counted.launches, counted.copies, counted.synchronizations) == (1, 0, 0)
+    assert (counted.bytes_read, counted.bytes_written) == (4 * read * numel, 4 * written * numel)
+
+
 def test_only_what_was_written_to_is_measured_anew():
     optimizer, params, _ = stepped(SHAPES, steps=2, **CHANGE)
     expected = emulator.count(optimizer.step)
