@@ -18,7 +18,7 @@ from .plain.step import bounds, scaled, sums_of_all
 from .reasons import named, negative, not_a_number
 
 
-def _as_list(parameters):
+def _as_list(parameters: torch.Tensor | Iterable[torch.Tensor]) -> list[torch.Tensor]:
     return [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
 
 

@@ -1,0 +1,26 @@
+"""Hugging Face transformers: a mixin for a Trainer, whose log then says what the clip of the last step did.
+
+class Trainer(fastclip.integrations.transformers.LogsClip, transformers.Trainer):
+    pass
+"""
+
+from typing import Any
+
+from .stats import stats_to_log
+
+
+class LogsClip:
+    """Mixed in before a Trainer: adds norm, coefficient and the rest of `clip_stats` to its log of the loss.
+
+    `grad_norm` is fastclip's where the optimizer has a limit on the norm, and the Trainer's where it has not.
+
+    Example:
+        >>> class Trainer(fastclip.integrations.transformers.LogsClip):  # and transformers.Trainer
+        ...     pass
+    """
+
+    def log(self, logs: dict[str, float], *positional: Any, **named: Any) -> None:
+        """As the Trainer's, with more in it."""
+        if "loss" in logs:
+            logs |= stats_to_log(self.optimizer)  # type: ignore[attr-defined]
+        super().log(logs, *positional, **named)  # type: ignore[misc]

@@ -1,0 +1,121 @@
+"""Real toolkits: unmodified under `python -m fastclip.run`, with the bits of the run without it; and with fastclip's
+integrations."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.project import ROOT
+
+from .data import write_corpus
+
+HERE = Path(__file__).parent
+
+
+def espnet(corpus, out):
+    data = [
+        f"--{split}_data_path_and_name_and_type={corpus / split / file},{kind}"
+        for split in ("train", "valid")
+        for file, kind in (("wav.scp", "speech,sound"), ("text", "text,text"))
+    ]
+    shapes = [f"--{split}_shape_file={corpus / split / 'shape'}" for split in ("train", "valid")]
+    return ["--config", HERE / "espnet.yaml", "--ngpu", "0", "--output_dir", out, "--use_preprocessor", "true",
+            "--token_list", corpus / "tokens.txt", *data, *shapes]  # fmt: skip
+
+
+def funasr(corpus, out):
+    sets = [f"++{split}_data_set_list={corpus / split / 'funasr.jsonl'}" for split in ("train", "valid")]
+    return ["--config-path", HERE, "--config-name", "funasr", "++device=cpu", "++disable_update=true",
+            f"++tokenizer_conf.token_list={corpus / 'tokens.txt'}", *sets, f"++output_dir={out}",
+            f"hydra.run.dir={out / 'hydra'}"]  # fmt: skip
+
+
+def trainer(kind, _, out):
+    return [kind, out]
+
+
+# By toolkit: its package, its program, that program's arguments, the checkpoint, and the norms in the log.
+TOOLKITS = {
+    "ESPnet": ("espnet2", "espnet2.bin.asr_train", espnet, "4epoch.pth", r"grad_norm=[\d.]+, clip=[\d.]+"),
+    "FunASR": ("funasr", "funasr.bin.train", funasr, "model.pt.ep4", r"loss_avg_rank: [\d.]+"),
+    "Lightning": ("pytorch_lightning", "tests.toolkits.trainers", partial(trainer, "lightning"), "model.pt", None),
+    "Hugging Face": ("transformers", "tests.toolkits.trainers", partial(trainer, "transformers"), "model.pt",
+                     r"\[[\d., ]+\]"),
+}  # fmt: skip
+
+
+class Runs:
+    """Trainings by real toolkits. The unmodified ones are run once each."""
+
+    def __init__(self, folder):
+        self.folder, self.corpus, self._plain = folder, folder / "corpus", {}
+        write_corpus(self.corpus)
+
+    def plain(self, name):
+        if name not in self._plain:
+            self._plain[name] = self.train(name, "plain", ["-m", TOOLKITS[name][1]])
+        return self._plain[name]
+
+    def train(self, name, run, launcher, *more):
+        """Returns the model's tensors, and what was said."""
+        package, _, arguments, checkpoint, _ = TOOLKITS[name]
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{name} is not installed (requirements-toolkits.txt)")
+        out = self.folder / f"{package}-{run}"
+        out.mkdir()
+        done = subprocess.run(
+            [sys.executable, *launcher, *map(str, arguments(self.corpus, out)), *more], cwd=ROOT, capture_output=True,
+            text=True, timeout=300,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        saved = torch.load(out / checkpoint, weights_only=False)
+        return saved.get("state_dict", saved), done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return Runs(tmp_path_factory.mktemp("toolkits"))
+
+
+@pytest.mark.parametrize("name", TOOLKITS)
+def test_has_the_bits_of_the_run_without_it(name, runs):
+    """Twelve steps of SGD with the toolkit's own clip."""
+    expected, plain = runs.plain(name)
+    found, ours = runs.train(name, "patched", ["-m", "fastclip.run", "-m", TOOLKITS[name][1]])
+    assert "fastclip: 12 steps, 12 clips deferred to the step\n" in ours and "fastclip: " not in plain
+    assert expected.keys() == found.keys() and len(expected) >= 4
+    for key in expected:
+        assert torch.equal(expected[key], found[key]), key
+    if logged := TOOLKITS[name][4]:
+        assert re.findall(logged, plain) == re.findall(logged, ours) != []
+
+
+INTEGRATIONS = {
+    "ESPnet": (
+        "import fastclip.integrations.espnet; from espnet2.bin.asr_train import main; main()",
+        ["--optim", "fastclip_sgd", "--optim_conf", "max_norm=1.0", "--grad_clip", "inf"],
+    ),
+    "FunASR": (
+        "import fastclip.integrations.funasr; from funasr.bin.train import main_hydra; main_hydra()",
+        ["++optim=fastclip_sgd", "++optim_conf.max_norm=1.0", "++train_conf.grad_clip=0"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", INTEGRATIONS)
+def test_a_name_in_its_configuration(name, runs):
+    """fastclip's own clip in place of the toolkit's: another norm in the last bit."""
+    expected, _ = runs.plain(name)
+    program, more = INTEGRATIONS[name]
+    found, _ = runs.train(name, "named", ["-c", program], *more)
+    apart = torch.cat([(found[key] - expected[key]).float().flatten() for key in expected]).norm()
+    size = torch.cat([expected[key].float().flatten() for key in expected]).norm()
+    assert apart <= 1e-6 * size
