@@ -142,9 +142,12 @@ class clipped_accumulation:  # noqa: N801  a context manager, named as torch nam
             self._add({p: grad for p, grad in grads.items() if grad is not None})
 
     @eager
-    @torch.no_grad()
     def _add(self, grads):
         """Adds the gradients, clipped, to those that the parameters have."""
+        with torch.no_grad():
+            self._add_clipped(grads)
+
+    def _add_clipped(self, grads):
         group = self._sum.param_groups[0]
         of_norm_alone = group["clip_value"] is group["skip_norm"] is self._scaler is None
         of_norm_alone = of_norm_alone and not group["skip_nonfinite"]

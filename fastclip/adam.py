@@ -84,7 +84,7 @@ class Adam(ClippedOptimizer, torch.optim.Adam):
         )
 
 
-class AdamW(ClippedOptimizer, torch.optim.AdamW):
+class AdamW(Adam, torch.optim.AdamW):
     r"""`torch.optim.AdamW` that clips the gradients in the same pass over memory.
 
     Equivalent to::
@@ -133,7 +133,7 @@ class AdamW(ClippedOptimizer, torch.optim.AdamW):
         fused: bool | None = None,
         **clip: Unpack[ClipSettings],
     ) -> None:
-        super().__init__(
+        super(Adam, self).__init__(  # type: ignore[call-arg]
             params,
             lr,
             betas,

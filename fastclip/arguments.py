@@ -1,6 +1,6 @@
 """Arguments as configuration files give them: text for numbers, lists for pairs, names for dtypes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,18 +9,22 @@ from .norm_rules import complete_rules
 from .reasons import number_as_text
 
 _WORDS = ("params", "param_names", "momentum_dtype")  # settings that are no numbers
+_SWITCHES = ("skip_nonfinite", "master_weights", "stochastic_rounding")
 
 
-def complete_settings(settings: dict[str, Any], where: str = "") -> None:
+def complete_settings(settings: dict[str, Any], known: Iterable[str], where: str = "") -> None:
     """Gives settings the types that an optimizer keeps: rules become dicts, other sequences tuples, and names of dtypes
-    dtypes. `where` is what messages end with, as " in param_groups[1]".
+    dtypes. Leaves keys alone that are not among the `known`. `where` is what messages end with, as
+    " in param_groups[1]".
 
     Raises:
-        TypeError: a number that is text; ValueError: no dtype of that name, or a bad rule.
+        TypeError: a number, or True or False, that is text; ValueError: no dtype of that name, or a bad rule.
     """
-    for name, value in settings.items():
+    for name in settings.keys() & set(known):
+        if name in _SWITCHES and isinstance(settings[name], str):
+            raise TypeError(f"{name}{where} must be True or False, got the text {settings[name]!r}")
         if name not in _WORDS:
-            settings[name] = complete_value(name + where, value)
+            settings[name] = complete_value(name + where, settings[name])
     if isinstance(settings.get("momentum_dtype"), str):
         settings["momentum_dtype"] = _dtype_of(settings["momentum_dtype"], where)
     complete_rules(settings, where)

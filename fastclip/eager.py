@@ -1,6 +1,7 @@
 """Keeps torch.compile out of functions that it cannot trace."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +15,8 @@ def eager(function: Function) -> Function:
     `torch.compiler.disable` does the same, but costs each call as much as a small step, and imports torch._dynamo
     at once.
     """
+    # A decorator as torch.no_grad() shares one code object among all functions, and would mark them all.
+    assert Path(function.__code__.co_filename).is_relative_to(Path(__file__).parent), function
     dynamo = torch._C._dynamo.eval_frame
     skip = dynamo._FrameAction.SKIP
     strategy = dynamo._FrameExecStrategy(skip, skip)  # for the function, and for its callees

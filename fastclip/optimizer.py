@@ -44,16 +44,27 @@ class ClippedOptimizer(Results, torch.optim.Optimizer):
             hide(cls)
 
     def __init__(self, params, *positional, **named):
-        complete_settings(named, " in param_groups[0]")
+        complete_settings(named, named, " in param_groups[0]")
         positional = self._complete_positional(positional)
         own = {name: named.pop(name) for name in OWN_SETTINGS if name in named}
         self._own_defaults = {**OWN_SETTINGS, **own}
         super().__init__(complete_params(params), *positional, **named)
         del self._own_defaults  # from now on a new group takes max_norm from the existing ones
+        deferred.carry_out_earlier([param for group in self.param_groups for param in group["params"]])
 
     def _complete_positional(self, values):
-        names = [*inspect.signature(type(self)).parameters][1:]
-        return [complete_value(name, value) for name, value in zip(names, values, strict=False)]
+        """`values` are what a constructor of ours hands on: those behind `params` in its signature."""
+        ours = next(cls for cls in type(self).__mro__ if cls.__module__.startswith("fastclip."))
+        names = [*inspect.signature(ours).parameters][1:]
+        return [
+            complete_value(names[place] if place < len(names) else f"argument {place}", value)
+            for place, value in enumerate(values)
+        ]
+
+    @property
+    def _takes_clips(self):
+        """Whether clips can be deferred to its step: not to one in the backward pass, or of a subclass."""
+        return self._in_backward is None and type(self).step is ClippedOptimizer.step
 
     @property
     def param_groups(self):
@@ -89,12 +100,12 @@ class ClippedOptimizer(Results, torch.optim.Optimizer):
         """
         if "_engine" not in self.__dict__:  # torch's __init__ is at work
             self._start()
-            self.defaults.update(self._own_defaults)
+            self.defaults.update(self.__dict__.get("_own_defaults", OWN_SETTINGS))
         param_group = complete_group(param_group)
         if isinstance(param_group, dict):
             if not isinstance(param_group["params"], (torch.Tensor, set)):
                 param_group["params"] = list(param_group["params"])  # a generator can be read once
-            complete_settings(param_group, f" in param_groups[{len(self.param_groups)}]")
+            complete_settings(param_group, self.defaults, f" in param_groups[{len(self.param_groups)}]")
             if "_own_defaults" not in self.__dict__ and self.param_groups:  # may have been loaded, or changed
                 if not self.param_groups[0].keys() >= OWN_SETTINGS.keys():
                     self._complete(self.param_groups)
@@ -143,6 +154,7 @@ class ClippedOptimizer(Results, torch.optim.Optimizer):
         self._reference_skips = 0
         self._warned = set()
         self._deferred = None  # a clip that the next step carries out, see fastclip/deferred.py
+        self._drops = 0  # of such clips, in a row
         deferred.enlist(self)
         self._double_clip = DoubleClip()
 
@@ -197,7 +209,7 @@ class ClippedOptimizer(Results, torch.optim.Optimizer):
             >>> opt = fastclip.SGD(model.parameters(), lr=0.1)
             >>> opt.zero_grad()
         """
-        self._deferred = None
+        deferred.forget(self)
         super().zero_grad(set_to_none)
 
     @eager

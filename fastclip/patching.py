@@ -1,5 +1,6 @@
 """Puts fastclip's optimizers and clips in the place of torch's, for code that is not to be changed."""
 
+import functools
 import importlib
 import multiprocessing.spawn
 import sys
@@ -22,7 +23,12 @@ _clip_grad_norm_ = torch.nn.utils.clip_grad_norm_
 _clip_grad_value_ = torch.nn.utils.clip_grad_value_
 _get_total_norm = torch.nn.utils.get_total_norm
 _clip_grads_with_norm_ = torch.nn.utils.clip_grads_with_norm_
+_zero_grad = torch.nn.Module.zero_grad
+_init_optimizer = torch.optim.Optimizer.__init__
 _get_preparation_data = multiprocessing.spawn.get_preparation_data
+
+_patches: "list[patch]" = []  # those that hold, the last of which acts
+_before: dict[tuple[Any, str], Any] = {}  # what the names meant before any
 
 
 class patch:
@@ -60,13 +66,12 @@ class patch:
     def __init__(self, clip: str = "defer") -> None:
         if clip not in CLIPS:
             raise ValueError(f"clip must be one of {', '.join(CLIPS)}, got {clip!r}")
-        self._clip = clip
-        self._replaced: list[tuple[Any, str, Any]] = []
+        self.clip = clip
         _warn_of_bound_names()
         self._apply()
 
     def __enter__(self) -> "patch":
-        if not self._replaced:  # used again
+        if self not in _patches:  # used again
             self._apply()
         return self
 
@@ -74,31 +79,73 @@ class patch:
         self.undo()
 
     def undo(self) -> None:
-        """Puts back what was there before."""
-        while self._replaced:
-            module, name, before = self._replaced.pop()
-            setattr(module, name, before)
+        """Puts back what was there before; a patch that came later, or before, goes on."""
+        if self in _patches:
+            _patches.remove(self)
+            _refresh()
 
     def _apply(self):
-        fastclip = importlib.import_module("fastclip")  # which imports this module
-        for name in OPTIMIZERS:
-            ours = getattr(fastclip, name)
-            for module in (torch.optim, sys.modules[_torchs_class(ours).__module__]):
-                self._replace(module, name, ours)
-        for name, ours in _CLIPS_OF[self._clip].items():
-            self._replace(torch.nn.utils, name, ours)
-            if hasattr(torch.nn.utils.clip_grad, name):
-                self._replace(torch.nn.utils.clip_grad, name, ours)
-        before = multiprocessing.spawn.get_preparation_data
+        _patches.append(self)
+        _refresh()
 
-        def get_preparation_data(name):
-            return {**before(name), "fastclip": _PatchesChild(self._clip)}
 
-        self._replace(multiprocessing.spawn, "get_preparation_data", get_preparation_data)
+def _refresh():
+    """Gives all names the meaning of the last patch that holds, or their own."""
+    for (place, name), before in _before.items():
+        setattr(place, name, before)
+    if not _patches:
+        return
+    for (place, name), ours in _meanings(_patches[-1].clip):
+        _before.setdefault((place, name), getattr(place, name))
+        setattr(place, name, ours)
 
-    def _replace(self, module, name, ours):
-        self._replaced.append((module, name, getattr(module, name)))
-        setattr(module, name, ours)
+
+def _meanings(clip):
+    """Returns ((module or class, name), what it is to mean)."""
+    fastclip = importlib.import_module("fastclip")  # which imports this module
+    for name in OPTIMIZERS:
+        ours = getattr(fastclip, name)
+        yield (torch.optim, name), ours
+        yield (sys.modules[_torchs_class(ours).__module__], name), ours
+    for name, function in _CLIPS_OF[clip].items():
+        yield (torch.nn.utils, name), function
+        if hasattr(torch.nn.utils.clip_grad, name):
+            yield (torch.nn.utils.clip_grad, name), function
+    yield (multiprocessing.spawn, "get_preparation_data"), _prepare_child
+    if clip == "defer":  # who else may count on clipped gradients, or makes them anew
+        yield (torch.optim.Optimizer, "__init__"), _see_optimizer
+        yield (torch.nn.Module, "zero_grad"), _see_zero_grad
+        if torch.distributed.is_available():
+            yield (torch.distributed, "all_reduce"), _clip_before(torch.distributed.all_reduce)
+
+
+def _prepare_child(name):
+    return {**_get_preparation_data(name), "fastclip": _PatchesChild(_patches[-1].clip)}
+
+
+@functools.wraps(_init_optimizer)
+def _see_optimizer(self, *positional, **named):
+    _init_optimizer(self, *positional, **named)
+    deferred.enlist_other(self)
+    deferred.carry_out_earlier([param for group in self.param_groups for param in group["params"]])
+
+
+@functools.wraps(_zero_grad)
+def _see_zero_grad(self, set_to_none=True):
+    deferred.forget_all(self.parameters())
+    _zero_grad(self, set_to_none)
+
+
+def _clip_before(function):
+    """Returns a function that changes tensors behind autograd's back, with all clips carried out first."""
+
+    @functools.wraps(function)
+    def clip_and_call(*positional, **named):
+        deferred.carry_out_all()
+        return function(*positional, **named)
+
+    clip_and_call._torchs = getattr(function, "_torchs", function)
+    return clip_and_call
 
 
 def _torchs_class(ours):
@@ -145,44 +192,44 @@ def patch_child(clip: str, reports: bool) -> None:
         Finalize(None, counts.report, exitpriority=0)  # such a process runs no atexit
 
 
-@eager
-@torch.no_grad()
-def _defer_norm(parameters, max_norm, norm_type=2.0, error_if_nonfinite=False, foreach=None):
+def _owner_of(parameters):
+    """Returns a list of the parameters, the optimizer that a clip of theirs is deferred to, or None, and the
+    gradients."""
     parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
     deferred.carry_out_earlier(parameters)
     owner, gradients = deferred.owner_of(parameters)
+    counts.clips_by_torch += owner is None and any(p.grad is not None for p in parameters)
+    return parameters, owner, gradients
+
+
+@eager
+def _defer_norm(parameters, max_norm, norm_type=2.0, error_if_nonfinite=False, foreach=None):
+    given, (parameters, owner, gradients) = parameters, _owner_of(parameters)
     if owner is None:
-        counts.clips_by_torch += 1
-        return _clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
-    grads = [p.grad for p in parameters if p.grad is not None]
-    total_norm = _get_total_norm(grads, norm_type, error_if_nonfinite, foreach)
-    deferred.defer_norm_clip(owner, gradients, max_norm, total_norm)
+        return _clip_grad_norm_(parameters or given, max_norm, norm_type, error_if_nonfinite, foreach)
+    with torch.no_grad():
+        grads = [p.grad for p in parameters if p.grad is not None]
+        total_norm = _get_total_norm(grads, norm_type, error_if_nonfinite, foreach)
+        deferred.defer_norm_clip(owner, gradients, max_norm, total_norm, patched=True)
     return total_norm
 
 
 @eager
-@torch.no_grad()
 def _defer_with_norm(parameters, max_norm, total_norm, foreach=None):
-    parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
-    deferred.carry_out_earlier(parameters)
-    owner, gradients = deferred.owner_of(parameters)
+    parameters, owner, gradients = _owner_of(parameters)
     if owner is None:
-        counts.clips_by_torch += 1
         return _clip_grads_with_norm_(parameters, max_norm, total_norm, foreach)
-    return deferred.defer_norm_clip(owner, gradients, max_norm, total_norm)
+    with torch.no_grad():
+        return deferred.defer_norm_clip(owner, gradients, max_norm, total_norm, patched=True)
 
 
 @eager
-@torch.no_grad()
 def _defer_value(parameters, clip_value, foreach=None):
-    parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
-    deferred.carry_out_earlier(parameters)
-    owner, gradients = deferred.owner_of(parameters)
-    if owner is None:
-        counts.clips_by_torch += 1
-        return _clip_grad_value_(parameters, clip_value, foreach)
+    parameters, owner, gradients = _owner_of(parameters)
     clip_value = float(clip_value)
-    return deferred.defer(owner, deferred.Deferred(gradients, bounds=(-clip_value, clip_value)))
+    if owner is None or not clip_value >= 0:  # torch takes any
+        return _clip_grad_value_(parameters, clip_value, foreach)
+    return deferred.defer(owner, deferred.Deferred(gradients, bounds=(-clip_value, clip_value), patched=True))
 
 
 @eager
@@ -206,3 +253,7 @@ _CLIPS_OF: dict[str, dict[str, Callable[..., Any]]] = {
         "clip_grads_with_norm_": _defer_with_norm,
     },
 }
+for _clips in _CLIPS_OF.values():
+    for _name, _function in _clips.items():
+        _function.__name__ = _function.__qualname__ = _name
+        _function.__doc__ = getattr(torch.nn.utils, _name).__doc__

@@ -9,9 +9,12 @@ by default, the step carries them out. At the end, a line on stderr says how man
 """
 
 import atexit
+import importlib.machinery
 import os
 import runpy
 import sys
+import types
+import zipfile
 
 from . import counts
 from .patching import CLIPS, patch
@@ -22,6 +25,9 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     clip = "defer"
     while arguments and arguments[0].startswith("--"):
+        if arguments[0] == "--":
+            arguments.pop(0)
+            break
         option, equals, value = arguments.pop(0).partition("=")
         if option == "--help":
             print(__doc__)
@@ -45,17 +51,28 @@ def main(arguments: list[str] | None = None) -> int:
     counts.are_reported = True
     atexit.register(counts.report)
     patch(clip)
+    main_module = sys.modules["__main__"] = types.ModuleType("__main__")  # which stays when this function has returned
+    main_module.__builtins__ = __builtins__  # type: ignore[attr-defined]
+    sys.argv = ["-c" if kind == "-c" else program, *rest]
     if kind == "-m":
-        sys.argv = [program, *rest]
-        runpy.run_module(program, run_name="__main__", alter_sys=True)
+        runpy._run_module_as_main(program)  # type: ignore[attr-defined]  # as `python -m` does
     elif kind == "-c":
-        sys.argv = ["-c", *rest]
-        exec(compile(program, "<string>", "exec"), {"__name__": "__main__", "__builtins__": __builtins__})
-    else:
-        sys.argv = [program, *rest]
-        sys.path[0] = os.path.dirname(os.path.abspath(program))
+        _set_path("")
+        exec(compile(program, "<string>", "exec"), main_module.__dict__)
+    elif os.path.isdir(program) or zipfile.is_zipfile(program):
         runpy.run_path(program, run_name="__main__")
+    else:
+        _set_path(os.path.dirname(os.path.realpath(program)))
+        loader = importlib.machinery.SourceFileLoader("__main__", os.path.abspath(program))
+        main_module.__file__, main_module.__loader__, main_module.__spec__ = loader.path, loader, None
+        main_module.__cached__ = None  # type: ignore[attr-defined]
+        exec(compile(loader.get_data(loader.path), loader.path, "exec"), main_module.__dict__)
     return 0
+
+
+def _set_path(first):
+    if not getattr(sys.flags, "safe_path", False):
+        sys.path[0] = first
 
 
 def _usage(message):

@@ -136,9 +136,9 @@ PYBIND11_MODULE(_C, module) {
       .def("changed_in", [](const Gradients& gradients, const py::list& groups) -> py::object {
         const Gradients::Change change = gradients.changed_in(groups.ptr());
         if (change.gone) return py::none();
-        if (change.group < 0) return py::make_tuple();
-        return py::make_tuple(change.group, change.index);
-      });
+        return py::make_tuple(change.joined, change.group, change.index);
+      })
+      .def("has", [](const Gradients& gradients, const py::object& param) { return gradients.has(param.ptr()); });
 
   // Whether a profiler, or anything else that records torch's operations, is on.
   module.def("is_recording", [] { return at::hasCallbacks(); });

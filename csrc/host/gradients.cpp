@@ -79,7 +79,9 @@ Gradients::Change Gradients::changed_in(PyObject* groups) const {
   size_t next = 0;
   for_each_gradient(groups, [&](Py_ssize_t group, Py_ssize_t index, const at::Tensor& param, const at::Tensor& grad) {
     const Entry* const entry = find(param.unsafeGetTensorImpl(), next);
-    const bool here = entry && entry->grad._unsafe_get_target() == grad.unsafeGetTensorImpl();
+    change.joined |= !entry;
+    if (!entry) return true;
+    const bool here = entry->grad._unsafe_get_target() == grad.unsafeGetTensorImpl();
     change.gone &= !here;
     if (change.group < 0 && !(here && entry->version == version_of(grad))) {
       change.group = group;
@@ -88,6 +90,15 @@ Gradients::Change Gradients::changed_in(PyObject* groups) const {
     return true;
   });
   return change;
+}
+
+bool Gradients::has(PyObject* param) const {
+  if (!THPVariable_Check(param)) return false;
+  const at::Tensor& tensor = THPVariable_Unpack(param);
+  const at::Tensor& grad = tensor.grad();
+  size_t next = entries_.size();
+  const Entry* const entry = grad.defined() ? find(tensor.unsafeGetTensorImpl(), next) : nullptr;
+  return entry && entry->grad._unsafe_get_target() == grad.unsafeGetTensorImpl();
 }
 
 }  // namespace fastclip

@@ -19,11 +19,15 @@ class Gradients {
 
   struct Change {
     bool gone = true;       // none of them is left: nothing remains of what was asked of them
-    Py_ssize_t group = -1;  // the first parameter of the groups whose gradient is another one, or was written to
+    bool joined = false;    // a parameter of the groups has a gradient that had none
+    Py_ssize_t group = -1;  // the first of their parameters whose gradient is another one, or was written to
     Py_ssize_t index = -1;
   };
   // What became of them. A parameter that has lost its gradient does not count.
   Change changed_in(PyObject* groups) const;
+
+  // Whether `param` has one of them.
+  bool has(PyObject* param) const;
 
  private:
   using Weak = c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>;

@@ -7,6 +7,7 @@ import torch
 from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
 
 import fastclip
+from fastclip.eager import eager
 from tests.support.cases import assert_same_bits
 
 CASES = {
@@ -96,3 +97,21 @@ def test_no_step_is_compiled():
     train(compiled, clip_value=0.05)
     assert _debug_get_cache_entry_list(bodies[0].__code__)
     assert not [name for name, function in functions if _debug_get_cache_entry_list(function.__code__)]
+
+
+@pytest.mark.parametrize("decorator", [torch.no_grad(), torch.inference_mode()], ids=["no_grad", "inference_mode"])
+def test_functions_of_others_are_compiled_as_without_fastclip(decorator):
+    """torch's decorators share one code object among all functions: what is said of one is said of all."""
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compile(decorator(lambda x: x.cos() * 3), backend=backend)(torch.ones(3))
+    assert len(graphs) == 1
+
+
+def test_only_functions_of_fastclip_are_kept_from_it():
+    with pytest.raises(AssertionError):
+        eager(torch.no_grad()(lambda x: x))

@@ -107,6 +107,59 @@ def test_icefalls_groups():
     assert optimizer.param_groups[2]["param_names"] == ["later"]
 
 
+def test_subclasses_with_constructors_of_their_own_keep_what_they_hand_on():
+    """Whatever their own arguments are called, and however many."""
+
+    class OfConfig(fastclip.AdamW):
+        def __init__(self, params, config):
+            super().__init__(params, lr=config["lr"], betas=config["betas"], weight_decay=config["decay"])
+
+    class OfAnything(fastclip.SGD):
+        def __init__(self, *positional, **named):
+            super().__init__(*positional, **named)
+
+    class OfModel(fastclip.AdamW):
+        def __init__(self, model):
+            super().__init__(model.parameters(), 0.5, (0.5, 0.6), weight_decay=0.3)
+
+    model = torch.nn.Linear(2, 2)
+    (group,) = OfConfig([param()], {"lr": 0.1, "betas": (0.5, 0.6), "decay": 0.7}).param_groups
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (0.1, (0.5, 0.6), 0.7)
+    (group,) = OfAnything([param()], 0.2, momentum=0.9, weight_decay=0.01, nesterov=True).param_groups
+    assert (group["lr"], group["momentum"], group["weight_decay"], group["nesterov"]) == (0.2, 0.9, 0.01, True)
+    (group,) = OfModel(model).param_groups
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (0.5, (0.5, 0.6), 0.3)
+    with pytest.raises(TypeError, match="momentum is the text '9e-1'"):
+        OfAnything([param()], 0.1, "9e-1")
+
+
+def test_a_subclass_that_calls_torchs_optimizer_itself():
+    class Own(fastclip.SGD):
+        def __init__(self, params):
+            defaults = torch.optim.SGD([param()], lr=0.5).defaults
+            torch.optim.Optimizer.__init__(self, params, defaults)
+
+    optimizer = Own([p := param()])
+    p.grad = torch.ones(3)
+    optimizer.step()
+    assert p.tolist() == [0.5] * 3 and optimizer.param_groups[0]["max_norm"] is None
+
+
+def test_keys_of_others_in_a_group_are_left_alone():
+    history = [1, 2]
+    groups = [{"params": [param()], "name": "0", "layer_id": "12", "history": history, "lr": 0.2}]
+    optimizer = fastclip.SGD(groups, lr=0.1)
+    optimizer.add_param_group({"params": [param()], "name": "1"})
+    first, second = optimizer.param_groups
+    assert (first["name"], first["layer_id"], second["name"]) == ("0", "12", "1") and first["history"] is history
+
+
+@pytest.mark.parametrize("name", ["skip_nonfinite", "master_weights", "stochastic_rounding"])
+def test_a_switch_that_is_text(name):
+    with pytest.raises(TypeError, match=rf"{name} in param_groups\[0\] must be True or False, got the text 'false'"):
+        fastclip.SGD([param()], **{name: "false"})
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_setting_has_a_type_hint(name):
     cls = getattr(fastclip, name)

@@ -147,6 +147,28 @@ def test_a_context_ends_also_by_an_error_and_nests():
     with patch:
         assert torch.optim.AdamW is fastclip.AdamW
     assert are_torchs()
+    with patched(None), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patches = [fastclip.patch(), fastclip.patch("defer"), fastclip.patch("fused")]
+        for patch in patches:  # in another order
+            assert torch.optim.SGD is fastclip.SGD
+            patch.undo()
+    assert are_torchs()
+
+
+def test_what_is_patched_looks_like_torchs():
+    with patched("defer"):
+        assert issubclass(torch.optim.AdamW, torch.optim.Adam)
+        for name, torchs in FUNCTIONS.items():
+            ours = getattr(torch.nn.utils, name)
+            assert ours is not torchs and (ours.__name__, ours.__doc__) == (name, torchs.__doc__)
+        with pytest.warns(UserWarning, match="empty generator"):
+            assert torch.nn.utils.clip_grad_norm_((p for p in []), 1.0) == 0
+        p = torch.nn.Parameter(torch.ones(3))
+        torch.optim.SGD([p], lr=0.1)
+        p.grad = torch.full((3,), 3.0)
+        torch.nn.utils.clip_grad_value_([p], -1.0)  # torch takes it, whatever it means
+        assert p.grad.tolist() == [-1.0] * 3
 
 
 def test_bad_clip_changes_nothing():
@@ -161,6 +183,66 @@ def test_says_which_modules_came_before(monkeypatch):
     monkeypatch.setitem(sys.modules, "late_toolkit", late)
     with pytest.warns(UserWarning, match=r"came too late for .*late_toolkit.*fastclip\.run"), fastclip.patch():
         assert late.clip is FUNCTIONS["clip_grad_norm_"]
+
+
+def moved(optimizer_of, steps=1, before_step=lambda params: None):
+    """How far a parameter of ones moves, with gradients of 100 that are clipped at norm 1, under the patch."""
+    with patched("defer"):
+        params = [torch.nn.Parameter(torch.ones(4))]
+        optimizers = optimizer_of(params)
+        for _ in range(steps):
+            params[0].grad = torch.full((4,), 100.0)
+            torch.nn.utils.clip_grad_norm_(params, 1.0)
+            before_step(params)
+            optimizers[-1].step()
+    return (params[0].detach() - 1).norm().item()
+
+
+class Plain(TORCHS["SGD"].__mro__[1]):
+    """An optimizer of a user: a subclass of `torch.optim.Optimizer`."""
+
+    def __init__(self, params):
+        super().__init__(params, {})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            p.sub_(p.grad)
+
+
+def test_an_optimizer_of_others_beside_one_of_fastclips():
+    for optimizers in (
+        lambda params: [torch.optim.Adam(params), Plain(params)],
+        lambda params: [Plain(params), torch.optim.SGD(params, lr=1.0)],
+        lambda params: [torch.optim.AdamW(params), torch.optim.SGD(params, lr=1.0)],
+    ):
+        assert moved(optimizers) == pytest.approx(1.0)
+    later = []
+    late = moved(lambda params: later, before_step=lambda params: later.append(Plain(params)))
+    assert late == pytest.approx(1.0)
+
+
+def test_who_reads_gradients_after_the_clip_gets_an_error_or_clipped_ones():
+    def replace(params):
+        params[0].grad = 0.5 * params[0].grad
+
+    with pytest.raises(RuntimeError, match="was changed after its clip"):
+        moved(lambda params: [torch.optim.SGD(params, lr=1.0)], before_step=replace)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_the_models_zero_grad_forgets_a_clip(set_to_none):
+    """After a norm that is not finite; also where gradients are zeroed in place."""
+    with patched("defer"):
+        model = torch.nn.Linear(3, 1, bias=False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        for value in (float("nan"), 1.0):
+            model.zero_grad(set_to_none=set_to_none)
+            before = model.weight.detach().clone()
+            model(torch.full((1, 3), value)).sum().backward()
+            if torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite():
+                optimizer.step()
+    assert (model.weight - before).norm().item() == pytest.approx(1.0, rel=1e-5)
 
 
 def test_subclasses_and_lists_of_types():
@@ -233,6 +315,34 @@ def test_runs_a_program_with_its_bits(tmp_path):
         code, out, said = run(tmp_path, "-m", "fastclip.run", *options, *program, "a", "--clip")
         assert (code, out) == (0, expected), said
         assert said.endswith(f"fastclip: 12 steps, {clips}\n")
+
+
+SHOWS = textwrap.dedent(
+    """
+    import os, pickle, sys
+    class C: pass
+    pickle.dumps(C())
+    os.chdir("/")
+    main = sys.modules["__main__"]
+    print(main.C is C, __name__, globals().get("__file__"), sys.path[0], sys.argv, "helper" in dir())
+    """
+)
+
+
+@pytest.mark.parametrize("way", ["script", "symlink", "module", "text"])
+def test_a_main_module_is_what_python_makes_of_it(tmp_path, way):
+    """Its file is absolute, its folder that of the file itself, and its classes can be pickled."""
+    (tmp_path / "src").mkdir()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "src/helper.py").touch()
+    (tmp_path / "src/shows.py").write_text("import helper\n" + SHOWS)
+    (tmp_path / "bin/shows.py").symlink_to("../src/shows.py")
+    (tmp_path / "shows.py").write_text(SHOWS)
+    program = {"script": ["src/shows.py"], "symlink": ["bin/shows.py"], "module": ["-m", "shows"],
+               "text": ["-c", SHOWS]}[way]  # fmt: skip
+    _, expected, _ = run(tmp_path, *program, "x")
+    code, out, said = run(tmp_path, "-m", "fastclip.run", "--", *program, "x")
+    assert (code, out) == (0, expected), said
 
 
 def test_processes_that_it_spawns_are_patched_and_count_too(tmp_path):
