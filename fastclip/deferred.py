@@ -151,7 +151,7 @@ def forget(optimizer):
         optimizer._warned.add("drops")
         warnings.warn(
             f"{_DROPS} deferred clips in a row met no step of their optimizer. Whatever else reads those gradients "
-            "sees them unclipped: clip at once there (`--clip fused` of fastclip.run)",
+            "sees them unclipped: there, run with --clip fused",
             stacklevel=5,
         )
 

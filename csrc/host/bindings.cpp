@@ -130,14 +130,14 @@ PYBIND11_MODULE(_C, module) {
 
   py::class_<Gradients>(module, "Gradients")
       .def(py::init([](const py::list& params) { return std::make_unique<Gradients>(params.ptr()); }))
-      .def("are_those_of", [](const Gradients& gradients, const py::list& groups) {
-        return gradients.are_those_of(groups.ptr());
-      })
-      .def("changed_in", [](const Gradients& gradients, const py::list& groups) -> py::object {
-        const Gradients::Change change = gradients.changed_in(groups.ptr());
-        if (change.gone) return py::none();
-        return py::make_tuple(change.joined, change.group, change.index);
-      })
+      .def("are_those_of",
+           [](const Gradients& gradients, const py::list& groups) { return gradients.are_those_of(groups.ptr()); })
+      .def("changed_in",
+           [](const Gradients& gradients, const py::list& groups) -> py::object {
+             const Gradients::Change change = gradients.changed_in(groups.ptr());
+             if (change.gone) return py::none();
+             return py::make_tuple(change.joined, change.group, change.index);
+           })
       .def("has", [](const Gradients& gradients, const py::object& param) { return gradients.has(param.ptr()); });
 
   // Whether a profiler, or anything else that records torch's operations, is on.

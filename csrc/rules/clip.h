@@ -47,7 +47,7 @@ struct Clip {
 
 // What somebody else asks of the gradients of a step, before its own clips; in device memory.
 struct Asked {
-  const float* grad_scale = nullptr;    // AMP: gradients are divided by it
+  const float* grad_scale = nullptr;  // AMP: gradients are divided by it
   const double* grad_factor = nullptr;  // a clip that was deferred to this step: they are multiplied by it
 };
 
