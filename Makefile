@@ -31,7 +31,7 @@ demo: build  ## train a small recogniser on real speech: no clipping, the Python
 article: build  ## a DNN, a CNN and an RNN on real speech, loop and fastclip: accuracy, time, memory; ARGS="--resume" goes on
 	$(PY) -m examples.article $(ARGS)
 
-study: build  ## what clipping does to training: 378 small trainings, 30 to 60 minutes; goes on where it was stopped
+study: build  ## what clipping does to training: 588 small trainings, about an hour; goes on where it was stopped
 	$(PY) -m studies.clipping $(ARGS)
 
 # With pytest-xdist, in several processes: their OpenMP threads must not spin while another process works.
