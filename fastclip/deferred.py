@@ -3,7 +3,7 @@
 import math
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,9 +14,28 @@ from .distributed import is_dtensor, local_of
 from .reasons import changed_since, name_of
 from .settings import LIMITS
 
-_ours: "weakref.WeakSet[Any]" = weakref.WeakSet()  # the optimizers of fastclip
-_others: "weakref.WeakSet[Any]" = weakref.WeakSet()  # those that a patch has seen being made
 _DROPS = 3  # clips in a row that no step has carried out: said once
+
+
+class Living:
+    """Objects for as long as they live. Another thread may add one while they are gone through, as with no WeakSet."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, weakref.ref[Any]] = {}
+
+    def add(self, one: Any) -> None:
+        key = id(one)
+        self._found[key] = weakref.ref(one, lambda _: self._found.pop(key, None))
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([one for one in [ref() for ref in list(self._found.values())] if one is not None])
+
+    def __contains__(self, one: Any) -> bool:
+        return id(one) in self._found
+
+
+_ours = Living()  # the optimizers of fastclip
+_others = Living()  # those that a patch has seen being made
 
 
 def enlist(optimizer):
@@ -167,7 +186,7 @@ def forget_all(parameters):
 
 def carry_out_earlier(parameters: Iterable[torch.Tensor]) -> None:
     """Carries out the clips of these gradients that are still deferred: somebody else counts on them."""
-    for optimizer in list(_ours):
+    for optimizer in _ours:
         clip = optimizer._deferred
         if clip is None or not clip.is_of_any(parameters):
             continue
@@ -177,7 +196,7 @@ def carry_out_earlier(parameters: Iterable[torch.Tensor]) -> None:
 
 def carry_out_all() -> None:
     """Carries out all clips that are still deferred, and that no step has carried out."""
-    for optimizer in list(_ours):
+    for optimizer in _ours:
         clip = optimizer._deferred
         if clip is not None and not clip.carried_out:
             clip.carry_out(optimizer.__dict__["param_groups"])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastclip
-from fastclip.deferred import owner_of
+from fastclip.deferred import Living, owner_of
 from tests.support.cases import (
     LARGE,
     SHAPES,
@@ -532,3 +532,18 @@ def test_not_in_step_in_backward():
     fastclip.clip_grad_norm_([p], 0.5, defer=True)
     assert p.grad.norm() == pytest.approx(0.5)
     del handle
+
+
+def test_the_list_of_optimizers_forgets_those_that_are_gone_and_takes_new_ones_meanwhile():
+    living = Living()
+    optimizers = [fastclip.SGD(make_params([(2,)]), lr=0.1) for _ in range(3)]
+    for optimizer in optimizers:
+        living.add(optimizer)
+    seen = 0
+    for one in living:
+        living.add(fastclip.SGD(make_params([(2,)]), lr=0.1))
+        seen += one in optimizers
+    assert seen == 3 and optimizers[0] in living
+    del one, optimizer, optimizers
+    gc.collect()
+    assert [*living] == []
