@@ -27,6 +27,9 @@ class Living:
         key = id(one)
         self._found[key] = weakref.ref(one, lambda _: self._found.pop(key, None))
 
+    def discard(self, one: Any) -> None:
+        self._found.pop(id(one), None)
+
     def __iter__(self) -> Iterator[Any]:
         return iter([one for one in [ref() for ref in list(self._found.values())] if one is not None])
 
@@ -36,6 +39,7 @@ class Living:
 
 _ours = Living()  # the optimizers of fastclip
 _others = Living()  # those that a patch has seen being made
+_pending = Living()  # those of ours with a deferred clip: to go through all would keep those alive that others drop
 
 
 def enlist(optimizer):
@@ -139,6 +143,7 @@ def defer(optimizer, clip):
     counts.clips_deferred += 1
     forget(optimizer)
     optimizer._deferred = clip
+    _pending.add(optimizer)
     own = [name for name in ("clip_value", *LIMITS) if any(group.get(name) for group in optimizer.param_groups)]
     if own and "two clips" not in optimizer._warned:
         optimizer._warned.add("two clips")
@@ -162,9 +167,10 @@ def defer_norm_clip(optimizer, gradients, max_norm, total_norm, patched=False):
 
 def forget(optimizer):
     """Drops a clip that no step has carried out, as after a norm that is not finite."""
-    clip, optimizer._deferred = optimizer._deferred, None
+    clip = optimizer._deferred
     if clip is None:
         return
+    _drop(optimizer)
     optimizer._drops = 0 if clip.carried_out else optimizer._drops + 1
     if optimizer._drops == _DROPS and "drops" not in optimizer._warned:
         optimizer._warned.add("drops")
@@ -175,29 +181,33 @@ def forget(optimizer):
         )
 
 
+def _drop(optimizer):
+    optimizer._deferred = None
+    _pending.discard(optimizer)
+
+
 def forget_all(parameters):
     """Drops the clips of gradients that are about to be made anew."""
-    pending = [optimizer for optimizer in _ours if optimizer._deferred is not None]
+    pending = [*_pending]
     parameters = list(parameters) if pending else []
     for optimizer in pending:
-        if optimizer._deferred.is_of_any(parameters):
+        if optimizer._deferred is not None and optimizer._deferred.is_of_any(parameters):
             forget(optimizer)
 
 
 def carry_out_earlier(parameters: Iterable[torch.Tensor]) -> None:
     """Carries out the clips of these gradients that are still deferred: somebody else counts on them."""
-    for optimizer in _ours:
+    for optimizer in _pending:
         clip = optimizer._deferred
-        if clip is None or not clip.is_of_any(parameters):
-            continue
-        clip.carry_out(optimizer.__dict__["param_groups"])
-        optimizer._deferred = None
+        if clip is not None and clip.is_of_any(parameters):
+            clip.carry_out(optimizer.__dict__["param_groups"])
+            _drop(optimizer)
 
 
 def carry_out_all() -> None:
     """Carries out all clips that are still deferred, and that no step has carried out."""
-    for optimizer in _ours:
+    for optimizer in _pending:
         clip = optimizer._deferred
         if clip is not None and not clip.carried_out:
             clip.carry_out(optimizer.__dict__["param_groups"])
-            optimizer._deferred = None
+            _drop(optimizer)

@@ -205,8 +205,8 @@ def test_an_sdist_holds_all_that_a_build_needs(unpacked):
 
 
 def test_an_sdist_builds(unpacked):
-    """With CUDA where nvcc is, for one architecture; unoptimised, which is quicker."""
-    environment = {**os.environ, "FASTCLIP_CXX_FLAGS": "-O0", "TORCH_CUDA_ARCH_LIST": "9.0"}
+    """Without CUDA, whose sources are compared above and compiled elsewhere; unoptimised, which is quicker."""
+    environment = {**os.environ, "FASTCLIP_CXX_FLAGS": "-O0", "FASTCLIP_CUDA": "0"}
     built = subprocess.run(
         [sys.executable, "setup.py", "build_ext", "--inplace"],
         cwd=unpacked,
@@ -220,4 +220,4 @@ def test_an_sdist_builds(unpacked):
         [sys.executable, "-c", script], cwd=unpacked, text=True, capture_output=True, check=True
     ).stdout
     file, cuda = said.split()
-    assert Path(file).is_relative_to(unpacked) and (cuda == "None") == (setup.find_nvcc() is None)
+    assert Path(file).is_relative_to(unpacked) and cuda == "None"

@@ -342,7 +342,7 @@ def test_a_skipped_step_rounds_nothing_and_counts_nothing():
         ({"stochastic_rounding": True, "rounding_seed": 2**32}, "rounding_seed .*must be an int from 0 to"),
         ({"stochastic_rounding": True, "rounding_seed": 0.5}, "rounding_seed .*must be an int from 0 to"),
         ({"momentum_dtype": torch.float64}, "momentum_dtype .*must be None, torch.float32"),
-        ({"momentum_dtype": "bfloat16"}, "momentum_dtype .*must be None, torch.float32"),
+        ({"momentum_dtype": "int8"}, "momentum_dtype .*must be None, torch.float32"),
     ],
     ids=str,
 )

@@ -77,8 +77,8 @@ FAULTS = {
     "what a load hook resets stays": (OURS, "load_state_dict", LOADING, LOST.format("post")),
     "loading rounds states": (optimizer, "restore_dtypes", "!= dtype", "is None"),
     "a scaler's verdict is ignored": (amp, "_is_torchs", "all(", "any("),
-    "what a scaler has found is ignored": (OURS, "_update", "try:", "found_inf = None\n    try:"),
-    "gradients stay scaled": (OURS, "_update", "try:", "grad_scale = None\n    try:"),
+    "what a scaler has found is ignored": (OURS, "_update", "asked =", "found_inf = None\n    asked ="),
+    "gradients stay scaled": (OURS, "_update", "asked =", "grad_scale = None\n    asked ="),
     "numbers lose digits": (
         OURS,
         "_update",
