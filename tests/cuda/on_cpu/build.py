@@ -15,6 +15,7 @@ COMPILER = os.environ.get("CXX", "c++")
 FLAGS = ["-std=c++17", "-g1", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-strict-aliasing", "-w"]
 SANITIZERS = {
     "plain": ["-O1"],
+    "quick": ["-O0"],  # to compile
     "asan": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     # A flag that is read in a loop until another thread has set it is volatile, and no race.
     "tsan": ["-O1", "-fsanitize=thread", "--param", "tsan-distinguish-volatile=1"],
