@@ -197,17 +197,17 @@ def forget_all(parameters):
 
 def carry_out_earlier(parameters: Iterable[torch.Tensor]) -> None:
     """Carries out the clips of these gradients that are still deferred: somebody else counts on them."""
-    for optimizer in _pending:
-        clip = optimizer._deferred
-        if clip is not None and clip.is_of_any(parameters):
-            clip.carry_out(optimizer.__dict__["param_groups"])
-            _drop(optimizer)
+    _carry_out(lambda clip: clip.is_of_any(parameters))
 
 
 def carry_out_all() -> None:
     """Carries out all clips that are still deferred, and that no step has carried out."""
+    _carry_out(lambda clip: not clip.carried_out)
+
+
+def _carry_out(is_meant):
     for optimizer in _pending:
         clip = optimizer._deferred
-        if clip is not None and not clip.carried_out:
+        if clip is not None and is_meant(clip):
             clip.carry_out(optimizer.__dict__["param_groups"])
             _drop(optimizer)

@@ -1,7 +1,6 @@
 """Puts fastclip's optimizers and clips in the place of torch's, for code that is not to be changed."""
 
 import functools
-import importlib
 import multiprocessing.spawn
 import sys
 import warnings
@@ -12,11 +11,20 @@ from typing import Any
 import torch
 
 from . import counts, deferred
+from .adadelta import Adadelta
+from .adagrad import Adagrad
+from .adam import Adam, AdamW
 from .clip_grad import clip_grad_norm_, clip_grad_value_
 from .eager import eager
+from .nadam import NAdam
+from .radam import RAdam
+from .rmsprop import RMSprop
+from .sgd import SGD
 
 CLIPS = ("own", "fused", "defer")
-OPTIMIZERS = ("SGD", "Adam", "AdamW", "Adadelta", "Adagrad", "NAdam", "RAdam", "RMSprop")
+OPTIMIZERS = {
+    cls.__name__: cls for cls in (SGD, Adam, AdamW, Adadelta, Adagrad, NAdam, RAdam, RMSprop)
+}  # torch's names
 
 # torch's own, whatever stands in their places now.
 _clip_grad_norm_ = torch.nn.utils.clip_grad_norm_
@@ -25,6 +33,7 @@ _get_total_norm = torch.nn.utils.get_total_norm
 _clip_grads_with_norm_ = torch.nn.utils.clip_grads_with_norm_
 _zero_grad = torch.nn.Module.zero_grad
 _init_optimizer = torch.optim.Optimizer.__init__
+_all_reduce = torch.distributed.all_reduce if torch.distributed.is_available() else None
 _get_preparation_data = multiprocessing.spawn.get_preparation_data
 
 _patches: "list[patch]" = []  # those that hold, the last of which acts
@@ -102,9 +111,7 @@ def _refresh():
 
 def _meanings(clip):
     """Returns ((module or class, name), what it is to mean)."""
-    fastclip = importlib.import_module("fastclip")  # which imports this module
-    for name in OPTIMIZERS:
-        ours = getattr(fastclip, name)
+    for name, ours in OPTIMIZERS.items():
         yield (torch.optim, name), ours
         yield (sys.modules[_torchs_class(ours).__module__], name), ours
     for name, function in _CLIPS_OF[clip].items():
@@ -115,8 +122,8 @@ def _meanings(clip):
     if clip == "defer":  # who else may count on clipped gradients, or makes them anew
         yield (torch.optim.Optimizer, "__init__"), _see_optimizer
         yield (torch.nn.Module, "zero_grad"), _see_zero_grad
-        if torch.distributed.is_available():
-            yield (torch.distributed, "all_reduce"), _clip_before(torch.distributed.all_reduce)
+        if _all_reduce is not None:
+            yield (torch.distributed, "all_reduce"), functools.wraps(_all_reduce)(_clip_and_reduce)
 
 
 def _prepare_child(name):
@@ -136,16 +143,10 @@ def _see_zero_grad(self, set_to_none=True):
     _zero_grad(self, set_to_none)
 
 
-def _clip_before(function):
-    """Returns a function that changes tensors behind autograd's back, with all clips carried out first."""
-
-    @functools.wraps(function)
-    def clip_and_call(*positional, **named):
-        deferred.carry_out_all()
-        return function(*positional, **named)
-
-    clip_and_call._torchs = getattr(function, "_torchs", function)
-    return clip_and_call
+def _clip_and_reduce(*positional, **named):
+    """Calls `all_reduce`, which changes tensors behind autograd's back, with all clips carried out first."""
+    deferred.carry_out_all()
+    return _all_reduce(*positional, **named)
 
 
 def _torchs_class(ours):
@@ -154,8 +155,7 @@ def _torchs_class(ours):
 
 
 def _warn_of_bound_names():
-    fastclip = importlib.import_module("fastclip")
-    names = {id(_torchs_class(getattr(fastclip, name))) for name in OPTIMIZERS}
+    names = {id(_torchs_class(ours)) for ours in OPTIMIZERS.values()}
     names |= {id(_clip_grad_norm_), id(_clip_grad_value_), id(_clip_grads_with_norm_)}
     late = sorted(
         name

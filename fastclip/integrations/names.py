@@ -1,9 +1,7 @@
 """The names under which toolkits with a table of optimizers find fastclip's: lower case, as their own."""
 
-import fastclip
+from .. import patching
+from ..lion import Lion
 
 # "fastclip_sgd", "fastclip_adamw" and so on.
-OPTIMIZERS = {
-    f"fastclip_{name.lower()}": getattr(fastclip, name)
-    for name in ("SGD", "Adam", "AdamW", "Adadelta", "Adagrad", "NAdam", "RAdam", "RMSprop", "Lion")
-}
+OPTIMIZERS = {f"fastclip_{cls.__name__.lower()}": cls for cls in (*patching.OPTIMIZERS.values(), Lion)}

@@ -230,6 +230,24 @@ def test_who_reads_gradients_after_the_clip_gets_an_error_or_clipped_ones():
         moved(lambda params: [torch.optim.SGD(params, lr=1.0)], before_step=replace)
 
 
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+def test_an_all_reduce_after_the_clip_sees_clipped_gradients():
+    """It changes them behind autograd's back, so nothing could tell later."""
+    before = torch.distributed.all_reduce
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        reduced = []
+
+        def reduce(params):
+            torch.distributed.all_reduce(params[0].grad)
+            reduced.append(params[0].grad.norm().item())
+
+        assert moved(lambda params: [torch.optim.SGD(params, lr=1.0)], before_step=reduce) == pytest.approx(1.0)
+        assert reduced == [pytest.approx(1.0)] and torch.distributed.all_reduce is before
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_the_models_zero_grad_forgets_a_clip(set_to_none):
     """After a norm that is not finite; also where gradients are zeroed in place."""

@@ -39,6 +39,13 @@ def two(optimizer="SGD", shapes=SHAPES, dtype=torch.float32, device="cpu", **set
     return make(ours, **settings), ours, make(theirs, **settings), theirs
 
 
+def step_alike(opt, ours, plain, theirs):
+    """Takes a step of each of what `two` has made: parameters and states have to have the same bits then."""
+    opt.step()
+    plain.step()
+    assert_same_bits(theirs, ours, plain, opt)
+
+
 def clip(params, kind, defer=False):
     if kind == "value":
         return fastclip.clip_grad_value_(params, (-0.3, 0.4), defer=defer)
@@ -57,9 +64,7 @@ def test_has_the_bits_of_the_same_clip_at_once(optimizer, kind, dtype, device):
         norm, expected = clip(ours, kind, defer=True), clip(theirs, kind)
         assert norm is None if kind == "value" else torch.equal(norm, expected)
         assert all(torch.equal(p.grad, grad) for p, grad in zip(ours, before, strict=True))
-        opt.step()
-        plain.step()
-        assert_same_bits(theirs, ours, plain, opt)
+        step_alike(opt, ours, plain, theirs)
         assert all(torch.equal(p.grad, grad) for p, grad in zip(ours, before, strict=True))
 
 
@@ -97,9 +102,7 @@ def test_the_optimizers_own_clips_come_afterwards(device):
                 [True] if kind == "tight" else []
             )  # once
             clip(theirs, kind)
-            opt.step()
-            plain.step()
-            assert_same_bits(theirs, ours, plain, opt)
+            step_alike(opt, ours, plain, theirs)
             if "max_norm" in own:
                 assert torch.equal(opt.total_norm, plain.total_norm)
 
@@ -111,9 +114,7 @@ def test_two_value_clips_need_not_overlap(own):
     with pytest.warns(UserWarning, match="two clips"):
         clip(ours, "value", defer=True)
     clip(theirs, "value")
-    opt.step()
-    plain.step()
-    assert_same_bits(theirs, ours, plain, opt)
+    step_alike(opt, ours, plain, theirs)
     assert opt.param_groups[0]["clip_value"] == own
 
 
@@ -125,9 +126,7 @@ def test_clips_one_after_the_other_on_the_same_gradients():
         for kind in kinds:
             norm, expected = clip(ours, kind, defer=True), clip(theirs, kind)
             assert norm is expected is None or torch.equal(norm, expected)
-        opt.step()
-        plain.step()
-        assert_same_bits(theirs, ours, plain, opt)
+        step_alike(opt, ours, plain, theirs)
 
 
 def test_a_clip_at_once_after_a_deferred_one():
@@ -138,9 +137,7 @@ def test_a_clip_at_once_after_a_deferred_one():
     assert torch.equal(clip(ours, "inf"), clip(theirs, "inf"))
     clip(ours[3:], "value")
     clip(theirs[3:], "value")
-    opt.step()
-    plain.step()
-    assert_same_bits(theirs, ours, plain, opt)
+    step_alike(opt, ours, plain, theirs)
 
 
 def test_a_measure_without_a_step_leaves_nothing_behind():
@@ -172,9 +169,7 @@ def test_a_measure_without_a_step_leaves_nothing_behind():
         for p, q in zip(ours, theirs, strict=True):
             (p * torch.arange(p.numel()).view_as(p)).sum().backward()
             q.grad = p.grad.clone()
-        opt.step()
-        plain.step()
-        assert_same_bits(theirs, ours, plain, opt)
+        step_alike(opt, ours, plain, theirs)
 
 
 def test_accumulation_clips_the_sum():
@@ -252,9 +247,7 @@ def test_a_gradient_that_was_taken_away_is_left_out():
     clip(ours, "tight", defer=True)
     clip(theirs, "tight")
     ours[4].grad = theirs[4].grad = None
-    opt.step()
-    plain.step()
-    assert_same_bits(theirs, ours, plain, opt)
+    step_alike(opt, ours, plain, theirs)
 
 
 def test_a_step_that_raises_keeps_the_clip():
@@ -266,9 +259,7 @@ def test_a_step_that_raises_keeps_the_clip():
     with pytest.raises(ValueError, match="lr"):
         opt.step()
     opt.param_groups[0]["lr"] = 0.1
-    opt.step()
-    plain.step()
-    assert_same_bits(theirs, ours, plain, opt)
+    step_alike(opt, ours, plain, theirs)
 
 
 @pytest.mark.parametrize("kind", ["tight", "value"])
@@ -518,9 +509,7 @@ def test_bad_input_defers_nothing():
     with pytest.raises(RuntimeError, match="non-finite"):
         fastclip.clip_grad_norm_(ours, 1.0, error_if_nonfinite=True, defer=True)
     ours[3].grad[0] = theirs[3].grad[0]
-    opt.step()
-    plain.step()
-    assert_same_bits(theirs, ours, plain, opt)
+    step_alike(opt, ours, plain, theirs)
 
 
 def test_not_in_step_in_backward():
