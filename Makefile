@@ -20,7 +20,7 @@ PY := $(VENV)/bin/python
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 endif
 
-.PHONY: help demo article study check test fuzz soak sanitize bench gpu build format lint clean
+.PHONY: help demo article recipe study check test toolkits fuzz soak sanitize bench gpu build format lint clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):[^#]*## */  make \1	/p' Makefile
@@ -30,6 +30,9 @@ demo: build  ## train a small recogniser on real speech: no clipping, the Python
 
 article: build  ## a DNN, a CNN and an RNN on real speech, loop and fastclip: accuracy, time, memory; ARGS="--resume" goes on
 	$(PY) -m examples.article $(ARGS)
+
+recipe: .requirements build  ## ESPnet's own program trains a Conformer on real speech, plain and under fastclip.run; under 10 minutes
+	$(PY) -m examples.recipe $(ARGS)
 
 study: build  ## what clipping does to training: 588 small trainings, about an hour; goes on where it was stopped
 	$(PY) -m studies.clipping $(ARGS)
@@ -44,6 +47,10 @@ check: .requirements build  ## the tests of the step, without slow ones: under 9
 test: export OMP_WAIT_POLICY ?= passive
 test: .requirements build  ## all tests
 	$(PY) -m pytest $(IN_PARALLEL) $(ARGS)
+
+toolkits: .requirements .requirements-nemo build  ## real toolkits with fastclip, NeMo in an environment of its own; 5 minutes the first time
+	$(PY) -m pytest $(IN_PARALLEL) tests/toolkits $(ARGS)
+	$(PY_WITH_NEMO) -m pytest tests/toolkits -k "nemo or NeMo" $(ARGS)
 
 fuzz: .requirements build  ## 10,000 random optimizers and steps against the plain loop, about 5 minutes; ARGS="--seed N" repeats a run
 	$(PY) -m tests.long.fuzz $(ARGS)
@@ -82,11 +89,14 @@ clean:  ## what was built
 
 # Two steps, so that a demo does not wait for what only the tests need.
 ifeq ($(strip $(VENV)),)
-.requirements .requirements-demo:
+PY_WITH_NEMO := $(PYTHON)
+.requirements .requirements-demo .requirements-nemo:
 else
+PY_WITH_NEMO := $(VENV)-nemo/bin/python
 ENVIRONMENT := $(VENV)/installed-$(subst =,-,$(TORCH))
 .requirements: $(ENVIRONMENT)-all
 .requirements-demo: $(ENVIRONMENT)
+.requirements-nemo: $(VENV)-nemo/installed-$(subst =,-,$(TORCH))
 # torch is pinned: a range would bring gigabytes of CUDA libraries that fastclip does not need.
 $(ENVIRONMENT): requirements-demo.txt
 	@echo "Making $(VENV): torch and a few packages, about a minute (300 MB)"
@@ -99,5 +109,11 @@ $(ENVIRONMENT)-all: $(ENVIRONMENT) requirements.txt requirements-trainers.txt re
 	-$(VENV)/bin/python -m pip install --quiet --no-deps -r requirements-toolkits.txt  # its tests say if it is missing
 	-$(VENV)/bin/python -m tests.support.torchaudio_on_cpu  # where that fails, the tests that need torchaudio say so
 	touch $@
+$(VENV)-nemo/installed-$(subst =,-,$(TORCH)): requirements-nemo.txt
+	@echo "Making $(VENV)-nemo: torch and NeMo, about two minutes (2.2 GB)"
+	$(PYTHON) -m venv $(VENV)-nemo
+	$(VENV)-nemo/bin/python -m pip install --quiet "$(TORCH)" -r requirements-nemo.txt
+	$(VENV)-nemo/bin/python -m tests.support.torchaudio_on_cpu
+	touch $@
 endif
-.PHONY: .requirements .requirements-demo
+.PHONY: .requirements .requirements-demo .requirements-nemo

@@ -2,10 +2,9 @@
 
     python -m examples.trainers.with_lightning --amp bf16
 
-Leave `gradient_clip_val` out of the Trainer, or set it to 0. With `precision="16-mixed"` or `"bf16-mixed"` another
-value raises, as fastclip unscales inside `step()`; at full precision Lightning would clip first, without a word, and
-fastclip again. In `on_before_optimizer_step` the gradients are still scaled under 16-mixed: log the norm of
-`clip_stats`, after the step.
+Leave `gradient_clip_val` out of the Trainer, or set it to 0. With `precision="16-mixed"` another value raises, as
+fastclip unscales inside `step()`; elsewhere Lightning would clip first, without a word, and fastclip again. In
+`on_before_optimizer_step` the gradients are still scaled under 16-mixed: `LogClip` logs the norm after the step.
 """
 
 import logging
@@ -15,6 +14,7 @@ import pytorch_lightning
 import torch
 
 import fastclip
+from fastclip.integrations.lightning import LogClip
 
 from .tiny_ctc import MOMENTUM, Log, TinyCTC, loader, run
 
@@ -44,12 +44,11 @@ class Recogniser(pytorch_lightning.LightningModule):
         scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "loss_epoch"}}
 
+    # </copy>
     def on_train_batch_end(self, outputs, batch, index):
         if (index + 1) % self.trainer.accumulate_grad_batches == 0:
-            stats = self.trainer.optimizers[0].clip_stats()
-            self.log("grad_norm", stats.total_norm, prog_bar=True)
-            # </copy>
-            self.log_of_steps.add(outputs["loss"] * self.options.accumulate, stats)
+            loss = outputs["loss"] * self.options.accumulate
+            self.log_of_steps.add(loss, self.trainer.optimizers[0].clip_stats())
 
 
 def train(options):
@@ -58,6 +57,7 @@ def train(options):
         # <copy>
         gradient_clip_val=0,  # fastclip clips
         accumulate_grad_batches=options.accumulate,
+        callbacks=[LogClip()],  # logs grad_norm and the rest of clip_stats
         # </copy>
         precision=PRECISION[options.amp],
         max_epochs=options.epochs,

@@ -3,10 +3,10 @@
     python -m examples.trainers.with_transformers --amp bf16
 
 With `max_grad_norm=0` the Trainer calls `clip_grad_norm_(inf)` all the same, to log: two more passes over the
-gradients, and where one of them is inf it turns gradients to NaN, before a `clip_value` could bound them. The
-overrides below take that away, and log fastclip's norm instead. To let the Trainer make the parameter groups (no decay
-of biases), pass `optimizer_cls_and_kwargs=(fastclip.SGD, {...})` in place of `optimizers=`. Under fp16 the scheduler
-steps also where a step is skipped: the device decides to skip, and the host does not wait to hear of it.
+gradients, and where one of them is inf it turns gradients to NaN, before a `clip_value` could bound them. `LogsClip`
+takes that away where fastclip measures the norm, and logs fastclip's. To let the Trainer make the parameter groups (no
+decay of biases), pass `optimizer_cls_and_kwargs=(fastclip.SGD, {...})` in place of `optimizers=`. Under fp16 the
+scheduler steps also where a step is skipped: the device decides to skip, and the host does not wait to hear of it.
 """
 
 import tempfile
@@ -15,21 +15,17 @@ import torch
 import transformers
 
 import fastclip
+from fastclip.integrations.transformers import LogsClip
 
 from .tiny_ctc import MOMENTUM, Log, TinyCTC, collate, run, utterances
 
 
 # <copy>
-class Trainer(transformers.Trainer):
-    def _get_grad_norm(self, model, grad_norm=None):
-        return grad_norm  # no pass over the gradients only to log
-
+class Trainer(LogsClip, transformers.Trainer):  # grad_norm and the rest of clip_stats are in its log
+    # </copy>
     def log(self, logs, *args):
         if "loss" in logs:
-            stats = self.optimizer.optimizer.clip_stats()  # Accelerate wraps the optimizer
-            logs["grad_norm"] = stats.total_norm.item()
-            # </copy>
-            self.log_of_steps.add(torch.tensor(logs["loss"]), stats)
+            self.log_of_steps.add(torch.tensor(logs["loss"]), self.optimizer.optimizer.clip_stats())
         super().log(logs, *args)
 
 

@@ -4,6 +4,8 @@ from typing import Any
 
 from ..optimizer import ClippedOptimizer
 
+LIMITS_ON_THE_NORM = ("max_norm", "max_change", "max_relative_change")
+
 
 def stats_to_log(optimizer: Any) -> dict[str, float]:
     """Returns numbers of the last step of an optimizer, for a log: those that its clips have. Waits for the device.
@@ -19,11 +21,10 @@ def stats_to_log(optimizer: Any) -> dict[str, float]:
         >>> model(x).sum().backward(); opt.step()
         >>> log(fastclip.integrations.stats.stats_to_log(opt))
     """
-    while not isinstance(optimizer, ClippedOptimizer):
-        if not hasattr(optimizer, "optimizer"):
-            return {}
-        optimizer = optimizer.optimizer
-    stats = optimizer.clip_stats()
+    own = unwrapped(optimizer)
+    if own is None:
+        return {}
+    stats = own.clip_stats()
     found = {
         "grad_norm": stats.total_norm,
         "clip_coefficient": stats.clip_coefficient,
@@ -32,3 +33,19 @@ def stats_to_log(optimizer: Any) -> dict[str, float]:
         "skipped_steps": stats.skipped_steps,
     }
     return {name: float(value) for name, value in found.items() if value is not None}
+
+
+def unwrapped(optimizer: Any) -> ClippedOptimizer | None:
+    """Returns the optimizer of fastclip that this one is, or keeps in `.optimizer` as wrappers do; None for others."""
+    while not isinstance(optimizer, ClippedOptimizer):
+        if not hasattr(optimizer, "optimizer"):
+            return None
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def measures_norm(optimizer: Any) -> bool:
+    """Returns whether its step will take the norm of all gradients, and have `grad_norm` to log."""
+    own = unwrapped(optimizer)
+    groups = own.param_groups if own is not None else []
+    return any(group.get(limit) is not None for group in groups for limit in LIMITS_ON_THE_NORM)

@@ -63,8 +63,6 @@ def test_norm_clip_ends_where_the_loop_ends(name):
 def expected_lrs(name, given):
     """The learning rates that the recipe's schedule has to give for three epochs of two steps that learn nothing."""
     lr, steps = given.lr, range(given.steps)
-    if name == "espnet_style":
-        return [lr * recipe(name).noam(step) for step in steps]
     if name == "icefall_style":  # which sets the rate before the step
         return [lr * recipe(name).eden(step + 1) for step in steps]
     if name == "with_lightning":

@@ -13,7 +13,7 @@ pytest.importorskip("tqdm", reason="the recipes need tqdm")
 import fastclip  # noqa: E402
 from examples.trainers import tiny_ctc  # noqa: E402
 
-LOOPS = ["plain_amp", "espnet_style", "icefall_style"]
+LOOPS = ["plain_amp", "icefall_style"]
 TRAINERS = ["with_lightning", "with_transformers", "with_accelerate", "with_speechbrain"]
 ELSEWHERE = ["with_deepspeed"]  # in processes of its own, by test_deepspeed.py
 CLIP_VALUE, MAX_NORM = 0.05, 1.0

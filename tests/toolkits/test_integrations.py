@@ -8,7 +8,7 @@ import torch
 
 import fastclip
 from fastclip.integrations.names import OPTIMIZERS
-from fastclip.integrations.stats import stats_to_log
+from fastclip.integrations.stats import measures_norm, stats_to_log
 from fastclip.integrations.transformers import LogsClip
 
 
@@ -34,7 +34,8 @@ def test_numbers_to_log_are_those_of_the_clips_that_are_set():
     class Wrapper:  # Accelerate's
         optimizer = stepped(max_norm=3.0)
 
-    assert stats_to_log(Wrapper())["grad_norm"] == 6.0
+    assert stats_to_log(Wrapper())["grad_norm"] == 6.0 and measures_norm(Wrapper())
+    assert not measures_norm(stepped(clip_value=2.0)) and not measures_norm(None)
     assert stats_to_log(torch.optim.SGD([torch.zeros(1)], lr=0.1)) == {} == stats_to_log(None)
 
 

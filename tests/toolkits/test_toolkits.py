@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -37,6 +38,12 @@ def funasr(corpus, out):
             f"hydra.run.dir={out / 'hydra'}"]  # fmt: skip
 
 
+def nemo(corpus, out):
+    sets = [f"model.{split}_ds.manifest_filepath={corpus / folder / 'nemo.jsonl'}"
+            for split, folder in (("train", "train"), ("validation", "valid"))]  # fmt: skip
+    return [*sets, f"trainer.default_root_dir={out}", f"hydra.run.dir={out / 'hydra'}"]
+
+
 def trainer(kind, _, out):
     return [kind, out]
 
@@ -45,6 +52,8 @@ def trainer(kind, _, out):
 TOOLKITS = {
     "ESPnet": ("espnet2", "espnet2.bin.asr_train", espnet, "4epoch.pth", r"grad_norm=[\d.]+, clip=[\d.]+"),
     "FunASR": ("funasr", "funasr.bin.train", funasr, "model.pt.ep4", r"loss_avg_rank: [\d.]+"),
+    "NeMo": ("nemo", "tests.toolkits.in_nemo", nemo, "model.pt", None),
+    "SpeechBrain": ("speechbrain", "tests.toolkits.trainers", partial(trainer, "speechbrain"), "model.pt", None),
     "Lightning": ("pytorch_lightning", "tests.toolkits.trainers", partial(trainer, "lightning"), "model.pt", None),
     "Hugging Face": ("transformers", "tests.toolkits.trainers", partial(trainer, "transformers"), "model.pt",
                      r"\[[\d., ]+\]"),
@@ -58,18 +67,22 @@ class Runs:
         self.folder, self.corpus, self._plain = folder, folder / "corpus", {}
         write_corpus(self.corpus)
 
-    def plain(self, name):
-        if name not in self._plain:
-            self._plain[name] = self.train(name, "plain", ["-m", TOOLKITS[name][1]])
-        return self._plain[name]
+    def plain(self, name, *more):
+        run = (name, *more)
+        if run not in self._plain:
+            self._plain[run] = self.train(name, "plain", ["-m", TOOLKITS[name][1]], *more)
+        return self._plain[run]
+
+    def patched(self, name, *more):
+        return self.train(name, "patched", ["-m", "fastclip.run", "-m", TOOLKITS[name][1]], *more)
 
     def train(self, name, run, launcher, *more):
         """Returns the model's tensors, and what was said."""
         package, _, arguments, checkpoint, _ = TOOLKITS[name]
         if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{name} is not installed (requirements-toolkits.txt)")
-        out = self.folder / f"{package}-{run}"
-        out.mkdir()
+            file = "nemo" if name == "NeMo" else "toolkits"
+            pytest.skip(f"{name} is not installed (requirements-{file}.txt)")
+        out = Path(tempfile.mkdtemp(prefix=f"{package}-{run}-", dir=self.folder))
         done = subprocess.run(
             [sys.executable, *launcher, *map(str, arguments(self.corpus, out)), *more], cwd=ROOT, capture_output=True,
             text=True, timeout=300,
@@ -89,7 +102,7 @@ def runs(tmp_path_factory):
 def test_has_the_bits_of_the_run_without_it(name, runs):
     """Twelve steps of SGD with the toolkit's own clip."""
     expected, plain = runs.plain(name)
-    found, ours = runs.train(name, "patched", ["-m", "fastclip.run", "-m", TOOLKITS[name][1]])
+    found, ours = runs.patched(name)
     assert "fastclip: 12 steps, 12 clips deferred to the step\n" in ours and "fastclip: " not in plain
     assert expected.keys() == found.keys() and len(expected) >= 4
     for key in expected:
@@ -107,6 +120,10 @@ INTEGRATIONS = {
         "import fastclip.integrations.funasr; from funasr.bin.train import main_hydra; main_hydra()",
         ["++optim=fastclip_sgd", "++optim_conf.max_norm=1.0", "++train_conf.grad_clip=0"],
     ),
+    "NeMo": (
+        "import fastclip.integrations.nemo; from tests.toolkits.in_nemo import main; main()",
+        ["model.optim.name=fastclip_sgd", "+model.optim.max_norm=1.0", "trainer.gradient_clip_val=0"],
+    ),
 }
 
 
@@ -116,6 +133,27 @@ def test_a_name_in_its_configuration(name, runs):
     expected, _ = runs.plain(name)
     program, more = INTEGRATIONS[name]
     found, _ = runs.train(name, "named", ["-c", program], *more)
+    assert_close_as_a_whole(found, expected)
+
+
+def assert_close_as_a_whole(found, expected):
     apart = torch.cat([(found[key] - expected[key]).float().flatten() for key in expected]).norm()
     size = torch.cat([expected[key].float().flatten() for key in expected]).norm()
     assert apart <= 1e-6 * size
+
+
+def test_nemos_target_under_the_patch(runs):
+    """NeMo makes optimizers of torch.optim only; under the patch those take fastclip's settings."""
+    own = ["~model.optim.name", "+model.optim._target_=torch.optim.SGD", "+model.optim.max_norm=1.0",
+           "trainer.gradient_clip_val=0"]  # fmt: skip
+    found, said = runs.patched("NeMo", *own)
+    assert "fastclip: 12 steps, no clips\n" in said
+    assert_close_as_a_whole(found, runs.plain("NeMo")[0])
+
+
+def test_nemos_own_clip_in_mixed_precision(runs):
+    """Which Lightning would refuse to a fused optimizer, though bfloat16 is not scaled."""
+    expected, _ = runs.plain("NeMo", "+trainer.precision=bf16-mixed")
+    found, said = runs.patched("NeMo", "+trainer.precision=bf16-mixed")
+    assert "fastclip: 12 steps, 12 clips deferred to the step\n" in said
+    assert all(torch.equal(found[key], expected[key]) for key in expected)

@@ -1,4 +1,7 @@
-"""Programs of a user who knows nothing of fastclip: python -m tests.toolkits.trainers lightning|transformers OUT."""
+"""Programs of users who know nothing of fastclip.
+
+python -m tests.toolkits.trainers lightning|transformers|speechbrain OUT
+"""
 
 import sys
 
@@ -61,7 +64,28 @@ def transformers(out):
     return model
 
 
+def speechbrain(out):
+    import speechbrain as sb
+    from hyperpyyaml import load_hyperpyyaml
+
+    class Brain(sb.Brain):
+        def compute_forward(self, batch, stage):
+            return self.modules.model(**batch)
+
+        def compute_objectives(self, outputs, batch, stage):
+            return outputs["loss"]
+
+    recipe = load_hyperpyyaml("opt_class: !name:torch.optim.SGD\n  lr: 0.01\n  momentum: 0.9\nmax_grad_norm: 1.0\n")
+    brain = Brain(
+        {"model": Model()}, recipe["opt_class"],
+        run_opts={"device": "cpu", "max_grad_norm": recipe["max_grad_norm"], "grad_accumulation_factor": 2},
+    )  # fmt: skip
+    brain.fit(range(1), torch.utils.data.DataLoader(examples(), batch_size=BATCH))
+    return brain.modules.model
+
+
 if __name__ == "__main__":
     kind, out = sys.argv[1:]
+    train = {"lightning": lightning, "transformers": transformers, "speechbrain": speechbrain}[kind]
     torch.manual_seed(0)
-    torch.save({"lightning": lightning, "transformers": transformers}[kind](out).state_dict(), f"{out}/model.pt")
+    torch.save(train(out).state_dict(), f"{out}/model.pt")

@@ -1,0 +1,58 @@
+"""What the runs have to say, side by side: their logs, error rates and times."""
+
+import json
+import re
+from statistics import median
+
+from ..speech.batches import word_error_rate
+from .corpus import read_text
+
+OF_AN_EPOCH = re.compile(r"(\d+)epoch results: \[train\] (.*?), time=.*\[valid\] .*?cer_ctc=([\d.]+)")
+LOGGED = ("loss", "grad_norm", "clip", "optim_step_time", "train_time")
+
+
+def result_of(folder, test):
+    """Returns the numbers of a run: `wer_percent`, milliseconds per step, and what ESPnet logged of each epoch."""
+    wanted, got = read_text(test / "text"), read_text(folder / "decoded" / "1best_recog" / "text")
+    seconds = json.loads((folder / "times.json").read_text())
+    times = {f"{name}_ms": 1000 * median(values) for name, values in seconds.items()}
+    times["share_percent"] = 100 * (times["clip_ms"] + times["update_ms"]) / times["step_ms"]
+    return {
+        "wer_percent": word_error_rate(list(wanted.values()), [got.get(name, []) for name in wanted]),
+        "steps": len(seconds["update"]),
+        **times,
+        "epochs": log_of(folder / "train.log"),
+    }
+
+
+def log_of(path):
+    """Returns, of each epoch, the numbers that ESPnet's log names, and its error rate on the test set."""
+    epochs = []
+    for _, text, error_rate in OF_AN_EPOCH.findall(path.read_text()):
+        numbers = dict(part.split("=") for part in text.split(", "))
+        epochs.append({**{name: float(numbers[name]) for name in LOGGED}, "cer_ctc": float(error_rate)})
+    return epochs
+
+
+def tables(results):
+    """The runs side by side as text: results is {name of a run: result_of it}."""
+    names, lines = list(results), []
+
+    def row(title, values):
+        lines.append(f"{title:<28}" + "".join(f"{value:>20}" for value in values))
+
+    row("", names)
+    for title, key, form in (
+        ("word error rate", "wer_percent", "{:.1f} %"),
+        ("a step", "step_ms", "{:.1f} ms"),
+        ("  its clip", "clip_ms", "{:.2f} ms"),
+        ("  its update", "update_ms", "{:.2f} ms"),
+        ("  share of the two", "share_percent", "{:.1f} %"),
+    ):
+        row(title, [form.format(result[key]) for result in results.values()])
+    lines.append("")
+    row("ESPnet's log, by epoch", names)
+    for epoch, entries in enumerate(zip(*(result["epochs"] for result in results.values()), strict=True), 1):
+        for key in (*LOGGED, "cer_ctc"):
+            row(f"{epoch} {key}", [f"{entry[key]:.4g}" for entry in entries])
+    return "\n".join(lines)
