@@ -112,7 +112,8 @@ def run_all(options):
     make_folder(options.out)
     out = options.out.resolve()
     write_corpus(speech, out / "corpus")
-    results = {}
+    command = shlex.join(["python", "-m", "examples.recipe", *options.arguments])
+    surroundings, results = record.describe([], command), {}
     for name in RUNS:
         folder = out / name.replace(", ", "_")
         make_folder(folder)
@@ -122,14 +123,14 @@ def run_all(options):
         recognise(out / "corpus", folder, options)
         results[name] = report.result_of(folder, out / "corpus" / "test")
     print("\n" + report.tables(results) + "\n")
+    print("The runs came one after the other: a step without its clip and update is the same work in all of them.")
     through = [line for line in (out / "fastclip.run" / "train.log").read_text().splitlines() if "fastclip: " in line]
     print("\n".join(through))
     numbers = options.out / "recipe.json"
-    command = shlex.join(["python", "-m", "examples.recipe", *options.arguments])
     found = {
         "data": speech.caption,
         "settings": {"epochs": options.epochs, "seed": options.seed, "threads": options.threads},
-        **record.describe([], command),
+        **surroundings,
         "through_fastclip": through,
         "results": results,
     }
