@@ -34,25 +34,24 @@ def log_of(path):
     return epochs
 
 
+def rows(results):
+    """Returns {title: a text for each run}; results is {name of a run: result_of it}."""
+    forms = {
+        "word error rate": ("wer_percent", "{:.1f} %"),
+        "a step": ("step_ms", "{:.0f} ms"),
+        "its clip": ("clip_ms", "{:.1f} ms"),
+        "its update": ("update_ms", "{:.1f} ms"),
+        "share of the two": ("share_percent", "{:.1f} %"),
+    }
+    texts = {title: [form.format(result[key]) for result in results.values()] for title, (key, form) in forms.items()}
+    return {"": list(results), **texts}
+
+
 def tables(results):
-    """The runs side by side as text: results is {name of a run: result_of it}."""
-    names, lines = list(results), []
-
-    def row(title, values):
-        lines.append(f"{title:<28}" + "".join(f"{value:>20}" for value in values))
-
-    row("", names)
-    for title, key, form in (
-        ("word error rate", "wer_percent", "{:.1f} %"),
-        ("a step", "step_ms", "{:.1f} ms"),
-        ("  its clip", "clip_ms", "{:.2f} ms"),
-        ("  its update", "update_ms", "{:.2f} ms"),
-        ("  share of the two", "share_percent", "{:.1f} %"),
-    ):
-        row(title, [form.format(result[key]) for result in results.values()])
-    lines.append("")
-    row("ESPnet's log, by epoch", names)
+    """The runs side by side as text, and below them what ESPnet logged of each epoch."""
+    lines = [(title, *texts) for title, texts in rows(results).items()]
+    lines += [("",), ("ESPnet's log, by epoch", *results)]
     for epoch, entries in enumerate(zip(*(result["epochs"] for result in results.values()), strict=True), 1):
         for key in (*LOGGED, "cer_ctc"):
-            row(f"{epoch} {key}", [f"{entry[key]:.4g}" for entry in entries])
-    return "\n".join(lines)
+            lines.append((f"{epoch} {key}", *(f"{entry[key]:.4g}" for entry in entries)))
+    return "\n".join(f"{title:<28}" + "".join(f"{text:>20}" for text in texts) for title, *texts in lines)

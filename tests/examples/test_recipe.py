@@ -11,6 +11,7 @@ for module in ("matplotlib", "tqdm"):
 from examples.recipe import __main__ as recipe  # noqa: E402
 from examples.recipe import report  # noqa: E402
 from examples.speech.data import Speech, Utterance  # noqa: E402
+from tests.support.project import ROOT  # noqa: E402
 from tests.support.recordings import tone  # noqa: E402
 
 LINE = (
@@ -96,3 +97,16 @@ def test_a_short_run_of_the_real_espnet(tmp_path, monkeypatch, capsys):
     found = json.loads((tmp_path / "recipe.json").read_text())
     assert found["results"]["fastclip.run"]["steps"] == 2 == len(found["results"]["fastclip.run"]["epochs"])
     assert found["settings"] == {"epochs": 2, "seed": 0, "threads": 1}
+
+
+def test_the_table_of_the_docs_is_that_of_the_recorded_run():
+    found = json.loads((ROOT / "docs/study/recipe.json").read_text())
+    assert not found["dirty"] and found["results"].keys() == recipe.RUNS.keys()
+    table = (ROOT / "docs/patch.md").read_text().split("<!-- recipe -->\n")[1].split("\n<!--")[0].splitlines()
+    expected = report.rows(found["results"])
+    for line in [table[0], *table[2:]]:
+        title, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        assert cells == expected.pop(title)
+    assert not expected
+    first = [result["epochs"][0] for result in found["results"].values()]
+    assert all(epoch[name] == first[0][name] for epoch in first for name in ("loss", "grad_norm", "clip", "cer_ctc"))
