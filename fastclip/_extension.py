@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 
-BUILD_COMMAND = "pip install --no-build-isolation --force-reinstall --no-deps ."
+# Without pip's cache, which keeps what was built from a URL for another torch.
+BUILD_COMMAND = "pip install --force-reinstall --no-deps --no-cache-dir ."
 
 try:
     from ._build_info import BUILD_INFO
@@ -23,7 +24,7 @@ def _release(version):
 if _release(torch.__version__) != _release(BUILD_INFO["torch"]):
     raise ImportError(
         f"fastclip was built for torch {BUILD_INFO['torch']}, but this is torch {torch.__version__}. "
-        f"Build it again where you have cloned it: {BUILD_COMMAND}"
+        f"Build it again, in a clone or with git+URL in place of the dot: {BUILD_COMMAND}"
     )
 
 from . import _C  # noqa: E402  after the check: its message says more than an undefined symbol
@@ -35,10 +36,11 @@ def build_info() -> dict[str, Any]:
     Returns:
         dict: ``torch`` (the version built against), ``cuda`` (the toolkit's version, or None where the CUDA half was
         left out), ``cuda_architectures`` (a list such as ``["8.0", "9.0+PTX"]``), ``compiler``, and ``cpu_capability``:
-        the instruction set that the CPU kernels use on this machine, ``"AVX512"``, ``"AVX2"`` or ``"baseline"``.
+        the instruction set that the CPU kernels use on this machine, ``"AVX512"``, ``"AVX2"`` or ``"baseline"``, on ARM
+        ``"NEON"``.
 
     Example:
-        >>> fastclip.build_info()["cpu_capability"] in ("AVX512", "AVX2", "baseline")
+        >>> fastclip.build_info()["cpu_capability"] in ("AVX512", "AVX2", "baseline", "NEON")
         True
     """
     return {**BUILD_INFO, "cpu_capability": _C.cpu_capability()}
