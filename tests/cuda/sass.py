@@ -13,6 +13,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fastclip import _C
 from tests.support.project import CSRC, load_setup
 
 ARCHITECTURES = ("8.0", "9.0")
@@ -50,7 +51,7 @@ def missing(*tools):
 @dataclass(frozen=True)
 class Cubin:
     path: Path
-    log: str  # of ptxas -v
+    log: str  # of ptxas -v; of what was shipped there is none
 
     def spills(self):
         """What ptxas says of functions that spill, as pairs (the kernel they are compiled for, the line)."""
@@ -75,8 +76,22 @@ def compile_cubin(architecture, source, *flags):
 
 @functools.cache
 def compiled(architecture):
-    """The CUDA half as setup.py compiles it; once per run of the tests."""
-    return compile_cubin(architecture, CSRC / "cuda/step.cu")
+    """The CUDA half as setup.py compiles it: what it has compiled, or if it has not, once per run of the tests."""
+    shipped = extracted().get(architecture)
+    return Cubin(shipped, "") if shipped else compile_cubin(architecture, CSRC / "cuda/step.cu")
+
+
+@functools.cache
+def extracted():
+    """Architecture -> its code in the extension that was built; {} where that is older than its sources."""
+    library = Path(_C.__file__)
+    sources = [path for layer in ("cuda", "rules") for path in (CSRC / layer).iterdir()] + [CSRC / "step.h"]
+    if tool("cuobjdump") is None or any(path.stat().st_mtime > library.stat().st_mtime for path in sources):
+        return {}
+    folder = Path(tempfile.mkdtemp(dir=FOLDER.name))
+    subprocess.run([tool("cuobjdump"), "--extract-elf", "all", library], cwd=folder, check=True, capture_output=True)
+    found = {re.search(r"\.sm_(\d+)(\d)\.cubin$", path.name): path for path in folder.glob("*.cubin")}
+    return {f"{number[1]}.{number[2]}": path for number, path in found.items() if number}
 
 
 # ---- what the source says ----------------------------------------------------------------------------

@@ -13,11 +13,12 @@ import torch
 
 import fastclip
 from fastclip import _extension
-from tests.cuda.sass import compiled, nvcc
+from tests.cuda.sass import compiled, missing, nvcc, usage_of
 from tests.support.project import CSRC, ROOT, load_setup
 
 setup = load_setup()
 
+COMMON = ("float32", "bfloat16")  # of one dtype; those that mix dtypes may keep registers in memory meanwhile
 needs_nvcc = pytest.mark.skipif(nvcc is None, reason="needs nvcc")
 
 
@@ -35,7 +36,7 @@ def run(*command, **environment):
 def test_build_info_says_what_was_built():
     info = fastclip.build_info()
     assert info["torch"] == torch.__version__
-    assert info["cpu_capability"] in ("AVX512", "AVX2", "baseline")
+    assert info["cpu_capability"] in ("AVX512", "AVX2", "baseline", "NEON")
     assert bool(info["cuda"]) == bool(info["cuda_architectures"])
 
 
@@ -68,38 +69,16 @@ def test_without_a_build_the_command_is_told(tmp_path):
     assert "ImportError" in result.stderr and "setup.py build_ext --inplace" in result.stderr
 
 
-INSTRUCTION_SETS_SCRIPT = """
-import hashlib, torch, fastclip
-from fastclip import _extension
-torch.manual_seed(0)
-digest = hashlib.sha256()
-for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-    inf, both = {"max_norm": 0.5, "norm_type": "inf"}, {"clip_value": 0.5, "max_norm": 1.0}
-    for clip in ({}, {"clip_value": 0.5}, {"max_norm": 1.0}, inf, both):
-        params = [torch.randn(n).to(dtype).requires_grad_() for n in (1, 17, 100, 5003)]
-        opt = fastclip.SGD(params, lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=True, **clip)
-        for _ in range(3):
-            for p in params:
-                p.grad = torch.randn(p.shape).to(dtype)
-            opt.step()
-        for p in params:
-            digest.update(p.detach().double().numpy().tobytes())
-        if opt.total_norm is not None:
-            digest.update(opt.total_norm.numpy().tobytes())
-print(_extension.build_info()["cpu_capability"], digest.hexdigest())
-"""
-
-
 def test_every_instruction_set_gives_the_same_bits():
-    """AVX-512, AVX2 and the baseline, as far as this machine has them."""
+    """AVX-512, AVX2 and the baseline, as far as this machine has them. ARM: python -m tests.arm."""
     results = {}
     for wanted in ("AVX512", "AVX2", "baseline"):
-        result = run(sys.executable, "-c", INSTRUCTION_SETS_SCRIPT, FASTCLIP_CPU_CAPABILITY=wanted)
+        result = run(sys.executable, "-m", "tests.support.digest", FASTCLIP_CPU_CAPABILITY=wanted)
         assert result.returncode == 0, result.stdout
-        capability, digest = result.stdout.split()
-        results[capability] = digest
-    assert "baseline" in results
-    assert len(set(results.values())) == 1, results
+        capability, *digests = result.stdout.splitlines()
+        results[capability] = digests
+    assert "baseline" in results and len(results["baseline"]) == 9
+    assert len(set(map(tuple, results.values()))) == 1, results
 
 
 @needs_nvcc
@@ -110,17 +89,17 @@ def test_the_cuda_half_was_built_and_linked():
     assert "9.0" in fastclip.build_info()["cuda_architectures"] or os.environ.get("TORCH_CUDA_ARCH_LIST")
 
 
-@needs_nvcc
-def test_kernels_compile_without_warnings_and_do_not_spill():
-    """For every architecture that fastclip is built for. What else their code must be: test_sass.py."""
+@pytest.mark.skipif(bool(missing("cuobjdump")), reason=missing("cuobjdump") or "it is here")
+def test_kernels_keep_their_registers():
+    """For every architecture that fastclip is built for: setup.py lets no warning pass, and what spills has a stack.
+    What else their code must be: test_sass.py."""
     known = run(nvcc, "--list-gpu-arch").stdout
     architectures = [a for a in setup.ARCHITECTURES if f"compute_{a.replace('.', '')}\n" in known]
-    assert architectures
+    assert architectures and "-Werror=all-warnings" in setup.NVCC_FLAGS
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for cubin in pool.map(compiled, architectures):
-            kernels = cubin.log.count("Compiling entry function")
-            assert kernels >= 10 and cubin.log.count("bytes spill stores") >= kernels
-            assert not [line for kernel, line in cubin.spills() if kernel.dtypes in ("float32", "bfloat16")]
+        for usage in pool.map(lambda architecture: usage_of(compiled(architecture)), architectures):
+            assert len(usage) >= 10
+            assert not [kernel for kernel, of in usage.items() if of["STACK"] > 0 and kernel.dtypes in COMMON]
 
 
 def test_cuda_can_be_left_out(monkeypatch):

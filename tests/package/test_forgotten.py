@@ -54,13 +54,19 @@ def test_every_member_that_is_asked_for_is_in_this_file():
 @pytest.mark.parametrize("source", MEMBERS)
 def test_a_rule_that_forgets_a_member_does_not_compile(source, tmp_path):
     csrc = shutil.copytree(CSRC, tmp_path / "csrc")
-    text = (csrc / "rules" / RULE).read_text()
     result = compile_(csrc, source)
     assert result.returncode == 0, result.stderr
-    for member in MEMBERS[source]:
-        (csrc / "rules" / RULE).write_text(without(text, member))
-        result = compile_(csrc, source)
-        assert result.returncode != 0 and member in result.stderr, f"{source} compiles without {member}"
+    # Where torch's headers make a compilation slow, all at once: each is an error of its own.
+    together = [MEMBERS[source]] if source.startswith("host/") else [[member] for member in MEMBERS[source]]
+    original = (csrc / "rules" / RULE).read_text()
+    for members in together:
+        text = original
+        for member in members:
+            text = without(text, member)
+        (csrc / "rules" / RULE).write_text(text)
+        errors = [line for line in compile_(csrc, source).stderr.splitlines() if "error: " in line]
+        for member in members:
+            assert any(re.search(rf"\b{member}\b", line) for line in errors), f"{source} compiles without {member}"
 
 
 def test_a_rule_that_is_not_in_the_list_does_not_compile(tmp_path):
