@@ -20,7 +20,7 @@ PY := $(VENV)/bin/python
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 endif
 
-.PHONY: help demo article recipe study check test toolkits fuzz soak sanitize bench gpu build format lint clean
+.PHONY: help demo article recipe study check test toolkits arm fuzz soak sanitize bench gpu build format lint clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):[^#]*## */  make \1	/p' Makefile
@@ -51,6 +51,9 @@ test: .requirements build  ## all tests
 toolkits: .requirements .requirements-nemo build  ## real toolkits with fastclip, NeMo in an environment of its own; 5 minutes the first time
 	$(PY) -m pytest $(IN_PARALLEL) tests/toolkits $(ARGS)
 	$(PY_WITH_NEMO) -m pytest tests/toolkits -k "nemo or NeMo" $(ARGS)
+
+arm: .requirements build  ## on aarch64, in emulation: the bits of this machine, the tests of the step; under 8 minutes, or why not
+	$(PY) -m tests.arm $(ARGS) || [ $$? -eq 77 ]
 
 fuzz: .requirements build  ## 10,000 random optimizers and steps against the plain loop, about 5 minutes; ARGS="--seed N" repeats a run
 	$(PY) -m tests.long.fuzz $(ARGS)

@@ -119,7 +119,7 @@ struct ThreadPool {
 void run(const Step& step, const ThreadPool& pool);
 // Adds up what a step has left in Step::measures, for each of its tensors.
 std::vector<Measure> measures_by_tensor(const Step& step);
-const char* capability();  // the instruction set that runs: "AVX512", "AVX2" or "baseline"
+const char* capability();  // the instruction set that runs: "AVX512", "AVX2", "baseline" or "NEON"
 
 }  // namespace cpu
 

@@ -139,6 +139,13 @@ struct InstructionSet {
   LoopTable loops;
 };
 
+// What every machine of the kind has: SSE2 on x86, and on ARM vectors with fma.
+#if defined(__aarch64__)
+constexpr const char* kBaseline = "NEON";
+#else
+constexpr const char* kBaseline = "baseline";
+#endif
+
 // Chooses the best set that the machine has, or the one that FASTCLIP_CPU_CAPABILITY names, if the machine has it.
 const InstructionSet& instruction_set() {
   static const InstructionSet sets[] = {
@@ -150,7 +157,7 @@ const InstructionSet& instruction_set() {
       {"AVX2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && F16c::supported(),
        make_loops<Avx2>()},
 #endif
-      {"baseline", true, make_loops<Baseline>()},
+      {kBaseline, true, make_loops<Baseline>()},
   };
   static const InstructionSet& chosen = [&]() -> const InstructionSet& {
     const char* wanted = std::getenv("FASTCLIP_CPU_CAPABILITY");

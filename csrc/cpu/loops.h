@@ -156,12 +156,13 @@ class ParamSums {
   static constexpr int kLanes = 32, kWideLanes = 16;
 
   FASTCLIP_HD void add_squares(const T* params, int64_t size) {
-    int64_t i = 0;
-    for (; i + kLanes <= size; i += kLanes) {
+    const int rest = int(size % kLanes);
+    for (int64_t i = 0; i < size - rest; i += kLanes) {
       FASTCLIP_IVDEP
       for (int lane = 0; lane < kLanes; ++lane) sums_[lane] += params[i + lane] * params[i + lane];
     }
-    for (int lane = 0; i < size; ++i, ++lane) sums_[lane] += params[i] * params[i];
+    params += size - rest;
+    for (int lane = 0; lane < rest; ++lane) sums_[lane] += params[lane] * params[lane];
   }
 
   const Norm norm_;
