@@ -20,7 +20,7 @@ PY := $(VENV)/bin/python
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 endif
 
-.PHONY: help demo article recipe study check test toolkits arm fuzz soak sanitize bench gpu build format lint clean
+.PHONY: help demo article recipe study check test toolkits arm matrix fuzz soak sanitize bench gpu build format lint clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):[^#]*## */  make \1	/p' Makefile
@@ -37,8 +37,9 @@ recipe: .requirements build  ## ESPnet's own program trains a Conformer on real 
 study: build  ## what clipping does to training: 588 small trainings, about an hour; goes on where it was stopped
 	$(PY) -m studies.clipping $(ARGS)
 
-# With pytest-xdist, in several processes: their OpenMP threads must not spin while another process works.
-IN_PARALLEL = $(shell $(PY) -c "import xdist" 2>/dev/null && echo " -n auto --maxprocesses 4 --dist loadfile")
+# With pytest-xdist, in several processes: their OpenMP threads must not spin while another process works. In order: the
+# files of few but long tests, cuda and distributed, do not come last.
+IN_PARALLEL = $(shell $(PY) -c "import xdist" 2>/dev/null && echo " -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder")
 
 check: export OMP_WAIT_POLICY ?= passive
 check: .requirements build  ## the tests of the step, without slow ones: under 90 seconds on two cores
@@ -54,6 +55,9 @@ toolkits: .requirements .requirements-nemo build  ## real toolkits with fastclip
 
 arm: .requirements build  ## on aarch64, in emulation: the bits of this machine, the tests of the step; under 8 minutes, or why not
 	$(PY) -m tests.arm $(ARGS) || [ $$? -eq 77 ]
+
+matrix: .requirements build  ## builds and tests with each torch and Python that is supported; about 20 minutes, 3 GB to download
+	$(PY) -m tests.matrix $(ARGS)
 
 fuzz: .requirements build  ## 10,000 random optimizers and steps against the plain loop, about 5 minutes; ARGS="--seed N" repeats a run
 	$(PY) -m tests.long.fuzz $(ARGS)

@@ -22,6 +22,7 @@ from torch.utils import cpp_extension
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 CXX_FLAGS = [
+    "-std=c++20",  # torch 2.11 and 2.12 would take 17
     "-O3",
     "-g0",  # Python brings -g, which makes the library ten times as large
     "-Wall",

@@ -12,6 +12,7 @@ COMMANDS = {
     "limits": (".limits", "time limits on the change, and by past norms, against a norm clip"),
     "accumulation": (".accumulation", "time the clip and addition of a micro-batch against torch"),
     "deferred": (".deferred", "time a trainer's clip and step in each way to bring fastclip in"),
+    "imports": (".imports", "time what importing fastclip adds to importing torch"),
     "large": (".large", "take real steps on the largest models: check samples, then time"),
     "report": (".report.documents", "write the tables of README and docs from result files"),
     "shapes": (".shapes", "compare the recorded shapes of models with the libraries that define them"),

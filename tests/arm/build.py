@@ -40,7 +40,7 @@ def compile_one(machine, source, target, flags):
     includes = [machine.root / "usr" / python, machine.root / "usr" / "include"]
     torch = machine.site / "torch" / "include"
     command = [
-        f"{CROSS}-g++", "-std=c++20", "-fPIC", "-DNDEBUG", *load_setup().CXX_FLAGS, *flags, "-DTORCH_EXTENSION_NAME=_C",
+        f"{CROSS}-g++", "-fPIC", "-DNDEBUG", *load_setup().CXX_FLAGS, *flags, "-DTORCH_EXTENSION_NAME=_C",
         *(f"-I{path}" for path in includes), "-isystem", torch, "-isystem", torch / "torch/csrc/api/include",
         "-c", source, "-o", target,
     ]  # fmt: skip

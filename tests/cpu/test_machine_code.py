@@ -38,7 +38,7 @@ def functions(request, tmp_path_factory):
     if not shutil.which(request.param):
         pytest.skip(f"needs {request.param}")
     target = tmp_path_factory.mktemp("machine_code") / "step_cpu.o"
-    flags = ["-std=c++20", "-fPIC", *setup.CXX_FLAGS]
+    flags = ["-fPIC", *setup.CXX_FLAGS]
     subprocess.run([request.param, *flags, "-c", CSRC / "cpu/step.cpp", "-o", target], check=True)
     return disassembled(target)
 
