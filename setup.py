@@ -215,6 +215,8 @@ if __name__ == "__main__":
                 depends=sorted(
                     str(path) for path in Path("csrc").rglob("*") if path.is_file()
                 ),  # a change in one rebuilds; an sdist takes them along
+                # No code reads it: but objects of another torch are then not taken for those of this one.
+                define_macros=[("FASTCLIP_FOR_TORCH", torch.__version__)],
                 extra_compile_args=CXX_FLAGS + os.environ.get("FASTCLIP_CXX_FLAGS", "").split(),
             )
         ],

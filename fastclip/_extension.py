@@ -24,7 +24,8 @@ def _release(version):
 if _release(torch.__version__) != _release(BUILD_INFO["torch"]):
     raise ImportError(
         f"fastclip was built for torch {BUILD_INFO['torch']}, but this is torch {torch.__version__}. "
-        f"Build it again, in a clone or with git+URL in place of the dot: {BUILD_COMMAND}"
+        f"Build it again, in a clone or with git+URL in place of the dot: {BUILD_COMMAND}, "
+        "with uv: uv pip install --reinstall-package fastclip --no-cache ."
     )
 
 from . import _C  # noqa: E402  after the check: its message says more than an undefined symbol

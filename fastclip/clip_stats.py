@@ -20,7 +20,7 @@ class ClipStats(NamedTuple):
 
     Attributes:
         total_norm (float64): norm of all gradients, after a value clip and before the norm clip; None without
-            `max_norm`, `max_change` and `max_relative_change`.
+            `max_norm`, `skip_norm`, `max_change` and `max_relative_change`.
         clip_coefficient (float64): factor of the norm clip, min(1, max_norm / (total_norm + 1e-6)) as in
             `torch.nn.utils.clip_grad_norm_`, or that of a limit on the change, if it is smaller; 1 if the gradients
             were left alone. None where `total_norm` is.

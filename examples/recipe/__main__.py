@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -122,6 +123,8 @@ def run_all(options):
         train(name, out / "corpus", folder, options)
         recognise(out / "corpus", folder, options)
         results[name] = report.result_of(folder, out / "corpus" / "test")
+        if len(results[name]["epochs"]) != options.epochs:
+            raise RunError(f"{folder / 'train.log'} does not have the results of {options.epochs} epochs")
     print("\n" + report.tables(results) + "\n")
     print("The runs came one after the other: a step without its clip and update is the same work in all of them.")
     through = [line for line in (out / "fastclip.run" / "train.log").read_text().splitlines() if "fastclip: " in line]
@@ -156,12 +159,16 @@ def parse_arguments(arguments=None):
         help="where the fetched clips are kept (default: .cache/speech in the repository)")  # fmt: skip
     add("--out", type=Path, metavar="DIR", default=Path("recipe_output"), help="for the results (default: %(default)s)")
     options = parser.parse_args(arguments)
+    if "," in str(options.out.resolve()):
+        parser.error("--out: ESPnet can't have a comma in the name of a folder")
     options.arguments = sys.argv[1:] if arguments is None else arguments
     return options
 
 
 def main(arguments=None):
     options = parse_arguments(arguments)
+    # So that ESPnet is stopped, too.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         return run_all(options)
     except (SpeechDataError, RunError) as error:
@@ -171,6 +178,8 @@ def main(arguments=None):
         with contextlib.suppress(OSError):
             print("\nStopped; no results were written.", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

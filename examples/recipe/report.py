@@ -7,7 +7,7 @@ from statistics import median
 from ..speech.batches import word_error_rate
 from .corpus import read_text
 
-OF_AN_EPOCH = re.compile(r"(\d+)epoch results: \[train\] (.*?), time=.*\[valid\] .*?cer_ctc=([\d.]+)")
+OF_AN_EPOCH = re.compile(r"(\d+)epoch results: \[train\] (.*?), time=.*\[valid\] .*?cer_ctc=([^,\s]+)")
 LOGGED = ("loss", "grad_norm", "clip", "optim_step_time", "train_time")
 
 

@@ -3,14 +3,19 @@
 trainer = pl.Trainer(callbacks=[fastclip.integrations.lightning.LogClip()])
 """
 
-import importlib
+import importlib.util
 import sys
 from typing import Any
 
 from .stats import stats_to_log
 
-# Two packages hold the same code, and a callback has to be of the one whose Trainer is used.
-pl = sys.modules.get("lightning.pytorch") or importlib.import_module("pytorch_lightning")
+# Two packages hold the same code, and a callback has to be of the one whose Trainer is used: the one that is imported
+# already, or the one that is installed. Where both are, import it first.
+_NAMES = ("lightning.pytorch", "pytorch_lightning")
+_installed = (name for name in reversed(_NAMES) if importlib.util.find_spec(name.partition(".")[0]))
+pl = importlib.import_module(
+    next((name for name in _NAMES if name in sys.modules), None) or next(_installed, _NAMES[1])
+)
 
 
 class LogClip(pl.Callback):  # type: ignore[name-defined, misc]

@@ -4,7 +4,7 @@ from typing import Any
 
 from ..optimizer import ClippedOptimizer
 
-LIMITS_ON_THE_NORM = ("max_norm", "max_change", "max_relative_change")
+LIMITS_ON_THE_NORM = ("max_norm", "skip_norm", "max_change", "max_relative_change")
 
 
 def stats_to_log(optimizer: Any) -> dict[str, float]:

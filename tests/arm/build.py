@@ -1,5 +1,6 @@
 """Compiles fastclip for aarch64, beside the torch of the emulated machine."""
 
+import hashlib
 import os
 import re
 import shutil
@@ -18,6 +19,8 @@ def build(machine, folder, objects, changes=None):
     """
     sources = sorted([*(CSRC / "cpu").glob("*.cpp"), *(CSRC / "host").glob("*.cpp")])
     newest = max(path.stat().st_mtime for path in CSRC.rglob("*") if path.is_file())
+    made_with = [*load_setup().CXX_FLAGS, machine.torch_version, machine.python.name]
+    objects = objects / hashlib.sha256(" ".join(made_with).encode()).hexdigest()[:12]
     objects.mkdir(parents=True, exist_ok=True)
     changes = changes or {}
     made = []

@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -51,7 +54,8 @@ def write_run(folder, wrong_words):
     got = [words[0], " ".join(["9"] * wrong_words + ["4"] * (2 - wrong_words))]
     (folder / "decoded" / "1best_recog" / "text").write_text(f"a {got[0]}\nb {got[1]}\n")
     (folder / "times.json").write_text(json.dumps({"clip": [0.001] * 3, "update": [0.003] * 3, "step": [0.02] * 3}))
-    (folder / "train.log").write_text("noise\n" + LINE.format(1) + "more noise\n" + LINE.format(2))
+    small = LINE.format(2).replace("cer_ctc=0.541", "cer_ctc=8.333e-04")  # as ESPnet writes it
+    (folder / "train.log").write_text("noise\n" + LINE.format(1) + "more noise\n" + small)
 
 
 def test_report_reads_error_rate_times_and_the_log_of_each_epoch(tmp_path):
@@ -63,7 +67,7 @@ def test_report_reads_error_rate_times_and_the_log_of_each_epoch(tmp_path):
     results = {name: report.result_of(tmp_path / name, test) for name in ("torch", "fastclip.run")}
     assert [result["wer_percent"] for result in results.values()] == [25.0, 50.0]
     assert results["torch"]["share_percent"] == pytest.approx(20.0) and results["torch"]["steps"] == 3
-    assert results["torch"]["epochs"] == [{**LOGGED, "cer_ctc": 0.541}] * 2
+    assert results["torch"]["epochs"] == [{**LOGGED, "cer_ctc": rate} for rate in (0.541, 8.333e-4)]
     lines = report.tables(results).splitlines()
     assert lines[0].split() == ["torch", "fastclip.run"]
     assert lines[1].split() == ["word", "error", "rate", "25.0", "%", "50.0", "%"]
@@ -73,6 +77,31 @@ def test_report_reads_error_rate_times_and_the_log_of_each_epoch(tmp_path):
 def test_a_program_that_fails_is_named_with_the_end_of_its_log(tmp_path):
     with pytest.raises(recipe.RunError, match="(?s)log is .*log, and ends with\n.*ValueError: no such thing"):
         list(recipe.run(["-c", "raise ValueError('no such thing')"], tmp_path / "log", 1))
+
+
+def test_a_signal_to_end_stops_what_was_started(tmp_path):
+    program = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    script = (
+        "import sys; from examples.recipe import __main__ as recipe\n"
+        f"lines = recipe.run(['-c', {program!r}], 'log', 1)\n"
+        "recipe.run_all = lambda options: [print(line, flush=True) for line in lines]\n"
+        "sys.exit(recipe.main([]))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ours = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    theirs = int(ours.stdout.readline())
+    ours.terminate()
+    assert ours.wait(30) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(theirs, 0)
+
+
+def test_a_folder_that_espnet_cannot_have_is_named(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        recipe.parse_arguments(["--out", str(tmp_path / "a,b")])
+    assert "can't have a comma" in capsys.readouterr().err
 
 
 def test_without_espnet_it_says_what_to_install(tmp_path, monkeypatch, capsys):

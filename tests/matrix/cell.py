@@ -74,6 +74,8 @@ class Cell:
         options = ["-p", "no:cacheprovider", "-n", "auto", "--maxprocesses", "4", "--import-mode=importlib"]
         command = [self.python, "-m", "pytest", *options, *(f"tests/{name}.py" for name in TESTS)]
         lines = self._call("the tests", *command, cwd=here, OMP_NUM_THREADS="1", PYTHONPATH=str(here)).splitlines()
+        if not re.match(r"\d+ passed", lines[-1]):
+            raise CellError(f"the tests: {lines[-1]}")
         return re.sub(r" in [\d.]+s.*", "", lines[-1])
 
     def _call(self, what, *command, cwd=None, **variables):

@@ -13,26 +13,44 @@ import torch
 from tests.support.project import ROOT
 
 SITE = Path(torch.__file__).parents[1]
+needs_proc = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
 
 
-@pytest.fixture
-def backend():
-    spec = importlib.util.spec_from_file_location("fastclip_backend", ROOT / "distribution" / "backend.py")
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "distribution" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 @pytest.fixture
-def make_environment(tmp_path, backend):
+def callers():
+    return load("callers")
+
+
+@pytest.fixture
+def backend(callers, monkeypatch):
+    monkeypatch.setitem(sys.modules, "callers", callers)  # pip puts the folder in the path
+    return load("backend")
+
+
+@pytest.fixture
+def make_environment(tmp_path):
+    """Makes a folder that looks like a virtual environment of this Python, with a torch of this version."""
+
     def make(name, torch_version=None):
-        packages = tmp_path / name / backend.LIBRARY
+        prefix = tmp_path / name
+        packages = prefix / f"lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"
         packages.mkdir(parents=True)
+        (prefix / "bin").mkdir()
+        (prefix / "bin" / "python").symlink_to(os.path.realpath(sys.executable))
+        home = os.path.dirname(os.path.realpath(sys.executable))
+        (prefix / "pyvenv.cfg").write_text(f"home = {home}\ninclude-system-site-packages = false\n")
         if torch_version:
             (packages / "torch").mkdir()
             (packages / "torch" / "__init__.py").touch()
             (packages / "torch" / "version.py").write_text(f"__version__ = '{torch_version}'\ncuda = None\n")
-        return tmp_path / name
+        return prefix
 
     return make
 
@@ -45,76 +63,124 @@ def hidden(monkeypatch):
         monkeypatch.delitem(sys.modules, name)
 
 
-@pytest.fixture
-def called_by(monkeypatch):
-    """Makes a program with such arguments, variables and working folder the one that has started the build."""
-    programs = []
-
-    def call(*arguments, cwd=None, program=sys.executable, **variables):
-        command = [program, "-c", "import time; time.sleep(60)", *map(str, arguments)]
-        variables = {"PATH": "", **{name: str(value) for name, value in variables.items()}}
-        programs.append(subprocess.Popen(command, executable=sys.executable, cwd=cwd, env=variables))
-        monkeypatch.setattr(os, "getppid", lambda: programs[-1].pid)
-        while b"time.sleep" not in Path(f"/proc/{programs[-1].pid}/cmdline").read_bytes():  # still this program's
-            time.sleep(0.01)
-
-    yield call
-    for program in programs:
-        program.kill()
-        program.wait()
-
-
 def test_no_torch_is_required_of_an_index():
     lines = (ROOT / "pyproject.toml").read_text().splitlines()
     (requires,) = [line for line in lines if line.startswith("requires = ")]
     assert "torch" not in requires.partition("#")[0]
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
-def test_the_environment_is_that_of_the_caller(backend, make_environment, called_by, tmp_path):
-    """uv's --python, then the activated one, then .venv in the folder or above, then the PATH."""
-    env, active, own = make_environment("env"), make_environment("active"), make_environment("project/.venv")
-    deep, on_path = tmp_path / "project" / "deep", make_environment("on_path")
-    deep.mkdir()
-    (env / "bin").mkdir()
-    (env / "bin" / "python").symlink_to(sys.executable)
-    variables = {"VIRTUAL_ENV": active, "PATH": f"/nowhere:{on_path}/bin"}
-    expected = [env, active, own, on_path]
-    for python in (["--python", env / "bin/python"], [f"--python={env}"], ["-p", "../../env/bin/python"]):
-        called_by("pip", "install", *python, ".", cwd=deep, program="uv", **variables)
-        found = [Path(os.path.normpath(prefix)) for prefix in backend.called_for()]
-        assert list(dict.fromkeys(found)) == expected
-    called_by("-m", "build", program=str(env / "bin" / "python"), cwd=deep, VIRTUAL_ENV=active)
-    assert list(dict.fromkeys(backend.called_for())) == expected[:3]
-    called_by(program="uv", cwd="/", CONDA_PREFIX=active)
-    assert list(backend.called_for()) == [active]
+@pytest.fixture
+def environments(make_environment, tmp_path):
+    names = ("env", "active", "project/.venv", "other/.venv", "conda", "on_path", "own=1")
+    found = {name: make_environment(name) for name in names}
+    (tmp_path / "project" / "deep").mkdir()
+    return found
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
-def test_only_the_first_environment_counts(backend, make_environment, called_by, hidden, monkeypatch):
+UV = [
+    # arguments, variables (names of environments, or text), the environment that uv uses
+    ("pip install --python {env}/bin/python .", {"VIRTUAL_ENV": "{active}"}, "env"),
+    ("pip install --python={own=1} .", {"VIRTUAL_ENV": "{active}"}, "own=1"),
+    ("pip install -p ../../env/bin/python .", {"VIRTUAL_ENV": "{active}"}, "env"),
+    ("pip install --python 3.12 .", {"VIRTUAL_ENV": "{active}"}, "active"),
+    ("pip install .", {"UV_PYTHON": "{env}/bin/python", "VIRTUAL_ENV": "{active}"}, "env"),
+    ("pip install .", {"VIRTUAL_ENV": "{active}", "CONDA_PREFIX": "{conda}"}, "active"),
+    ("pip install .", {"CONDA_PREFIX": "{conda}", "CONDA_DEFAULT_ENV": "asr"}, "conda"),
+    ("pip install .", {"CONDA_PREFIX": "{conda}", "CONDA_DEFAULT_ENV": "base"}, "project/.venv"),
+    ("pip install --system .", {"VIRTUAL_ENV": "{active}", "PATH": "/nowhere:{on_path}/bin"}, "on_path"),
+    ("pip install .", {"UV_SYSTEM_PYTHON": "1", "VIRTUAL_ENV": "{active}", "PATH": "{on_path}/bin"}, "on_path"),
+    ("sync", {"VIRTUAL_ENV": "{active}"}, "project/.venv"),
+    ("sync --active", {"VIRTUAL_ENV": "{active}"}, "active"),
+    ("sync --project ../../other", {"VIRTUAL_ENV": "{active}"}, "other/.venv"),
+    ("run train.py", {"UV_PROJECT_ENVIRONMENT": "{env}"}, "env"),
+    ("pip install " + 300 * "x", {"VIRTUAL_ENV": "{active}"}, "active"),
+]
+
+
+def filled(text, environments):
+    """With the paths of environments in the place of their names."""
+    for name, path in environments.items():
+        text = text.replace("{" + name + "}", str(path))
+    return text
+
+
+@pytest.mark.parametrize(("arguments", "variables", "name"), UV)
+def test_the_environment_is_the_one_that_uv_uses(arguments, variables, name, callers, environments, tmp_path):
+    command = ["/usr/bin/uv", *(filled(argument, environments) for argument in arguments.split())]
+    variables = {key: filled(value, environments) for key, value in variables.items()}
+    found = callers.environment_of(command, variables, tmp_path / "project" / "deep")
+    assert os.path.normpath(found) == str(environments[name])
+
+
+def test_the_environment_of_build_and_of_others(callers, environments, tmp_path):
+    env, active = environments["env"], environments["active"]
+
+    def found(*command, **variables):
+        return callers.environment_of([str(word) for word in command], variables, tmp_path)
+
+    assert found(env / "bin" / "python", "-m", "build", VIRTUAL_ENV=str(active)) == env
+    assert found("env/bin/python", "-m", "build") == env
+    assert found(env / "bin/python", env / "bin/pyproject-build", VIRTUAL_ENV=str(active)) == active  # as under pipx
+    assert found(env / "bin/python", env / "bin/pyproject-build") == env
+    for pip in ([env / "bin/pip", "install", "."], [env / "bin/python", "-m", "pip", "install", "."], ["bash"]):
+        assert found(*pip, VIRTUAL_ENV=str(active)) is None
+    assert found("uv", "pip", "install", ".") is None
+
+
+@needs_proc
+def test_what_a_process_was_started_with_is_read(callers, environments):
+    """Also where a variable is no text."""
+    command = ["uv", "-c", "import time; time.sleep(60)", "--python", str(environments["env"])]
+    program = subprocess.Popen(command, executable=sys.executable, env={"PATH": "", "ODD": b"\xff"})
+    try:
+        while b"time.sleep" not in Path(f"/proc/{program.pid}/cmdline").read_bytes():  # still this program's
+            time.sleep(0.01)
+        assert callers.environment_of_caller(program.pid) == environments["env"]
+    finally:
+        program.kill()
+        program.wait()
+    assert callers.environment_of_caller(program.pid) is None  # gone
+
+
+def test_an_environment_is_asked_for_its_folders(callers, make_environment):
+    env = make_environment("env")
+    (packages,) = env.glob("lib/python*/site-packages")
+    assert callers.folders_of(env) == [packages]
+
+
+def test_only_the_first_environment_counts(backend, callers, environments, hidden, monkeypatch):
     """One without torch must not be given what was built against the torch of another."""
-    env, other = make_environment("env"), make_environment("other", "2.13.0")
-    monkeypatch.setattr(sys, "prefix", str(Path(backend.setuptools.__file__).parents[1]))
-    called_by("--python", env, program="uv", VIRTUAL_ENV=other)
+    monkeypatch.setattr(callers, "environment_of_caller", lambda process: environments["env"])
     with pytest.raises(SystemExit) as stopped:
         backend.find_torch()
     message = str(stopped.value)
     assert "pip install torch" in message and "--no-build-isolation" in message
-    assert message.endswith(f"Looked in:\n  {env / backend.LIBRARY}")
+    assert message.endswith("Looked in:\n  " + str(next(environments["env"].glob("lib/python*/site-packages"))))
+    monkeypatch.setattr(backend, "environment", lambda: [])
+    with pytest.raises(SystemExit, match="found no environment"):
+        backend.find_torch()
 
 
 @pytest.mark.parametrize("version", ["2.11.0", "2.13.1+cpu", "3.0.0a0+git123"])
-def test_that_torch_is_put_last_in_the_path(backend, make_environment, hidden, monkeypatch, capsys, version):
-    packages = make_environment("env", version) / backend.LIBRARY
-    monkeypatch.setattr(backend, "environment", lambda: [packages])
+def test_its_folders_are_put_last_in_the_path(
+    backend, make_environment, hidden, monkeypatch, capsys, version, tmp_path
+):
+    (packages,) = make_environment("env", version).glob("lib/python*/site-packages")
+    (tmp_path / "rest" / "torch" / "lib").mkdir(parents=True)  # left over by an installation: no torch
+    monkeypatch.setattr(backend, "environment", lambda: [tmp_path / "rest", packages])
+    sys.path.insert(0, str(tmp_path / "rest"))
     backend.find_torch()
-    assert sys.path[-1] == str(packages)
+    assert sys.path[-2:] == [str(packages), str(tmp_path / "rest")]
     assert capsys.readouterr().out == f"fastclip is built against torch {version} in {packages}\n"
 
 
 def test_an_old_torch_is_told(backend, make_environment, hidden, monkeypatch):
-    monkeypatch.setattr(backend, "environment", lambda: [make_environment("env", "2.10.1+cu128") / backend.LIBRARY])
+    (packages,) = make_environment("env", "2.10.1+cu128").glob("lib/python*/site-packages")
+    monkeypatch.setattr(backend, "environment", lambda: [packages])
     with pytest.raises(SystemExit, match=r"needs torch 2\.11 or newer, and this is torch 2\.10\.1\+cu128 in .*env"):
+        backend.find_torch()
+    (packages / "torch" / "version.py").write_text("")
+    with pytest.raises(SystemExit, match="version.py does not say which torch this is. Install torch again"):
         backend.find_torch()
 
 

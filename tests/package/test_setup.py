@@ -198,7 +198,7 @@ def unpacked(tmp_path_factory):
 
 def test_an_sdist_holds_all_that_a_build_needs(unpacked):
     needed = [ROOT / name for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE")]
-    needed.append(ROOT / "distribution" / "backend.py")
+    needed += [ROOT / "distribution" / name for name in ("backend.py", "callers.py")]
     needed += [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
     needed += [path for pattern in ("*.py", "*.pyi", "py.typed") for path in (ROOT / "fastclip").rglob(pattern)]
     needed.remove(ROOT / "fastclip" / "_build_info.py")

@@ -35,6 +35,7 @@ def test_numbers_to_log_are_those_of_the_clips_that_are_set():
         optimizer = stepped(max_norm=3.0)
 
     assert stats_to_log(Wrapper())["grad_norm"] == 6.0 and measures_norm(Wrapper())
+    assert measures_norm(stepped(skip_norm=50.0)) and stats_to_log(stepped(skip_norm=50.0))["grad_norm"] == 6.0
     assert not measures_norm(stepped(clip_value=2.0)) and not measures_norm(None)
     assert stats_to_log(torch.optim.SGD([torch.zeros(1)], lr=0.1)) == {} == stats_to_log(None)
 
