@@ -1,12 +1,14 @@
 """The time of imports: each in a process of its own."""
 
 import json
+import re
 
 import pytest
 
 pytest.importorskip("tqdm", reason="the benchmark shows its progress with tqdm: pip install fastclip[demo]")
 
 from benchmarks import imports  # noqa: E402
+from tests.support.project import ROOT  # noqa: E402
 
 
 def test_the_command_measures_new_processes(tmp_path, capsys):
@@ -21,3 +23,9 @@ def test_bad_options_are_named(capsys):
     with pytest.raises(SystemExit, match="2"):
         imports.parse(["--rounds", "0"])
     assert "--rounds is at least 1" in capsys.readouterr().err
+
+
+def test_the_docs_say_what_was_measured():
+    ms = json.loads((ROOT / "benchmarks/results/imports.json").read_text())["ms"]
+    said = re.search(r"`import fastclip` adds (\d+) ms to the (\d+) ms", (ROOT / "docs/install.md").read_text())
+    assert said.groups() == tuple(f"{ms[name]['median']:.0f}" for name in ("fastclip", "torch"))
