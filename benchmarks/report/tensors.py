@@ -26,7 +26,14 @@ LARGE_HEADER = [
 
 
 def markdown(results):
-    kinds = {"large": large, "limits": limits, "accumulation": accumulation, "deferred": deferred, "host_time": host}
+    kinds = {
+        "large": large,
+        "limits": limits,
+        "accumulation": accumulation,
+        "deferred": deferred,
+        "host_time": host,
+        "imports": imports,
+    }
     return kinds[results["kind"]](results)
 
 
@@ -48,6 +55,16 @@ def limits(results):
     ]
     note = "Medians of the differences in each round, and the 10th and 90th percentile."
     return "\n\n".join([f"{machine(results)} {note}", table([header, *body], words=2)])
+
+
+def imports(results):
+    """What each import takes, the first before the second; and the size of the extension."""
+    rows = [
+        [f"`import {name}`", f"{ms['median']:.1f}", f"{ms['p10']:.1f} to {ms['p90']:.1f}"]
+        for name, ms in results["ms"].items()
+    ]
+    note = f"The extension has {results['extension_mib']:.1f} MiB."
+    return "\n\n".join([f"{machine(results)} {note}", table([["", "ms", "10th to 90th percentile"], *rows], words=1)])
 
 
 def accumulation(results):

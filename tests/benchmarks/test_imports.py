@@ -1,14 +1,13 @@
 """The time of imports: each in a process of its own."""
 
 import json
-import re
 
 import pytest
 
 pytest.importorskip("tqdm", reason="the benchmark shows its progress with tqdm: pip install fastclip[demo]")
 
 from benchmarks import imports  # noqa: E402
-from tests.support.project import ROOT  # noqa: E402
+from benchmarks.report import documents as report  # noqa: E402
 
 
 def test_the_command_measures_new_processes(tmp_path, capsys):
@@ -17,15 +16,11 @@ def test_the_command_measures_new_processes(tmp_path, capsys):
     assert found["ms"]["torch"]["samples"][0] > found["ms"]["fastclip"]["samples"][0] > 0.1
     assert 0.1 < found["extension_mib"] < 100
     assert "import fastclip" in capsys.readouterr().out
+    assert report.main([str(tmp_path / "imports.json")]) == 0
+    assert "| `import fastclip` |" in capsys.readouterr().out
 
 
 def test_bad_options_are_named(capsys):
     with pytest.raises(SystemExit, match="2"):
         imports.parse(["--rounds", "0"])
     assert "--rounds is at least 1" in capsys.readouterr().err
-
-
-def test_the_docs_say_what_was_measured():
-    ms = json.loads((ROOT / "benchmarks/results/imports.json").read_text())["ms"]
-    said = re.search(r"`import fastclip` adds (\d+) ms to the (\d+) ms", (ROOT / "docs/install.md").read_text())
-    assert said.groups() == tuple(f"{ms[name]['median']:.0f}" for name in ("fastclip", "torch"))
