@@ -37,9 +37,8 @@ recipe: .requirements build  ## ESPnet's own program trains a Conformer on real 
 study: build  ## what clipping does to training: 588 small trainings, about an hour; goes on where it was stopped
 	$(PY) -m studies.clipping $(ARGS)
 
-# With pytest-xdist, in several processes: their OpenMP threads must not spin while another process works. In order: the
-# files of few but long tests, cuda and distributed, do not come last.
-IN_PARALLEL = $(shell $(PY) -c "import xdist" 2>/dev/null && echo " -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder")
+# With pytest-xdist, in several processes: their OpenMP threads must not spin while another process works.
+IN_PARALLEL = $(shell $(PY) -c "import xdist" 2>/dev/null && echo " -n auto --maxprocesses 4 --dist loadfile")
 
 check: export OMP_WAIT_POLICY ?= passive
 check: .requirements build  ## the tests of the step, without slow ones: under 90 seconds on two cores
