@@ -102,7 +102,8 @@ PY_WITH_NEMO := $(VENV)-nemo/bin/python
 ENVIRONMENT := $(VENV)/installed-$(subst =,-,$(TORCH))
 .requirements: $(ENVIRONMENT)-all
 .requirements-demo: $(ENVIRONMENT)
-.requirements-nemo: $(VENV)-nemo/installed-$(subst =,-,$(TORCH))
+NEMO_ENVIRONMENT := $(VENV)-nemo/installed-$(subst =,-,$(TORCH))
+.requirements-nemo: $(NEMO_ENVIRONMENT)
 # torch is pinned: a range would bring gigabytes of CUDA libraries that fastclip does not need.
 $(ENVIRONMENT): requirements-demo.txt
 	@echo "Making $(VENV): torch and a few packages, about a minute (300 MB)"
@@ -115,7 +116,7 @@ $(ENVIRONMENT)-all: $(ENVIRONMENT) requirements.txt requirements-trainers.txt re
 	-$(VENV)/bin/python -m pip install --quiet --no-deps -r requirements-toolkits.txt  # its tests say if it is missing
 	-$(VENV)/bin/python -m tests.support.torchaudio_on_cpu  # where that fails, the tests that need torchaudio say so
 	touch $@
-$(VENV)-nemo/installed-$(subst =,-,$(TORCH)): requirements-nemo.txt
+$(NEMO_ENVIRONMENT): requirements-nemo.txt
 	@echo "Making $(VENV)-nemo: torch and NeMo, about two minutes (2.2 GB)"
 	$(PYTHON) -m venv $(VENV)-nemo
 	$(VENV)-nemo/bin/python -m pip install --quiet "$(TORCH)" -r requirements-nemo.txt

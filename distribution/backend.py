@@ -5,6 +5,7 @@ requirements of the build would be another one: a download of 3 GB, and an exten
 environment's. So none is required, and find_torch looks for the one that is there.
 """
 
+import functools
 import importlib.util
 import os
 import re
@@ -30,44 +31,25 @@ fastclip needs torch {} or newer, and this is torch {} in {}.
 Install a newer one first: pip install -U torch"""
 
 
-def get_requires_for_build_sdist(config_settings=None):
-    find_torch()  # setup.py imports it
-    return build_meta.get_requires_for_build_sdist(config_settings)
+def _finds_torch(hook):
+    """The hook of the same name, which runs setup.py: and setup.py imports torch."""
+
+    @functools.wraps(hook)
+    def find_and_call(*arguments, **settings):
+        find_torch()
+        return hook(*arguments, **settings)
+
+    return find_and_call
 
 
-def get_requires_for_build_wheel(config_settings=None):
-    find_torch()
-    return build_meta.get_requires_for_build_wheel(config_settings)
-
-
-def get_requires_for_build_editable(config_settings=None):
-    find_torch()
-    return build_meta.get_requires_for_build_editable(config_settings)
-
-
-def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
-    find_torch()
-    return build_meta.prepare_metadata_for_build_wheel(metadata_directory, config_settings)
-
-
-def prepare_metadata_for_build_editable(metadata_directory, config_settings=None):
-    find_torch()
-    return build_meta.prepare_metadata_for_build_editable(metadata_directory, config_settings)
-
-
-def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
-    find_torch()
-    return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
-
-
-def build_editable(wheel_directory, config_settings=None, metadata_directory=None):
-    find_torch()
-    return build_meta.build_editable(wheel_directory, config_settings, metadata_directory)
-
-
-def build_sdist(sdist_directory, config_settings=None):
-    find_torch()
-    return build_meta.build_sdist(sdist_directory, config_settings)
+get_requires_for_build_sdist = _finds_torch(build_meta.get_requires_for_build_sdist)
+get_requires_for_build_wheel = _finds_torch(build_meta.get_requires_for_build_wheel)
+get_requires_for_build_editable = _finds_torch(build_meta.get_requires_for_build_editable)
+prepare_metadata_for_build_wheel = _finds_torch(build_meta.prepare_metadata_for_build_wheel)
+prepare_metadata_for_build_editable = _finds_torch(build_meta.prepare_metadata_for_build_editable)
+build_sdist = _finds_torch(build_meta.build_sdist)
+build_wheel = _finds_torch(build_meta.build_wheel)
+build_editable = _finds_torch(build_meta.build_editable)
 
 
 def find_torch():

@@ -151,7 +151,7 @@ def parse_arguments(arguments=None):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = record.machine()["cores"]
     add("--epochs", type=count, metavar="N", default=6, help="default: %(default)s")
     add("--seed", type=number(int, 0), metavar="N", default=0, help="of data and model (default: %(default)s)")
     add("--threads", type=count, metavar="N", default=cores, help="of torch (default: all cores, here %(default)s)")

@@ -9,13 +9,12 @@ from typing import Any
 
 from .stats import stats_to_log
 
-# Two packages hold the same code, and a callback has to be of the one whose Trainer is used: the one that is imported
-# already, or the one that is installed. Where both are, import it first.
+# Two packages hold the same code, and a callback has to be of the one whose Trainer is used. Where both are installed,
+# import that one before this module.
 _NAMES = ("lightning.pytorch", "pytorch_lightning")
-_installed = (name for name in reversed(_NAMES) if importlib.util.find_spec(name.partition(".")[0]))
-pl = importlib.import_module(
-    next((name for name in _NAMES if name in sys.modules), None) or next(_installed, _NAMES[1])
-)
+_imported = [name for name in _NAMES if name in sys.modules]
+_installed = [name for name in _NAMES[::-1] if importlib.util.find_spec(name.partition(".")[0])]
+pl = importlib.import_module([*_imported, *_installed, "pytorch_lightning"][0])
 
 
 class LogClip(pl.Callback):  # type: ignore[name-defined, misc]
