@@ -1,33 +1,35 @@
-"""Builds fastclip._C: the CPU half always, the CUDA half whenever nvcc is found.
+"""Builds fastclip: libfastclip.so, the kernels, and beside it a glue for each torch.
 
-FASTCLIP_CUDA=0 leaves CUDA out; TORCH_CUDA_ARCH_LIST="8.0;Hopper" narrows its architectures, as in torch.
-MAX_JOBS bounds how many compilers run at a time; NVCC_THREADS how many of nvcc's.
-FASTCLIP_CXX_FLAGS="-g -O1" is added to the flags of the C++ compiler.
-torch.utils.cpp_extension refuses .cu files beside a CPU-only torch, so nvcc is called here: the
-CUDA half includes nothing of torch, and links the CUDA runtime statically.
+FASTCLIP_TORCHES="/a:/b" compiles a glue for each torch in these folders, in place of the one that imports.
+FASTCLIP_CXX_FLAGS="-g -O1" is added to the flags of the C++ compiler, CXX. MAX_JOBS bounds how many compilers run at a
+time. The variables of the CUDA half, which is built wherever nvcc is found: distribution/nvcc.py.
+
+torch.utils.cpp_extension is not used: it builds against one torch alone, and refuses .cu files beside a CPU-only one.
 """
 
 import os
-import re
 import shlex
-import shutil
-import subprocess
+import sys
+import sysconfig
 from pathlib import Path
-from unittest import mock
 
-import torch
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 from setuptools.errors import PlatformError
-from torch.utils import cpp_extension
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+sys.path.insert(0, str(Path(__file__).parent / "distribution"))
+
+import ninja_file  # noqa: E402  all three are in that folder
+import nvcc  # noqa: E402
+import torches  # noqa: E402
 
 CXX_FLAGS = [
-    "-std=c++20",  # torch 2.11 and 2.12 would take 17
+    "-std=c++20",
     "-O3",
-    "-g0",  # Python brings -g, which makes the library ten times as large
+    "-DNDEBUG",
+    "-fPIC",
     "-Wall",
     "-Wextra",
-    "-Wno-unused-parameter",  # torch's headers have many
     "-Wno-psabi",  # vectors never cross a function that is not inlined
     "-fvisibility=hidden",
     "-fvisibility-inlines-hidden",
@@ -38,187 +40,124 @@ CXX_FLAGS = [
     "-fno-trapping-math",
     "-fno-math-errno",
 ]
-NVCC_FLAGS = [
-    "-O3",
-    "-std=c++17",
-    "-fmad=false",  # as -ffp-contract=off
-    "-Werror=all-warnings",
-    "-Xcompiler=-fPIC,-Wall,-Wextra,-Wno-psabi,-fvisibility=hidden",
-]
-ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
+# Compiled to be small, as a wheel has it for each torch: what runs once a step, and not for each tensor.
+ONCE_A_STEP = ("bindings", "engine", "histories", "norm_limits", "reasons", "self_check", "shards")
+TORCH_LIBRARIES = ("c10", "torch_cpu", "torch", "torch_python")
+IS_MACOS = sys.platform == "darwin"
+NAMED = (
+    ["-dynamiclib", "-install_name", "@rpath/libfastclip.so"] if IS_MACOS else ["-shared", "-Wl,-soname,libfastclip.so"]
+)
+BESIDE_ITSELF = "@loader_path" if IS_MACOS else "$ORIGIN"
 
 
-def find_nvcc():
-    """Returns the path of nvcc, or None; CUDA_HOME goes before PATH."""
-    if os.environ.get("FASTCLIP_CUDA") == "0":
-        return None
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    return shutil.which("nvcc", path=os.path.join(home, "bin")) if home else shutil.which("nvcc")
+def words_of(variable):
+    return shlex.split(os.environ.get(variable, ""))
 
 
-def output(*command):
-    return subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
+def compiler():
+    return words_of("CXX") or ["c++"]
 
 
-def cuda_error(problem, way_out="Mend that, name another toolkit by CUDA_HOME"):
-    return PlatformError(f"{problem}\n{way_out}, or leave CUDA out: FASTCLIP_CUDA=0")
+def command_for(*flags):
+    """Returns a function from a source to the command that compiles it."""
+    given = [*words_of("CPPFLAGS"), *words_of("CXXFLAGS")]
+    return lambda source: [*compiler(), *given, *CXX_FLAGS, *flags_of(source), *flags, *words_of("FASTCLIP_CXX_FLAGS")]
 
 
-def ask(nvcc, pattern, *arguments):
-    """Returns all matches of `pattern` in nvcc's output."""
-    try:
-        said = output(nvcc, *arguments)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise cuda_error(f"{error}\n{getattr(error, 'stdout', '')}".strip()) from error
-    found = re.findall(pattern, said, re.M)
+def link_command(*flags):
+    return [*compiler(), *flags, *words_of("LDFLAGS")]
+
+
+def flags_of(source):
+    """Returns more flags of a source: of most, none."""
+    if source.parent.name == "host" and source.stem in ONCE_A_STEP:
+        return ["-Os"]
+    # Of few machines: those without AVX2. On ARM it is what runs.
+    if source.name == "baseline.cpp" and sysconfig.get_platform().endswith("x86_64"):
+        is_clang = "clang" in nvcc.output(*compiler(), "--version")
+        return ["-O2", *([] if is_clang else ["-ftree-vectorize", "-fvect-cost-model=dynamic"])]
+    return []
+
+
+def sources_in(folder):
+    found = sorted(Path(folder).glob("*.cpp"))
     if not found:
-        raise cuda_error(
-            f"{shlex.join((nvcc, *arguments))} does not say what it should, but:\n{said.strip() or 'nothing'}"
+        raise PlatformError(
+            f"{Path(folder).absolute()} has no sources: run setup.py in a clone of fastclip, or an sdist"
         )
     return found
 
 
-def cuda_architectures(nvcc):
-    """Returns the architectures asked for, such as ["8.0", "9.0+PTX"]. By default all of ARCHITECTURES that the toolkit
-    knows, with PTX of the newest."""
-    known = ask(nvcc, r"^compute_(\d+)$", "--list-gpu-arch")
-    entries = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
-    asked = {entry: architectures_of(entry) for entry in entries}
-    for entry, architectures in asked.items():
-        for architecture in architectures:
-            if number_of(architecture).rstrip("af") not in known:
-                raise bad_entry(entry, f"{nvcc} does not know {architecture}")
-    if asked:
-        return list(dict.fromkeys(sum(asked.values(), [])))
-    architectures = [a for a in ARCHITECTURES if number_of(a) in known]
-    if not architectures:
-        raise cuda_error(
-            f"{nvcc} is too old, or too new: it knows none of the architectures {', '.join(ARCHITECTURES)}"
-        )
-    return architectures[:-1] + [architectures[-1] + "+PTX"]
+def module_of(torch):
+    """Returns the name of its glue."""
+    return f"fastclip._C_{torch.release.replace('.', '_')}"
 
 
-def architectures_of(entry):
-    """Returns the architectures of an entry of TORCH_CUDA_ARCH_LIST: a number such as "8.6+PTX" or "9.0a", or a name
-    that torch knows, such as "Ampere"."""
-    if re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", entry):
-        return [entry]
-    try:
-        with mock.patch.dict(os.environ, TORCH_CUDA_ARCH_LIST=entry):
-            flags = " ".join(cpp_extension._get_cuda_arch_flags())
-    except (ValueError, IndexError) as error:
-        raise bad_entry(entry, "no GPU is here" if entry == "native" else error) from error
-    native, ptx = (re.findall(rf"code={kind}_(\d+)(\d)", flags) for kind in ("sm", "compute"))
-    return [".".join(number) + "+PTX" * (number in ptx) for number in sorted(native, key=lambda n: tuple(map(int, n)))]
-
-
-def bad_entry(entry, problem):
-    return cuda_error(
-        f"TORCH_CUDA_ARCH_LIST holds {entry!r}: {problem}", "Write numbers and names as in '8.0;9.0+PTX;Blackwell'"
-    )
-
-
-def number_of(architecture):
-    return architecture.removesuffix("+PTX").replace(".", "")
-
-
-def gencode(architecture):
-    number = number_of(architecture)
-    flags = [f"-gencode=arch=compute_{number},code=sm_{number}"]
-    if architecture.endswith("+PTX"):
-        flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    return flags
-
-
-def cuda_libraries(nvcc):
-    """Returns the folder of libcudart_static.a."""
-    top = Path(ask(nvcc, r"^#\$ TOP=(.+)$", "--dryrun", "-E", "-x", "cu", os.devnull)[0])
-    folders = [top / "lib64", top / "lib", *top.glob("targets/*/lib")]
-    found = [str(f) for f in folders if (f / "libcudart_static.a").exists()]
-    if not found:
-        raise cuda_error(f"libcudart_static.a of {nvcc} is in none of {', '.join(map(str, folders))}")
-    return found[0]
-
-
-def nvcc_threads():
-    """Returns the number of architectures that nvcc compiles at a time."""
-    limits = (os.environ.get(name, "") for name in ("NVCC_THREADS", "MAX_JOBS"))
-    return next((limit for limit in limits if limit.isdigit()), str(os.cpu_count()))
-
-
-class Build(BuildExtension):
+class Build(build_ext):
     def run(self):
+        self.torches = torches.find()
         super().run()
         self.write_build_info()
 
-    def build_extensions(self):
-        (extension,) = self.extensions
-        nvcc = find_nvcc()
-        if nvcc:
-            architectures = cuda_architectures(nvcc)
-            folder = Path(self.build_temp).absolute()
-            folder.mkdir(parents=True, exist_ok=True)
-            extension.extra_objects.append(self.compile_cuda(nvcc, architectures, folder))
-            extension.define_macros.append(("FASTCLIP_CUDA", None))
-            extension.library_dirs.append(cuda_libraries(nvcc))
-            extension.libraries += ["cudart_static", "dl", "rt", "pthread"]
-        super().build_extensions()
+    def get_ext_filename(self, name):
+        return "fastclip/libfastclip.so" if name.endswith("libfastclip") else super().get_ext_filename(name)
 
-    def compile_cuda(self, nvcc, architectures, folder):
-        sources = [
-            Path("csrc/cuda/step.cu"),
-            *Path("csrc").glob("**/*.h"),
-            *Path("csrc").glob("**/*.cuh"),
-            Path(__file__),
-        ]
-        release = ask(nvcc, r"release ([\d.]+)", "--version")[0]
-        target = folder / f"step_cuda{release}_{'_'.join(architectures).replace('.', '')}.o"
-        # Not `self.force`: torch sets it always, and leaves the question to ninja.
-        if not target.exists() or any(s.stat().st_mtime > target.stat().st_mtime for s in sources):
-            flags = dict.fromkeys(flag for architecture in architectures for flag in gencode(architecture))
-            command = [
-                nvcc,
-                *NVCC_FLAGS,
-                "-Xfatbin=-compress-all",  # a fifth of the size; as torch's own
-                f"--threads={nvcc_threads()}",
-                *flags,
-                "-c",
-                str(sources[0]),
-                "-o",
-                f"{target}.part",  # so that one who interrupts leaves nothing that looks whole
-            ]
-            print(" ".join(command), flush=True)
-            if (code := subprocess.run(command).returncode) != 0:
-                raise cuda_error(f"{nvcc} could not compile {sources[0]} and has returned {code}: see above")
-            os.replace(f"{target}.part", target)
-        return str(target)
+    def get_export_symbols(self, extension):
+        return []
+
+    def build_extensions(self):
+        file = ninja_file.NinjaFile(self.build_temp)
+        library = self.add_library(file)
+        for torch in self.torches:
+            self.add_glue(file, torch, library)
+        Path(self.build_lib, "fastclip").mkdir(parents=True, exist_ok=True)
+        file.make()
+
+    def output_of(self, name):
+        return Path(self.build_lib, self.get_ext_filename(name)).absolute()
+
+    def add_library(self, file):
+        objects = file.add_objects("cpu", sources_in("csrc/cpu"), command_for())
+        objects += file.add_objects("c", sources_in("csrc/c"), command_for("-Ifastclip/include"))
+        libraries = []
+        if compiler_of_cuda := nvcc.find_nvcc():
+            command = nvcc.compile_command(compiler_of_cuda)
+            objects.append(file.add("nvcc", file.folder / "cuda/step.o", ["csrc/cuda/step.cu"], command))
+            libraries = [f"-L{nvcc.cuda_libraries(compiler_of_cuda)}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        return file.add("link", self.output_of("fastclip.libfastclip"), objects, link_command(*NAMED), libraries)
+
+    def add_glue(self, file, torch, library):
+        includes = [*torch.includes, sysconfig.get_paths()["include"]]
+        flags = [word for folder in includes for word in ("-isystem", folder)]
+        flags += [f"-ffile-prefix-map={torch.folder.parent}/=", f"-DFASTCLIP_FOR_TORCH={torch.version}"]
+        flags += ["-DFASTCLIP_CUDA"] if nvcc.find_nvcc() else []
+        objects = file.add_objects(f"host-{torch.release}", sources_in("csrc/host"), command_for(*flags))
+        shared = ["-bundle", "-undefined", "dynamic_lookup"] if IS_MACOS else ["-shared", "-Wl,--no-as-needed"]
+        libraries = [f"-L{torch.folder / 'lib'}", *(f"-l{name}" for name in TORCH_LIBRARIES)]
+        libraries += [f"-Wl,-rpath,{BESIDE_ITSELF}"]
+        file.add("link", self.output_of(module_of(torch)), [*objects, library], link_command(*shared), libraries)
 
     def write_build_info(self):
         """Writes the facts that fastclip can tell about itself even if the extension does not load."""
-        nvcc = find_nvcc()
-        folder = Path("fastclip") if self.inplace else Path(self.build_lib) / "fastclip"
+        found = nvcc.find_nvcc()
         info = {
-            "torch": torch.__version__,
-            "cuda": ask(nvcc, r"release ([\d.]+)", "--version")[0] if nvcc else None,
-            "cuda_architectures": cuda_architectures(nvcc) if nvcc else [],
-            "compiler": output(*shlex.split(os.environ.get("CXX", "c++")), "--version").splitlines()[0],
+            "torches": {torch.release: torch.version for torch in self.torches},
+            "newest_torch": torches.NEWEST,
+            "cuda": nvcc.release(found) if found else None,
+            "cuda_architectures": nvcc.cuda_architectures(found) if found else [],
+            "compiler": nvcc.output(*compiler(), "--version").splitlines()[0],
         }
+        folder = Path("fastclip") if self.inplace else Path(self.build_lib) / "fastclip"
         (folder / "_build_info.py").write_text(f'"""Written by setup.py."""\n\nBUILD_INFO = {info!r}\n')
 
 
 if __name__ == "__main__":
+    try:
+        found = torches.here()
+    except PlatformError as error:
+        sys.exit(str(error))
     setup(
-        ext_modules=[
-            CppExtension(
-                "fastclip._C",
-                sources=sorted(map(str, [*Path("csrc/cpu").glob("*.cpp"), *Path("csrc/host").glob("*.cpp")])),
-                depends=sorted(
-                    str(path) for path in Path("csrc").rglob("*") if path.is_file()
-                ),  # a change in one rebuilds; an sdist takes them along
-                # No code reads it: but objects of another torch are then not taken for those of this one.
-                define_macros=[("FASTCLIP_FOR_TORCH", torch.__version__)],
-                extra_compile_args=CXX_FLAGS + os.environ.get("FASTCLIP_CXX_FLAGS", "").split(),
-            )
-        ],
+        install_requires=[torches.requirement(found), "typing-extensions"],
+        ext_modules=[Extension(name, []) for name in ("fastclip.libfastclip", *map(module_of, found))],
         cmdclass={"build_ext": Build},
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fastclip import _C
+import fastclip
 
 from .core import record, rows
 
@@ -33,7 +33,8 @@ def main(arguments=None):
     found["ms"] = {}
     for name, each in zip(("torch", "fastclip"), zip(*measured, strict=True), strict=True):
         found["ms"][name] = rows.described([1e3 * one for one in each])
-    found["extension_mib"] = round(Path(_C.__file__).stat().st_size / 2**20, 2)
+    compiled = Path(fastclip.__file__).parent.glob("*.so")
+    found["extension_mib"] = round(sum(path.stat().st_size for path in compiled) / 2**20, 2)
     for name, ms in found["ms"].items():
         print(f"import {name:<10}{ms['median']:8.1f} ms")
     print(f"extension        {found['extension_mib']:8.1f} MiB")

@@ -8,6 +8,9 @@
 #include "rules/decision.h"
 #include "rules/rules.h"
 
+// What libfastclip.so has for the host, which is compiled for each layout of torch.
+#define FASTCLIP_API __attribute__((visibility("default")))
+
 namespace fastclip {
 
 // Elements of a chunk. Tensors are cut into chunks, and the last chunk of a tensor may be shorter. A chunk is the CPU's
@@ -116,10 +119,10 @@ struct ThreadPool {
   void (*run)(int count, void (*work)(void*), void* context);
 };
 
-void run(const Step& step, const ThreadPool& pool);
+FASTCLIP_API void run(const Step& step, const ThreadPool& pool);
 // Adds up what a step has left in Step::measures, for each of its tensors.
-std::vector<Measure> measures_by_tensor(const Step& step);
-const char* capability();  // the instruction set that runs: "AVX512", "AVX2", "baseline" or "NEON"
+FASTCLIP_API std::vector<Measure> measures_by_tensor(const Step& step);
+FASTCLIP_API const char* capability();  // the instruction set that runs: "AVX512", "AVX2", "baseline" or "NEON"
 
 }  // namespace cpu
 
@@ -141,18 +144,18 @@ struct Needs {
   uint64_t layout;  // a hash of the places of each tensor's measures, not 0
   int64_t table_bytes;  // 0: the table fits into the kernel arguments
 };
-Needs needs(const Step& step);
+FASTCLIP_API Needs needs(const Step& step);
 
 // Adds up what a step has left in Step::measures, of which `measures` is a copy on the host, for each of its tensors.
-std::vector<Measure> measures_by_tensor(const Step& step, const double* measures);
+FASTCLIP_API std::vector<Measure> measures_by_tensor(const Step& step, const double* measures);
 
 // Returns whether a CUDA graph captures the stream.
-bool is_capturing(void* stream);
+FASTCLIP_API bool is_capturing(void* stream);
 
 // Enqueues one launch on `stream` of `device`, which must be the current device, and never blocks. A norm takes a
 // second launch on a device that cannot run all blocks at once. A changed table in device memory takes one more launch
 // per 32,000 bytes. Returns nullptr, or the error's description.
-const char* run(const Step& step, DeviceTable& table, int device, void* stream);
+FASTCLIP_API const char* run(const Step& step, DeviceTable& table, int device, void* stream);
 
 }  // namespace cuda
 

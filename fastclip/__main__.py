@@ -1,5 +1,7 @@
 """python -m fastclip: prints how fastclip was built, and what runs on this machine."""
 
+from pathlib import Path
+
 import torch
 
 import fastclip
@@ -18,6 +20,8 @@ def main():
     print(f"CPU kernels     {info['cpu_capability']}, {torch.get_num_threads()} threads")
     print(f"CUDA kernels    {cuda}")
     print(f"GPUs here       {gpu}")
+    folder = Path(fastclip.__file__).parent
+    print(f"from C          {folder / 'include' / 'fastclip.h'}, {folder / 'libfastclip.so'}")
 
 
 if __name__ == "__main__":

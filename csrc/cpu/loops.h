@@ -4,8 +4,8 @@
 #include <cstring>
 #include <type_traits>
 
-#include "../step.h"
 #include "halves.h"
+#include "loop_table.h"
 
 // Makes it an error if the compiler ignores a target or a pragma: the loops would be correct, but slow.
 #pragma GCC diagnostic error "-Wattributes"
@@ -23,23 +23,6 @@
 
 namespace fastclip::cpu {
 namespace {
-
-// The numbers that a loop needs besides its tensor, in double. Each loop converts them to its compute type, as torch
-// does with the scalars of an operation.
-struct Constants {
-  Clip<double> clip;
-  alignas(double) unsigned char rule[Rules::kConstantsBytes];
-  bool stochastic_rounding;
-  uint32_t rounding_seed;
-  uint32_t step;  // the number of this step; 0 if steps are not counted
-  Norm params_norm = Norm::none;  // none: the parameters are not measured
-};
-
-// What an update tells of a chunk.
-struct Updated {
-  int64_t clamped = 0;  // number of elements that the value clip changed
-  Measure params{};
-};
 
 template <class R, class T>
 FASTCLIP_HD typename R::template Constants<T> constants_as(const Constants& constants) {
@@ -311,10 +294,6 @@ FASTCLIP_HD Measure measure_params(const TensorEntry& tensor, int64_t begin, int
 constexpr int kLanes = 32;
 // The number of streams in which a whole chunk is read: one core keeps more lines in flight over several pages.
 constexpr int kStreams = 4;
-
-// The values that a norm is taken over: raw gradients, unscaled and clipped ones, or these with inf and NaN left
-// unclipped.
-enum class Seen { raw, clipped, clipped_or_nonfinite };
 
 template <class Set, class Stored, Norm kNorm, Seen kSeen>
 FASTCLIP_HD void measure_loop(const TensorEntry& tensor, int64_t begin, int64_t size, const Clip<double>& group_clip,

@@ -4,7 +4,7 @@
 #include <cfenv>
 #include <cmath>
 
-#include "instruction_sets.h"
+#include "chosen.h"
 
 namespace fastclip::cpu {
 namespace {

@@ -10,6 +10,7 @@
 
 #include "engine.h"
 #include "gradients.h"
+#include "self_check.h"
 
 namespace py = pybind11;
 using namespace fastclip;
@@ -146,4 +147,12 @@ PYBIND11_MODULE(_C, module) {
   module.def("clip_bounds", clip_bounds);
   module.def("rules", rules);
   module.def("cpu_capability", cpu::capability);
+
+  module.def("misread", [](const py::object& tensor, uintptr_t address, int64_t numel, std::vector<int64_t> sizes,
+                           std::vector<int64_t> strides, const py::object& dtype, bool is_cpu, bool is_ordinary,
+                           bool is_contiguous, uintptr_t data, const py::object& grad, int64_t version) {
+    return misread({tensor.ptr(), address, numel, std::move(sizes), std::move(strides), dtype.ptr(), is_cpu,
+                    is_ordinary, is_contiguous, data, grad.ptr(), version});
+  });
+  module.def("bump_version", [](const py::object& tensor) { bump_version(tensor.ptr()); });
 }

@@ -53,17 +53,6 @@ bool allows_grad_dtype(PyObject* param, const at::Tensor& grad) {
 const uint64_t kOtherKeys = ~ordinary_keys();
 const at::Tensor kNoGradient;
 
-double rounded_bound(DType dtype, double bound) {
-  const auto narrow = static_cast<float>(bound);
-  switch (dtype) {
-    case DType::float32: return narrow;
-    case DType::bfloat16: return static_cast<float>(c10::BFloat16(narrow));
-    case DType::float16: return static_cast<float>(c10::Half(narrow));
-    case DType::float64: break;
-  }
-  return bound;
-}
-
 void check_belongs(const at::Tensor& param, const at::Tensor& grad, const Place& place) {
   // A subclass may have sizes of its own kind: what it holds is for plain torch to judge.
   if (param.key_set().has(DispatchKey::Python) || grad.key_set().has(DispatchKey::Python)) return;

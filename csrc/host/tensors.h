@@ -46,9 +46,6 @@ inline DType dtype_of(const at::Tensor& covered) {
   return static_cast<DType>(kDTypes[static_cast<size_t>(covered.scalar_type())]);
 }
 
-// Bounds as clamp_ has them: rounded to the tensor's dtype.
-double rounded_bound(DType dtype, double bound);
-
 // The keys of ordinary tensors tell it without a call.
 [[gnu::always_inline]] inline bool on_cpu(c10::TensorImpl* tensor) {
   return tensor->key_set().has_backend(c10::BackendComponent::CPUBit);

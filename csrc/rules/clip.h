@@ -62,6 +62,22 @@ FASTCLIP_HD Clip<T> clip_of(const SharedHyper& hyper, const Asked& asked, const 
           T(hyper.maximize ? -scaling.coefficient : scaling.coefficient)};
 }
 
+// Returns a bound as clamp_ has it: rounded to the dtype of the gradients.
+inline double rounded_bound(DType dtype, double bound) {
+  const auto narrow = static_cast<float>(bound);
+  const auto by_way_of = [&](auto stored) {
+    store(stored, narrow);
+    return double{load(stored)};
+  };
+  switch (dtype) {
+    case DType::float32: return narrow;
+    case DType::bfloat16: return by_way_of(BFloat16{});
+    case DType::float16: return by_way_of(Float16{});
+    case DType::float64: break;
+  }
+  return bound;
+}
+
 inline bool clips_value(const SharedHyper& hyper) { return hyper.clip_low > -HUGE_VAL || hyper.clip_high < HUGE_VAL; }
 
 }  // namespace fastclip

@@ -19,12 +19,12 @@ import torch
 
 from tests.support.project import ROOT
 
-from .build import build
+from .build import build, build_planted, make_wheel
 from .machine import Machine, Unavailable
 
 SKIPPED = 77  # as automake has it
 TESTS = ["tests/step/test_step.py", "tests/step/test_norm.py"]
-PLANTED = ("step.cpp", "AdamW")  # a source to compile with -ffp-contract=fast, and a rule whose bits that changes
+PLANTED = ("baseline.cpp", "AdamW")  # a source to compile with -ffp-contract=fast, and a rule whose bits that changes
 
 
 def digest(command, cwd=ROOT):
@@ -49,6 +49,7 @@ def main():
     parser = argparse.ArgumentParser("python -m tests.arm", description=__doc__.partition("\n")[0])
     parser.add_argument("--folder", type=Path, default=ROOT / ".cache" / "arm", help="what is fetched and built")
     parser.add_argument("--required", action="store_true", help="fail where it can't run, in place of a skip")
+    parser.add_argument("--wheel", type=Path, metavar="FOLDER", help="make a wheel there, and try that")
     options = parser.parse_args()
     began = time.perf_counter()
 
@@ -62,12 +63,17 @@ def main():
     except Unavailable as error:
         print(f"{'failed' if options.required else 'skipped'}: {error}")
         return 1 if options.required else SKIPPED
-    say("fastclip, by a compiler for aarch64")
     objects = machine.folder / "objects"
-    build(machine, machine.package, objects)
+    if options.wheel:
+        say("a wheel, by a compiler for aarch64")
+        say(make_wheel(machine, machine.package, objects, options.wheel.resolve()))
+    else:
+        say("fastclip, by a compiler for aarch64")
+        build(machine, machine.package, objects)
     planted = machine.folder / "planted"
     source, rule = PLANTED
-    build(machine, planted, objects, {source: ["-ffp-contract=fast"]})
+    size = build_planted(machine, planted, objects, source, "-ffp-contract=fast")
+    say(f"libfastclip.so, all rules: {size / 1e3:.0f} KB")
     failed = False
     with ThreadPoolExecutor(2) as pool:
         say("the bits of all rules, here and there")

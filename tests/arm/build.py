@@ -1,73 +1,83 @@
-"""Compiles fastclip for aarch64, beside the torch of the emulated machine."""
+"""Builds fastclip for aarch64 by setup.py, beside the torch of the emulated machine."""
 
-import hashlib
 import os
-import re
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
+import sys
+import zipfile
+from pathlib import Path
 
 from tests.support.project import CSRC, ROOT, load_setup
 
 from .machine import CROSS
 
 
-def build(machine, folder, objects, changes=None):
-    """Builds a package in `folder`, and keeps objects in the folder `objects`.
+def environment(machine, objects):
+    """To run setup.py in: what it asks Python, it is told of the emulated machine's.
 
-    changes: {source: more flags}, to compile one otherwise; the other objects are then taken as they are.
+    CPython's own way to cross-compile: a module with the variables of that Python's build, and its platform's name.
     """
-    sources = sorted([*(CSRC / "cpu").glob("*.cpp"), *(CSRC / "host").glob("*.cpp")])
-    newest = max(path.stat().st_mtime for path in CSRC.rglob("*") if path.is_file())
-    made_with = [*load_setup().CXX_FLAGS, machine.torch_version, machine.python.name]
-    objects = objects / hashlib.sha256(" ".join(made_with).encode()).hexdigest()[:12]
-    objects.mkdir(parents=True, exist_ok=True)
-    changes = changes or {}
-    made = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for source in sources:
-            name, flags = source.stem, changes.get(source.name, [])
-            target = objects / f"{source.parent.name}_{name}{'_changed' if flags else ''}.o"
-            if flags or not target.exists() or target.stat().st_mtime < newest:
-                made.append((target, pool.submit(compile_one, machine, source, target, flags)))
-            else:
-                made.append((target, None))
-        for _, job in made:
-            if job is not None:
-                job.result()
-    link(machine, folder, [target for target, _ in made])
+    python = machine.python.name
+    variables = objects / "variables"
+    variables.mkdir(parents=True, exist_ok=True)
+    told = machine.root / "usr" / "lib" / python / f"_sysconfigdata__{CROSS}.py"
+    shutil.copy(told, variables)
+    includes = [machine.root / "usr" / "include" / python, machine.root / "usr" / "include"]
+    return {
+        **os.environ,
+        "CXX": f"{CROSS}-g++",
+        "CPPFLAGS": " ".join(f"-I{folder}" for folder in includes),
+        "FASTCLIP_CUDA": "0",
+        "FASTCLIP_TORCHES": str(machine.site),
+        "_PYTHON_HOST_PLATFORM": "linux-aarch64",
+        "_PYTHON_SYSCONFIGDATA_NAME": told.stem,
+        "PYTHONPATH": str(variables),
+        # The libraries of the emulated machine are not searched: its libc names its parts by absolute paths.
+        "LDFLAGS": "-Wl,--allow-shlib-undefined",
+    }
 
 
-def compile_one(machine, source, target, flags):
-    python = f"include/{machine.python.name}"
-    includes = [machine.root / "usr" / python, machine.root / "usr" / "include"]
-    torch = machine.site / "torch" / "include"
-    command = [
-        f"{CROSS}-g++", "-fPIC", "-DNDEBUG", *load_setup().CXX_FLAGS, *flags, "-DTORCH_EXTENSION_NAME=_C",
-        *(f"-I{path}" for path in includes), "-isystem", torch, "-isystem", torch / "torch/csrc/api/include",
-        "-c", source, "-o", target,
-    ]  # fmt: skip
-    compile_(command)
+def build(machine, folder, objects):
+    """Builds the package in `folder`, and keeps objects in the folder `objects`."""
+    shutil.rmtree(folder, ignore_errors=True)
+    command = [sys.executable, "setup.py", "build_py", "--build-lib", folder]
+    command += ["build_ext", "--build-lib", folder, "--build-temp", objects]
+    run(command, env=environment(machine, objects))
 
 
-def link(machine, folder, objects):
-    package = folder / "fastclip"
-    shutil.rmtree(package, ignore_errors=True)
-    shutil.copytree(ROOT / "fastclip", package, ignore=shutil.ignore_patterns("*.so", "_build_info.py", "__pycache__"))
-    tag = f"cpython-3{machine.python.name.removeprefix('python3.')}-{CROSS}"
-    libraries = ["-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_python"]
-    # Against torch alone: the libc in the emulated root names its parts by absolute paths.
-    compile_([
-        f"{CROSS}-g++", "-shared", "-s", *objects, "-o", package / f"_C.{tag}.so", f"-L{machine.site / 'torch/lib'}",
-        *libraries, "-Wl,--allow-shlib-undefined",
-    ])  # fmt: skip
-    version = re.search(r"__version__ = '(.+)'", (machine.site / "torch" / "version.py").read_text())[1]
-    compiler = subprocess.run([f"{CROSS}-g++", "--version"], capture_output=True, text=True).stdout.splitlines()[0]
-    info = {"torch": version, "cuda": None, "cuda_architectures": [], "compiler": compiler}
-    (package / "_build_info.py").write_text(f"BUILD_INFO = {info!r}\n")
+def make_wheel(machine, folder, objects, out):
+    """Makes a wheel in the folder `out`, and unpacks it in `folder`. Returns what make_wheel.py says."""
+    python = next(p for p in (ROOT / ".venv-wheel" / "bin" / "python", Path(sys.executable)) if p.exists())
+    command = [python, "distribution/make_wheel.py", "--machine", "aarch64", "--out", out]
+    said = run(command, env=environment(machine, objects))
+    (wheel,) = out.glob(f"*cp3{machine.python.name.removeprefix('python3.')}-*aarch64.whl")
+    shutil.rmtree(folder, ignore_errors=True)
+    with zipfile.ZipFile(wheel) as file:
+        file.extractall(folder)
+    return said.splitlines()[-1]
 
 
-def compile_(command):
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    if done.returncode != 0 or "warning:" in done.stderr:
-        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr[-4000:]}")
+def build_planted(machine, folder, objects, source, flag):
+    """The same as in machine.package, with a source of the kernels compiled with one more flag."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(machine.package, folder)
+    compiler, made = f"{CROSS}-g++", []
+    for path in (*(CSRC / "cpu").glob("*.cpp"), *(CSRC / "c").glob("*.cpp")):
+        made.append(objects / f"planted_{path.stem}.o")
+        flags = [
+            *load_setup().CXX_FLAGS,
+            f"-I{ROOT / 'fastclip' / 'include'}",
+            *([flag] if path.name == source else []),
+        ]
+        run([compiler, *flags, "-c", path, "-o", made[-1]])
+    library = folder / "fastclip" / "libfastclip.so"
+    run([compiler, "-shared", "-s", "-Wl,-soname,libfastclip.so", *made, "-o", library])
+    return library.stat().st_size
+
+
+def run(command, **settings):
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, **settings)
+    said = done.stdout + done.stderr
+    if done.returncode != 0 or "warning:" in said:
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{said[-4000:]}")
+    return said

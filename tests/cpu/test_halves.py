@@ -41,7 +41,7 @@ def test_the_instructions_of_arm(tmp_path):
         [ARM[1], "-L", "/usr/aarch64-linux-gnu", program], text=True, stdout=subprocess.PIPE, check=False
     )
     assert output.stdout == "portable: right\nNEON: right\n"
-    code = setup.output("aarch64-linux-gnu-objdump", "-d", "-C", program)
+    code = setup.nvcc.output("aarch64-linux-gnu-objdump", "-d", "-C", program)
     assert "fcvtl" in code and "fcvtn" in code  # four at a time
 
 

@@ -34,19 +34,28 @@ class Function:
 
 @pytest.fixture(scope="module", params=["g++", "clang++"])
 def functions(request, tmp_path_factory):
-    """{instruction set: its functions} of csrc/cpu/step.cpp, compiled as setup.py does."""
+    """{instruction set: its functions} of csrc/cpu, compiled as setup.py does."""
     if not shutil.which(request.param):
         pytest.skip(f"needs {request.param}")
-    target = tmp_path_factory.mktemp("machine_code") / "step_cpu.o"
-    flags = ["-fPIC", *setup.CXX_FLAGS]
-    subprocess.run([request.param, *flags, "-c", CSRC / "cpu/step.cpp", "-o", target], check=True)
-    return disassembled(target)
+    folder = tmp_path_factory.mktemp("machine_code")
 
+    def compiled(name):
+        source, target = CSRC / "cpu" / f"{name.lower()}.cpp", folder / f"{name}.o"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("CXX", request.param)
+            subprocess.run([*setup.command_for()(source), "-c", source, "-o", target], check=True)
+        return target
 
-def disassembled(target):
     sets = {name: [] for name in REGISTERS}
+    for name in sets:
+        disassemble(compiled(name), sets)
+    return sets
+
+
+def disassemble(target, sets):
+    """Adds the functions of an object to their sets."""
     function = None
-    for line in setup.output("objdump", "-drC", "--no-show-raw-insn", target).splitlines():
+    for line in setup.nvcc.output("objdump", "-drC", "--no-show-raw-insn", target).splitlines():
         if line.endswith(">:"):
             function = Function(line)
             found = re.search(rf"\b({'|'.join(sets)})::\w+<", line)
@@ -56,7 +65,6 @@ def disassembled(target):
             function.symbols.add(relocation[1])
         elif function:
             function.instructions.append(line)
-    return sets
 
 
 def check(functions, register):

@@ -13,7 +13,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastclip import _C
+import fastclip
 from tests.support.project import CSRC, load_setup
 
 ARCHITECTURES = ("8.0", "9.0")
@@ -22,7 +22,7 @@ PACK_BYTES = 16
 
 
 setup = load_setup()
-nvcc = setup.find_nvcc()
+nvcc = setup.nvcc.find_nvcc()
 
 
 @functools.cache
@@ -32,7 +32,7 @@ def tool(name):
     folders = [b for f in (nvidia.submodule_search_locations if nvidia else ()) for b in Path(f).glob("*/bin")]
     found = shutil.which(name, path=":".join(map(str, folders))) or shutil.which(name)
     if found is None and nvcc:
-        top = re.search(r"^#\$ _HERE_=(.+)$", setup.output(nvcc, "--dryrun", "-E", "-x", "cu", "/dev/null"), re.M)
+        top = re.search(r"^#\$ _HERE_=(.+)$", setup.nvcc.output(nvcc, "--dryrun", "-E", "-x", "cu", "/dev/null"), re.M)
         found = top and shutil.which(name, path=top[1])
     return found
 
@@ -67,8 +67,8 @@ class Cubin:
 
 def compile_cubin(architecture, source, *flags):
     folder = Path(tempfile.mkdtemp(dir=FOLDER.name))
-    gencode = setup.gencode(architecture)
-    command = [nvcc, *setup.NVCC_FLAGS, *gencode, "-Xptxas=-v", *flags, "-cubin", "-o", folder / "cubin", source]
+    gencode = setup.nvcc.gencode(architecture)
+    command = [nvcc, *setup.nvcc.NVCC_FLAGS, *gencode, "-Xptxas=-v", *flags, "-cubin", "-o", folder / "cubin", source]
     result = subprocess.run([*map(str, command)], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert result.returncode == 0, result.stdout
     return Cubin(folder / "cubin", result.stdout)
@@ -83,8 +83,8 @@ def compiled(architecture):
 
 @functools.cache
 def extracted():
-    """Architecture -> its code in the extension that was built; {} where that is older than its sources."""
-    library = Path(_C.__file__)
+    """Architecture -> its code in the library that was built; {} where that is older than its sources."""
+    library = Path(fastclip.__file__).with_name("libfastclip.so")
     sources = [path for layer in ("cuda", "rules") for path in (CSRC / layer).iterdir()] + [CSRC / "step.h"]
     if tool("cuobjdump") is None or any(path.stat().st_mtime > library.stat().st_mtime for path in sources):
         return {}
@@ -278,7 +278,7 @@ def parse(text):
 
 
 def disassemble(cubin):
-    return parse(setup.output(tool("nvdisasm"), "-c", str(cubin.path)))
+    return parse(setup.nvcc.output(tool("nvdisasm"), "-c", str(cubin.path)))
 
 
 @functools.cache
@@ -289,7 +289,7 @@ def functions_of(architecture):
 @functools.cache
 def usage_of(cubin):
     """Kernel -> what it takes of a multiprocessor: {"REG": 89, "STACK": 0, "LOCAL": 0, ...}."""
-    text = setup.output(tool("cuobjdump"), "--dump-resource-usage", str(cubin.path))
+    text = setup.nvcc.output(tool("cuobjdump"), "--dump-resource-usage", str(cubin.path))
     found = re.findall(r"Function (\S+):\n\s*(.+)", text)
     return {
         kernel_of(name): {key: int(n) for key, n in re.findall(r"(\w+)(?:\[\d+\])?:(\d+)", line)}

@@ -31,7 +31,7 @@ def check_program(tmp_path_factory):
         folder = tmp_path_factory.mktemp("check_step")
         of_rest = "plain" if sanitizer == "quick" else sanitizer
         if of_rest not in compiled:
-            rest = (build.HERE / "check_step.cpp", build.HERE / "cuda_on_cpu.cpp", CSRC / "cpu/step.cpp")
+            rest = (build.HERE / "check_step.cpp", build.HERE / "cuda_on_cpu.cpp", *(CSRC / "cpu").glob("*.cpp"))
             compiled[of_rest] = build.objects(folder / "rest", of_rest, *rest)
         kernels = build.objects(folder, sanitizer, csrc / "cuda/step.cu", csrc=csrc)
         build.compile_(sanitizer, *kernels, *compiled[of_rest], "-o", folder / "check_step")

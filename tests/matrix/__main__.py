@@ -2,7 +2,8 @@
 
 Each minor release of torch under the Python that runs this, and torch 2.13 under each other Python that is found, on
 the PATH or by pyenv. torch comes from the index of pip; where it is built for CUDA, a stand-in takes the place of
-NVIDIA's libraries. Writes docs/versions.json, the line of README.md and the table of docs/install.md; not with --only.
+NVIDIA's libraries. Writes docs/versions.json, the line of README.md and the table of docs/install.md; not with --only
+and not with --wheels, which installs what `make wheel` has made.
 """
 
 import argparse
@@ -38,11 +39,11 @@ def find_python(minor):
     return None
 
 
-def cells():
-    """Yields (Python's minor release, torch's)."""
-    own = "{}.{}".format(*sys.version_info)
+def cells(own, others=True):
+    """Yields (Python's minor release, torch's): all torches under `own`, one under the others."""
     yield from ((own, torch) for torch in TORCHES)
-    yield from ((python, MAIN_TORCH) for python in (*PYTHONS, *NOT_YET) if python != own)
+    if others:
+        yield from ((python, MAIN_TORCH) for python in (*PYTHONS, *NOT_YET) if python != own)
 
 
 def line(results):
@@ -69,10 +70,12 @@ def main():
     parser = argparse.ArgumentParser("python -m tests.matrix", description=__doc__.partition("\n")[0])
     parser.add_argument("--only", metavar="TEXT", help="cells whose name has it, as in 'torch 2.14'")
     parser.add_argument("--folder", type=Path, default=ROOT / ".cache" / "matrix", help="for the environments")
+    parser.add_argument("--this-python", action="store_true", help="all torches, and this Python alone")
+    parser.add_argument("--wheels", type=Path, help="install the wheels in this folder, and write no document")
     options = parser.parse_args()
     began, surroundings, results, failed = time.perf_counter(), record.describe([], "python -m tests.matrix"), [], False
     options.folder.mkdir(parents=True, exist_ok=True)
-    for minor, torch in cells():
+    for minor, torch in cells("{}.{}".format(*sys.version_info), others=not options.this_python):
         name = f"Python {minor}, torch {torch}"
         if options.only and options.only not in name:
             continue
@@ -83,7 +86,7 @@ def main():
             continue
         folder = options.folder.resolve() / f"{minor}-{torch}"
         try:
-            result = {**Cell(python, torch, folder).run(), "passed": True}
+            result = {**Cell(python, torch, folder, options.wheels and options.wheels.resolve()).run(), "passed": True}
             said = result["tests"]
         except CellError as error:
             result, said, failed = (
@@ -96,7 +99,7 @@ def main():
         shutil.rmtree(folder, ignore_errors=True)
     if failed:
         print("Not all of it has passed: the documents stay as they are.")
-    elif not options.only:
+    elif not (options.only or options.wheels or options.this_python):
         RESULTS.write_text(json.dumps({**surroundings, "results": results}, indent=1) + "\n")
         write_into(ROOT / "README.md", line(results))
         write_into(ROOT / "docs" / "install.md", table(results))

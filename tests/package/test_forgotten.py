@@ -13,8 +13,9 @@ setup = load_setup()
 RULE = "nadam.h"  # has all members, a scalar among them
 # The place that needs each member; the last ones are the host's, which includes torch.
 MEMBERS = {
-    "cpu/step.cpp": ["kClipsInPlace", "kScalar", "kSwitches", "canonical", "reads", "writes", "Constants", "constants"]
-    + ["next_scalar", "update", "Settings", "kLimitsChange"],
+    "cpu/step.cpp": ["kClipsInPlace", "kScalar", "kSwitches", "Constants", "constants", "next_scalar", "Settings"]
+    + ["kLimitsChange"],
+    "cpu/baseline.cpp": ["canonical", "reads", "writes", "update"],
     "cuda/step.cu": ["kKernels", "kIsCommon", "kCountsSteps", "kStates"],
     "host/groups.cpp": ["read", "terms"],
     "host/states.cpp": ["new_value", "kFilledByFirstStep"],

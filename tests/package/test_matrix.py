@@ -7,7 +7,7 @@ import pytest
 
 from tests.matrix import __main__ as matrix
 from tests.matrix.cell import Cell, CellError
-from tests.support.project import ROOT
+from tests.support.project import ROOT, load_setup
 
 RESULTS = [
     {"torch": "2.11.0", "python": "3.11.7", "tests": "5 passed"},
@@ -22,7 +22,7 @@ def test_the_line_names_the_span():
 
 
 class OneFails:
-    def __init__(self, python, torch, folder):
+    def __init__(self, python, torch, folder, wheels=None):
         self.torch = torch
 
     def run(self):
@@ -58,9 +58,10 @@ def test_the_documents_say_what_was_found(file, text_of):
 
 def test_every_supported_version_is_in_it():
     own = "{}.{}".format(*sys.version_info)
-    assert [torch for python, torch in matrix.cells() if python == own] == list(matrix.TORCHES)
-    project = (ROOT / "pyproject.toml").read_text()
-    assert f'"torch>={matrix.TORCHES[0]}"' in project
+    assert [torch for python, torch in matrix.cells(own) if python == own] == list(matrix.TORCHES)
+    project, torches = (ROOT / "pyproject.toml").read_text(), load_setup().torches
+    assert [release for layout in torches.LAYOUTS.values() for release in layout] == list(matrix.TORCHES)
+    assert [matrix.TORCHES[0], matrix.TORCHES[-1]] == [torches.OLDEST, torches.NEWEST]
     named = {line.split(":: ")[-1].strip('",') for line in project.splitlines() if "Python :: 3." in line}
     assert named == set(matrix.PYTHONS)
 

@@ -5,7 +5,6 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,11 +14,10 @@ from torch.utils import cpp_extension
 from tests.support.project import ROOT, load_setup
 
 setup = load_setup()
+nvcc_of = setup.nvcc
 
 KNOWN = ("7.5", "8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "10.3", "12.0", "12.1")
 LIST = "".join(f"echo compute_{a.replace('.', '')}\n" for a in KNOWN)
-# Answers --version, and makes an empty object of anything else.
-COMPILES = 'if [ "$1" = --version ]; then echo release 13.0; exit; fi; for a; do out=$a; done; touch "$out"'
 
 
 @pytest.fixture
@@ -55,8 +53,8 @@ def fake_nvcc(tmp_path):
 )
 def test_architectures_are_read_as_torch_reads_them(asked, fake_nvcc, monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
-    architectures = setup.cuda_architectures(fake_nvcc(LIST))
-    flags = [flag for architecture in architectures for flag in setup.gencode(architecture)]
+    architectures = nvcc_of.cuda_architectures(fake_nvcc(LIST))
+    flags = [flag for architecture in architectures for flag in nvcc_of.gencode(architecture)]
     assert sorted(flags) == cpp_extension._get_cuda_arch_flags()
     assert os.environ["TORCH_CUDA_ARCH_LIST"] == asked
 
@@ -75,14 +73,14 @@ def test_architectures_are_read_as_torch_reads_them(asked, fake_nvcc, monkeypatc
 def test_an_architecture_that_is_none_is_named_with_the_way_out(asked, bad, fake_nvcc, monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
     with pytest.raises(PlatformError, match=rf"TORCH_CUDA_ARCH_LIST holds '{bad}'(.|\n)*FASTCLIP_CUDA=0"):
-        setup.cuda_architectures(fake_nvcc(LIST))
+        nvcc_of.cuda_architectures(fake_nvcc(LIST))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_native_without_a_gpu_says_so(fake_nvcc, monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "native")
     with pytest.raises(PlatformError, match="holds 'native': no GPU is here"):
-        setup.cuda_architectures(fake_nvcc(LIST))
+        nvcc_of.cuda_architectures(fake_nvcc(LIST))
 
 
 # ---- nvcc ------------------------------------------------------------------------------------------------
@@ -97,39 +95,48 @@ def test_native_without_a_gpu_says_so(fake_nvcc, monkeypatch):
         ({"MAX_JOBS": "many"}, str(os.cpu_count())),
     ],
 )
-def test_max_jobs_and_nvcc_threads_bound_nvcc(environment, threads, fake_nvcc, tmp_path, monkeypatch):
+def test_max_jobs_and_nvcc_threads_bound_nvcc(environment, threads, fake_nvcc, monkeypatch):
     for name in ("MAX_JOBS", "NVCC_THREADS"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.chdir(ROOT)
-    nvcc = fake_nvcc(f"{COMPILES}; printf '%s\\n' \"$@\" > {tmp_path}/arguments")
-    setup.Build.compile_cuda(None, nvcc, ["8.6", "8.6+PTX"], tmp_path)
-    arguments = (tmp_path / "arguments").read_text().split()
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6 8.6+PTX")
+    arguments = nvcc_of.compile_command(fake_nvcc(f"{LIST}\necho release 13.0"))
     assert [a for a in arguments if a.startswith("--threads")] == [f"--threads={threads}"]
     gencode = [a for a in arguments if a.startswith("-gencode")]
     assert len(gencode) == len(set(gencode)) == 2
 
 
-def test_cuda_is_compiled_again_only_after_a_change(fake_nvcc, tmp_path, monkeypatch):
-    """torch's BuildExtension has `force` always on, and leaves it to ninja what there is to do."""
-    (tmp_path / "csrc" / "cuda").mkdir(parents=True)
-    source = tmp_path / "csrc" / "cuda" / "step.cu"
-    source.touch()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(setup, "__file__", str(source))
+@pytest.mark.parametrize(("release", "smallest"), [("12.4", False), ("12.8", True), ("13.0", True)])
+def test_code_is_made_as_small_as_nvcc_can(release, smallest, fake_nvcc):
+    assert ("--compress-mode=size" in nvcc_of.compression(fake_nvcc(f"echo release {release}"))) == smallest
 
-    def compilations(release="13.0", architectures=("8.6",)):
-        nvcc = fake_nvcc(f"{COMPILES.replace('13.0', release)}; echo >> compiled")
-        setup.Build.compile_cuda(SimpleNamespace(force=True), nvcc, architectures, tmp_path)
+
+def test_only_what_has_changed_is_compiled_again(tmp_path, monkeypatch):
+    """A source, a header, the command: each alone."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    source, header = tmp_path / "a source.cpp", tmp_path / "number.h"
+    header.write_text("#define NUMBER 1\n")
+    source.write_text('#include "number.h"\nint number() { return NUMBER; }\n')
+
+    def compilations(*flags):
+        file = setup.ninja_file.NinjaFile(tmp_path / "build")
+        command = ["sh", "-c", f'echo >> {tmp_path}/compiled; exec c++ "$@"', "sh", *flags]
+        objects = file.add_objects("objects", [source], lambda source: command)
+        file.add("link", tmp_path / "build" / "lib$.so", objects, ["c++", "-shared"])
+        file.make()
+        assert (tmp_path / "build" / "lib$.so").exists()
         return (tmp_path / "compiled").read_text().count("\n")
 
-    assert compilations() == 1
-    assert compilations() == 1
-    assert compilations(architectures=("8.6", "9.0")) == 2
-    assert compilations(release="12.8") == 3
-    os.utime(source, (2e9, 2e9))
-    assert compilations(release="12.8") == 4
+    assert compilations("-fPIC") == 1
+    assert compilations("-fPIC") == 1
+    assert compilations("-fPIC", "-O2") == 2
+    for path in (source, header):
+        before = compilations("-fPIC", "-O2")
+        os.utime(path, (2e9, 2e9))
+        assert compilations("-fPIC", "-O2") == before + 1
+        os.utime(path, (1e9, 1e9))
+        compilations("-fPIC", "-O2")
 
 
 @pytest.mark.parametrize(
@@ -145,25 +152,28 @@ def test_an_nvcc_that_does_not_work_is_named_with_the_way_out(script, said, fake
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     nvcc = fake_nvcc(script)
     with pytest.raises(PlatformError, match=rf"{nvcc}(.|\n)*{said}(.|\n)*CUDA_HOME(.|\n)*FASTCLIP_CUDA=0"):
-        setup.cuda_architectures(nvcc)
+        nvcc_of.cuda_architectures(nvcc)
 
 
 def test_an_nvcc_that_is_no_program_is_named_with_the_way_out(fake_nvcc):
     nvcc = fake_nvcc("", first_line="#!/no/such/shell")
     with pytest.raises(PlatformError, match=rf"{nvcc}(.|\n)*FASTCLIP_CUDA=0"):
-        setup.cuda_architectures(nvcc)
+        nvcc_of.cuda_architectures(nvcc)
 
 
 def test_a_toolkit_without_a_runtime_is_named_with_the_way_out(fake_nvcc, tmp_path):
     nvcc = fake_nvcc(f"echo '#$ TOP={tmp_path}'")
     with pytest.raises(PlatformError, match=r"libcudart_static.a(.|\n)*FASTCLIP_CUDA=0"):
-        setup.cuda_libraries(nvcc)
+        nvcc_of.cuda_libraries(nvcc)
 
 
-def test_a_failing_compilation_is_named_with_the_way_out(fake_nvcc, tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    with pytest.raises(PlatformError, match=r"step.cu and has returned 2(.|\n)*FASTCLIP_CUDA=0"):
-        setup.Build.compile_cuda(None, fake_nvcc("echo release 13.0; [ $1 = --version ] || exit 2"), ["9.0"], tmp_path)
+def test_a_failing_compilation_is_named_with_the_way_out(tmp_path, capfd):
+    file = setup.ninja_file.NinjaFile(tmp_path / "build")
+    file.add("nvcc", tmp_path / "step.o", [tmp_path / "step.cu"], ["sh", "-c", "echo no memory >&2; exit 2"])
+    (tmp_path / "step.cu").touch()
+    with pytest.raises(PlatformError, match=r"the first error above says why(.|\n)*FASTCLIP_CUDA=0"):
+        file.make()
+    assert "no memory" in "".join(capfd.readouterr())
 
 
 def test_an_installation_stops_with_the_message_alone(fake_nvcc, tmp_path):
@@ -198,7 +208,9 @@ def unpacked(tmp_path_factory):
 
 def test_an_sdist_holds_all_that_a_build_needs(unpacked):
     needed = [ROOT / name for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE")]
-    needed += [ROOT / "distribution" / name for name in ("backend.py", "callers.py")]
+    needed += [
+        ROOT / "distribution" / name for name in ("backend.py", "callers.py", "ninja_file.py", "nvcc.py", "torches.py")
+    ]
     needed += [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
     needed += [path for pattern in ("*.py", "*.pyi", "py.typed") for path in (ROOT / "fastclip").rglob(pattern)]
     needed.remove(ROOT / "fastclip" / "_build_info.py")

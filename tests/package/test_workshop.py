@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import fastclip
+from tests.support.project import load_setup
 
 yaml = pytest.importorskip("yaml")
 
@@ -41,11 +42,24 @@ def test_the_workflow_runs_commands_that_the_makefile_has():
 def test_the_workflow_takes_the_oldest_and_the_newest():
     (requires,) = re.findall(r'requires-python = ">=([\d.]+)"', PROJECT)
     pythons = re.findall(r"Python :: (3\.\d+)", PROJECT)
-    (oldest_torch,) = re.findall(r'dependencies = \["torch>=([\d.]+)"', PROJECT)
+    oldest_torch = load_setup().torches.OLDEST
     (newest_torch,) = re.findall(r"^TORCH \?= torch==([\d.]+)$", MAKEFILE, re.MULTILINE)
     matrix = WORKFLOW["jobs"]["test"]["strategy"]["matrix"]
     assert matrix["python"] == [pythons[0], pythons[-1]] and pythons[0] == requires
     assert matrix["torch"] == [f"{oldest_torch}.0", newest_torch]
+
+
+def test_the_workflow_of_wheels_makes_and_tests_one_for_each_python():
+    jobs = load(".github/workflows/wheels.yml")["jobs"]
+    commands = {name: [run for run in commands_of(job) if run.startswith("make ")] for name, job in jobs.items()}
+    assert {name: [run.split()[1] for run in runs] for name, runs in commands.items()} == {
+        name: [name] for name in jobs
+    }
+    assert set(jobs) == {"wheel", "matrix", "arm"} and set(jobs) <= TARGETS
+    pythons = re.findall(r"Python :: (3\.\d+)", PROJECT)
+    for name in ("wheel", "matrix"):
+        assert jobs[name]["strategy"]["matrix"]["python"] == pythons
+    assert "--wheels dist" in commands["matrix"][0] and "--wheel dist" in commands["arm"][0]
 
 
 def test_the_linters_of_the_workflow_are_those_of_requirements():

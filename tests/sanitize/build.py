@@ -9,16 +9,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from tests.support.project import ROOT, load_setup
 
-from tests.support.project import ROOT
-
+ninja_file = load_setup().ninja_file
 HERE = Path(__file__).parent
 FOLDER = ROOT / "build" / "sanitize"
 COMPILER = os.environ.get("CXX", "c++")
-# Python brings -fwrapv, under which no signed integer overflows. libstdc++'s assertions find what a vector's capacity
-# hides.
-FLAGS = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all", "-fno-wrapv", "-D_GLIBCXX_ASSERTIONS"]
+# libstdc++'s assertions find what a vector's capacity hides.
+FLAGS = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all", "-D_GLIBCXX_ASSERTIONS"]
 
 
 @dataclass(frozen=True)
@@ -52,8 +50,6 @@ class Sanitizer:
                 f"needs GCC with {' and '.join(absent or self.runtimes)}, which {COMPILER} does not bring. They come "
                 "with g++ on Debian and Ubuntu, and as libasan, libubsan and libtsan on Fedora. CXX=g++ chooses GCC."
             )
-        if shutil.which("ninja") is None:
-            return "needs ninja: pip install -r requirements.txt"
         variables = {**os.environ, "LD_PRELOAD": library(self.runtimes[0]), "ASAN_OPTIONS": "detect_leaks=0"}
         started = subprocess.run([sys.executable, "-c", ""], env=variables, capture_output=True, text=True)
         if started.returncode:
@@ -72,8 +68,7 @@ class Sanitizer:
             "LDFLAGS": self.flag,
         }
         folders = ["--build-lib", self.project, "--build-temp", self.folder / "objects"]
-        # Forced: setuptools does not look at flags. ninja does, and compiles only what it has to.
-        command = [sys.executable, "setup.py", "build_ext", "--force", *folders]
+        command = [sys.executable, "setup.py", "build_ext", *folders]
         run(command, log, show=r"^\[\d+/\d+\]", cwd=ROOT, env=variables)
         copy_python(ROOT, self.project)
         if self.preloads_openmp:
@@ -84,26 +79,30 @@ class Sanitizer:
         return self.folder / "openmp.so"
 
     def object_of(self, source):
-        return (self.folder / "objects" / "csrc" / source).with_suffix(".o")
+        return next((self.folder / "objects").glob(f"{Path(source).parent.name}*/{Path(source).stem}.o"))
+
+    def command_of(self, file):
+        """Returns the command that made a file of the build."""
+        ninja = [ninja_file.find_ninja(), "-f", self.folder / "objects" / "build.ninja", "-t", "commands", "-s", file]
+        return subprocess.run(ninja, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
 
     def build_variant(self, project, original, source, log):
-        """As `project`: the extension with the file `source` in place of `original`, a path in csrc. Raises as build
-        does."""
+        """As `project`: the library, or the glue, with the file `source` in place of `original`, a path in csrc. Raises
+        as build does."""
+        copy_python(self.project, project)
+        for file in (self.project / "fastclip").glob("*.so"):
+            shutil.copy(file, project / "fastclip")
+        shutil.copy(self.project / "fastclip" / "_build_info.py", project / "fastclip")
         replaced = self.object_of(original)
         target = project / replaced.name
-        ninja = ["ninja", "-C", self.folder / "objects", "-t", "commands", replaced]
-        command = subprocess.run(ninja, check=True, capture_output=True, text=True).stdout
         # Its headers are looked for beside the original.
-        command = command.replace(str(replaced), str(target)).replace(
-            f" -c {ROOT / 'csrc' / original} ", f" -iquote {(ROOT / 'csrc' / original).parent} -c {source} "
-        )
-        run(["sh", "-c", command], log)
-        objects = [o for o in sorted((self.folder / "objects" / "csrc").rglob("*.o")) if o != replaced]
-        libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"]
-        copy_python(self.project, project)
-        shutil.copy(self.project / "fastclip" / "_build_info.py", project / "fastclip")
-        extension = next(self.project.glob("fastclip/_C*.so")).name
-        run([COMPILER, "-shared", self.flag, "-o", project / "fastclip" / extension, target, *objects, *libraries], log)
+        compiles = self.command_of(replaced).replace(str(replaced), str(target))
+        compiles = compiles.replace(f" -c csrc/{original} ", f" -iquote {Path('csrc', original).parent} -c {source} ")
+        run(["sh", "-c", compiles], log, cwd=ROOT)
+        pattern = "_C_*.so" if replaced.parent.name.startswith("host") else "libfastclip.so"
+        (linked,) = (self.project / "fastclip").glob(pattern)
+        links = self.command_of(linked).replace(str(replaced), str(target))
+        run(["sh", "-c", links.replace(f"-o {linked}", f"-o {project / 'fastclip' / linked.name}")], log, cwd=ROOT)
 
     def environment(self, project, reports, halt):
         """To run Python on `project` in; what the sanitizer says goes to files `reports`.<process>."""
@@ -154,8 +153,8 @@ def library(name):
 
 def copy_python(source, target):
     shutil.rmtree(target / "tests", ignore_errors=True)
-    for folder in ("fastclip", "tests"):
-        ignored = shutil.ignore_patterns("_C*", "_build_info.py", "__pycache__")
+    for folder in ("fastclip", "tests", "distribution"):
+        ignored = shutil.ignore_patterns("*.so", "_build_info.py", "__pycache__")
         shutil.copytree(source / folder, target / folder, dirs_exist_ok=True, ignore=ignored)
     for file in ("pyproject.toml", "setup.py"):
         shutil.copy(source / file, target)

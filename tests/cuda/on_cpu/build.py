@@ -1,6 +1,5 @@
 """Builds a fastclip whose CPU steps are taken by the CUDA kernels, on the emulated device of this folder."""
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -44,25 +43,18 @@ def objects(folder, sanitizer, *sources, csrc=CSRC):
 
 
 def package(folder):
-    """A copy of the project's Python in `folder`, with an extension of its own. Returns the environment to run it in.
+    """A copy of the project's Python in `folder`, with a library of kernels of its own. Returns the environment to run
+    it in.
 
-    All that knows torch is taken as `make build` has compiled it.
+    The glue, which knows torch, is taken as `make build` has compiled it.
     """
-    import torch
-
-    build = folder / "build"
-    linked = objects(build, "plain", CSRC / "cuda/step.cu", HERE / "cuda_on_cpu.cpp", HERE / "step_cpu.cpp")
-    compiled = next(iter(ROOT.glob("build/temp.*/csrc/host/engine.o")), None)
-    assert compiled, "the extension was not built in place: run `make build`"
-    linked += sorted(compiled.parent.glob("*.o"))
-
-    extension = Path(importlib.util.find_spec("fastclip._C").origin).name
-    shutil.copytree(ROOT / "fastclip", folder / "fastclip", ignore=shutil.ignore_patterns("_C*", "__pycache__"))
-    shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    kernels = (CSRC / "cuda/step.cu", HERE / "cuda_on_cpu.cpp", HERE / "step_cpu.cpp")
+    made = objects(folder / "build", "plain", *kernels)
+    for name in ("fastclip", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("libfastclip.so", "__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)
-    libraries = Path(torch.__file__).parent / "lib"
-    torch_libraries = ["-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"]
-    compile_("plain", "-shared", "-o", folder / "fastclip" / extension, *linked, f"-L{libraries}", *torch_libraries)
+    library = folder / "fastclip" / "libfastclip.so"
+    compile_("plain", "-shared", "-Wl,-soname,libfastclip.so", "-o", library, *made)
     return {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
 
 

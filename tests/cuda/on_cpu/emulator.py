@@ -1,10 +1,12 @@
 """The emulated device of `cuda_on_cpu.cpp`, from Python: only in a process whose fastclip was built on it."""
 
 import ctypes
+from pathlib import Path
 
-from fastclip import _C
+import fastclip
 
-_library = ctypes.CDLL(_C.__file__)
+LIBRARY = Path(fastclip.__file__).with_name("libfastclip.so")
+_library = ctypes.CDLL(LIBRARY)
 SCHEDULES = ("in order", "reversed", "random")
 
 

@@ -5,11 +5,13 @@ import zlib
 
 import pytest
 
+import fastclip
+
 from . import emulator
 
 
 def pytest_report_header():
-    return f"fastclip: {emulator._C.__file__}, {emulator._C.cpu_capability()}"
+    return f"fastclip: {emulator.LIBRARY}, {fastclip.build_info()['cpu_capability']}"
 
 
 @pytest.fixture(autouse=True)

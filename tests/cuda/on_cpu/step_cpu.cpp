@@ -1,5 +1,5 @@
-// The CPU's step, taken by the CUDA kernels: an extension that is linked with this instead of csrc/cpu/step.cpp runs
-// all tests of the CPU on them.
+// The CPU's step, taken by the CUDA kernels: with a libfastclip.so that has this instead of csrc/cpu/step.cpp, all
+// tests of the CPU run on them.
 #include <algorithm>
 #include <cmath>
 #include <map>

@@ -1,55 +1,12 @@
-// The loops, compiled for three instruction sets, and the choice among them.
+// Compiles the loops for an instruction set.
 #pragma once
 
-#include <array>
-#include <cstdlib>
-#include <cstring>
 #include <utility>
 
 #include "loops.h"
 
 namespace fastclip::cpu {
 namespace {
-
-using UpdateLoop = Updated (*)(const TensorEntry&, int64_t begin, int64_t size, const Constants&);
-using MeasureLoop = void (*)(const TensorEntry&, int64_t begin, int64_t size, const Clip<double>&, Measure&);
-using ParamsLoop = Measure (*)(const TensorEntry&, int64_t begin, int64_t size, Norm);
-
-// The storage of a tensor's arrays. staged: 16-bit or mixed arrays, which go through float32 block by block.
-enum class Storage { float32, float64, staged };
-constexpr int kNumStorages = 3;
-inline Storage storage_of(const TensorEntry& tensor) {
-  if (!tensor.uniform) return Storage::staged;
-  return tensor.dtype == DType::float32   ? Storage::float32
-         : tensor.dtype == DType::float64 ? Storage::float64
-                                          : Storage::staged;
-}
-
-// Each rule has a row of loops, one for each value of its terms; rows lie one after the other.
-constexpr int count_of_loops() {
-  int count = 0;
-  Rules::each([&](auto tag) { count += 1 << decltype(tag)::Rule::kSwitches; });
-  return count;
-}
-constexpr auto kFirstLoop = [] {
-  std::array<int, Rules::kCount> firsts{};
-  int rule = 0, next = 0;
-  Rules::each([&](auto tag) {
-    firsts[rule++] = next;
-    next += 1 << decltype(tag)::Rule::kSwitches;
-  });
-  return firsts;
-}();
-
-struct LoopTable {
-  UpdateLoop updates[kNumStorages][count_of_loops()];
-  MeasureLoop measures[kNumDTypes][2][3];  // by dtype, inf norm or not, Seen
-  ParamsLoop params[2];  // float64 or not
-
-  UpdateLoop update(Rules::Id rule, const TensorEntry& tensor, Terms terms) const {
-    return updates[static_cast<int>(storage_of(tensor))][kFirstLoop[rule.index()] + terms];
-  }
-};
 
 // The entry points of one instruction set. The loops of loops.h are inlined into them, and so compiled for its target.
 #define FASTCLIP_INSTRUCTION_SET(NAME, HALVES, TARGET)                                                                 \
@@ -82,13 +39,6 @@ struct LoopTable {
       return measure_params<NAME, T>(t, begin, size, norm);                                                            \
     }                                                                                                                  \
   };
-
-FASTCLIP_INSTRUCTION_SET(Baseline, BaselineHalves, )
-#if defined(__x86_64__)
-FASTCLIP_INSTRUCTION_SET(Avx2, F16c, __attribute__((target("avx2,fma,f16c"))))
-FASTCLIP_INSTRUCTION_SET(Avx512, Avx512Halves,
-                         __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c" FASTCLIP_WIDEST))))
-#endif
 
 template <class Set, Storage kStorage, class R, uint32_t... kTerms>
 constexpr void fill_rule(UpdateLoop* loops, std::integer_sequence<uint32_t, kTerms...>) {
@@ -131,45 +81,6 @@ constexpr LoopTable make_loops() {
   table.params[0] = Set::template measure_params_of<float>;
   table.params[1] = Set::template measure_params_of<double>;
   return table;
-}
-
-struct InstructionSet {
-  const char* name;
-  bool supported;
-  LoopTable loops;
-};
-
-// What every machine of the kind has: SSE2 on x86, and on ARM vectors with fma.
-#if defined(__aarch64__)
-constexpr const char* kBaseline = "NEON";
-#else
-constexpr const char* kBaseline = "baseline";
-#endif
-
-// Chooses the best set that the machine has, or the one that FASTCLIP_CPU_CAPABILITY names, if the machine has it.
-const InstructionSet& instruction_set() {
-  static const InstructionSet sets[] = {
-#if defined(__x86_64__)
-      {"AVX512",
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl") && F16c::supported(),
-       make_loops<Avx512>()},
-      {"AVX2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && F16c::supported(),
-       make_loops<Avx2>()},
-#endif
-      {kBaseline, true, make_loops<Baseline>()},
-  };
-  static const InstructionSet& chosen = [&]() -> const InstructionSet& {
-    const char* wanted = std::getenv("FASTCLIP_CPU_CAPABILITY");
-    const InstructionSet* best = nullptr;
-    for (const auto& set : sets) {
-      if (!set.supported) continue;
-      if (wanted && std::strcmp(wanted, set.name) == 0) return set;
-      if (!best) best = &set;
-    }
-    return *best;
-  }();
-  return chosen;
 }
 
 }  // namespace

@@ -1,0 +1,18 @@
+// The loops for x86 CPUs with AVX2.
+#include "instruction_set.h"
+
+#if defined(__x86_64__)
+namespace fastclip::cpu {
+namespace {
+
+FASTCLIP_INSTRUCTION_SET(Avx2, F16c, __attribute__((target("avx2,fma,f16c"))))
+
+}  // namespace
+
+const LoopTable& avx2_loops() {
+  static constexpr LoopTable kLoops = make_loops<Avx2>();
+  return kLoops;
+}
+
+}  // namespace fastclip::cpu
+#endif

@@ -1,0 +1,51 @@
+// The instruction set that runs.
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+
+#include "halves.h"
+#include "loop_table.h"
+
+namespace fastclip::cpu {
+namespace {
+
+struct InstructionSet {
+  const char* name;
+  bool supported;
+  const LoopTable& loops;
+};
+
+#if defined(__aarch64__)
+constexpr const char* kBaseline = "NEON";
+#else
+constexpr const char* kBaseline = "baseline";
+#endif
+
+// Chooses the best set that the machine has, or the one that FASTCLIP_CPU_CAPABILITY names, if the machine has it.
+const InstructionSet& instruction_set() {
+  static const InstructionSet sets[] = {
+#if defined(__x86_64__)
+      {"AVX512",
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl") && F16c::supported(),
+       avx512_loops()},
+      {"AVX2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && F16c::supported(), avx2_loops()},
+#endif
+      {kBaseline, true, baseline_loops()},
+  };
+  static const InstructionSet& chosen = [&]() -> const InstructionSet& {
+    const char* wanted = std::getenv("FASTCLIP_CPU_CAPABILITY");
+    const InstructionSet* best = nullptr;
+    for (const auto& set : sets) {
+      if (!set.supported) continue;
+      if (wanted && std::strcmp(wanted, set.name) == 0) return set;
+      if (!best) best = &set;
+    }
+    return *best;
+  }();
+  return chosen;
+}
+
+}  // namespace
+}  // namespace fastclip::cpu

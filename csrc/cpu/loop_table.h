@@ -1,0 +1,77 @@
+// The loops of an instruction set, as the step calls them.
+#pragma once
+
+#include <array>
+#include <cstdint>
+
+#include "../step.h"
+
+namespace fastclip::cpu {
+
+// The numbers that a loop needs besides its tensor, in double. Each loop converts them to its compute type, as torch
+// does with the scalars of an operation.
+struct Constants {
+  Clip<double> clip;
+  alignas(double) unsigned char rule[Rules::kConstantsBytes];
+  bool stochastic_rounding;
+  uint32_t rounding_seed;
+  uint32_t step;  // the number of this step; 0 if steps are not counted
+  Norm params_norm = Norm::none;  // none: the parameters are not measured
+};
+
+// What an update tells of a chunk.
+struct Updated {
+  int64_t clamped = 0;  // number of elements that the value clip changed
+  Measure params{};
+};
+
+// The values that a norm is taken over: raw gradients, unscaled and clipped ones, or these with inf and NaN left
+// unclipped.
+enum class Seen { raw, clipped, clipped_or_nonfinite };
+
+using UpdateLoop = Updated (*)(const TensorEntry&, int64_t begin, int64_t size, const Constants&);
+using MeasureLoop = void (*)(const TensorEntry&, int64_t begin, int64_t size, const Clip<double>&, Measure&);
+using ParamsLoop = Measure (*)(const TensorEntry&, int64_t begin, int64_t size, Norm);
+
+// The storage of a tensor's arrays. staged: 16-bit or mixed arrays, which go through float32 block by block.
+enum class Storage { float32, float64, staged };
+constexpr int kNumStorages = 3;
+inline Storage storage_of(const TensorEntry& tensor) {
+  if (!tensor.uniform) return Storage::staged;
+  return tensor.dtype == DType::float32   ? Storage::float32
+         : tensor.dtype == DType::float64 ? Storage::float64
+                                          : Storage::staged;
+}
+
+// Each rule has a row of loops, one for each value of its terms; rows lie one after the other.
+constexpr int count_of_loops() {
+  int count = 0;
+  Rules::each([&](auto tag) { count += 1 << decltype(tag)::Rule::kSwitches; });
+  return count;
+}
+constexpr auto kFirstLoop = [] {
+  std::array<int, Rules::kCount> firsts{};
+  int rule = 0, next = 0;
+  Rules::each([&](auto tag) {
+    firsts[rule++] = next;
+    next += 1 << decltype(tag)::Rule::kSwitches;
+  });
+  return firsts;
+}();
+
+struct LoopTable {
+  UpdateLoop updates[kNumStorages][count_of_loops()];
+  MeasureLoop measures[kNumDTypes][2][3];  // by dtype, inf norm or not, Seen
+  ParamsLoop params[2];  // float64 or not
+
+  UpdateLoop update(Rules::Id rule, const TensorEntry& tensor, Terms terms) const {
+    return updates[static_cast<int>(storage_of(tensor))][kFirstLoop[rule.index()] + terms];
+  }
+};
+
+// Of each instruction set, which is compiled in a file of its own: beside each other, and one by smaller loops.
+const LoopTable& avx512_loops();
+const LoopTable& avx2_loops();
+const LoopTable& baseline_loops();
+
+}  // namespace fastclip::cpu

@@ -1,0 +1,1 @@
+"""The kernels from C: fastclip/include/fastclip.h."""
