@@ -7,6 +7,7 @@ made, tests/arm shows.
 """
 
 import argparse
+import json
 import os
 import platform
 import re
@@ -41,9 +42,7 @@ def run(what, *command, cwd=ROOT, shows=None, **variables):
         for line in process.stdout:
             lines.append(line)
             if shows and (found := re.match(shows, line)):
-                print(f"\r{what} {found[0]}", end="", flush=True)
-    if shows:
-        print()
+                print(f"{what} {found[0]}", end="\r" if sys.stdout.isatty() else "\n", flush=True)
     if process.returncode != 0:
         raise WheelError(f"{what}: {shlex.join(map(str, command))}\n{''.join(lines)[-4000:]}")
     return "".join(lines)
@@ -90,10 +89,13 @@ def repair(wheel, folder, machine):
 def check(wheel):
     """Returns what a wheel says of itself. Raises WheelError if PyPI would refuse it, or if it is too large."""
     run("twine", sys.executable, "-m", "twine", "check", "--strict", wheel)
-    shown = " ".join(run("auditwheel", sys.executable, "-m", "auditwheel", "show", wheel).split())
-    tag = re.search(r'following platform tag: "(\w+)"', shown)
-    if tag is None or "manylinux" not in tag[1]:
-        raise WheelError(f"PyPI would refuse {wheel.name}: {shown}")
+    shown = run("auditwheel", sys.executable, "-m", "auditwheel", "show", "--json", wheel)
+    found = json.loads(shown[shown.index("{") :])
+    # The libraries that torch has loaded before are outside, and there.
+    foreign = set(found["external_libs"]) - {f"lib{name}.so" for name in LIBRARIES}
+    newest = re.match(r"manylinux_(\d+)_(\d+)_", found["sym_tag"])
+    if foreign or newest is None or tuple(map(int, newest.groups())) > tuple(map(int, GLIBC.split("_"))):
+        raise WheelError(f"{wheel.name} would not load everywhere: {shown}")
     with zipfile.ZipFile(wheel) as file:
         namespace = {}
         exec(file.read("fastclip/_build_info.py"), namespace)
@@ -101,7 +103,7 @@ def check(wheel):
     if megabytes > LARGEST_MB[bool(info["cuda"])]:
         raise WheelError(f"{wheel.name} has {megabytes:.2f} MB, more than {LARGEST_MB[bool(info['cuda'])]}")
     cuda = f"CUDA {info['cuda']} for {', '.join(info['cuda_architectures'])}" if info["cuda"] else "no CUDA"
-    return f"{megabytes:.2f} MB, {tag[1]}, for torch {' and '.join(info['torches'])}, {cuda}"
+    return f"{megabytes:.2f} MB, {found['sym_tag']}, for torch {' and '.join(info['torches'])}, {cuda}"
 
 
 def main():
