@@ -44,9 +44,17 @@ def memory_rows(memory):
     }
 
 
+def rates_of_seeds(words, name, test):
+    return [mean(fold[test] for fold in seed[name]) for seed in words["seeds"].values()]
+
+
+def mean_rate(words, name, test):
+    return mean(rates_of_seeds(words, name, test))
+
+
 def rate(words, name, test):
     """Returns the mean error rate over seeds and folds, and the lowest and highest of a seed."""
-    seeds = [mean(fold[test] for fold in seed[name]) for seed in words["seeds"].values()]
+    seeds = rates_of_seeds(words, name, test)
     return f"{mean(seeds):.1f} % ({min(seeds):.1f} to {max(seeds):.1f})"
 
 
