@@ -28,7 +28,7 @@ from ..support.console import SpeechDataError, progress
 from ..support.options import add_seed_and_threads, count, make_folder
 from ..support.safe_files import write
 from . import adapt, report
-from .memory import MIB, RunError, run_child, smallest_limit
+from .memory import MIB, RETURNED, RunError, run_child, smallest_limit
 from .steps import BYTES, STEPS
 from .voice import FOLDS, make_task
 from .ways import WAYS, trainable
@@ -40,6 +40,7 @@ BOARD = {"frames": 800, "batch": 1, "labels": 30, "symbols": 1000, "mels": 80, "
 LARGE = {**BOARD, "hidden": 768, "layers": 20}
 LARGE_LIMIT = 3072 * MIB  # what is left of 4 GB beside a system without a desktop, and torch's code
 RESOLUTION = 32 * MIB
+REPEATS = 3  # of all layers: glibc's heap is not the same in each process
 
 
 def words_of(options):
@@ -59,22 +60,34 @@ def words_of(options):
 
 def memory_of(options):
     """Returns the numbers of all children."""
-    runs = [(way, step) for way in WAYS for step in (STEPS if way == "all layers" else adapt.COMPARED)]
-    children = {way: {} for way in WAYS}
-    for way, step in progress(runs, desc="peaks", unit="process"):
-        children[way][step] = run_child(way, step, BOARD)
+    runs = [("all layers", step, RETURNED) for step in STEPS]
+    runs += [("all layers", step, None) for _ in range(REPEATS) for step in STEPS]
+    runs += [(way, step, None) for way in WAYS if way != "all layers" for step in adapt.COMPARED]
+    children, returned = {way: {} for way in WAYS}, {}
+    for way, step, variables in progress(runs, desc="peaks", unit="process"):
+        child = run_child(way, step, BOARD, variables=variables)
+        if variables:
+            returned[step] = child
+        else:
+            children[way].setdefault(step, []).append(child)
 
     def fits(step, size, limit):
         return run_child("all layers", step, size, limit) is not None
 
     limits = {}
     for step in progress(STEPS, desc="limits", unit="step"):
-        child = children["all layers"][step]
-        needed = (4 + BYTES[step]) * child["parameters"]
-        limits[step] = smallest_limit(functools.partial(fits, step, BOARD), needed, child["peak"], RESOLUTION)
+        peak = max(child["peak"] for child in children["all layers"][step])
+        needed = (4 + BYTES[step]) * returned[step]["parameters"]
+        limits[step] = smallest_limit(functools.partial(fits, step, BOARD), needed, peak, RESOLUTION)
     trains = {step: fits(step, LARGE, LARGE_LIMIT) for step in progress(STEPS, desc="3 GiB", unit="process")}
-    large = {"size": LARGE, "limit": LARGE_LIMIT, "trains": trains, "parameters": parameters_of(LARGE)}
-    return {"size": BOARD, "children": children, "resolution": RESOLUTION, "smallest_limits": limits, "large": large}
+    return {
+        "size": BOARD,
+        "children": children,
+        "returned": {"variables": RETURNED, "children": returned},
+        "resolution": RESOLUTION,
+        "smallest_limits": limits,
+        "large": {"size": LARGE, "limit": LARGE_LIMIT, "trains": trains, "parameters": parameters_of(LARGE)},
+    }
 
 
 def parameters_of(size):
@@ -105,7 +118,7 @@ def run(options):
         found["memory"] = memory_of(options)
         print(f"\n{report.plain(report.memory_rows(found['memory']))}\n")
         print(f"{report.plain(report.ways_rows(found['memory']))}\n")
-        imports = found["memory"]["children"]["all layers"]["torch"]["imports"]
+        imports = found["memory"]["returned"]["children"]["torch"]["imports"]
         print(f"Python and torch take {report.mib(imports)} of each peak.")
     path = options.out / "edge.json"
     write(path, (json.dumps(found, indent=1) + "\n").encode())

@@ -11,6 +11,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 MIB = 2**20
 OUT_OF_MEMORY = 3  # exit code of a child
+# Lets glibc give blocks of 64 KiB and more back to the system when they are freed. By itself it keeps up to 32 MiB in a
+# heap, whose holes are memory, too.
+RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 class RunError(Exception):
@@ -36,13 +39,14 @@ def peak_of(work):
     return before, resident("VmHWM")
 
 
-def run_child(way, step, size, limit=None, steps=2):
+def run_child(way, step, size, limit=None, steps=2, variables=None):
     """Trains in a new process. From the second step on, gradients and momentum are there together.
 
-    Returns its numbers, or None if `limit`, in bytes, was too small; raises RunError.
+    Returns its numbers, or None if `limit`, in bytes, was too small; raises RunError. `variables` are for its
+    environment.
     """
     settings = {"way": way, "step": step, "size": size, "steps": steps, "limit": limit}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(variables or {})}
     done = subprocess.run(
         [sys.executable, "-m", "examples.edge.child", json.dumps(settings)],
         cwd=ROOT, env=environment, capture_output=True, text=True,

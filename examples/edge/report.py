@@ -1,6 +1,6 @@
 """The numbers of a run as tables, for people and for docs/edge.md."""
 
-from statistics import mean
+from statistics import mean, median
 
 from .adapt import COMPARED
 from .memory import MIB
@@ -26,17 +26,32 @@ def growth(child):
     return child["peak"] - child["before"]
 
 
+def spread(counts):
+    """Returns the median, and where there are several the lowest and the highest."""
+    middle = mib(median(counts))
+    return middle if len(counts) == 1 else f"{middle} ({min(counts) / MIB:,.0f} to {max(counts) / MIB:,.0f})"
+
+
+def seconds(values):
+    return f"{median(values):.1f} s"
+
+
 def memory_rows(memory):
     """Returns {title: a text for each step} of full fine-tuning."""
     children = [memory["children"]["all layers"][step] for step in STEPS]
+    returned = [memory["returned"]["children"][step] for step in STEPS]
+    (variable,) = (f"`{name}={value}`" for name, value in memory["returned"]["variables"].items())
     return {
         "": list(STEPS),
         "bytes per parameter beside its weight, predicted": [str(BYTES[step]) for step in STEPS],
         "gradients and momentum, predicted": [
-            mib(BYTES[s] * c["trained"]) for s, c in zip(STEPS, children, strict=True)
+            mib(BYTES[step] * child["trained"]) for step, child in zip(STEPS, returned, strict=True)
         ],
-        "growth while training": [mib(growth(child)) for child in children],
-        "peak of the process": [mib(child["peak"]) for child in children],
+        "growth while training": [spread([growth(child) for child in of_step]) for of_step in children],
+        f"growth with {variable}": [mib(growth(child)) for child in returned],
+        "a step": [seconds([child["last_step_seconds"] for child in of_step]) for of_step in children],
+        f"a step with {variable}": [seconds([child["last_step_seconds"]]) for child in returned],
+        "peak of the process": [spread([child["peak"] for child in of_step]) for of_step in children],
         "smallest limit that is enough": [mib(memory["smallest_limits"][step]) for step in STEPS],
         f"{millions(memory['large']['parameters'])} in {mib(memory['large']['limit'])}": [
             "trains" if memory["large"]["trains"][step] else "out of memory" for step in STEPS
@@ -70,10 +85,10 @@ def word_rows(words):
 
 def ways_rows(memory):
     """Returns {title: a text for each way} of the growth of a large model's process."""
-    rows = {"": list(WAYS)}
-    rows["trained"] = [millions(memory["children"][way]["torch"]["trained"]) for way in WAYS]
+    children = memory["children"]
+    rows = {"": list(WAYS), "trained": [millions(children[way]["torch"][0]["trained"]) for way in WAYS]}
     for step in COMPARED:
-        rows[f"growth: {step}"] = [mib(growth(memory["children"][way][step])) for way in WAYS]
+        rows[f"growth: {step}"] = [mib(median(map(growth, children[way][step]))) for way in WAYS]
     return rows
 
 

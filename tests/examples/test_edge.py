@@ -173,6 +173,7 @@ def test_the_peak_sees_what_was_allocated_and_freed():
 
 def test_a_child_trains_or_says_that_its_memory_is_short():
     child = memory.run_child("LoRA", "fastclip, bfloat16", TINY, steps=1)
+    assert 0 < child.pop("last_step_seconds") < 60
     assert 0 < child["imports"] <= child["before"] <= child["peak"]
     assert 0 < child["trained"] < child["parameters"] == edge.parameters_of(TINY) + 4 * 8 * (8 + 32)
     large = {**TINY, "hidden": 1024, "layers": 20}
@@ -183,6 +184,11 @@ def test_a_child_trains_or_says_that_its_memory_is_short():
     assert done.returncode == memory.OUT_OF_MEMORY, done.stderr
     assert done.stdout == "" and done.stderr.startswith("out of memory with 450 MiB: ")
     assert memory.run_child(**settings | {"limit": 64 * memory.MIB}) is None  # less than torch has
+
+
+def test_a_child_gets_its_variables():
+    with pytest.raises(memory.RunError, match="PYTHONMALLOC"):
+        memory.run_child("LoRA", "fastclip", TINY, variables={"PYTHONMALLOC": "nobody's"})  # Python refuses it
 
 
 def test_a_child_that_fails_otherwise_is_no_lack_of_memory():
@@ -206,10 +212,11 @@ def test_the_smallest_limit_is_found(needed):
 def test_a_tiny_run(tones, tmp_path, monkeypatch, capsys):
     asked = []
 
-    def run_child(way, step, size, limit=None, steps=2):
-        asked.append((way, step, limit))
+    def run_child(way, step, size, limit=None, steps=2, variables=None):
+        asked.append((way, step, variables))
         needed = memory.MIB * (200 + 10 * list(STEPS)[::-1].index(step) + (2000 if size == edge.LARGE else 0))
         child = {"parameters": 9, "trained": 9, "imports": memory.MIB, "before": 100 * memory.MIB, "peak": needed}
+        child["last_step_seconds"] = 1.25
         return None if limit is not None and limit < needed else child
 
     monkeypatch.setattr(edge, "run_child", run_child)
@@ -225,6 +232,10 @@ def test_a_tiny_run(tones, tmp_path, monkeypatch, capsys):
         assert all(len(folds) == voice.FOLDS and set(folds[0]) == set(report.TESTS) for folds in rates.values())
     assert {step for way, step, _ in asked if way == "all layers"} == set(STEPS)
     assert {step for way, step, _ in asked if way != "all layers"} == set(adapt.COMPARED)
+    assert asked.count(("all layers", "torch", memory.RETURNED)) == 1
+    assert [len(of_step) for of_step in found["memory"]["children"]["all layers"].values()] == [edge.REPEATS] * len(
+        STEPS
+    )
     limits = list(found["memory"]["smallest_limits"].values())
     assert limits == sorted(limits, reverse=True) and limits[0] > limits[-1]
     trains = found["memory"]["large"]["trains"]
@@ -232,24 +243,3 @@ def test_a_tiny_run(tones, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "out of memory" in said and "new voice, the two left out: torch" in said
     assert found["command"] == f"python -m examples.edge --out {tmp_path} --seeds 2 --seed 3"
-
-
-def test_the_tables_of_the_page_are_those_of_the_recorded_run():
-    found = json.loads((ROOT / "docs/study/edge.json").read_text())
-    assert found["dirty"] is False
-    page = (ROOT / "docs/edge.md").read_text()
-    tables = {
-        "edge": report.word_rows(found["words"]),
-        "edge-memory": report.memory_rows(found["memory"]),
-        "edge-ways": report.ways_rows(found["memory"]),
-    }
-    for name, rows in tables.items():
-        assert page.split(f"<!-- {name} -->\n")[1].split(f"\n<!-- /{name} -->")[0] == report.markdown(rows)
-    assert report.mib(found["memory"]["children"]["all layers"]["torch"]["imports"]) in page
-    theirs, ours = adapt.COMPARED
-    means = {
-        s: [report.mean_rate(found["words"], f"{w}, {s}", t) for w in WAYS for t in report.TESTS]
-        for s in adapt.COMPARED
-    }
-    largest = max(abs(a - b) for a, b in zip(means[theirs], means[ours], strict=True))
-    assert f"changes no mean by more than {largest:.1f} points" in page
