@@ -16,7 +16,7 @@ except (ImportError, OSError):
 
 from examples.edge import __main__ as edge  # noqa: E402
 from examples.edge import adapt, memory, report, voice  # noqa: E402
-from examples.edge.steps import STEPS  # noqa: E402
+from examples.edge.steps import BYTES, STEPS  # noqa: E402
 from examples.edge.ways import WAYS, LoRA, add_lora, merge_lora, trainable  # noqa: E402
 from examples.speech.models import Conformer  # noqa: E402
 from tests.support.project import ROOT  # noqa: E402
@@ -243,3 +243,33 @@ def test_a_tiny_run(tones, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "out of memory" in said and "new voice, the two left out: torch" in said
     assert found["command"] == f"python -m examples.edge --out {tmp_path} --seeds 2 --seed 3"
+
+
+def test_the_tables_of_the_page_are_those_of_the_recorded_run():
+    found = json.loads((ROOT / "docs/study/edge.json").read_text())
+    assert found["dirty"] is False
+    page = (ROOT / "docs/edge.md").read_text()
+    tables = {
+        "edge": report.word_rows(found["words"]),
+        "edge-memory": report.memory_rows(found["memory"]),
+        "edge-ways": report.ways_rows(found["memory"]),
+    }
+    for name, rows in tables.items():
+        assert page.split(f"<!-- {name} -->\n")[1].split(f"\n<!-- /{name} -->")[0] == report.markdown(rows)
+    assert report.mib(found["memory"]["returned"]["children"]["torch"]["imports"]) in page
+    theirs, ours = adapt.COMPARED
+    means = {
+        s: [report.mean_rate(found["words"], f"{w}, {s}", t) for w in WAYS for t in report.TESTS]
+        for s in adapt.COMPARED
+    }
+    largest = max(abs(a - b) for a, b in zip(means[theirs], means[ours], strict=True))
+    assert f"changes no mean by more than {largest:.1f} points" in page
+
+
+def test_the_prediction_of_the_page_holds_in_the_recorded_run():
+    children = json.loads((ROOT / "docs/study/edge.json").read_text())["memory"]["returned"]["children"]
+    grown = {step: report.growth(child) for step, child in children.items()}
+    expected = {step: BYTES[step] * child["trained"] for step, child in children.items()}
+    assert expected["torch"] < grown["torch"] < 1.1 * expected["torch"]
+    activations = [grown[step] - expected[step] for step in STEPS if step != "torch"]
+    assert max(activations) - min(activations) < 16 * memory.MIB
