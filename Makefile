@@ -20,7 +20,7 @@ PY := $(VENV)/bin/python
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 endif
 
-.PHONY: help demo article recipe study check test toolkits arm wheel matrix fuzz soak sanitize bench gpu build format lint clean
+.PHONY: help demo article recipe edge study check test toolkits arm wheel matrix fuzz soak sanitize bench gpu build format lint clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):[^#]*## */  make \1	/p' Makefile
@@ -33,6 +33,9 @@ article: build  ## a DNN, a CNN and an RNN on real speech, loop and fastclip: ac
 
 recipe: .requirements build  ## ESPnet's own program trains a Conformer on real speech, plain and under fastclip.run; under 10 minutes
 	$(PY) -m examples.recipe $(ARGS)
+
+edge: .requirements build  ## a Conformer adapted to a new voice, last layers, LoRA, all: error rates, peak memory; under 10 minutes
+	$(PY) -m examples.edge $(ARGS)
 
 study: build  ## what clipping does to training: 588 small trainings, about an hour; goes on where it was stopped
 	$(PY) -m studies.clipping $(ARGS)

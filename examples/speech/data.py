@@ -115,10 +115,10 @@ def _without_silence(samples):
     return samples[max(0, int(loud[0]) - margin) : int(loud[-1]) + margin]
 
 
-def digit_string(clips, make, max_digits=MAX_DIGITS):
-    """Returns 1 to `max_digits` digits of one of the voices, with the speed, noise and gain that `make` draws."""
+def digit_string(clips, make, max_digits=MAX_DIGITS, digits=range(10)):
+    """Returns 1 to `max_digits` of `digits`, of one of the voices, with the speed, noise and gain that `make` draws."""
     voice = make.choice(clips)
-    digits = [make.randrange(10) for _ in range(make.randint(1, max_digits))]
+    digits = [digits[make.randrange(len(digits))] for _ in range(make.randint(1, max_digits))]
     pieces = []
     for digit in digits:
         length = int(len(voice[digit]) / make.uniform(0.9, 1.15))

@@ -15,6 +15,7 @@ PAGES = [
     "docs/accumulation.md",
     "docs/api.md",
     "docs/change.md",
+    "docs/edge.md",
     "docs/logging.md",
     "docs/past_norms.md",
     "docs/patch.md",
