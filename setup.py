@@ -44,10 +44,12 @@ CXX_FLAGS = [
 ONCE_A_STEP = ("bindings", "engine", "histories", "norm_limits", "reasons", "self_check", "shards")
 TORCH_LIBRARIES = ("c10", "torch_cpu", "torch", "torch_python")
 IS_MACOS = sys.platform == "darwin"
-NAMED = (
-    ["-dynamiclib", "-install_name", "@rpath/libfastclip.so"] if IS_MACOS else ["-shared", "-Wl,-soname,libfastclip.so"]
-)
-BESIDE_ITSELF = "@loader_path" if IS_MACOS else "$ORIGIN"
+if IS_MACOS:
+    LIBRARY = ["-dynamiclib", "-install_name", "@rpath/libfastclip.so"]
+    GLUE = ["-bundle", "-undefined", "dynamic_lookup", "-Wl,-rpath,@loader_path"]
+else:  # Each exports what it means to: what it has from headers is its own.
+    LIBRARY = ["-shared", "-Wl,-soname,libfastclip.so", "-Wl,--version-script,distribution/library.map"]
+    GLUE = ["-shared", "-Wl,--no-as-needed", "-Wl,--version-script,distribution/glue.map", "-Wl,-rpath,$ORIGIN"]
 
 
 def words_of(variable):
@@ -124,7 +126,7 @@ class Build(build_ext):
             command = nvcc.compile_command(compiler_of_cuda)
             objects.append(file.add("nvcc", file.folder / "cuda/step.o", ["csrc/cuda/step.cu"], command))
             libraries = [f"-L{nvcc.cuda_libraries(compiler_of_cuda)}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-        return file.add("link", self.output_of("fastclip.libfastclip"), objects, link_command(*NAMED), libraries)
+        return file.add("link", self.output_of("fastclip.libfastclip"), objects, link_command(*LIBRARY), libraries)
 
     def add_glue(self, file, torch, library):
         includes = [*torch.includes, sysconfig.get_paths()["include"]]
@@ -132,10 +134,8 @@ class Build(build_ext):
         flags += [f"-ffile-prefix-map={torch.folder.parent}/=", f"-DFASTCLIP_FOR_TORCH={torch.version}"]
         flags += ["-DFASTCLIP_CUDA"] if nvcc.find_nvcc() else []
         objects = file.add_objects(f"host-{torch.release}", sources_in("csrc/host"), command_for(*flags))
-        shared = ["-bundle", "-undefined", "dynamic_lookup"] if IS_MACOS else ["-shared", "-Wl,--no-as-needed"]
         libraries = [f"-L{torch.folder / 'lib'}", *(f"-l{name}" for name in TORCH_LIBRARIES)]
-        libraries += [f"-Wl,-rpath,{BESIDE_ITSELF}"]
-        file.add("link", self.output_of(module_of(torch)), [*objects, library], link_command(*shared), libraries)
+        file.add("link", self.output_of(module_of(torch)), [*objects, library], link_command(*GLUE), libraries)
 
     def write_build_info(self):
         """Writes the facts that fastclip can tell about itself even if the extension does not load."""

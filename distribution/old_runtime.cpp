@@ -26,21 +26,21 @@ extern "C" __attribute__((visibility("hidden"))) double __wrap_pow(double base, 
 template std::ostringstream::basic_ostringstream();
 template std::string std::stringbuf::str() const&;
 
+// A copy counts one more owner, and its destructor one fewer; both are older than these two. By their versions, as the
+// headers have new ones, which call these two. None of it may be exported (glue.map): libstdc++ would find it.
+__asm__(".symver copy_exception,_ZNSt15__exception_ptr13exception_ptrC1ERKS0_@CXXABI_1.3.3");
+__asm__(".symver destroy_exception,_ZNSt15__exception_ptr13exception_ptrD1Ev@CXXABI_1.3.3");
+extern "C" void copy_exception(void* to, const void* from);
+extern "C" void destroy_exception(void* owner);
+
 namespace std {
 
 void __throw_bad_array_new_length() { throw bad_array_new_length(); }
 
-namespace __exception_ptr {
-
-// A copy counts one more owner, and its destructor one fewer; both are older than these two.
-extern "C" void copy_exception(void* to, const void* from) __asm__("_ZNSt15__exception_ptr13exception_ptrC1ERKS0_");
-extern "C" void destroy_exception(void* owner) __asm__("_ZNSt15__exception_ptr13exception_ptrD1Ev");
-
-void exception_ptr::_M_addref() noexcept {
+void __exception_ptr::exception_ptr::_M_addref() noexcept {
   void* one_more;
   copy_exception(&one_more, this);
 }
-void exception_ptr::_M_release() noexcept { destroy_exception(this); }
+void __exception_ptr::exception_ptr::_M_release() noexcept { destroy_exception(this); }
 
-}  // namespace __exception_ptr
 }  // namespace std

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 import fastclip
+from fastclip import _extension
 from tests.support.project import ROOT
 
 from .library import FOLDER, LIBRARY
 
 HERE = Path(__file__).parent
+RELEASE = _extension._chosen.replace(".", "_")
 NEEDED = {"libstdc++.so.6", "libm.so.6", "libgcc_s.so.1", "libc.so.6", "ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1"}
 NEEDED |= {"libdl.so.2", "librt.so.1", "libpthread.so.0"}  # of the CUDA half, with an older glibc
 
@@ -74,10 +76,13 @@ def test_the_library_needs_no_torch_and_no_python():
 
 
 @pytest.mark.skipif(not shutil.which("nm"), reason="needs nm")
-def test_the_library_exports_what_is_declared_and_no_more():
+def test_the_libraries_export_what_is_declared_and_no_more():
     said = subprocess.run(["nm", "-DC", "--defined-only", LIBRARY], text=True, capture_output=True, check=True).stdout
     exported = {line.split(" ", 2)[2] for line in said.splitlines() if line.split(" ", 2)[1] == "T"}
     declared = set(re.findall(r"\b(fastclip_\w+)\(", (FOLDER / "include/fastclip.h").read_text()))
     in_c = {name for name in exported if "::" not in name}
     assert in_c == declared
     assert all(re.match(r"fastclip::(cpu|cuda)::\w+\(", name) for name in exported - in_c)
+    (glue,) = [path for path in FOLDER.glob("_C_*.so") if path.name.startswith(f"_C_{RELEASE}.")]
+    said = subprocess.run(["nm", "-D", "--defined-only", glue], text=True, capture_output=True, check=True).stdout
+    assert [line.split()[-1] for line in said.splitlines()] == ["PyInit__C"]

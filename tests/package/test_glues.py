@@ -132,19 +132,31 @@ def test_the_check_passes_under_any_default(setting):
     assert said.stdout.strip() == torch.__version__, said.stderr
 
 
-def test_every_other_glue_of_this_build_is_refused():
-    """Of a wheel, which has several."""
-    others = [release for release in _extension.BUILD_INFO["torches"] if release != _extension._chosen]
-    if not others:
-        pytest.skip("this build has one glue alone")
-    for release in others:
-        script = (
-            f"import torch; from fastclip import _extension as e\n"
-            f"try: print('misread', e.first_misread(e._load({release!r})))\n"
-            f"except ImportError as error: print('no import', error)"
-        )
-        said = subprocess.run([sys.executable, "-c", script], text=True, capture_output=True)
-        assert re.match(r"misread (?!None)\w+|no import .", said.stdout), said.stdout + said.stderr
+LOAD_ALONE = """
+import importlib.machinery, importlib.util, sys, torch
+
+def load(name, file):
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+check = load("self_check", f"{sys.argv[1]}/_self_check.py")
+file = f"{sys.argv[1]}/_C_{sys.argv[2].replace('.', '_')}{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+try:
+    print("misread:", check.first_misread(load("alone._C", file)))
+except ImportError as error:
+    print("no import:", error)
+"""
+
+
+@pytest.mark.parametrize("release", _extension.BUILD_INFO["torches"])
+def test_of_the_glues_of_this_build_only_the_one_in_use_fits(release):
+    """A wheel has several. Each alone in a process: a second one would share what the first has registered."""
+    command = [sys.executable, "-c", LOAD_ALONE, Path(fastclip.__file__).parent, release]
+    said = subprocess.run(list(map(str, command)), text=True, capture_output=True)
+    fits = r"misread: None$" if release == _extension._chosen else r"misread: (?!None)\w+$|no import: ."
+    assert re.match(fits, said.stdout.strip()), said.stdout + said.stderr
 
 
 # ---- a layout that is another: headers are changed, and the check is compiled with them ------------------
