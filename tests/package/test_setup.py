@@ -208,11 +208,9 @@ def unpacked(tmp_path_factory):
 
 def test_an_sdist_holds_all_that_a_build_needs(unpacked):
     needed = [ROOT / name for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE")]
-    needed += [
-        ROOT / "distribution" / name for name in ("backend.py", "callers.py", "ninja_file.py", "nvcc.py", "torches.py")
-    ]
+    needed += [path for path in (ROOT / "distribution").iterdir() if path.is_file()]
     needed += [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
-    needed += [path for pattern in ("*.py", "*.pyi", "py.typed") for path in (ROOT / "fastclip").rglob(pattern)]
+    needed += [path for pattern in ("*.py", "*.pyi", "*.h", "py.typed") for path in (ROOT / "fastclip").rglob(pattern)]
     needed.remove(ROOT / "fastclip" / "_build_info.py")
     for path in needed:
         copy = unpacked / path.relative_to(ROOT)
