@@ -78,9 +78,11 @@ def make_wheel(sdist, folder, machine):
 
 
 def repair(wheel, folder, machine):
-    """Makes a wheel that names its platform, in the folder; returns its path."""
+    """Makes a wheel that names the platforms it loads on, in the folder; returns its path."""
     excluded = [word for name in LIBRARIES for word in ("--exclude", f"lib{name}.so")]
-    command = [sys.executable, "-m", "auditwheel", "repair", "--plat", f"manylinux_{GLIBC}_{machine}", *excluded]
+    # auditwheel knows the names of this machine's platforms alone; the oldest that fits it finds for any.
+    wanted = f"manylinux_{GLIBC}_{machine}" if machine == platform.machine() else "auto"
+    command = [sys.executable, "-m", "auditwheel", "repair", "--plat", wanted, *excluded]
     run("auditwheel", *command, "--zip-compression-level", "9", "-w", folder / "repaired", wheel)
     (repaired,) = (folder / "repaired").glob("*.whl")
     return repaired

@@ -2,7 +2,7 @@
 
 1. The bits of all rules, dtypes and clips have to be those of this machine, on which fastclip is built as usual.
 2. A build with -ffp-contract=fast, which fuses what the code does not, has to have others: so the first can fail.
-3. The tests of the step and of the norm pass.
+3. The tests of the step, of the norm and of plans in C pass.
 
 Needs apt, a compiler for aarch64, and qemu-user; where they are not there, says so and exits with 77. Speed is not
 measured.
@@ -23,7 +23,7 @@ from .build import build, build_planted, make_wheel
 from .machine import Machine, Unavailable
 
 SKIPPED = 77  # as automake has it
-TESTS = ["tests/step/test_step.py", "tests/step/test_norm.py"]
+TESTS = ["tests/step/test_step.py", "tests/step/test_norm.py", "tests/c/test_plan.py"]
 PLANTED = ("baseline.cpp", "AdamW")  # a source to compile with -ffp-contract=fast, and a rule whose bits that changes
 
 
