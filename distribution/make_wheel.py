@@ -20,6 +20,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import old_cudart
 import torches
 from torch_headers import CACHE, GLIBC, LIBRARIES, fetch
 
@@ -67,8 +68,9 @@ def make_wheel(sdist, folder, machine):
     source = folder / sdist.name.removesuffix(".tar.gz")
     runtime, flags = folder / "old_runtime.o", ("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden")
     run("old_runtime.cpp", *compiler, *flags, "-c", source / "distribution/old_runtime.cpp", "-o", runtime)
+    old = old_cudart.make(folder / "old_cudart", compiler, tuple(map(int, GLIBC.split("_"))), run)
     variables = {
-        "LDFLAGS": f"{os.environ.get('LDFLAGS', '')} {shlex.quote(str(runtime))} -Wl,--wrap=pow -s",
+        "LDFLAGS": f"{os.environ.get('LDFLAGS', '')} {shlex.join(map(str, [runtime, '-Wl,--wrap=pow', '-s', *old]))}",
         "FASTCLIP_TORCHES": os.pathsep.join(named),
     }
     command = [sys.executable, "setup.py", "bdist_wheel", "--dist-dir", folder / "built"]
