@@ -25,6 +25,7 @@ import torches  # noqa: E402
 
 CXX_FLAGS = [
     "-std=c++20",
+    "-fno-fast-math",  # NaN and inf have to be seen, whatever CXXFLAGS says
     "-O3",
     "-DNDEBUG",
     "-fPIC",
@@ -49,7 +50,9 @@ if IS_MACOS:
     GLUE = ["-bundle", "-undefined", "dynamic_lookup", "-Wl,-rpath,@loader_path"]
 else:  # Each exports what it means to: what it has from headers is its own.
     LIBRARY = ["-shared", "-Wl,-soname,libfastclip.so", "-Wl,--version-script,distribution/library.map"]
-    GLUE = ["-shared", "-Wl,--no-as-needed", "-Wl,--version-script,distribution/glue.map", "-Wl,-rpath,$ORIGIN"]
+    GLUE = ["-shared", "-Wl,--no-as-needed", "-Wl,--version-script,distribution/glue.map"]
+    # Before LD_LIBRARY_PATH: another fastclip's library may be there.
+    GLUE += ["-Wl,-rpath,$ORIGIN", "-Wl,--disable-new-dtags"]
 
 
 def words_of(variable):
@@ -67,7 +70,7 @@ def command_for(*flags):
 
 
 def link_command(*flags):
-    return [*compiler(), *flags, *words_of("LDFLAGS")]
+    return [*compiler(), *words_of("CXXFLAGS"), *flags, *words_of("LDFLAGS")]
 
 
 def flags_of(source):
@@ -112,7 +115,11 @@ class Build(build_ext):
         library = self.add_library(file)
         for torch in self.torches:
             self.add_glue(file, torch, library)
-        Path(self.build_lib, "fastclip").mkdir(parents=True, exist_ok=True)
+        package = Path(self.build_lib, "fastclip")
+        package.mkdir(parents=True, exist_ok=True)
+        for left_over in package.glob("_C_*"):  # by a build for another torch
+            if left_over.name not in [self.output_of(module_of(torch)).name for torch in self.torches]:
+                left_over.unlink()
         file.make()
 
     def output_of(self, name):

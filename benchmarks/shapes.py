@@ -48,7 +48,7 @@ def library(name):
     except ModuleNotFoundError as error:
         if error.name != name:
             raise
-        raise ImportError(f"needs {name}: pip install fastclip[asr]", name=name) from None
+        raise ImportError(f"needs {name}: pip install '.[asr]', in a clone of fastclip", name=name) from None
     except OSError as error:  # it holds libraries that this torch can't load
         fix = f"{sys.executable} -m tests.support.torchaudio_on_cpu"
         raise ImportError(f"needs {name}, which does not import ({error}); try {fix}", name=name) from error

@@ -40,17 +40,21 @@ class Torch:
         return tuple(map(int, self.release.split(".")))
 
     @property
+    def is_prerelease(self):
+        return re.match(r"\d+(\.\d+)+\.?(a|b|rc|dev)", self.version) is not None
+
+    @property
     def includes(self):
         return [self.folder / "include", self.folder / "include/torch/csrc/api/include"]
 
 
-def read(folder):
+def read(folder, way_out="Install torch again, then fastclip."):
     """Returns the Torch of a package's folder; raises PlatformError if it is none, or an old one."""
     file = folder / "version.py"
     text = file.read_text() if file.is_file() else ""
     found = re.search(r"""__version__ = ['"](\d+\.\d+[^'"]*)""", text)
     if found is None:
-        raise PlatformError(f"{file} does not say which torch this is. Install torch again, then fastclip.")
+        raise PlatformError(f"{file} does not say which torch this is. {way_out}")
     torch = Torch(folder, found[1])
     if torch.number < number_of(OLDEST):
         raise PlatformError(OLD_TORCH.format(OLDEST, torch.version, folder.parent))
@@ -71,9 +75,9 @@ def named():
     """Returns the Torches of FASTCLIP_TORCHES, folders that have a folder torch, with a ':' between them; the oldest
     first. [] where it is not set. Raises PlatformError."""
     text = os.environ.get("FASTCLIP_TORCHES", "")
-    torches = sorted(
-        (read(Path(folder) / "torch") for folder in text.split(os.pathsep) if folder), key=lambda t: t.number
-    )
+    way_out = "FASTCLIP_TORCHES names folders that have a folder torch, as site-packages does."
+    folders = [Path(folder) / "torch" for folder in text.split(os.pathsep) if folder.strip()]
+    torches = sorted((read(folder, way_out) for folder in folders), key=lambda torch: torch.number)
     if len({torch.release for torch in torches}) < len(torches):
         raise PlatformError(f"FASTCLIP_TORCHES={text} names two torches of the same release")
     return torches
@@ -99,6 +103,7 @@ def requirement(torches):
     newest that was tested, which may fit."""
     if not torches:
         return f"torch>={OLDEST}"
-    lowest = f"torch>={torches[0].release}"
+    # A version such as 2.13.0a0+1f3 is before 2.13, and .dev0 is before that.
+    lowest = f"torch>={torches[0].release}" + ".dev0" * torches[0].is_prerelease
     major, minor = number_of(NEWEST)
     return lowest if len(torches) == 1 else f"{lowest},<{major}.{minor + 2}"

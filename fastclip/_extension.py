@@ -14,18 +14,24 @@ from ._self_check import first_misread
 # Without pip's cache, which keeps what was built from a URL for another torch.
 BUILD_COMMAND = "pip install --force-reinstall --no-deps --no-cache-dir ."
 WAYS_OUT = (
-    "Install a newer fastclip: pip install -U fastclip. If you build it, build it again, in a clone or with git+URL in "
-    f"place of the dot: {BUILD_COMMAND}, with uv: uv pip install --reinstall-package fastclip --no-cache ."
+    # Not from PyPI, where another project has this name.
+    "Install a newer wheel of fastclip: pip install -U fastclip --no-index --find-links FOLDER. If you build it, build "
+    f"it again, in a clone or with git+URL in place of the dot: {BUILD_COMMAND}, with uv: uv pip install "
+    "--reinstall-package fastclip --no-cache ."
+)
+
+NOT_BUILT = (
+    "fastclip's extension is not built{}. In a clone of fastclip: python setup.py build_ext --inplace, "
+    f"or {BUILD_COMMAND}"
 )
 
 BUILD_INFO: dict[str, Any]
 try:
     from ._build_info import BUILD_INFO
 except ImportError as error:
-    raise ImportError(
-        "fastclip's extension is not built. In a clone of fastclip: python setup.py build_ext --inplace, "
-        f"or {BUILD_COMMAND}"
-    ) from error
+    raise ImportError(NOT_BUILT.format("")) from error
+if "torches" not in BUILD_INFO:
+    raise ImportError(NOT_BUILT.format(" by this version of it"))
 
 
 def _release(version: str) -> tuple[int, ...]:
@@ -48,7 +54,10 @@ def _choose(releases: list[str], version: str) -> str:
 def _load(release: str) -> Any:
     """Returns the glue for this release of torch, as the module fastclip._C."""
     file = f"_C_{release.replace('.', '_')}{importlib.machinery.EXTENSION_SUFFIXES[0]}"
-    spec = importlib.util.spec_from_file_location(f"{__package__}._C", Path(__file__).with_name(file))
+    path = Path(__file__).with_name(file)
+    if not path.exists():
+        raise ImportError(NOT_BUILT.format(f" for this Python: there is no {path}"))
+    spec = importlib.util.spec_from_file_location(f"{__package__}._C", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -62,6 +71,8 @@ def _load_fitting(releases: list[str], version: str) -> tuple[Any, str]:
     try:
         glue = _load(release)
     except ImportError as error:
+        if str(error).startswith(NOT_BUILT.partition("{}")[0]):
+            raise
         raise ImportError(f"{unfit}{error}. {WAYS_OUT}") from error
     if found := first_misread(glue):
         raise ImportError(f"{unfit}it reads another {found} of a tensor than Python does. {WAYS_OUT}")
@@ -70,7 +81,7 @@ def _load_fitting(releases: list[str], version: str) -> tuple[Any, str]:
         warnings.warn(
             f"torch {version} is newer than fastclip knows. It reads tensors rightly, and goes on with what was built "
             f"for torch {release}. {WAYS_OUT}",
-            stacklevel=2,
+            stacklevel=4,  # whoever imports fastclip
         )
     return glue, release
 

@@ -5,6 +5,7 @@ what Python tells of a few tensors that are made for it. So a layout that differ
 training.
 """
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 def tensors() -> Iterator[torch.Tensor]:
     """Yields tensors that differ in all that is read: dtypes, sizes, strides, offsets, gradients, versions, kinds."""
-    with torch.inference_mode(False), torch.device("cpu"):
+    with torch.device("cpu"):
         param = torch.nn.Parameter(torch.zeros(2, 3, dtype=torch.float32))
         param.grad = torch.ones(2, 3, dtype=torch.float32)
         yield param
@@ -49,11 +50,31 @@ def misread(glue: Any, tensor: torch.Tensor) -> str | None:
 
 
 def first_misread(glue: Any) -> str | None:
-    """Returns what the glue reads differently of some tensor, as "numel"; None where it fits this torch."""
+    """Returns what the glue reads differently of some tensor, as "numel"; None where it fits this torch.
+
+    In a thread of its own: modes that somebody has on while importing (inference, fake tensors, functorch) are the
+    calling thread's.
+    """
+    found: list[str | None] = []
+
+    def look() -> None:
+        try:
+            found.append(_first_misread(glue))
+        except Exception as error:
+            found.append(f"value ({error})")
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def _first_misread(glue: Any) -> str | None:
     for tensor in tensors():
         if found := misread(glue, tensor):
             return found
-    tensor = torch.zeros(1)
+    with torch.device("cpu"):
+        tensor = torch.zeros(1)
     before = tensor._version
     glue.bump_version(tensor)
     return None if tensor._version == before + 1 else "version"

@@ -1,4 +1,5 @@
 // The functions of fastclip.h: no exception leaves them.
+#include <exception>
 #include <memory>
 
 #include "plan.h"
@@ -18,8 +19,16 @@ Result guarded(Result failed, const Body& body) noexcept {
     last_error = refused.text;
   } catch (const std::bad_alloc&) {
     last_error = "out of memory";
+  } catch (const std::exception& error) {
+    last_error = error.what();
   }
   return failed;
+}
+
+template <class Plan>
+Plan& checked(Plan* plan) {
+  if (!plan) refuse("there is no plan");
+  return *plan;
 }
 
 }  // namespace
@@ -34,6 +43,7 @@ fastclip_plan* fastclip_plan_new(const char* optimizer, const fastclip_setting* 
                                  const fastclip_tensor* tensors, size_t tensor_count) {
   return guarded<fastclip_plan*>(nullptr, [&] {
     rule_named(optimizer);
+    if ((!settings && setting_count > 0) || (!tensors && tensor_count > 0)) refuse("a list is NULL, and not empty");
     Settings given;
     for (size_t i = 0; i < setting_count; ++i) {
       if (settings[i].name && given.has(settings[i].name)) refuse(settings[i].name, " is given twice");
@@ -49,27 +59,35 @@ void fastclip_plan_free(fastclip_plan* plan) { delete plan; }
 
 int fastclip_step(fastclip_plan* plan, fastclip_result* result) {
   return guarded(-1, [&] {
-    const fastclip_result taken = plan->take_step();
+    const fastclip_result taken = checked(plan).take_step();
     if (result) *result = taken;
     return 0;
   });
 }
 
 int fastclip_set(fastclip_plan* plan, const char* name, double value) {
-  return guarded(-1, [&] { return plan->set(name, value), 0; });
+  return guarded(-1, [&] { return checked(plan).set(name, value), 0; });
 }
 
 int fastclip_set_grad(fastclip_plan* plan, size_t tensor, void* grad) {
-  return guarded(-1, [&] { return plan->set_grad(tensor, grad), 0; });
+  return guarded(-1, [&] { return checked(plan).set_grad(tensor, grad), 0; });
 }
 
-void* fastclip_state(fastclip_plan* plan, size_t tensor, const char* name) { return plan->state(tensor, name); }
+void* fastclip_state(fastclip_plan* plan, size_t tensor, const char* name, fastclip_dtype* dtype) {
+  return plan ? plan->state(tensor, name, dtype) : nullptr;
+}
 
-void fastclip_resume(fastclip_plan* plan) { plan->resume(); }
+int fastclip_is_new(const fastclip_plan* plan, size_t tensor) {
+  return guarded(-1, [&] { return int{checked(plan).is_new(tensor)}; });
+}
+
+int fastclip_resume(fastclip_plan* plan, size_t tensor) {
+  return guarded(-1, [&] { return checked(plan).resume(tensor), 0; });
+}
 
 void fastclip_set_threads(fastclip_plan* plan, int threads,
                           void (*run)(int count, void (*work)(void*), void* context)) {
-  plan->use_threads(threads, run);
+  if (plan) plan->use_threads(threads, run);
 }
 
 }  // extern "C"

@@ -28,6 +28,9 @@ namespace {
 
 void read_clips(const Settings& settings, Options& options) {
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  if (settings.has("clip_value") && (settings.has("clip_low") || settings.has("clip_high"))) {
+    refuse("clip_value is given together with clip_low or clip_high");
+  }
   const double clip = settings.non_negative_or("clip_value", kInfinity);
   options.hyper.clip_low = settings.number_or("clip_low", -clip);
   options.hyper.clip_high = settings.number_or("clip_high", clip);
@@ -73,6 +76,11 @@ Options read(const Settings& settings, Rules::Id rule, const char* optimizer) {
     options.new_value = R::new_value(own);
   });
   settings.check_known(optimizer);
+  const bool nesterov = settings.number_or("nesterov", 0) != 0;
+  if (nesterov && (settings.number_or("momentum", 0) == 0 || settings.number_or("dampening", 0) != 0)) {
+    refuse("nesterov needs a momentum, and no dampening");
+  }
+  if (settings.number_or("rho", 0) > 1) refuse("rho is above 1");
   return options;
 }
 

@@ -2,6 +2,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
 #include <utility>
 
@@ -52,16 +53,29 @@ void fastclip_plan::use_threads(int count, Run run) {
   pool_ = count > 1 && run ? cpu::ThreadPool{count, run} : cpu::ThreadPool{1, run_alone};
 }
 
+const fastclip_plan::Tensor& fastclip_plan::at(size_t tensor) const {
+  if (tensor >= tensors_.size()) refuse("there is no tensor ", std::to_string(tensor));
+  return tensors_[tensor];
+}
+
 void fastclip_plan::add(const fastclip_tensor& given) {
+  constexpr int64_t kLargest = PTRDIFF_MAX / sizeof(double);
   const std::string name = "tensor " + std::to_string(tensors_.size());
   const DType dtype = dtype_of(given.dtype), grad_dtype = dtype_of(given.grad_dtype);
   if (given.numel < 0) refuse(name, " has a negative number of elements");
+  if (given.numel > kLargest) refuse(name, " has more elements than there is memory");
   if (given.numel > 0 && !given.param) refuse(name, " has no memory for its parameter");
   if ((dtype == DType::float64) != (grad_dtype == DType::float64)) refuse(name, " mixes float64 with another dtype");
   if (dtype == DType::float64 && options_.momentum_dtype) refuse(name, " is float64, and so is its momentum");
   Tensor tensor{};
   tensor.given = given;
-  tensor.is_first = is_filled_by_first_step(rule_);
+  lay_out(tensor);
+  tensors_.push_back(std::move(tensor));
+}
+
+// Makes the states that a new tensor has under the settings.
+void fastclip_plan::lay_out(Tensor& tensor) {
+  const auto dtype = static_cast<DType>(tensor.given.dtype), grad_dtype = static_cast<DType>(tensor.given.grad_dtype);
   // What the first step fills begins as a copy of the gradient: after the weight decay, which promotes, as in torch.
   const bool promotes = options_.hyper.weight_decay != 0 && grad_dtype != dtype;
   const DType copied = promotes ? DType::float32 : grad_dtype;
@@ -73,10 +87,9 @@ void fastclip_plan::add(const fastclip_tensor& given) {
       const DType own = R::kFilledByFirstStep ? copied : dtype;
       tensor.state_dtypes[s] = is_momentum ? *options_.momentum_dtype : own;
       if (!has(options_.arrays, static_cast<int>(s))) continue;
-      fill(tensor.arrays[s], tensor.state_dtypes[s], given.numel, options_.new_value);
+      fill(tensor.arrays[s], tensor.state_dtypes[s], tensor.given.numel, options_.new_value);
     }
   });
-  tensors_.push_back(std::move(tensor));
 }
 
 void fastclip_plan::set(const char* name, double value) {
@@ -86,32 +99,36 @@ void fastclip_plan::set(const char* name, double value) {
   const bool same_states = options.arrays == options_.arrays && options.counts == options_.counts &&
                            options.momentum_dtype == options_.momentum_dtype;
   if (!same_states) refuse(name, " can't be changed to this: it asks for other states");
+  const bool promotes = options.hyper.weight_decay != 0, new_value = options.new_value != options_.new_value;
+  const bool lays_out = promotes != (options_.hyper.weight_decay != 0) || new_value;
   settings_ = std::move(changed);
   options_ = options;
+  if (!lays_out) return;
+  for (Tensor& tensor : tensors_) {
+    if (tensor.is_new) lay_out(tensor);
+  }
 }
 
-void fastclip_plan::set_grad(size_t tensor, void* grad) {
-  if (tensor >= tensors_.size()) refuse("there is no tensor ", std::to_string(tensor));
-  tensors_[tensor].given.grad = grad;
-}
+void fastclip_plan::set_grad(size_t tensor, void* grad) { at(tensor).given.grad = grad; }
 
-void* fastclip_plan::state(size_t index, const char* name) {
+void* fastclip_plan::state(size_t index, const char* name, fastclip_dtype* dtype) {
   if (index >= tensors_.size() || !name) return nullptr;
   Tensor& tensor = tensors_[index];
   const auto is_named = [&](const char* other) { return other && std::strcmp(name, other) == 0; };
-  if (is_named("step")) return options_.counts ? &tensor.step : nullptr;
+  const auto found = [&](void* state, DType of) {
+    if (dtype) *dtype = static_cast<fastclip_dtype>(of);
+    return state;
+  };
+  if (is_named("step")) return options_.counts ? found(&tensor.step, DType::float32) : nullptr;
   return Rules::visit(rule_, [&](auto tag) -> void* {
     using R = typename decltype(tag)::Rule;
-    if (is_named(R::kScalar.name)) return &tensor.scalar;
+    if (is_named(R::kScalar.name)) return found(&tensor.scalar, DType::float32);
     for (size_t s = 0; s < R::kStates.size(); ++s) {
-      if (is_named(R::kStates[s].name)) return tensor.arrays[s].data();  // of one that is not there, nullptr
+      const bool is_there = has(options_.arrays, static_cast<int>(s));
+      if (is_there && is_named(R::kStates[s].name)) return found(tensor.arrays[s].data(), tensor.state_dtypes[s]);
     }
     return nullptr;
   });
-}
-
-void fastclip_plan::resume() {
-  for (Tensor& tensor : tensors_) tensor.is_first = false;
 }
 
 fastclip_result fastclip_plan::take_step() {
@@ -127,8 +144,9 @@ fastclip_result fastclip_plan::take_step() {
   clamped_ = 0;
   cpu::run(step_, pool_);
   const bool measured = options_.norm != Norm::none, skipped = measured && outcome_.skipped;
-  for (Tensor& tensor : tensors_) tensor.is_first &= skipped || !tensor.given.grad;
-  return {measured ? outcome_.total_norm : std::nan(""), measured ? outcome_.coefficient : 1.0,
+  for (Tensor& tensor : tensors_) tensor.is_new &= skipped || !tensor.given.grad;
+  const bool clips = options_.limits.max_norm.is_set();  // or only looks for inf and NaN
+  return {clips ? outcome_.total_norm : std::nan(""), clips ? outcome_.coefficient : 1.0,
           static_cast<int64_t>(clamped_), skipped};
 }
 
@@ -159,7 +177,7 @@ TensorEntry fastclip_plan::entry_of(Tensor& tensor, uint32_t index) {
   entry.first_chunk = step_.chunks;
   entry.hyper = static_cast<int32_t>(given.grad_dtype);
   entry.index = index;
-  entry.is_first = tensor.is_first && options_.arrays != 0;
+  entry.is_first = tensor.is_new && options_.arrays != 0 && is_filled_by_first_step(rule_);
   entry.uniform =
       entry.grad_dtype == entry.dtype && !(options_.hyper.stochastic_rounding && item_size(entry.dtype) == 2);
   for (int s = 0; s < kMaxStates; ++s) {

@@ -4,6 +4,7 @@
 #include <fastclip.h>
 
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "options.h"
@@ -17,8 +18,9 @@ struct fastclip_plan {
   void set_grad(size_t tensor, void* grad);
 
   fastclip_result take_step();
-  void* state(size_t tensor, const char* name);  // nullptr where there is none
-  void resume();
+  void* state(size_t tensor, const char* name, fastclip_dtype* dtype);  // nullptr where there is none
+  bool is_new(size_t tensor) const { return at(tensor).is_new; }
+  void resume(size_t tensor) { at(tensor).is_new = false; }
 
   using Run = void (*)(int count, void (*work)(void*), void* context);
   void use_threads(int count, Run run);
@@ -30,9 +32,12 @@ struct fastclip_plan {
     fastclip::DType state_dtypes[fastclip::kMaxStates];
     float step = 0;
     float scalar = 0;
-    bool is_first = true;  // no step has filled its states
+    bool is_new = true;  // no step has taken it
   };
 
+  const Tensor& at(size_t tensor) const;
+  Tensor& at(size_t tensor) { return const_cast<Tensor&>(std::as_const(*this).at(tensor)); }
+  void lay_out(Tensor& tensor);
   void list();
   fastclip::TensorEntry entry_of(Tensor& tensor, uint32_t index);
 

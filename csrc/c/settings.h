@@ -46,6 +46,8 @@ class Settings {
   double number(const Key& key) const {
     const Setting* const setting = find(key.text);
     if (!setting) refuse(key.text, " is missing: the optimizer needs a value");
+    // As torch.optim, but for the dampening, whose sign it leaves alone.
+    if (setting->value < 0 && setting->name != "dampening") refuse(key.text, " is negative");
     return setting->value;
   }
   double number_or(const char* name, double missing) const {

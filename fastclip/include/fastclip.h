@@ -43,7 +43,8 @@ typedef struct {
      others    lion, adadelta, adagrad, nadam, radam, rmsprop: as in torch.optim
      all       lr, weight_decay, maximize, clip_value (or clip_low and clip_high), max_norm, norm_type (2, or INFINITY),
                skip_nonfinite, stochastic_rounding, rounding_seed, momentum_dtype (a fastclip_dtype)
-   Numbers of all that an optimizer does not know are refused; switches, weight_decay and the clips may be left out. */
+   Refused are: a setting that the optimizer does not have, NAN, and numbers that torch.optim refuses. Switches,
+   weight_decay and the clips may be left out. A clip of INFINITY clips nothing. */
 typedef struct {
   const char* name;
   double value;
@@ -53,13 +54,13 @@ typedef struct fastclip_plan fastclip_plan;
 
 /* What a step did. */
 typedef struct {
-  double total_norm;  /* of all gradients after the value clip, before the norm clip; NAN where none was taken */
+  double total_norm;  /* of all gradients after the value clip, before the norm clip; NAN without max_norm */
   double coefficient; /* that the norm clip multiplied them by */
   int64_t clamped;    /* number of elements that the value clip changed */
   int skipped;        /* 1: skip_nonfinite met an inf or NaN, and nothing was changed */
 } fastclip_result;
 
-/* Why the last call on this thread failed. */
+/* Why the last call on this thread that failed did so. */
 FASTCLIP_C const char* fastclip_error(void);
 
 /* The instruction set that runs: "AVX512", "AVX2", "baseline" or "NEON". */
@@ -82,14 +83,20 @@ FASTCLIP_C int fastclip_set(fastclip_plan* plan, const char* name, double value)
 FASTCLIP_C int fastclip_set_grad(fastclip_plan* plan, size_t tensor, void* grad);
 
 /* Returns a state of a tensor by torch's name ("momentum_buffer", "exp_avg", "step"), to save it or to write what was
-   saved; NULL where there is none. `step` and the like are one float. After writing, call fastclip_resume. */
-FASTCLIP_C void* fastclip_state(fastclip_plan* plan, size_t tensor, const char* name);
+   saved; NULL where there is none. It has numel elements of `*dtype`; "step" and "mu_product" are one float. `dtype`
+   may be NULL. The address stays until fastclip_set, or the end of the plan. */
+FASTCLIP_C void* fastclip_state(fastclip_plan* plan, size_t tensor, const char* name, fastclip_dtype* dtype);
 
-/* The states are those of a training that goes on: the next step does not fill them first. */
-FASTCLIP_C void fastclip_resume(fastclip_plan* plan);
+/* Returns whether no step has taken a tensor yet: then its states say nothing, and need not be saved. */
+FASTCLIP_C int fastclip_is_new(const fastclip_plan* plan, size_t tensor);
+
+/* Takes a tensor's states for those of a training that goes on, after they were written. Returns 0, or -1 where there
+   is no such tensor. Leave out a tensor that was new when it was saved. */
+FASTCLIP_C int fastclip_resume(fastclip_plan* plan, size_t tensor);
 
 /* Steps take `threads` threads: run(count, work, context) has to call work(context) `count` times, each on a thread of
-   its own, and to return after all have. By default there is one thread, and no call. */
+   its own, and to return after all have; `count` is at most `threads`. `run` must return: no exception, no longjmp. By
+   default there is one thread, and no call. */
 FASTCLIP_C void fastclip_set_threads(fastclip_plan* plan, int threads,
                                      void (*run)(int count, void (*work)(void*), void* context));
 

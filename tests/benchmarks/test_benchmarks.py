@@ -10,7 +10,7 @@ import torch
 
 from tests.support.project import ROOT
 
-pytest.importorskip("tqdm", reason="the benchmark shows its progress with tqdm: pip install fastclip[demo]")
+pytest.importorskip("tqdm", reason="the benchmark shows its progress with tqdm: pip install -r requirements-demo.txt")
 
 import benchmarks.__main__ as command_line  # noqa: E402
 from benchmarks import cpu  # noqa: E402

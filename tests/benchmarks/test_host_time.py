@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-pytest.importorskip("tqdm", reason="the benchmark shows its progress with tqdm: pip install fastclip[demo]")
+pytest.importorskip("tqdm", reason="the benchmark shows its progress with tqdm: pip install -r requirements-demo.txt")
 
 from benchmarks import host as host_time  # noqa: E402
 from benchmarks.core import timing  # noqa: E402

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-pytest.importorskip("tqdm", reason="the benchmark shows its progress with tqdm: pip install fastclip[demo]")
+pytest.importorskip("tqdm", reason="the benchmark shows its progress with tqdm: pip install -r requirements-demo.txt")
 
 from benchmarks import imports  # noqa: E402
 from benchmarks.report import documents as report  # noqa: E402

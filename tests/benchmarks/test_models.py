@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-pytest.importorskip("tqdm", reason="the benchmark shows its progress with tqdm: pip install fastclip[demo]")
+pytest.importorskip("tqdm", reason="the benchmark shows its progress with tqdm: pip install -r requirements-demo.txt")
 
 from benchmarks import cpu, gpu  # noqa: E402
 from benchmarks import shapes as libraries  # noqa: E402

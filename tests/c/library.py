@@ -65,8 +65,9 @@ def load():
         ("step", ctypes.c_int, plan, ctypes.POINTER(Result)),
         ("set", ctypes.c_int, plan, text, ctypes.c_double),
         ("set_grad", ctypes.c_int, plan, ctypes.c_size_t, ctypes.c_void_p),
-        ("state", ctypes.c_void_p, plan, ctypes.c_size_t, text),
-        ("resume", None, plan),
+        ("state", ctypes.c_void_p, plan, ctypes.c_size_t, text, ctypes.POINTER(ctypes.c_int)),
+        ("is_new", ctypes.c_int, plan, ctypes.c_size_t),
+        ("resume", ctypes.c_int, plan, ctypes.c_size_t),
         ("set_threads", None, plan, ctypes.c_int, ctypes.c_void_p),
     ):
         function = getattr(library, f"fastclip_{name}")
@@ -141,14 +142,19 @@ class Plan:
         self.check(library.fastclip_step(self.plan, ctypes.byref(result)))
         return result
 
-    def state(self, index, name, dtype):
+    def state(self, index, name):
         """Returns a view of a state's memory, flat; None where there is none."""
-        address = library.fastclip_state(self.plan, index, name.encode())
+        found = ctypes.c_int()
+        address = library.fastclip_state(self.plan, index, name.encode(), ctypes.byref(found))
         if not address:
             return None
+        dtype = DTYPES[found.value]
         numel = 1 if name in ("step", "mu_product") else self.params[index].numel()
         array = (ctypes.c_char * (numel * dtype.itemsize)).from_address(address)
         return torch.frombuffer(array, dtype=dtype)
 
-    def resume(self):
-        library.fastclip_resume(self.plan)
+    def is_new(self, index):
+        return library.fastclip_is_new(self.plan, index)
+
+    def resume(self, index):
+        self.check(library.fastclip_resume(self.plan, index))

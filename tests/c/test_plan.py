@@ -44,10 +44,10 @@ def assert_same(optimizer, params, plan, twins, result):
     for i, (param, twin) in enumerate(zip(params, twins, strict=True)):
         assert torch.equal(bits(param), bits(twin))
         for name, value in optimizer.state.get(param, {}).items():
-            found = plan.state(i, name, value.dtype)
-            if value.numel() == 0 or not isinstance(value, torch.Tensor):
+            if value.numel() == 0:
                 continue
-            assert found is not None, name
+            found = plan.state(i, name)
+            assert found is not None and found.dtype == value.dtype, name
             assert torch.equal(bits(found), bits(value.flatten())), name
     if optimizer.total_norm is not None and not math.isnan(result.total_norm):
         assert result.total_norm == optimizer.total_norm.item()
@@ -112,7 +112,7 @@ def test_a_step_with_an_inf_is_skipped(rule, settings):
             params[3].grad[5] = twins[3].grad[5] = math.inf
         optimizer.step()
         result = plan.step()
-        assert result.skipped == (step == 0)
+        assert result.skipped == (step == 0) and math.isnan(result.total_norm) == ("max_norm" not in settings)
         assert_same(optimizer, params, plan, twins, result)
 
 
@@ -128,22 +128,42 @@ def test_settings_change_from_the_next_step_on():
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_training_goes_on_in_c(rule):
-    """With the states of Python, written into those of a plan."""
-    optimizer, params, _, twins = both(rule, **RULES[rule])
-    give_gradients(params, twins, 0)
+    """With the states of Python, written into those of a plan. A tensor without a gradient is new, and stays so."""
+    optimizer, params, other, twins = both(rule, **RULES[rule])
+    give_gradients(params, twins, 0, without=(1,))
     optimizer.step()
+    other.step()
     with torch.no_grad():
         for param, twin in zip(params, twins, strict=True):
             twin.copy_(param)
     plan = Plan(*settings_of(optimizer), twins)
     for i, param in enumerate(params):
+        assert plan.is_new(i) == 1 and other.is_new(i) == (i == 1)
+        if other.is_new(i):
+            continue
         for name, value in optimizer.state.get(param, {}).items():
             if value.numel() > 0:
-                plan.state(i, name, value.dtype).copy_(value.flatten())
-    plan.resume()
-    give_gradients(params, twins, 1)
-    optimizer.step()
-    assert_same(optimizer, params, plan, twins, plan.step())
+                plan.state(i, name).copy_(value.flatten())
+        plan.resume(i)
+    for step in (1, 2):
+        give_gradients(params, twins, step)
+        optimizer.step()
+        assert_same(optimizer, params, plan, twins, plan.step())
+
+
+@pytest.mark.parametrize("decays", [(0.1, 0.1, 0.1), (0.0, 0.1, 0.1), (0.1, 0.0, 0.0), (0.0, 0.0, 0.1)], ids=str)
+@pytest.mark.parametrize("late", [(), (0, 3)], ids=str)
+def test_a_momentum_has_the_dtype_that_its_first_step_gives(decays, late):
+    """A weight decay promotes it, in the step that fills it."""
+    optimizer, params, plan, twins = both("SGD", grad_dtype=torch.bfloat16, lr=0.1, momentum=0.9, weight_decay=0.05)
+    for step, decay in enumerate(decays):
+        optimizer.param_groups[0]["weight_decay"] = decay
+        plan.set("weight_decay", decay)
+        for param in (*params, *twins):
+            param.grad = torch.zeros(param.shape, dtype=torch.bfloat16)
+        give_gradients(params, twins, step, without=late if step == 0 else ())
+        optimizer.step()
+        assert_same(optimizer, params, plan, twins, plan.step())
 
 
 def test_threads_change_no_bits():
@@ -187,6 +207,12 @@ def test_threads_change_no_bits():
         ("sgd", {"norm_type": 3}, "norm_type must be 2 or infinite"),
         ("sgd", {"clip_low": 1, "clip_high": 0}, "clip_low is above clip_high"),
         ("sgd", {"nesterov": 2}, "nesterov is a switch: 0 or 1"),
+        ("sgd", {"nesterov": 1, "dampening": 0.5}, "nesterov needs a momentum, and no dampening"),
+        ("sgd", {"momentum": -1}, "momentum is negative"),
+        ("sgd", {"rho": 0.5}, "rho is no setting of sgd"),
+        ("sgd", {"clip_value": 1, "clip_low": -1}, "clip_value is given together with clip_low or clip_high"),
+        ("adadelta", {"momentum": None, "dampening": None, "rho": 1.5, "eps": 0}, "rho is above 1"),
+        ("adadelta", {"momentum": None, "dampening": None, "rho": 0.5, "eps": -1}, "eps is negative"),
         ("sgd", {"rounding_seed": 0.5}, "rounding_seed must be a whole number"),
         ("sgd", {"momentum_dtype": 7}, "there is no such dtype"),
         ("sgd", {"momentum_dtype": 1}, "momentum_dtype must be float32, bfloat16 or float16"),
@@ -205,6 +231,9 @@ def test_bad_settings_are_named(optimizer, changed, said):
     ("changed", "said"),
     [
         ({"numel": -1}, "tensor 0 has a negative number of elements"),
+        ({"numel": 2**61}, "tensor 0 has more elements than there is memory"),
+        ({"numel": 2**63 - 1}, "tensor 0 has more elements than there is memory"),
+        ({"numel": 2**55}, "out of memory|_M_default_append"),
         ({"param": None}, "tensor 0 has no memory for its parameter"),
         ({"dtype": 4}, "there is no such dtype"),
         ({"grad_dtype": 1}, "tensor 0 mixes float64 with another dtype"),
@@ -227,7 +256,10 @@ def test_a_setting_that_is_refused_changes_nothing():
     assert all(map(torch.equal, twins, other[3]))
     with pytest.raises(Refused, match="there is no tensor 9"):
         plan.check(library.fastclip_set_grad(plan.plan, 9, None))
-    assert plan.state(9, "step", torch.float32) is None and plan.state(0, "foo", torch.float32) is None
+    assert plan.state(9, "step") is None and plan.state(0, "foo") is None
+    for refused in (lambda: plan.resume(9), lambda: plan.check(library.fastclip_step(None, None))):
+        with pytest.raises(Refused, match="there is no"):
+            refused()
 
 
 def test_a_setting_is_not_given_twice():

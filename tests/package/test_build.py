@@ -53,6 +53,13 @@ def test_without_a_build_the_command_is_told(tmp_path):
     assert "ImportError" in result.stderr and "setup.py build_ext --inplace" in result.stderr
 
 
+def test_what_an_older_version_has_built_is_told(tmp_path):
+    shutil.copytree(ROOT / "fastclip", tmp_path / "fastclip", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "fastclip" / "_build_info.py").write_text("BUILD_INFO = {'torch': '2.13.0', 'cuda': None}")
+    result = subprocess.run([sys.executable, "-c", "import fastclip"], cwd=tmp_path, text=True, capture_output=True)
+    assert "ImportError: fastclip's extension is not built by this version of it" in result.stderr
+
+
 def test_every_instruction_set_gives_the_same_bits():
     """AVX-512, AVX2 and the baseline, as far as this machine has them. ARM: python -m tests.arm."""
     results = {}

@@ -99,6 +99,34 @@ WRONG = {
 }
 
 
+def test_the_check_passes_while_torch_transforms_a_function():
+    script = """
+import torch
+def function(x):
+    import fastclip
+    return (x * x).sum()
+print(torch.func.grad(function)(torch.ones(2)).tolist())
+"""
+    said = subprocess.run([sys.executable, "-c", script], text=True, capture_output=True)
+    assert said.stdout == "[2.0, 2.0]\n", said.stderr
+
+
+def test_a_glue_that_cannot_read_is_found():
+    def misread(*_):
+        raise RuntimeError("no such type")
+
+    glue = SimpleNamespace(misread=misread, bump_version=None)
+    assert _self_check.first_misread(glue) == "value (no such type)"
+
+
+def test_what_another_version_or_another_python_has_built_is_told(monkeypatch):
+    monkeypatch.setattr(_extension.importlib.machinery, "EXTENSION_SUFFIXES", [".cpython-399-none.so"])
+    with pytest.raises(
+        ImportError, match=r"not built for this Python: there is no .*cpython-399(.|\n)*build_ext --inplace"
+    ):
+        _extension._load_fitting(["2.13"], "2.13.0")
+
+
 @pytest.mark.parametrize(("place", "name"), list(enumerate(WRONG)))
 def test_what_is_read_otherwise_is_found(place, name, monkeypatch):
     def misread(tensor, *told):
@@ -122,7 +150,9 @@ def test_a_version_that_is_not_counted_is_found():
     [
         "torch.set_default_dtype(torch.float64)",
         "torch.set_default_device('meta')",
+        "torch.set_default_device('cuda')",
         "torch.inference_mode().__enter__()",
+        "from torch._subclasses import FakeTensorMode; FakeTensorMode().__enter__()",
         "torch.set_grad_enabled(False)",
     ],
 )

@@ -151,6 +151,24 @@ def test_named_torches_are_taken_the_oldest_first(folder_with, monkeypatch):
     assert torches.requirement([]) == "torch>=2.11"
 
 
+@pytest.mark.parametrize(
+    ("version", "requirement"),
+    [
+        ("2.13.0a0+5228986c39.nv26.06", "torch>=2.13.dev0"),
+        ("2.14.0.dev20260701+cu130", "torch>=2.14.dev0"),
+        ("2.14.0rc2", "torch>=2.14.dev0"),
+        ("2.13.1+cpu", "torch>=2.13"),
+        ("2.13.0+debug", "torch>=2.13"),
+    ],
+)
+def test_the_requirement_is_met_by_the_torch_of_the_build(version, requirement, folder_with, monkeypatch):
+    from packaging.requirements import Requirement
+
+    monkeypatch.setenv("FASTCLIP_TORCHES", str(folder_with("a", version)))
+    assert torches.requirement(torches.find()) == requirement
+    assert Requirement(requirement).specifier.contains(version, prereleases=True)
+
+
 def test_a_folder_without_torch_and_a_release_twice_are_refused(folder_with, monkeypatch, tmp_path):
     monkeypatch.setenv("FASTCLIP_TORCHES", str(tmp_path / "none"))
     with pytest.raises(PlatformError, match="none/torch/version.py does not say which torch this is"):
