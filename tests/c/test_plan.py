@@ -2,8 +2,6 @@
 
 import ctypes
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,7 +9,7 @@ import torch
 import fastclip
 from tests.support.digest import CLIPS, DTYPES, RULES
 
-from .library import LIBRARY, Plan, Refused, library, settings_of
+from .library import Plan, Refused, library, settings_of
 
 SIZES = (1, 17, 0, 100, 5003)
 SGD = {"lr": 0.1, "momentum": 0.9, "dampening": 0.0}
@@ -268,14 +266,3 @@ def test_a_setting_is_not_given_twice():
     settings = (Setting * 2)(Setting(b"lr", 0.1), Setting(b"lr", 0.2))
     assert not library.fastclip_plan_new(b"sgd", settings, 2, (Tensor * 0)(), 0)
     assert library.fastclip_error() == b"lr is given twice"
-
-
-# ---- the library -----------------------------------------------------------------------------------------
-
-
-def test_it_loads_without_torch_and_without_python():
-    """In a program that is Python, but has loaded no torch; which libraries it asks for: test_program.py."""
-    script = "import ctypes, sys; l = ctypes.CDLL(sys.argv[1]); l.fastclip_capability.restype = ctypes.c_char_p\n"
-    script += "print(l.fastclip_capability().decode()); print(open('/proc/self/maps').read().count('libtorch'))"
-    said = subprocess.run([sys.executable, "-c", script, str(LIBRARY)], text=True, capture_output=True, check=True)
-    assert said.stdout.split() == [fastclip.build_info()["cpu_capability"], "0"]

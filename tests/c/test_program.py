@@ -4,6 +4,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -86,3 +87,11 @@ def test_the_libraries_export_what_is_declared_and_no_more():
     (glue,) = [path for path in FOLDER.glob("_C_*.so") if path.name.startswith(f"_C_{RELEASE}.")]
     said = subprocess.run(["nm", "-D", "--defined-only", glue], text=True, capture_output=True, check=True).stdout
     assert [line.split()[-1] for line in said.splitlines()] == ["PyInit__C"]
+
+
+def test_it_loads_without_torch_and_without_python():
+    """In a program that is Python, but has loaded no torch."""
+    script = "import ctypes, sys; l = ctypes.CDLL(sys.argv[1]); l.fastclip_capability.restype = ctypes.c_char_p\n"
+    script += "print(l.fastclip_capability().decode()); print(open('/proc/self/maps').read().count('libtorch'))"
+    said = subprocess.run([sys.executable, "-c", script, str(LIBRARY)], text=True, capture_output=True, check=True)
+    assert said.stdout.split() == [fastclip.build_info()["cpu_capability"], "0"]
