@@ -84,7 +84,7 @@ build: .requirements-demo  ## the extension, in place
 	@$(PY) setup.py build_ext --inplace > build.log 2>&1 || { cat build.log; exit 1; }
 	@$(PY) -m fastclip
 
-CXX_FILES = $(shell find csrc fastclip tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES = $(shell find csrc distribution fastclip tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 format: .requirements  ## writes all code in the project's format: ruff, clang-format; nothing is built
 	$(PY) -m ruff check --fix .

@@ -1,6 +1,6 @@
-// Linked into the parts of a wheel, so that they load beside an older glibc and libstdc++ than those that they are built
-// with. A newer GCC's headers ask for symbols that glibc 2.29 and 2.32, and the libstdc++ of GCC 9 to 11, have first;
-// here they are, made of older ones. `auditwheel show` tells which a compiler asks for.
+// Linked into the parts of a wheel, so that they load beside an older glibc and libstdc++ than those that they are
+// built with. A newer GCC's headers ask for symbols that glibc 2.29 and 2.32, and the libstdc++ of GCC 9 to 11, have
+// first; here they are, made of older ones. `auditwheel show` tells which a compiler asks for.
 #include <exception>
 #include <new>
 #include <sstream>
