@@ -24,7 +24,6 @@ Ctrl-C writes a checkpoint, as does the end of each epoch; --resume goes on from
 the trained model is torch.load(checkpoint)["arms"]["fastclip"]["model"].
 """
 
-import contextlib
 import itertools
 import shlex
 import sys
@@ -34,7 +33,7 @@ import torch
 
 from ..speech.data import digit_strings, own_recordings
 from ..support import lockstep
-from ..support.console import SpeechDataError, progress
+from ..support.console import SpeechDataError, exit_code_of, progress
 from ..support.options import add_device, add_seed_and_threads, count, make_folder, make_parser
 from ..support.safe_files import interrupts_between_steps, load_checkpoint, save_checkpoint
 from . import report
@@ -165,17 +164,10 @@ def parse_arguments(arguments=None):
 def main(arguments=None):
     options = parse_arguments(arguments)
     try:
-        return run(options)
-    except SpeechDataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return exit_code_of(run, options, "Stopped. Checkpoints of earlier epochs, if any, are kept; see --resume.")
     except Stopped as stopped:
         more = options.arguments if options.resume else [*options.arguments, "--resume"]
         print(f"\nStopped {stopped}. To go on: python -m examples.article {shlex.join(more)}", file=sys.stderr)
-        return 130
-    except KeyboardInterrupt:
-        with contextlib.suppress(OSError):
-            print("\nStopped. Checkpoints of earlier epochs, if any, are kept; see --resume.", file=sys.stderr)
         return 130
 
 

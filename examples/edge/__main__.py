@@ -11,11 +11,9 @@ peak, and the smallest limit under which it trains. Then one of 273M under the l
 """
 
 import argparse
-import contextlib
 import functools
 import json
 import shlex
-import signal
 import sys
 import time
 from pathlib import Path
@@ -24,11 +22,11 @@ import torch
 
 from benchmarks.core import record
 
-from ..support.console import SpeechDataError, progress
+from ..support.console import RunError, exit_code_of, programs_stopped_too, progress
 from ..support.options import add_seed_and_threads, count, make_folder
 from ..support.safe_files import write
 from . import adapt, report
-from .memory import MIB, RETURNED, RunError, run_child, smallest_limit
+from .memory import MIB, RETURNED, run_child, smallest_limit
 from .steps import BYTES, STEPS
 from .voice import FOLDS, make_task
 from .ways import WAYS, trainable
@@ -149,19 +147,8 @@ def parse_arguments(arguments=None):
 
 def main(arguments=None):
     options = parse_arguments(arguments)
-    # So that a child is stopped, too.
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        return run(options)
-    except (SpeechDataError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, SpeechDataError) else 1
-    except KeyboardInterrupt:
-        with contextlib.suppress(OSError):
-            print("\nStopped; no results were written.", file=sys.stderr)
-        return 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with programs_stopped_too():
+        return exit_code_of(run, options)
 
 
 if __name__ == "__main__":

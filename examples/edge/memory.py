@@ -8,16 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from ..support.console import RunError
+
 ROOT = Path(__file__).parents[2]
 MIB = 2**20
 OUT_OF_MEMORY = 3  # exit code of a child
 # Lets glibc give blocks of 64 KiB and more back to the system when they are freed. By itself it keeps up to 32 MiB in a
 # heap, whose holes are memory, too.
 RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536"}
-
-
-class RunError(Exception):
-    """A library is missing, or a child failed for another reason than its memory; says what to do, or what it said."""
 
 
 def resident(field="VmRSS"):

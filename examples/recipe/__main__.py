@@ -11,13 +11,11 @@ The three Adams round differently, and a training makes much of that: error rate
 """
 
 import argparse
-import contextlib
 import importlib.util
 import json
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -26,7 +24,7 @@ from pathlib import Path
 from benchmarks.core import record
 
 from ..speech.data import digit_strings
-from ..support.console import SpeechDataError, progress
+from ..support.console import RunError, exit_code_of, programs_stopped_too, progress
 from ..support.options import count, make_folder, number
 from . import report
 from .corpus import write_corpus
@@ -40,10 +38,6 @@ RUNS = {  # by name: what stands before the stopwatch, and more options of ESPne
     "fastclip.run": (["-m", "fastclip.run", *STOPWATCH], []),
 }
 SOME_BATCHES = re.compile(r"(\d+)epoch:train:\d+-(\d+)batch")
-
-
-class RunError(Exception):
-    """ESPnet is not there, or a program of it failed; says what to do, or where its log is."""
 
 
 def train(name, corpus, folder, options):
@@ -167,19 +161,8 @@ def parse_arguments(arguments=None):
 
 def main(arguments=None):
     options = parse_arguments(arguments)
-    # So that ESPnet is stopped, too.
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        return run_all(options)
-    except (SpeechDataError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, SpeechDataError) else 1
-    except KeyboardInterrupt:
-        with contextlib.suppress(OSError):
-            print("\nStopped; no results were written.", file=sys.stderr)
-        return 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with programs_stopped_too():
+        return exit_code_of(run_all, options)
 
 
 if __name__ == "__main__":

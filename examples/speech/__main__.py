@@ -14,7 +14,6 @@ The data are strings of spoken digits (recordings in Debian packages; where thes
 own: --data takes a folder with wav files (16 bit PCM) and transcripts.txt, whose lines read file.wav<TAB>text.
 """
 
-import contextlib
 import math
 import shlex
 import sys
@@ -25,7 +24,7 @@ import torch
 import fastclip
 
 from ..support import lockstep
-from ..support.console import SpeechDataError, progress
+from ..support.console import exit_code_of, progress
 from ..support.options import add_device, add_seed_and_threads, count, make_folder, make_parser, positive
 from . import report
 from .batches import BATCH, batches_of_like_length, ctc_loss, error_rate, extract
@@ -128,15 +127,7 @@ def parse_arguments(arguments=None):
 
 def main(arguments=None):
     options = parse_arguments(arguments)
-    try:
-        return run(options)
-    except SpeechDataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        with contextlib.suppress(OSError):
-            print("\nStopped; no results were written.", file=sys.stderr)
-        return 130
+    return exit_code_of(run, options)
 
 
 if __name__ == "__main__":
