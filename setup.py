@@ -43,7 +43,6 @@ CXX_FLAGS = [
 ]
 # Compiled to be small, as a wheel has it for each torch: what runs once a step, and not for each tensor.
 ONCE_A_STEP = ("bindings", "engine", "histories", "norm_limits", "reasons", "self_check", "shards")
-TORCH_LIBRARIES = ("c10", "torch_cpu", "torch", "torch_python")
 IS_MACOS = sys.platform == "darwin"
 if IS_MACOS:
     LIBRARY = ["-dynamiclib", "-install_name", "@rpath/libfastclip.so"]
@@ -117,9 +116,9 @@ class Build(build_ext):
             self.add_glue(file, torch, library)
         package = Path(self.build_lib, "fastclip")
         package.mkdir(parents=True, exist_ok=True)
-        for left_over in package.glob("_C_*"):  # by a build for another torch
-            if left_over.name not in [self.output_of(module_of(torch)).name for torch in self.torches]:
-                left_over.unlink()
+        glues = {self.output_of(module_of(torch)) for torch in self.torches}
+        for left_over in set(package.absolute().glob("_C*.so")) - glues:  # by a build for another torch
+            left_over.unlink()
         file.make()
 
     def output_of(self, name):
@@ -141,7 +140,7 @@ class Build(build_ext):
         flags += [f"-ffile-prefix-map={torch.folder.parent}/=", f"-DFASTCLIP_FOR_TORCH={torch.version}"]
         flags += ["-DFASTCLIP_CUDA"] if nvcc.find_nvcc() else []
         objects = file.add_objects(f"host-{torch.release}", sources_in("csrc/host"), command_for(*flags))
-        libraries = [f"-L{torch.folder / 'lib'}", *(f"-l{name}" for name in TORCH_LIBRARIES)]
+        libraries = [f"-L{torch.folder / 'lib'}", *(f"-l{name}" for name in torches.LIBRARIES)]
         file.add("link", self.output_of(module_of(torch)), [*objects, library], link_command(*GLUE), libraries)
 
     def write_build_info(self):

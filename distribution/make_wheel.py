@@ -22,7 +22,8 @@ from pathlib import Path
 
 import old_cudart
 import torches
-from torch_headers import CACHE, GLIBC, LIBRARIES, fetch
+from torch_headers import CACHE, GLIBC, fetch, platform_of
+from torches import LIBRARIES
 
 ROOT = Path(__file__).parents[1]
 LARGEST_MB = {True: 8, False: 1}  # with CUDA, without
@@ -68,7 +69,7 @@ def make_wheel(sdist, folder, machine):
     source = folder / sdist.name.removesuffix(".tar.gz")
     runtime, flags = folder / "old_runtime.o", ("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden")
     run("old_runtime.cpp", *compiler, *flags, "-c", source / "distribution/old_runtime.cpp", "-o", runtime)
-    old = old_cudart.make(folder / "old_cudart", compiler, tuple(map(int, GLIBC.split("_"))), run)
+    old = old_cudart.make(folder / "old_cudart", compiler, GLIBC, run)
     variables = {
         "LDFLAGS": f"{os.environ.get('LDFLAGS', '')} {shlex.join(map(str, [runtime, '-Wl,--wrap=pow', '-s', *old]))}",
         "FASTCLIP_TORCHES": os.pathsep.join(named),
@@ -83,7 +84,7 @@ def repair(wheel, folder, machine):
     """Makes a wheel that names the platforms it loads on, in the folder; returns its path."""
     excluded = [word for name in LIBRARIES for word in ("--exclude", f"lib{name}.so")]
     # auditwheel knows the names of this machine's platforms alone; the oldest that fits it finds for any.
-    wanted = f"manylinux_{GLIBC}_{machine}" if machine == platform.machine() else "auto"
+    wanted = platform_of(machine) if machine == platform.machine() else "auto"
     command = [sys.executable, "-m", "auditwheel", "repair", "--plat", wanted, *excluded]
     run("auditwheel", *command, "--zip-compression-level", "9", "-w", folder / "repaired", wheel)
     (repaired,) = (folder / "repaired").glob("*.whl")
@@ -98,7 +99,7 @@ def check(wheel):
     # The libraries that torch has loaded before are outside, and there.
     foreign = set(found["external_libs"]) - {f"lib{name}.so" for name in LIBRARIES}
     newest = re.match(r"manylinux_(\d+)_(\d+)_", found["sym_tag"])
-    if foreign or newest is None or tuple(map(int, newest.groups())) > tuple(map(int, GLIBC.split("_"))):
+    if foreign or newest is None or tuple(map(int, newest.groups())) > GLIBC:
         raise WheelError(f"{wheel.name} would not load everywhere: {shown}")
     with zipfile.ZipFile(wheel) as file:
         namespace = {}

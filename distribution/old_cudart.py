@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import nvcc
+import torches
 
 NAME = "libcudart_static.a"
 OLD = ("libpthread.so.0", "libdl.so.2", "librt.so.1")  # where these symbols are in an older glibc
@@ -34,14 +35,10 @@ def make(folder, compiler, newest, run):
 def renamed(symbols, newest):
     """Returns {name: its newest version that is old enough} of the symbols that readelf lists and whose own is not."""
     old, too_new = {}, set()
-    for name, mark, version in re.findall(r" (\w+)(@@?)(GLIBC_[\d.]+)$", symbols, re.MULTILINE):
-        number = number_of(version)
+    for name, mark, version in re.findall(r" (\w+)(@@?)GLIBC_([\d.]+)$", symbols, re.MULTILINE):
+        number = torches.number_of(version)
         if mark == "@@" and number > newest:
             too_new.add(name)
-        elif number <= newest and number > number_of(old.get(name, "GLIBC_0")):
+        elif number <= newest and number > torches.number_of(old.get(name, "0")):
             old[name] = version
-    return {name: old[name] for name in sorted(too_new & old.keys())}
-
-
-def number_of(version):
-    return tuple(map(int, version.removeprefix("GLIBC_").split(".")))
+    return {name: f"GLIBC_{old[name]}" for name in sorted(too_new & old.keys())}

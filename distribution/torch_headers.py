@@ -7,10 +7,15 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+import torches
+
 CACHE = Path(__file__).parents[1] / ".cache" / "wheel"
-GLIBC = "2_28"  # of torch's own wheels, and of ours
-# A glue names torch's libraries, and finds them at run time. To link it, empty ones of these names are enough.
-LIBRARIES = ("c10", "torch_cpu", "torch", "torch_python")
+GLIBC = (2, 28)  # of torch's own wheels, and of ours
+
+
+def platform_of(machine):
+    """Returns the name of the platform, as in a wheel's tag."""
+    return f"manylinux_{GLIBC[0]}_{GLIBC[1]}_{machine}"
 
 
 def fetch(release, machine, compiler, run):
@@ -23,7 +28,7 @@ def fetch(release, machine, compiler, run):
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     minor = f"3{sys.version_info[1]}"
-    wanted = ["--platform", f"manylinux_{GLIBC}_{machine}", "--python-version", minor, "--abi", f"cp{minor}"]
+    wanted = ["--platform", platform_of(machine), "--python-version", minor, "--abi", f"cp{minor}"]
     with tempfile.TemporaryDirectory() as there:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "-d", there]
         # No constraints: a machine's may hold torch to one release.
@@ -34,7 +39,7 @@ def fetch(release, machine, compiler, run):
                 folder, [name for name in file.namelist() if name.startswith(("torch/include/", "torch/version.py"))]
             )
     (folder / "torch" / "lib").mkdir()
-    for name in LIBRARIES:
+    for name in torches.LIBRARIES:  # to link, empty ones of these names are enough
         library = folder / "torch" / "lib" / f"lib{name}.so"
         run(library.name, *compiler, "-shared", f"-Wl,-soname,{library.name}", "-x", "c", os.devnull, "-o", library)
     (folder / "done").touch()

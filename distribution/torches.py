@@ -14,7 +14,10 @@ from setuptools.errors import PlatformError
 
 # Each release that was tested (python -m tests.matrix), by the first one of the same layout.
 LAYOUTS = {"2.11": ("2.11", "2.12"), "2.13": ("2.13", "2.14", "2.15")}
-OLDEST, NEWEST = "2.11", "2.15"
+RELEASES = [release for layout in LAYOUTS.values() for release in layout]
+OLDEST, NEWEST = RELEASES[0], RELEASES[-1]
+# A glue names these of torch's libraries, and finds them at run time.
+LIBRARIES = ("c10", "torch_cpu", "torch", "torch_python")
 
 NO_TORCH = """\
 fastclip is compiled against torch, and there is none here.

@@ -51,12 +51,17 @@ def _choose(releases: list[str], version: str) -> str:
     return max(fitting, key=_release)
 
 
-def _load(release: str) -> Any:
-    """Returns the glue for this release of torch, as the module fastclip._C."""
+def _file_of(release: str) -> Path:
+    """Returns the file of the glue for this release of torch. Raises ImportError where there is none."""
     file = f"_C_{release.replace('.', '_')}{importlib.machinery.EXTENSION_SUFFIXES[0]}"
     path = Path(__file__).with_name(file)
     if not path.exists():
         raise ImportError(NOT_BUILT.format(f" for this Python: there is no {path}"))
+    return path
+
+
+def _load(path: Path) -> Any:
+    """Returns a glue as the module fastclip._C."""
     spec = importlib.util.spec_from_file_location(f"{__package__}._C", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -68,11 +73,10 @@ def _load_fitting(releases: list[str], version: str) -> tuple[Any, str]:
     """Returns the glue that fits this version of torch, and its release. Raises ImportError where none does."""
     release = _choose(releases, version)
     unfit = f"fastclip was built for torch {release}, and that does not fit torch {version}: "
+    path = _file_of(release)
     try:
-        glue = _load(release)
+        glue = _load(path)
     except ImportError as error:
-        if str(error).startswith(NOT_BUILT.partition("{}")[0]):
-            raise
         raise ImportError(f"{unfit}{error}. {WAYS_OUT}") from error
     if found := first_misread(glue):
         raise ImportError(f"{unfit}it reads another {found} of a tensor than Python does. {WAYS_OUT}")

@@ -52,8 +52,7 @@ void read_clips(const Settings& settings, Options& options) {
 Options read(const Settings& settings, Rules::Id rule, const char* optimizer) {
   Options options;
   Hyper& hyper = options.hyper;
-  settings.number(Settings::Key("lr"));
-  hyper.lr = settings.non_negative_or("lr", 0);
+  hyper.lr = settings.number(Settings::Key("lr"));
   hyper.weight_decay = settings.non_negative_or("weight_decay", 0);
   hyper.maximize = settings.flag(Settings::Key("maximize"));
   read_clips(settings, options);

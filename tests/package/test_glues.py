@@ -51,11 +51,12 @@ def test_a_torch_that_is_older_is_told():
 def loading(monkeypatch, glue):
     """What an import does, where the glue is this one, or raises this error."""
 
-    def load(release):
+    def load(path):
         if isinstance(glue, Exception):
             raise glue
         return glue
 
+    monkeypatch.setattr(_extension, "_file_of", Path)
     monkeypatch.setattr(_extension, "_load", load)
     return lambda version: _extension._load_fitting(BOTH, version)
 
@@ -234,7 +235,7 @@ def compiled_check(folder, header, text, other):
     setup = load_setup()
     # Functions are looked up when they are called: what is not called is not there.
     flags = [flag for flag in setup.CXX_FLAGS if flag not in ("-O3", "-fno-plt")] + ["-Wl,-z,lazy"]
-    libraries = [f"-L{INCLUDE.parent / 'lib'}", *(f"-l{name}" for name in setup.TORCH_LIBRARIES)]
+    libraries = [f"-L{INCLUDE.parent / 'lib'}", *(f"-l{name}" for name in setup.torches.LIBRARIES)]
     includes = [f"-I{folder}", f"-I{CSRC}", "-isystem", INCLUDE, "-isystem", INCLUDE / "torch/csrc/api/include"]
     includes += ["-isystem", sysconfig.get_paths()["include"]]
     sources = [folder / "check.cpp", CSRC / "host" / "self_check.cpp", CSRC / "host" / "tensors.cpp"]
