@@ -7,6 +7,7 @@
 #include "rules/clip.h"
 #include "rules/decision.h"
 #include "rules/rules.h"
+#include "rules/segment.h"
 
 // What libfastclip.so has for the host, which is compiled for each layout of torch.
 #define FASTCLIP_API __attribute__((visibility("default")))
@@ -71,6 +72,15 @@ FASTCLIP_HD void advance(const Entry& tensor, const Hyper& hyper) {
     store_number(tensor.step, tensor.step_is_float64, number_at(tensor.step, tensor.step_is_float64) + 1);
 }
 
+// A part of the step with a norm of its own: the tensors from this one to that of the next segment. There may be none,
+// where only other ranks have elements.
+struct Segment {
+  uint32_t number;  // its place among all groups, or all parameters
+  uint32_t group;
+  uint32_t first_tensor;
+  History* history;  // of its limit, if that is a rule; in one part of a step only
+};
+
 // The passes that a call makes. A norm over several devices takes two calls, `measure` and `update`: in between, every
 // device is given the sums of all.
 enum class Passes : uint8_t { all, measure, update };
@@ -105,6 +115,11 @@ struct Step {
   // Set in one part of a step only.
   History* clip_history = nullptr;
   History* skip_history = nullptr;
+  // With a Scope other than global, the parts that have a norm of their own, and the limits, one per group.
+  std::vector<Segment> segments;
+  std::vector<NormLimit> segment_limits;
+  SegmentOutcome* segment_outcomes = nullptr;  // one per segment
+  const SegmentOutcome* segment_totals = nullptr;  // for Passes::update: their sums over all parts, and their levels
   const Sums* sums = nullptr;  // for Passes::update: the sums of each part's outcome, in device memory
   const Levels* levels = nullptr;  // and the levels of that part which has the histories
   int parts = 1;  // number of these sums

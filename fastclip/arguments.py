@@ -54,9 +54,12 @@ def complete_group(group: Any) -> Any:
 
 def complete_params(params: Any) -> Any:
     """Does that for the groups among the parameters of a new optimizer. Leaves all else as it is, to be read once."""
-    if isinstance(params, (list, tuple)) and any(isinstance(group, Mapping) for group in params):
-        return [complete_group(group) for group in params]
-    return params
+    return [complete_group(group) for group in params] if groups_among(params) else params
+
+
+def groups_among(params: Any) -> list[Mapping[str, Any]]:
+    """Returns the groups among the parameters of a new optimizer; none where these are tensors, or to be read once."""
+    return [group for group in params if isinstance(group, Mapping)] if isinstance(params, (list, tuple)) else []
 
 
 def _dtype_of(name, where):

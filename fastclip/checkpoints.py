@@ -40,7 +40,7 @@ def restore_dtypes(optimizer, rule, state_dict):
     for key, (group, param) in zip(saved, pairs, strict=True):
         loaded = optimizer.state.get(param, {})
         for name, value in state_dict["state"].get(key, {}).items():
-            if name in HISTORIES.values() and isinstance(value, torch.Tensor):
+            if name in HISTORIES and isinstance(value, torch.Tensor):
                 window = max(value.numel() - NUMBERS, 0) // 2
                 loaded[name] = adopted(value, window, loaded[name].device)
                 continue

@@ -9,7 +9,7 @@ from .distributed import local_of, on_any_rank, over_ranks
 from .plain.measure import norm_of
 from .plain.values import values_of
 from .reasons import name_of
-from .settings import LIMITS, of_all_gradients
+from .settings import set_limits
 
 
 class ClipStats(NamedTuple):
@@ -23,7 +23,8 @@ class ClipStats(NamedTuple):
             `max_norm`, `skip_norm`, `max_change` and `max_relative_change`.
         clip_coefficient (float64): factor of the norm clip, min(1, max_norm / (total_norm + 1e-6)) as in
             `torch.nn.utils.clip_grad_norm_`, or that of a limit on the change, if it is smaller; 1 if the gradients
-            were left alone. None where `total_norm` is.
+            were left alone. With a `norm_scope`, that of the group or parameter that is scaled down the most, and 0 in
+            a skipped step. None where `total_norm` is.
         clamped_fraction (float64): fraction of the elements under a `clip_value` that were outside its bounds, from 0
             to 1. A NaN, which `clamp_` leaves alone, does not count. 0 in a skipped step; None if no group has a
             `clip_value`, or only infinite ones.
@@ -33,7 +34,7 @@ class ClipStats(NamedTuple):
             `fastclip.SGD`; in the parameters' units. 0 in a skipped step; None without `max_change` and
             `max_relative_change`.
         threshold (float64): the value of `max_norm` in this step; of a rule, it follows from the norms of the steps
-            before. None without `max_norm`.
+            before. None without `max_norm`, and with a `norm_scope`, where there are several.
         skip_threshold (float64): the same of `skip_norm`.
 
     Example:
@@ -55,13 +56,13 @@ class ClipStats(NamedTuple):
 
 def table_of(measures, groups):
     """Returns measures by position, of a step in plain torch, as `Engine.measures_by_parameter` does."""
-    if not groups or not of_all_gradients(groups[0]):
+    limits = any(map(set_limits, groups))
+    if not limits and not (groups and groups[0]["skip_nonfinite"]):
         return None, 2.0
     count = sum(len(group["params"]) for group in groups)
     rows = torch.zeros(count, 3, dtype=torch.float64, device="cpu")
     for position, measure in measures.items():
         rows[position] = measure.detach()
-    limits = any(groups[0][name] is not None for name in LIMITS)
     return rows, float(groups[0]["norm_type"]) if limits else math.inf
 
 

@@ -19,8 +19,9 @@ def step_in_backward(
     `zero_grad()` may stay in the training loop, and find nothing to do. Schedulers, checkpoints and groups work as
     usual, and `clip_stats()` is about the whole pass.
 
-    Limits: `max_norm`, `skip_norm`, `max_change`, `max_relative_change`, `skip_nonfinite` and `GradScaler` need all
-    gradients first.
+    Limits: `skip_norm`, `max_change`, `max_relative_change`, `skip_nonfinite` and `GradScaler` need all gradients
+    first; `max_norm` does, too, except with `norm_scope="parameter"`. A rule implies `skip_nonfinite`, if it is not
+    False.
     Changes of gradients between `backward()` and `step()` (a trainer's clip, an all-reduce, hooks of `step`) come too
     late; hooks of a tensor come in time. A second pass through a graph of updated parameters raises: add the losses up
     instead. A pass that raises may have updated some parameters. Passes that run in several threads at once must belong

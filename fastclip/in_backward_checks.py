@@ -8,9 +8,10 @@ import sys
 import torch
 
 from .distributed import is_dtensor
+from .norm_rules import is_rule
 from .optimizer import ClippedOptimizer
 from .reasons import name_of, negative, not_a_number
-from .settings import LIMITS
+from .settings import set_limits
 
 # The code that calls back a torch.autograd.Function.
 _FUNCTION_BACKWARD = {
@@ -71,16 +72,18 @@ def check_settings(optimizer):
     """Refuses settings that need all gradients first. Runs at each pass, as settings can be changed, and loaded."""
     optimizer._complete(optimizer.param_groups)
     for index, group in enumerate(optimizer.param_groups):
-        for limit in LIMITS:
-            if group[limit] is not None:
+        for limit in set_limits(group):
+            if limit != "max_norm" or group["norm_scope"] != "parameter":
                 raise ValueError(
-                    f"step_in_backward can't apply the {limit} of param_groups[{index}]: the norm is that of all "
-                    "gradients, and known when all are there; clip_value is applied to each by itself"
+                    f"step_in_backward can't apply the {limit} of param_groups[{index}]: the norm is that of several "
+                    "gradients, and known when all are there; clip_value, and max_norm with norm_scope='parameter', "
+                    "are applied to each by itself"
                 )
         if group["skip_nonfinite"]:
+            hint = "; a rule implies it, if you do not set it to False" if is_rule(group["max_norm"]) else ""
             raise ValueError(
                 f"step_in_backward can't apply the skip_nonfinite of param_groups[{index}]: the last gradient may be "
-                "the one to skip the step for, and the others are applied by then"
+                f"the one to skip the step for, and the others are applied by then{hint}"
             )
         if group["differentiable"]:
             raise ValueError(

@@ -10,7 +10,7 @@ import torch
 from .eager import eager
 from .in_backward_checks import check_not_replicated, check_pass
 from .in_backward_hooks import Hooks
-from .plain.step import clips_value
+from .in_backward_stats import StepStats, clips_of, together
 
 
 class Passes:
@@ -23,8 +23,8 @@ class Passes:
         self.accumulating = False
         self._checked = False
         self._last = None  # a weak reference to the last _Pass
-        self._clamped = []  # each step of this pass but the last: (fraction, number of elements)
-        self._clampable = 0  # elements under a value clip in the last step
+        self._steps = []  # the StepStats of each step of this pass but the last
+        self._clips = None  # the Clips of the last step; None if it had none
         self._hooks = Hooks(optimizer)
         self._hooks.follow(optimizer.param_groups)
         optimizer._in_backward = self
@@ -45,18 +45,22 @@ class Passes:
         with self._lock:
             left = self._left(self._optimizer.param_groups)
         if left:
-            self._clamped.clear()
+            self._steps.clear()
         return bool(left)
 
     def clip_stats(self):
         """Returns the ClipStats of the whole pass; None if it took one step, whose statistics the optimizer has."""
-        if not self._clamped:
+        if not self._steps:
             return None
-        last = self._optimizer._stats_of_call()
-        device = last.skipped.device
-        steps = [*self._clamped, (last.clamped_fraction, self._clampable)] if self._clampable else self._clamped
-        clamped = sum((fraction * count).round().to(device) for fraction, count in steps)
-        return last._replace(clamped_fraction=clamped / sum(count for _, count in steps))
+        return together([*self._steps, *self._stats_of_last()], self._optimizer._stats_of_call())
+
+    @property
+    def took_several_steps(self):
+        return bool(self._steps)
+
+    def _stats_of_last(self):
+        """Returns the last step's StepStats in a list, which is empty if it had no clip."""
+        return [] if self._clips is None else [StepStats(self._optimizer._stats_of_call(), self._clips)]
 
     def add_group(self):
         """Hooks the parameters of a new group. Raises before it hooks any."""
@@ -88,8 +92,8 @@ class Passes:
         if not self._checked:
             check_not_replicated(optimizer)
         self._checked = True
-        self._clamped.clear()
-        self._clampable = 0
+        self._steps.clear()
+        self._clips = None
         begun = _Pass(number)
         self._last = weakref.ref(begun)
         # Autograd frees the callback when the pass is over, also if it raises. Until then it holds the optimizer.
@@ -135,12 +139,10 @@ class Passes:
 
     def _step(self, optimizer, groups, placed):
         """Steps on `placed`, the parameters of `groups` that have a gradient, and frees the gradients."""
-        if self._clampable:
-            self._clamped.append((optimizer._stats_of_call().clamped_fraction, self._clampable))
-            self._clampable = 0
+        self._steps += self._stats_of_last()
+        self._clips = None
         optimizer._update(groups)
-        clips = [clips_value(group) for group in groups]
-        self._clampable = sum(param.numel() for group_index, _, param in placed if clips[group_index])
+        self._clips = clips_of(groups, placed)
         for _, _, param in placed:
             param.grad = None
 

@@ -114,6 +114,7 @@ class EmaNorm:
         _check_bounds(self)
 
 
+_RULED = ("max_norm", "skip_norm")  # the settings that may be a rule
 RULES: dict[str, Any] = {"quantile": QuantileNorm, "ema": EmaNorm}
 
 
@@ -190,9 +191,14 @@ def complete_rule(value: Any, what: str, leaves_out: bool = False) -> dict[str, 
     return {"rule": name, **asdict(rule)}
 
 
+def has_rule(settings: Mapping[str, Any]) -> bool:
+    """Returns whether a limit on the norm among these settings is a rule."""
+    return any(is_rule(settings.get(name)) for name in _RULED)
+
+
 def complete_rules(settings: dict[str, Any], where: str) -> None:
     """Makes plain dicts of the rules among settings that somebody gives. A rule implies `skip_nonfinite`."""
-    for name in ("max_norm", "skip_norm"):
+    for name in _RULED:
         if is_rule(settings.get(name)):
             settings[name] = complete_rule(settings[name], name + where, leaves_out=name == "skip_norm")
             settings.setdefault("skip_nonfinite", True)

@@ -12,13 +12,13 @@ from torch.optim import optimizer as torch_optimizer
 
 from . import amp, counts, deferred
 from ._extension import _C
-from .arguments import complete_group, complete_params, complete_settings, complete_value
+from .arguments import complete_group, complete_params, complete_settings, complete_value, groups_among
 from .checkpoints import complete, groups_in_file, is_flat_loader, numbers_in, restore_dtypes
 from .distributed import gradients_placed_as, is_dtensor, reduction_of, step_on_shards, total_measure, who_shares_out
 from .double_clip import DoubleClip
 from .eager import eager
 from .hidden import hide
-from .norm_rules import is_rule
+from .norm_rules import has_rule
 from .pieces import Given
 from .plain import history
 from .plain import step as plain
@@ -26,7 +26,14 @@ from .plain.history import HISTORIES
 from .plain.masters import undone
 from .reasons import name_of, not_shared
 from .results import Results
-from .settings import OWN_SETTINGS, SHARED_SETTINGS, of_all_gradients
+from .settings import (
+    OWN_SETTINGS,
+    SHARED_SETTINGS,
+    needs_skip_nonfinite,
+    of_all_gradients,
+    set_limits,
+    shared_settings,
+)
 
 
 class ClippedOptimizer(Results, torch.optim.Optimizer):
@@ -46,9 +53,12 @@ class ClippedOptimizer(Results, torch.optim.Optimizer):
     def __init__(self, params, *positional, **named):
         complete_settings(named, named, " in param_groups[0]")
         positional = self._complete_positional(positional)
+        params = complete_params(params)
+        if any(map(has_rule, groups_among(params))):
+            named.setdefault("skip_nonfinite", True)  # also of the groups that have none
         own = {name: named.pop(name) for name in OWN_SETTINGS if name in named}
         self._own_defaults = {**OWN_SETTINGS, **own}
-        super().__init__(complete_params(params), *positional, **named)
+        super().__init__(params, *positional, **named)
         del self._own_defaults  # from now on a new group takes max_norm from the existing ones
         deferred.carry_out_earlier([param for group in self.param_groups for param in group["params"]])
 
@@ -126,10 +136,11 @@ class ClippedOptimizer(Results, torch.optim.Optimizer):
         params = group["params"] if isinstance(group["params"], (list, set)) else [group["params"]]
         self._engine.check_group({**group, "params": []}, index)
         tensors = [p[1] if isinstance(p, tuple) else p for p in params]
-        of_all_ranks = of_all_gradients(group)
-        if of_all_ranks and any(hasattr(p, "_fsdp_flattened") for p in tensors):
+        of_all_ranks, norms = of_all_gradients(group), set_limits(group)
+        of_pieces = [*norms, *of_all_ranks]
+        if of_pieces and any(hasattr(p, "_fsdp_flattened") for p in tensors):
             raise TypeError(
-                f"{of_all_ranks[0]} can't be applied to param_groups[{index}]: each rank of FullyShardedDataParallel "
+                f"{of_pieces[0]} can't be applied to param_groups[{index}]: each rank of FullyShardedDataParallel "
                 "sees its own shard only; its clip_grad_norm_ looks at all shards"
             )
         if of_all_ranks and (zero := who_shares_out()):
@@ -140,7 +151,7 @@ class ClippedOptimizer(Results, torch.optim.Optimizer):
         for i, tensor in enumerate(tensors):
             if is_dtensor(tensor):
                 reduction_of(tensor._spec, name_of(group, index, i))
-        if self.param_groups and any(group[name] != self.param_groups[0][name] for name in SHARED_SETTINGS):
+        if self.param_groups and any(group[name] != self.param_groups[0][name] for name in shared_settings(group)):
             raise not_shared([*self.param_groups, group], index)
 
     def _start(self):
@@ -169,7 +180,7 @@ class ClippedOptimizer(Results, torch.optim.Optimizer):
         # A checkpoint of plain torch knows of no clip: this optimizer's own settings stay.
         for index, group in enumerate(self.param_groups):
             complete(group, own_groups[index] if index < len(own_groups) else self.defaults)
-            if any(is_rule(group[name]) for name in HISTORIES):  # it may be this optimizer's, and the rest the file's
+            if needs_skip_nonfinite(group):  # the rule may be this optimizer's, and the rest the file's
                 group["skip_nonfinite"] = True
         if self._loading is not None:
             restore_dtypes(self, self._rule, self._loading)
@@ -313,7 +324,7 @@ class ClippedOptimizer(Results, torch.optim.Optimizer):
             warnings.warn(f"fastclip falls back to plain torch (slower): {why_not}", stacklevel=6)
         if (place := undone(groups, self.state)) is not None:
             self._engine.warn_of_undone(name_of(groups[place[0]], *place), 6)
-        numbers = (*self._rule.number_states, *HISTORIES.values())  # no shards
+        numbers = (*self._rule.number_states, *HISTORIES)  # no shards
         counts.steps_in_plain_torch += 1
         measures: dict[int, torch.Tensor] = {}
         step = partial(plain.step, self._rule, by_parameter=measures)

@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from .settings import of_all_gradients
+from .settings import of_all_gradients, set_limits
 
 _is_initialized = torch.distributed.is_initialized if torch.distributed.is_available() else bool
 
@@ -38,8 +38,10 @@ class Given:
         """
         if not groups:
             return
-        settings = of_all_gradients(groups[0])
-        if not settings or not _is_initialized():
+        if not _is_initialized():
+            return
+        settings = [name for group in groups for name in (*set_limits(group), *of_all_gradients(group))]
+        if not settings:
             return
         lists = [group["params"] for group in groups]
         lengths = list(map(len, lists))

@@ -114,9 +114,9 @@ def changed_since(what):
 
 def not_shared(groups, index):
     """A setting of a group that differs from the first group's."""
-    from .settings import SHARED_SETTINGS  # which import the rules, and these the words
+    from .settings import shared_settings  # which import the rules, and these the words
 
-    name = next(name for name in SHARED_SETTINGS if groups[index][name] != groups[0][name])
+    name = next(name for name in shared_settings(groups[0]) if groups[index][name] != groups[0][name])
     return ValueError(
         f"{name} must be the same in all groups: {groups[index][name]} in param_groups[{index}], "
         f"{groups[0][name]} in param_groups[0]"

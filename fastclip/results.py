@@ -32,7 +32,9 @@ class Results:
             >>> model(x).sum().backward(); opt.step()
             >>> log({"grad_norm": opt.total_norm})
         """
-        return self._reference_stats.total_norm if self._reference_stats else self._engine.total_norm()
+        of_pass = self._in_backward and self._in_backward.clip_stats()
+        stats = of_pass or self._reference_stats
+        return stats.total_norm if stats else self._engine.total_norm()
 
     @property
     def skipped_steps(self) -> torch.Tensor:
@@ -110,6 +112,11 @@ class Results:
             >>> names, norms = opt.norms_by_parameter()
             >>> dominating = names[norms.argmax()], norms.max() ** 2 / norms.square().sum()
         """
+        if self._in_backward is not None and self._in_backward.took_several_steps:
+            raise RuntimeError(
+                "the backward pass took several steps, and the norms of the last one alone are there: "
+                "step_in_backward(..., bucket_cap_mb=math.inf) takes one"
+            )
         if self._reference_measures is None:
             measures, norm_type = self._engine.measures_by_parameter()
         else:

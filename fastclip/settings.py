@@ -6,7 +6,7 @@ from typing import Any, TypeAlias, TypedDict, TypeVar
 
 import torch
 
-from .norm_rules import EmaNorm, QuantileNorm
+from .norm_rules import EmaNorm, QuantileNorm, is_rule
 
 # Each setting, with the value that means torch's own step.
 OWN_SETTINGS = {
@@ -14,6 +14,7 @@ OWN_SETTINGS = {
     "max_norm": None,
     "skip_norm": None,
     "norm_type": 2.0,
+    "norm_scope": "global",
     "max_change": None,
     "max_relative_change": None,
     "skip_nonfinite": False,
@@ -22,8 +23,10 @@ OWN_SETTINGS = {
     "rounding_seed": 0,
     "momentum_dtype": None,
 }
-LIMITS = ("max_norm", "skip_norm", "max_change", "max_relative_change")  # each on a norm over all gradients
-SHARED_SETTINGS = (*LIMITS, "norm_type", "skip_nonfinite")  # the same in all groups
+LIMITS = ("max_norm", "skip_norm", "max_change", "max_relative_change")  # each on a norm
+SCOPES = ("global", "group", "parameter")  # over which max_norm takes the norm
+# The same in all groups; but for max_norm, unless its scope is "global".
+SHARED_SETTINGS = ("norm_scope", *LIMITS, "norm_type", "skip_nonfinite")
 
 
 # A limit on the norm: a number, or a rule, see `fastclip.QuantileNorm` and `fastclip.EmaNorm`.
@@ -37,6 +40,7 @@ class ClipSettings(TypedDict, total=False):
     max_norm: NormLimit
     skip_norm: NormLimit
     norm_type: float
+    norm_scope: str
     max_change: float | None
     max_relative_change: float | None
     skip_nonfinite: bool
@@ -46,10 +50,27 @@ class ClipSettings(TypedDict, total=False):
     momentum_dtype: torch.dtype | str | None
 
 
+def set_limits(group):
+    """Names the limits of a group that are set. A limit of 0 is one, too."""
+    return [name for name in LIMITS if group.get(name) is not None]
+
+
 def of_all_gradients(group):
-    """Names the settings of a group that look at all gradients. A limit of 0 is one, too."""
-    limits = [name for name in LIMITS if group.get(name) is not None]
+    """Names the settings of a group that look at more than one gradient."""
+    limits = [name for name in set_limits(group) if name != "max_norm" or group.get("norm_scope") != "parameter"]
     return [*limits, "skip_nonfinite"] if group.get("skip_nonfinite") else limits
+
+
+def needs_skip_nonfinite(group):
+    """Returns whether a rule among a group's limits needs `skip_nonfinite`: a step that is not left out would go on
+    without the norm that it looks at. The norm of one parameter concerns no other."""
+    return is_rule(group["skip_norm"]) or (is_rule(group["max_norm"]) and group["norm_scope"] != "parameter")
+
+
+def shared_settings(group):
+    """Names the settings that this group and all others have in common."""
+    own = () if group.get("norm_scope") == "global" else ("max_norm",)
+    return [name for name in SHARED_SETTINGS if name not in own]
 
 
 Init = TypeVar("Init", bound=Callable[..., Any])

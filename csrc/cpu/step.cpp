@@ -139,6 +139,23 @@ Sums sum_all(const Step& step) {
   return sums;
 }
 
+// Adds up the measures of each segment's chunks, in their order.
+void sum_segments(const Step& step) {
+  const auto first_chunk = [&](size_t tensor) {
+    return tensor < step.tensors.size() ? step.tensors[tensor].first_chunk : step.chunks;
+  };
+  for (size_t i = 0; i < step.segments.size(); ++i) {
+    const Segment& segment = step.segments[i];
+    SegmentOutcome& outcome = step.segment_outcomes[i] = {};
+    const bool last = i + 1 == step.segments.size();
+    const int64_t end = first_chunk(last ? step.tensors.size() : step.segments[i + 1].first_tensor);
+    for (int64_t chunk = first_chunk(segment.first_tensor); chunk < end; ++chunk) {
+      combine(step.norm, outcome.sum, step.measures[chunk]);
+    }
+    if (segment.history) outcome.level = level_of(step.segment_limits[segment.group], segment.history);
+  }
+}
+
 void measure_all(const Step& step, const ThreadPool& pool, const LoopTable& loops) {
   if (step.has_unmeasured_params) measure_params(step, pool, loops);
   const bool inf = step.norm == Norm::inf;
@@ -165,6 +182,7 @@ void measure_all(const Step& step, const ThreadPool& pool, const LoopTable& loop
     });
   });
   step.outcome->sums = sum_all(step);
+  sum_segments(step);
 }
 
 void read_levels(const Step& step) {
@@ -182,7 +200,41 @@ Decision decide_for(const Step& step) {
   return decide(step.norm, sum, step.limits, levels_of(step), step.skip_nonfinite);
 }
 
-void update_all(const Step& step, const ThreadPool& pool, const LoopTable& loops, const Scaling& scaling) {
+// The factors of tensors, by the segments that they are in; or one for all.
+class Scalings {
+ public:
+  explicit Scalings(const Scaling& of_all) : of_all_(of_all) {}
+
+  // Decides for each segment, and remembers its norm.
+  void add_segments(const Step& step, const Decision& decision) {
+    of_tensors_.resize(step.tensors.size());
+    for (size_t i = 0; i < step.segments.size(); ++i) {
+      const Segment& segment = step.segments[i];
+      const NormLimit& limit = step.segment_limits[segment.group];
+      const SegmentOutcome& of_all = step.passes == Passes::all ? step.segment_outcomes[i] : step.segment_totals[i];
+      const Level level = of_all.level;
+      const SegmentDecision decided = decide_for(step.norm, limit, level, of_all.sum);
+      record(step.segment_outcomes[i], decided);
+      const bool last = i + 1 == step.segments.size();
+      const auto end = of_tensors_.begin() + (last ? of_tensors_.size() : step.segments[i + 1].first_tensor);
+      std::fill(of_tensors_.begin() + segment.first_tensor, end, decided.scaling);
+      if (remembers_segments(decision)) {
+        push(limit, segment.history, level, decided.total_norm, false, Alone{});
+      }
+    }
+  }
+
+  bool is_one() const { return of_tensors_.empty(); }
+  const Scaling& of(const Step& step, const TensorEntry& tensor) const {
+    return is_one() ? of_all_ : of_tensors_[&tensor - step.tensors.data()];
+  }
+
+ private:
+  Scaling of_all_;
+  std::vector<Scaling> of_tensors_;
+};
+
+void update_all(const Step& step, const ThreadPool& pool, const LoopTable& loops, const Scalings& scalings) {
   // A norm was taken just before, by this call or by the one that deferred its clip: the last gradients are in a cache.
   const bool measured = step.norm != Norm::none || step.asked.grad_factor;
   const bool counts = step.has_step_counts;
@@ -198,10 +250,12 @@ void update_all(const Step& step, const ThreadPool& pool, const LoopTable& loops
       const Progress progress = counts ? progress_of(tensor) : Progress{};
       if (current != tensor.hyper || (counts && !(progress == current_progress))) {
         const Hyper& hyper = step.hypers[tensor.hyper];
-        constants = constants_of(step, hyper, scaling, progress);
+        constants = constants_of(step, hyper, scalings.of(step, tensor), progress);
         terms = hyper.terms;
         current = tensor.hyper;
         current_progress = progress;
+      } else if (!scalings.is_one()) {
+        constants.clip = clip_of<double>(step.hypers[tensor.hyper], step.asked, scalings.of(step, tensor));
       }
       const UpdateLoop loop = loops.update(step.rule, tensor, terms_of(terms, tensor.is_first));
       if (!step.limits.measures_params) {
@@ -234,7 +288,7 @@ void run(const Step& step, const ThreadPool& pool) {
     if (step.passes != Passes::measure) record(*step.outcome, skipped(step.limits, levels_of(step)), step.counts_skips);
     return;
   }
-  Scaling scaling;
+  Scalings scalings({});
   if (step.norm != Norm::none) {
     if (step.passes != Passes::update) measure_all(step, pool, loops);
     if (step.passes == Passes::measure) return;
@@ -243,11 +297,12 @@ void run(const Step& step, const ThreadPool& pool) {
     const Levels& levels = levels_of(step);
     push(step.limits.max_norm, step.clip_history, levels.max_norm, decision.total_norm, false, Alone{});
     push(step.limits.skip_norm, step.skip_history, levels.skip_norm, decision.total_norm, true, Alone{});
+    scalings = Scalings(decision.scaling);
+    if (!step.segments.empty()) scalings.add_segments(step, decision);
     if (decision.skip) return;
-    scaling = decision.scaling;
-    if (clips_in_place(step.rule) && scaling.coefficient == 1.0) return;
+    if (clips_in_place(step.rule) && decision.scaling.coefficient == 1.0) return;
   }
-  update_all(step, pool, loops, scaling);
+  update_all(step, pool, loops, scalings);
 }
 
 std::vector<Measure> measures_by_tensor(const Step& step) {

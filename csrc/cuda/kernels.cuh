@@ -3,6 +3,7 @@
 
 #include "decision.cuh"
 #include "mixed.cuh"
+#include "segments.cuh"
 #include "tiles.cuh"
 
 // The whole shared memory of a block: a Shared, then the slots.
@@ -47,19 +48,6 @@ __device__ __forceinline__ void for_each_tile(const Arguments<kTableBytes>& argu
   }
 }
 
-// Sums over the lanes of a warp, for lane 0, always in the same order. kWide: all three parts are in use, not only
-// `medium`.
-template <bool kWide>
-__device__ __forceinline__ Measure sum_over_warp(Norm norm, Measure sum) {
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    const Measure other{kWide ? __shfl_down_sync(0xffffffffu, sum.small, offset) : 0,
-                        __shfl_down_sync(0xffffffffu, sum.medium, offset),
-                        kWide ? __shfl_down_sync(0xffffffffu, sum.big, offset) : 0};
-    combine(norm, sum, other);
-  }
-  return sum;
-}
-
 // Sums over the threads of a block, for thread 0.
 template <bool kWide>
 __device__ __forceinline__ Measure sum_over_block(Norm norm, Measure sum) {
@@ -84,34 +72,30 @@ __device__ __forceinline__ void write_measure(const Header& header, double* meas
   }
 }
 
-// Sums over all tiles, for thread 0 of one block. The whole grid waits for it, so several loads are under way at once.
-// `volatile`, as other blocks have written the measures. A 0 changes no sum and no maximum.
+// Sums over some tiles, for thread 0 of one block. The whole grid waits for it.
 template <bool kWide>
-__device__ __forceinline__ Measure sum_over_tiles(const Header& header, const double* measures) {
-  constexpr int kAtOnce = 8;
-  const volatile double* const medium = measures;
-  const volatile double* const small = medium + header.tiles;
-  const volatile double* const big = small + header.tiles;
-  Measure sum{};
+__device__ __forceinline__ Measure sum_over_tiles(const Header& header, const double* measures, uint32_t first,
+                                                  uint32_t end) {
+  return sum_over_block<kWide>(header.norm, sum_of_lane<kWide>(header, measures, first + threadIdx.x, end, kThreads));
+}
+
+// Sums the segments that no warp has summed: those of many tiles, and those of none.
+template <bool kWide>
+__device__ __noinline__ void sum_large_segments(const Header& header, Segments segments) {
 #pragma unroll 1
-  for (uint32_t first = threadIdx.x; first < header.tiles; first += kAtOnce * kThreads) {
-    Measure loaded[kAtOnce];
-#pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) {
-      const uint32_t tile = first + k * kThreads;
-      const bool inside = tile < header.tiles;
-      loaded[k] = {kWide && inside ? small[tile] : 0, inside ? medium[tile] : 0, kWide && inside ? big[tile] : 0};
-    }
-#pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) combine(header.norm, sum, loaded[k]);
+  for (uint32_t i = 0; i < header.segments_by_block; ++i) {
+    const uint32_t segment = segments.by_block[i];
+    __syncthreads();  // `warp_sums` is read
+    const Measure sum = sum_over_tiles<kWide>(header, header.measures, segments.rows[segment].first_tile,
+                                              segments.rows[segment + 1].first_tile);
+    if (threadIdx.x == 0) close_segment(header, segments, segment, sum);
   }
-  return sum_over_block<kWide>(header.norm, sum);
 }
 
 // Lets all blocks meet. The last block to arrive adds up the measures, then lets the others go on. If nothing follows
 // in this launch, no block waits.
 template <class K, DTypes kDTypes>
-__device__ __forceinline__ void meet_and_sum(const Header& header) {
+__device__ __forceinline__ void meet_and_sum(const Header& header, Segments segments) {
   volatile Outcome& outcome = *header.outcome;
   uint32_t opened = 0;
   __syncthreads();  // the block's tiles are measured
@@ -126,15 +110,16 @@ __device__ __forceinline__ void meet_and_sum(const Header& header) {
     if (threadIdx.x == kThreads - 1) read_levels(header);  // meanwhile
     constexpr bool kWide = kDTypes == DTypes::any;  // only float64 has more than one part
     Sums sums{};
-    sums.grads = sum_over_tiles<kWide>(header, header.measures);
+    sums.grads = sum_over_tiles<kWide>(header, header.measures, 0, header.tiles);
     if constexpr (K::kLimitsChange) {
       __syncthreads();  // `warp_sums` is read
-      sums.change = sum_over_tiles<kWide>(header, header.change_measures);
+      sums.change = sum_over_tiles<kWide>(header, header.change_measures, 0, header.tiles);
       if (header.param_measures) {
         __syncthreads();
-        sums.params = sum_over_tiles<kWide>(header, header.param_measures);
+        sums.params = sum_over_tiles<kWide>(header, header.param_measures, 0, header.tiles);
       }
     }
+    if (header.segments_by_block > 0) sum_large_segments<kWide>(header, segments);
     if (threadIdx.x == 0) {
       header.outcome->sums = sums;
       atomicExch(&header.outcome->arrived, 0u);
@@ -230,6 +215,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks(kDTypes))
     return;
   }
   const bool keep = header.measure && header.update;
+  const Segments segments = segments_of(header, table_of<K, kDTypes>(arguments));
   if (header.measure) {
     if (header.has_unmeasured_params) measure_all_params<K, kDTypes>(arguments);
     for_each_tile<K, kDTypes>(
@@ -253,13 +239,15 @@ __global__ void __launch_bounds__(kThreads, min_blocks(kDTypes))
                                                multiplied(header.norm, sum, change));
             }
           });
+          if (header.segments > 0) note_tile<kDTypes == DTypes::any>(header, segments, tile);
         });
-    meet_and_sum<K, kDTypes>(header);
+    meet_and_sum<K, kDTypes>(header, segments);
   }
   if (!header.update) return;
   Scaling scaling;
   if (header.sums) {
     const Decision& decision = decide_for_block(header);
+    if (header.segments > 0) record_segments(header, segments, remembers_segments(decision));
     if (decision.skip) return;
     scaling = decision.scaling;
     if (K::Rule::kClipsInPlace && scaling.coefficient == 1.0) return;
@@ -270,6 +258,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks(kDTypes))
       [&](uint32_t tile, const Hyper& hyper, const Entry<K, kDTypes>& entry, int64_t begin, int size,
           const uint4* slot) {
         if (K::kLimitsChange && !entry.grad) return;
+        const Scaling of_tile = header.segments > 0 ? scaling_of_tile(header, segments, tile) : scaling;
         const auto note = [&](auto stored, const Updated<K::kLimitsChange>& updated) {
           clamped += updated.clamped;
           if constexpr (K::kLimitsChange) {
@@ -281,13 +270,13 @@ __global__ void __launch_bounds__(kThreads, min_blocks(kDTypes))
         };
         if constexpr (kMixed<K, kDTypes>) {
           if (kDTypes == DTypes::mixed || !entry.uniform) {
-            note(float{}, update_mixed_tile<K>(header, hyper, entry, begin, size, scaling, slot));
+            note(float{}, update_mixed_tile<K>(header, hyper, entry, begin, size, of_tile, slot));
             return;
           }
         }
         if constexpr (kDTypes != DTypes::mixed) {
           with_dtype<kDTypes>(entry.dtype, [&](auto stored) {
-            note(stored, update_tile<K, decltype(stored)>(header, hyper, entry, begin, size, scaling, slot));
+            note(stored, update_tile<K, decltype(stored)>(header, hyper, entry, begin, size, of_tile, slot));
           });
         }
       });

@@ -166,10 +166,37 @@ struct Layout {
   int32_t item_bytes = 0;  // bytes per element of the widest gradient
   int64_t table_bytes = 0;
   uint64_t places = 0;  // a hash of where each entry's tiles are
+  std::vector<SegmentRow> segments{};  // and one more
+  std::vector<uint32_t> segments_by_block{};
 
   int32_t tile() const { return 1 << tile_bits; }
   int64_t tiles_of(int64_t numel) const { return (numel + tile() - 1) >> tile_bits; }
 };
+
+// Finds the tiles of each segment.
+void add_segments(const Step& step, Layout& layout) {
+  uint32_t tile = 0;
+  auto segment = step.segments.begin();
+  const auto add_up_to = [&](size_t tensor) {
+    for (; segment != step.segments.end() && segment->first_tensor <= tensor; ++segment) {
+      layout.segments.push_back({segment->history, tile, segment->group});
+    }
+  };
+  size_t tensor = 0;
+  for_each_entry(step, [&](const TensorEntry&, int64_t begin, int64_t numel) {
+    if (begin == 0) add_up_to(tensor++);
+    tile += static_cast<uint32_t>(layout.tiles_of(numel));
+  });
+  add_up_to(step.tensors.size());
+  layout.segments.push_back({nullptr, tile, 0});
+  for (uint32_t i = 0; i + 1 < layout.segments.size(); ++i) {
+    const uint32_t tiles = layout.segments[i + 1].first_tile - layout.segments[i].first_tile;
+    if (tiles == 0 || tiles > kTilesOfWarp) layout.segments_by_block.push_back(i);
+  }
+  size_t bytes = layout.segments.size() * sizeof(SegmentRow) + step.segment_limits.size() * sizeof(NormLimit) +
+                 layout.segments_by_block.size() * sizeof(uint32_t);
+  layout.table_bytes += static_cast<int64_t>((bytes + sizeof(uint64_t) - 1) & -sizeof(uint64_t));
+}
 
 // Chooses the tile's size. Small tiles keep a whole GPU busy with a small model. The last block adds up one sum per
 // tile, so a large model gets larger tiles. The size depends on the model alone, and so does the order of the sums.
@@ -191,6 +218,7 @@ Layout layout_of(const Step& step) {
   const size_t entry_bytes = with_kernel(
       layout.choice, [](auto kernel, auto dtypes) { return sizeof(Entry<decltype(kernel), decltype(dtypes)::value>); });
   layout.table_bytes = static_cast<int64_t>(step.hypers.size() * sizeof(Hyper) + layout.entries * entry_bytes);
+  if (!step.segments.empty()) add_segments(step, layout);
   return layout;
 }
 
@@ -204,6 +232,11 @@ void write_table(const Step& step, const Layout& layout, unsigned char* bytes) {
       write_entry(tensor, begin, numel, tiles, *entry++);
       tiles += static_cast<uint32_t>(layout.tiles_of(numel));
     });
+    if (layout.segments.empty()) return;
+    auto* const rows = reinterpret_cast<SegmentRow*>(entry);
+    auto* const limits = reinterpret_cast<NormLimit*>(std::copy(layout.segments.begin(), layout.segments.end(), rows));
+    auto* const by_block = std::copy(step.segment_limits.begin(), step.segment_limits.end(), limits);
+    std::copy(layout.segments_by_block.begin(), layout.segments_by_block.end(), reinterpret_cast<uint32_t*>(by_block));
   });
 }
 
@@ -320,6 +353,11 @@ Header header_of(const Step& step, const Layout& layout) {
     header.levels = header.measure ? &step.outcome->levels : step.levels;
     header.parts = header.measure ? 1 : step.parts;
   }
+  header.segments = static_cast<uint32_t>(step.segments.size());
+  header.groups = static_cast<uint32_t>(step.segment_limits.size());
+  header.segments_by_block = static_cast<uint32_t>(layout.segments_by_block.size());
+  header.segment_outcomes = step.segment_outcomes;
+  header.segment_totals = header.measure ? step.segment_outcomes : step.segment_totals;
   header.clip_history = step.clip_history;
   header.skip_history = step.skip_history;
   header.update = step.passes != Passes::measure;

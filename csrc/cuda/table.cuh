@@ -1,4 +1,5 @@
-// The arguments of a CUDA kernel: a header, the groups' hyperparameters, and one entry per tensor.
+// The arguments of a CUDA kernel: a header, the groups' hyperparameters, and one entry per tensor. Where segments have
+// norms of their own, a row for each of them, the groups' limits, and a list of the segments that a block sums.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -116,6 +117,16 @@ __device__ __forceinline__ DType grad_dtype_of(const Entry<K, kDTypes>& entry) {
   return entry.dtype;
 }
 
+// A segment: its tiles begin here, and end where those of the next one begin. One more row stands behind the last.
+struct SegmentRow {
+  History* history;  // as in Segment
+  uint32_t first_tile;
+  uint32_t group;
+};
+
+// A warp sums the tiles of a segment with up to this many: each lane loads 8 at a time, four times.
+constexpr uint32_t kTilesOfWarp = 1024;
+
 struct Header {
   const unsigned char* table;  // in device memory, or nullptr: it follows the header
   uint32_t hypers;
@@ -131,6 +142,11 @@ struct Header {
   double* measures;  // three per tile: all `medium`, then all `small`, then all `big`
   double* change_measures;  // the same, of the change that the gradients make; nullptr without a limit on it
   double* param_measures;  // the same, of the parameters; nullptr if their norm does not count
+  SegmentOutcome* segment_outcomes;
+  const SegmentOutcome* segment_totals;  // those outcomes, or as in Step
+  uint32_t segments;  // 0 without norms of segments
+  uint32_t groups;  // number of limits
+  uint32_t segments_by_block;  // the number of those that a block sums
   const Sums* sums;  // one per part of the step; nullptr without a norm
   const Levels* levels;  // of the rules among the limits
   History* clip_history;  // as in Step

@@ -2,7 +2,10 @@
 #include "engine.h"
 
 #include <ATen/ops/full.h>
+#include <ATen/ops/minimum.h>
+#include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -74,6 +77,7 @@ std::optional<NotCovered> Engine::step(PyObject* groups, PyObject* state, PyObje
       raise_refusal("not_shared", {Held(groups), Held::stolen(PyLong_FromSsize_t(i))});
     }
   }
+  leave_out_idle_norm();
   if (something_watches_operations()) walk_.not_covered(Reason("watched"));
   for (size_t i = 0; i < groups_.size(); ++i) walk_.add_group(groups_[i], static_cast<Py_ssize_t>(i));
   const NormClip norm_clip = groups_.empty() ? NormClip{} : groups_.front().norm_clip;
@@ -88,6 +92,7 @@ std::optional<NotCovered> Engine::step(PyObject* groups, PyObject* state, PyObje
 
   Part* const first = norm_clip.limits.has_rules() ? first_in_use(walk_.parts()) : nullptr;
   if (first) histories_.prepare(groups_, *first);
+  if (norm_clip.scope != Scope::global) histories_.prepare_segments(groups_, walk_.parts());
   if (states.has_new()) {  // a replay would make them again each time
     for (const Part& part : walk_.parts()) {
       if (part.in_use() && part.is_capturing()) part.raise_capturing();
@@ -110,6 +115,19 @@ std::optional<NotCovered> Engine::step(PyObject* groups, PyObject* state, PyObje
     states.store();
   }
   return {};
+}
+
+// With a Scope other than global, a group does not know whether another one has a limit: all ask for the norm.
+void Engine::leave_out_idle_norm() {
+  if (groups_.empty() || groups_.front().norm_clip.scope == Scope::global) return;
+  const bool limits = std::any_of(groups_.begin(), groups_.end(), [](const Group& group) {
+    return group.segment_limit.is_set() || group.norm_clip.limits.skip_norm.is_set();
+  });
+  if (limits) return;
+  for (Group& group : groups_) {
+    group.norm_clip.norm = Norm::none;
+    group.norm_clip.scope = Scope::global;
+  }
 }
 
 int64_t Engine::steps_taken() { return steps_taken_of_all; }
@@ -150,6 +168,7 @@ void Engine::remember(const NormClip& norm_clip, bool skipped_by_host) {
   for (Part& part : walk_.parts()) {
     part.stepped = part.keeps_tables = part.in_use() && !skipped_by_host;
     part.stepped_clampable = part.stepped ? part.step.clampable : 0;
+    part.stepped_segments = part.stepped ? static_cast<int64_t>(part.step.segments.size()) : 0;
     last_.asks_device |= part.stepped && (part.step.found_inf || norm_clip.may_skip());
   }
 }
@@ -157,16 +176,23 @@ void Engine::remember(const NormClip& norm_clip, bool skipped_by_host) {
 void Engine::run(const NormClip& asked, const Amp& amp) {
   NormClip norm_clip = asked;
   // Looking for inf and NaN is taking the inf norm, and clipping nothing.
-  if (asked.skip_nonfinite && asked.norm == Norm::none) norm_clip = {Norm::inf, {}, true};
+  if (asked.skip_nonfinite && asked.norm == Norm::none) norm_clip = {Norm::inf, {}, Scope::global, true};
   if (asked.limits.measures_params) {
     norm_clip.limits.smallest_norm = smallest_norm(asked.norm, walk_.measured_params());
   }
+  norm_clip.segments = asked.scope == Scope::group       ? static_cast<int64_t>(groups_.size())
+                       : asked.scope == Scope::parameter ? walk_.parameters()
+                                                         : 0;
   auto& parts = walk_.parts();
   const bool gil_is_released =
       std::any_of(parts.begin(), parts.end(), [](const auto& part) { return part.releases_gil(); });
   walk_.borrowed().check();
   if (gil_is_released) walk_.borrowed().hold_all();
   if (asks_all_ranks(asked)) walk_.borrowed().hold();  // Python adds up
+  for (Part& part : parts) {
+    part.step.segment_limits.clear();
+    for (const Group& group : groups_) part.step.segment_limits.push_back(group.segment_limit);
+  }
   run_parts(parts, norm_clip, amp, walk_.shards());
   remember(asked, /*skipped_by_host=*/false);
   walk_.end_step();
@@ -216,6 +242,7 @@ Engine::ClipStats Engine::clip_stats() const {
       return first ? (first->*of_part)().clone() : at::full({}, value, options.dtype(at::kDouble));
     };
     stats.coefficient = number(&Part::coefficient, of_none.scaling.product());
+    if (last_.norm_clip.scope != Scope::global) stats.coefficient = smallest_coefficient().to(options.device());
     const Limits& limits = last_.norm_clip.limits;
     if (limits.max_norm.is_set()) stats.max_norm = number(&Part::max_norm, of_none.max_norm);
     if (limits.skip_norm.is_set()) stats.skip_norm = number(&Part::skip_norm, of_none.skip_norm);
@@ -235,6 +262,17 @@ Engine::ClipStats Engine::clip_stats() const {
     stats.clamped_fraction.masked_fill_(stats.skipped, 0);  // nothing was written then, and not this either
   }
   return stats;
+}
+
+// Of all segments; 0 where the step was skipped.
+at::Tensor Engine::smallest_coefficient() const {
+  at::Tensor smallest = at::ones({}, at::TensorOptions().dtype(at::kDouble));
+  for (const Part& part : walk_.parts()) {
+    if (!part.stepped || part.stepped_segments == 0) continue;
+    const at::Tensor of_part = part.segment_coefficients().min().masked_fill(part.skipped().ne(0), 0);
+    smallest = at::minimum(smallest.to(of_part.device()), of_part);
+  }
+  return last_.skipped_by_host ? at::zeros_like(smallest) : smallest;
 }
 
 std::pair<at::Tensor, Norm> Engine::measures_by_parameter() const {

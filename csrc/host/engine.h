@@ -80,10 +80,12 @@ class Engine {
   };
   class Busy;
 
+  void leave_out_idle_norm();
   void run(const NormClip& asked, const Amp& amp);
   void remember(const NormClip& norm_clip, bool skipped_by_host);
   bool asks_all_ranks(const NormClip& norm_clip) const;
   bool was_skipped() const;
+  at::Tensor smallest_coefficient() const;
   const Part* first_stepped() const;
 
   std::optional<NotCovered> not_covered();

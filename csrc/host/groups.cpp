@@ -181,6 +181,15 @@ Norm read_norm_type(PyObject* norm_type, const std::string& where) {
   return order == 2 ? Norm::two : Norm::inf;
 }
 
+Scope read_scope(PyObject* scope, const std::string& where) {
+  constexpr std::pair<const char*, Scope> kScopes[] = {
+      {"global", Scope::global}, {"group", Scope::group}, {"parameter", Scope::parameter}};
+  for (const auto& [name, value] : kScopes) {
+    if (PyUnicode_Check(scope) && PyUnicode_CompareWithASCIIString(scope, name) == 0) return value;
+  }
+  raise(PyExc_ValueError, "norm_scope", where, " must be 'global', 'group' or 'parameter', got ", repr(scope));
+}
+
 // Reads a limit, if it is set. Returns whether it is.
 bool read_limit(PyObject* value, const char* name, const std::string& where, double& limit) {
   if (value == Py_None) return false;
@@ -262,7 +271,8 @@ Group read_group(PyObject* object, Py_ssize_t index, Rules::Id rule) {
       kMaximize("maximize"), kDifferentiable("differentiable"), kClipValue("clip_value"), kMaxNorm("max_norm"),
       kNormType("norm_type"), kSkipNonfinite("skip_nonfinite"), kMasterWeights("master_weights"),
       kStochasticRounding("stochastic_rounding"), kRoundingSeed("rounding_seed"), kMomentumDtype("momentum_dtype"),
-      kMaxChange("max_change"), kMaxRelativeChange("max_relative_change"), kSkipNorm("skip_norm");
+      kMaxChange("max_change"), kMaxRelativeChange("max_relative_change"), kSkipNorm("skip_norm"),
+      kNormScope("norm_scope"), kGlobal("global");
   GroupReader reader(object, index);
   Group group{};
   PyObject* params = reader.required(kParams);
@@ -298,23 +308,32 @@ Group read_group(PyObject* object, Py_ssize_t index, Rules::Id rule) {
   PyObject* norm_type = reader.required(kNormType);
   const bool two = PyFloat_CheckExact(norm_type) && PyFloat_AS_DOUBLE(norm_type) == 2;
   PyObject* skip_norm = reader.required(kSkipNorm);
+  PyObject* const scope = reader.required(kNormScope);
   NormClip& clip = group.norm_clip;
-  if (max_norm != Py_None || skip_norm != Py_None || !two) {
+  if (scope != kGlobal.object) clip.scope = read_scope(scope, reader.where());
+  const bool scoped = clip.scope != Scope::global;
+  NormLimit& limit_of_norm = scoped ? group.segment_limit : clip.limits.max_norm;
+  if (max_norm != Py_None || skip_norm != Py_None || !two || scoped) {
     const std::string where = reader.where();
     const Norm norm = read_norm_type(norm_type, where);
-    const bool clips = read_norm_limit(object, kMaxNorm, max_norm, false, where, clip.limits.max_norm);
+    const bool clips = read_norm_limit(object, kMaxNorm, max_norm, false, where, limit_of_norm);
     const bool skips = read_norm_limit(object, kSkipNorm, skip_norm, true, where, clip.limits.skip_norm);
-    if (clips || skips) clip.norm = norm;
+    if (clips || skips || scoped) clip.norm = norm;
   }
   clip.skip_nonfinite = reader.flag(kSkipNonfinite);
-  if (clip.limits.has_rules() && !clip.skip_nonfinite) {
-    const Name& ruled = clip.limits.max_norm.is_rule() ? kMaxNorm : kSkipNorm;
-    raise(PyExc_ValueError, ruled.text, reader.where(),
+  // The norm of one parameter concerns no other.
+  const bool needs_finite = limit_of_norm.is_rule() && clip.scope != Scope::parameter;
+  if ((needs_finite || clip.limits.skip_norm.is_rule()) && !clip.skip_nonfinite) {
+    raise(PyExc_ValueError, (needs_finite ? kMaxNorm : kSkipNorm).text, reader.where(),
           " is a rule, which needs skip_nonfinite=True: an inf or NaN has no place among the norms that it looks at");
   }
   PyObject* const max_change = reader.required(kMaxChange);
   PyObject* const max_relative_change = reader.required(kMaxRelativeChange);
   const bool limits_change = max_change != Py_None || max_relative_change != Py_None;
+  if (limits_change && scoped) {
+    raise(PyExc_ValueError, (max_change != Py_None ? kMaxChange : kMaxRelativeChange).text, reader.where(),
+          " is a limit over all groups, and can't be set beside norm_scope=", repr(scope));
+  }
   if (limits_change) read_change_limits(max_change, max_relative_change, norm_type, reader.where(), clip);
 
   group.master_weights = reader.flag(kMasterWeights);

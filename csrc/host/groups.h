@@ -15,13 +15,16 @@ namespace fastclip {
 struct NormClip {
   Norm norm = Norm::none;
   Limits limits;
+  Scope scope = Scope::global;  // if not global, max_norm is not among `limits`, but each group has its own
   bool skip_nonfinite = false;
+  int64_t segments = 0;  // number of all groups, or of all parameters, in a step with such a Scope
 
   // A step may find out on the device that it changes nothing.
   bool may_skip() const { return skip_nonfinite || limits.skip_norm.ceiling < HUGE_VAL || limits.skip_norm.is_rule(); }
 
   bool operator==(const NormClip& other) const {
-    return norm == other.norm && limits == other.limits && skip_nonfinite == other.skip_nonfinite;
+    return norm == other.norm && limits == other.limits && scope == other.scope &&
+           skip_nonfinite == other.skip_nonfinite;
   }
 };
 
@@ -31,6 +34,7 @@ struct Group {
   Held lr_tensor;    // lr as a tensor on another device than the CPU, or none
   Hyper hyper;
   NormClip norm_clip;
+  NormLimit segment_limit;  // of the group's gradients, or of each of them; with a Scope other than global
   bool differentiable;  // the caller wants gradients through the step
   bool master_weights;  // 16-bit parameters have a float32 copy among their states
   std::optional<c10::ScalarType> momentum_dtype;  // of the rule's momentum, where it is made

@@ -32,20 +32,34 @@ Held adopted(PyObject* value, const NormLimit& limit, c10::Device device) {
   return checked(PyObject_CallMethod(module.object, "adopted", "OOO", value, window.object, where.object));
 }
 
-// The parameter that a new one stands beside: the first that has a gradient; or the first, where only other ranks have
-// gradients.
-Place holder(const std::vector<Group>& groups) {
-  Place first{0, 0, nullptr, nullptr};
-  for (size_t group = 0; group < groups.size(); ++group) {
-    PyObject* const params = groups[group].params.object;
-    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(params); ++i) {
-      const Place place{static_cast<Py_ssize_t>(group), i, groups[group].param_names.object,
-                        PySequence_Fast_GET_ITEM(params, i)};
-      if (!first.param) first = place;
-      if (grad_of(THPVariable_Unpack(place.param)).defined()) return place;
+Place place_in(const std::vector<Group>& groups, size_t group, size_t index) {
+  return {static_cast<Py_ssize_t>(group), static_cast<Py_ssize_t>(index), groups[group].param_names.object,
+          PySequence_Fast_GET_ITEM(groups[group].params.object, static_cast<Py_ssize_t>(index))};
+}
+
+size_t size_of(const Group& group) { return static_cast<size_t>(PySequence_Fast_GET_SIZE(group.params.object)); }
+
+bool has_grad(const Place& place) { return grad_of(THPVariable_Unpack(place.param)).defined(); }
+
+// The parameter that a new one stands beside: the first in these groups that has a gradient; or the first, where only
+// other ranks have gradients.
+Place holder(const std::vector<Group>& groups, size_t first, size_t end) {
+  Place found{0, 0, nullptr, nullptr};
+  for (size_t group = first; group < end; ++group) {
+    for (size_t i = 0; i < size_of(groups[group]); ++i) {
+      const Place place = place_in(groups, group, i);
+      if (!found.param) found = place;
+      if (has_grad(place)) return place;
     }
   }
-  return first;
+  return found;
+}
+
+History* new_history(States& states, const Place& place, const Name& name, const NormLimit& limit, c10::Device device,
+                     const at::Tensor*& tensor) {
+  const auto options = at::TensorOptions().dtype(at::kDouble).device(device);
+  tensor = states.make(place, name, at::zeros({doubles_of_history(limit)}, options));
+  return static_cast<History*>(tensor->mutable_data_ptr());
 }
 
 }  // namespace
@@ -72,21 +86,80 @@ History* Histories::prepare(OfLimit& history, const NormLimit& limit, const std:
   PyObject* entry = nullptr;
   Held found = states_.find_anywhere(history.name, history.hint, entry);
   if (!found.object) {
-    const auto options = at::TensorOptions().dtype(at::kDouble).device(device);
-    history.tensor = states_.make(holder(groups), history.name, at::zeros({doubles_of_history(limit)}, options));
-    return static_cast<History*>(history.tensor->mutable_data_ptr());
+    return new_history(states_, holder(groups, 0, groups.size()), history.name, limit, device, history.tensor);
   }
+  return use(std::move(found), entry, history.name, limit, device, history.tensor);
+}
+
+History* Histories::use(Held found, PyObject* entry, const Name& name, const NormLimit& limit, c10::Device device,
+                        const at::Tensor*& tensor) {
   if (!fits(found.object, limit, device)) {
     borrowed_.hold();  // Python runs
     const Held kept(entry);
     found = adopted(found.object, limit, device);
     // At once, and not with the new states: the norm of a step that is left out must enter.
-    if (PyDict_SetItem(entry, history.name.object, found.object) != 0) throw PythonError{};
+    if (PyDict_SetItem(entry, name.object, found.object) != 0) throw PythonError{};
   }
-  history.tensor = &THPVariable_Unpack(found.object);
-  borrowed_.write(*history.tensor);
+  tensor = &THPVariable_Unpack(found.object);
+  borrowed_.write(*tensor);
   borrowed_.keep(std::move(found));
-  return static_cast<History*>(history.tensor->mutable_data_ptr());
+  return static_cast<History*>(tensor->mutable_data_ptr());
+}
+
+// `first` is the position of the group's first parameter among all.
+History* Histories::of_group(const std::vector<Group>& groups, const Segment& segment, size_t first,
+                             c10::Device device) {
+  static const Name kName("clip_history_of_group");
+  const NormLimit& limit = groups[segment.group].segment_limit;
+  const at::Tensor* tensor;
+  PyObject* entry;
+  const size_t count = size_of(groups[segment.group]);
+  if (holders_.size() < groups.size()) holders_.resize(groups.size(), 0);
+  for (size_t i = 0; i <= count; ++i) {  // where it was the last time, then everywhere
+    const size_t index = i == 0 ? holders_[segment.group] : i - 1;
+    if (index >= count) continue;
+    Held found = states_.find_beside(place_in(groups, segment.group, index), first + index, kName, entry);
+    if (!found.object) continue;
+    holders_[segment.group] = index;
+    return use(std::move(found), entry, kName, limit, device, tensor);
+  }
+  return new_history(states_, holder(groups, segment.group, segment.group + 1), kName, limit, device, tensor);
+}
+
+History* Histories::of_parameter(const std::vector<Group>& groups, const Segment& segment, size_t first,
+                                 c10::Device device) {
+  static const Name kName("clip_history_of_parameter");
+  const NormLimit& limit = groups[segment.group].segment_limit;
+  const Place place = place_in(groups, segment.group, segment.number - first);
+  const at::Tensor* tensor;
+  PyObject* entry;
+  Held found = states_.find_beside(place, segment.number, kName, entry);
+  if (found.object) return use(std::move(found), entry, kName, limit, device, tensor);
+  // Only other ranks have a gradient: this one will have an entry for the parameter when it has one, too.
+  if (!has_grad(place)) return nullptr;
+  return new_history(states_, place, kName, limit, device, tensor);
+}
+
+void Histories::prepare_segments(const std::vector<Group>& groups, std::vector<Part>& parts) {
+  const Scope scope = groups.front().norm_clip.scope;
+  std::vector<size_t> firsts;  // positions of the groups' first parameters
+  size_t first = 0;
+  for (const Group& group : groups) {
+    firsts.push_back(first);
+    first += size_of(group);
+  }
+  std::vector<bool> has_owner(groups.size());  // of groups: one part has the history
+  for (Part& part : parts) {
+    for (Segment& segment : part.step.segments) {
+      if (!groups[segment.group].segment_limit.is_rule()) continue;
+      if (scope == Scope::parameter) {
+        segment.history = of_parameter(groups, segment, firsts[segment.group], part.device);
+      } else if (!has_owner[segment.group]) {
+        has_owner[segment.group] = true;
+        segment.history = of_group(groups, segment, firsts[segment.group], part.device);
+      }
+    }
+  }
 }
 
 Levels Histories::levels(const Limits& limits) const {

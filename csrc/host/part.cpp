@@ -2,7 +2,11 @@
 #include "part.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/maximum.h>
+#include <ATen/ops/minimum.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
@@ -54,7 +58,8 @@ const T* pointer(const at::Tensor& scalar) {
 at::TensorOptions doubles_on(c10::Device device) { return at::TensorOptions().dtype(at::kDouble).device(device); }
 
 constexpr int64_t kDoubles = sizeof(Measure) / sizeof(double), kDoublesOfSums = sizeof(Sums) / sizeof(double),
-                  kDoublesOfLevels = sizeof(Levels) / sizeof(double);
+                  kDoublesOfLevels = sizeof(Levels) / sizeof(double), kDoublesOfLevel = sizeof(Level) / sizeof(double),
+                  kDoublesOfSegment = sizeof(SegmentOutcome) / sizeof(double);
 constexpr int64_t place_of(size_t offset) { return static_cast<int64_t>(offset / sizeof(double)); }
 
 #if defined(FASTCLIP_CUDA)
@@ -72,6 +77,7 @@ void Part::clear() {
   step.hypers.clear();
   step.chunks = step.elements = step.clampable = 0;
   step.has_step_counts = step.has_unmeasured_params = false;
+  step.segments.clear();
   awaited = keeps_tables = false;
   step.clip_history = step.skip_history = nullptr;
 }
@@ -101,6 +107,32 @@ at::Tensor Part::skipped_steps() const {
 }
 
 at::Tensor Part::clamped() const { return clamped_; }
+
+at::Tensor Part::segments() const {
+  const auto count = static_cast<int64_t>(step.segments.size());
+  return segment_outcomes_.narrow(0, 0, count * kDoublesOfSegment).view({count, kDoublesOfSegment});
+}
+
+at::Tensor Part::segment_coefficients() const {
+  const at::Tensor rows = segment_outcomes_.narrow(0, 0, stepped_segments * kDoublesOfSegment);
+  return rows.view({stepped_segments, kDoublesOfSegment}).select(1, place_of(offsetof(SegmentOutcome, coefficient)));
+}
+
+// Kept, as long as they are the same: a copy from the host would have to wait.
+at::Tensor Part::segment_numbers() {
+  const bool same = segment_numbers_.defined() && numbers_.size() == step.segments.size() &&
+                    std::equal(numbers_.begin(), numbers_.end(), step.segments.begin(),
+                               [](int64_t number, const Segment& segment) { return number == segment.number; });
+  if (!same) {
+    if (capturing_) raise_capturing();
+    numbers_.clear();
+    for (const Segment& segment : step.segments) numbers_.push_back(segment.number);
+    segment_numbers_ = at::empty({static_cast<int64_t>(numbers_.size())}, at::TensorOptions().dtype(at::kLong));
+    std::copy(numbers_.begin(), numbers_.end(), static_cast<int64_t*>(segment_numbers_.mutable_data_ptr()));
+    segment_numbers_ = segment_numbers_.to(device);
+  }
+  return segment_numbers_;
+}
 
 std::vector<Measure> Part::measures_by_tensor() const {
   const bool by_amp = step.found_inf && skipped().item<int64_t>() != 0 && total_norm().item<double>() == HUGE_VAL;
@@ -144,6 +176,7 @@ void Part::prepare(const NormClip& norm_clip, const Amp& amp, bool counts_skips)
     measures = at::empty({needs.measures * kDoubles}, doubles_on(device));
   }
   step.measures = static_cast<Measure*>(measures.mutable_data_ptr());
+  if (!step.segments.empty()) prepare_segments();
   if (step.limits.measures_params) prepare_param_measures(needs);
 }
 
@@ -160,6 +193,16 @@ void Part::prepare_param_measures(const cuda::Needs& needs) {
   measured_layout_ = 0;
   for (TensorEntry& tensor : step.tensors) tensor.param_is_measured = false;
   step.has_unmeasured_params = true;
+}
+
+void Part::prepare_segments() {
+  const auto size = static_cast<int64_t>(step.segments.size()) * kDoublesOfSegment;
+  if (!segment_outcomes_.defined() || segment_outcomes_.numel() < size) {
+    if (capturing_) raise_capturing();
+    if (segment_outcomes_.defined()) outgrown_.push_back(segment_outcomes_);
+    segment_outcomes_ = at::zeros({size}, doubles_on(device));
+  }
+  step.segment_outcomes = static_cast<SegmentOutcome*>(segment_outcomes_.mutable_data_ptr());
 }
 
 bool Part::is_capturing() const {
@@ -211,6 +254,18 @@ void Part::run_update(at::Tensor sums, int parts) {
   run(Passes::update);
 }
 
+void Part::take_segments(const at::Tensor& sums, const at::Tensor& levels) {
+  const at::Tensor numbers = segment_numbers();
+  segment_totals_ = at::zeros({numbers.numel(), kDoublesOfSegment}, doubles_on(device));
+  const auto take = [&](const at::Tensor& of_all, int64_t place) {
+    const at::Tensor here = of_all.to(device, /*non_blocking=*/device.is_cuda()).index_select(0, numbers);
+    segment_totals_.narrow(1, place, here.size(1)).copy_(here);
+  };
+  take(sums, 0);
+  take(levels, kDoubles);
+  step.segment_totals = static_cast<const SegmentOutcome*>(segment_totals_.const_data_ptr());
+}
+
 void Part::set_found_inf(const at::Tensor& found_inf) {
   amp_.found_inf = moved_to(device, found_inf, at::kFloat);
   step.found_inf = pointer<float>(amp_.found_inf);
@@ -252,28 +307,78 @@ void copy_levels(const at::Tensor& sums, const std::vector<Part*>& parts) {
   copy_to(sums, sums.numel() - kDoublesOfLevels, parts.front()->levels());
 }
 
+// One part's columns of its segments, in the rows of all segments: `fill` in those of others.
+at::Tensor segments_among_all(Part& part, const NormClip& norm_clip, int64_t first, int64_t columns, double fill) {
+  at::Tensor all = at::full({norm_clip.segments, columns}, fill, doubles_on(part.device));
+  if (!part.step.segments.empty()) {
+    all.index_copy_(0, part.segment_numbers(), part.segments().narrow(1, first, columns));
+  }
+  return all;
+}
+
+// The levels of all segments: one part has each, see Segment::history.
+at::Tensor levels_of_segments(const std::vector<Part*>& parts, const NormClip& norm_clip) {
+  const c10::Device device = parts.front()->device;
+  const auto moved = [&](const at::Tensor& tensor) { return tensor.to(device, /*non_blocking=*/device.is_cuda()); };
+  at::Tensor centers = at::full({norm_clip.segments, 1}, HUGE_VAL, doubles_on(device));
+  at::Tensor deviations = at::zeros({norm_clip.segments, 1}, doubles_on(device));
+  for (Part* part : parts) {
+    const auto column = [&](size_t place, double fill) {
+      return moved(segments_among_all(*part, norm_clip, kDoubles + place_of(place), 1, fill));
+    };
+    centers = at::minimum(centers, column(offsetof(Level, center), HUGE_VAL));
+    deviations = at::maximum(deviations, column(offsetof(Level, deviation), 0));
+  }
+  return at::cat({centers, deviations}, 1);
+}
+
+void hand_out_segments(const std::vector<Part*>& parts, const NormClip& norm_clip, const at::Tensor& sums) {
+  const at::Tensor levels = levels_of_segments(parts, norm_clip);
+  for (Part* part : parts) part->take_segments(sums, levels);
+}
+
 // Here and below all sums are copied before any part updates, so that nothing can fail in between.
 void update_over_ranks(const std::vector<Part*>& parts, const NormClip& norm_clip, const Amp& amp,
                        const Shards& shards) {
   std::vector<PartMeasure> measures;
-  for (const Part* part : parts) measures.emplace_back(part->reduction, part->sums());
+  for (Part* part : parts) {
+    at::Tensor measure = part->sums();
+    if (norm_clip.scope != Scope::global) {
+      measure = at::cat({measure, segments_among_all(*part, norm_clip, 0, kDoubles, 0).flatten()});
+    }
+    measures.emplace_back(part->reduction, measure);
+  }
   const auto [total, found_inf] = shards.total(measures, norm_clip.norm, amp.found_inf);
+  const int64_t of_all = parts.front()->sums().numel();
   std::vector<at::Tensor> sums;
   for (Part* part : parts) {
-    copy_to(sums.emplace_back(new_sums(*part, 1)), 0, total);
+    copy_to(sums.emplace_back(new_sums(*part, 1)), 0, total.narrow(0, 0, of_all));
     copy_levels(sums.back(), parts);
     part->set_found_inf(found_inf);
+  }
+  if (norm_clip.scope != Scope::global) {
+    const at::Tensor of_segments = total.narrow(0, of_all, total.numel() - of_all).view({-1, kDoubles});
+    hand_out_segments(parts, norm_clip, of_segments);
   }
   for (size_t i = 0; i < parts.size(); ++i) parts[i]->run_update(std::move(sums[i]), 1);
 }
 
-void update_over_devices(const std::vector<Part*>& parts) {
+void update_over_devices(const std::vector<Part*>& parts, const NormClip& norm_clip) {
   const auto count = static_cast<int64_t>(parts.size());
   std::vector<at::Tensor> sums;
   for (const Part* part : parts) {
     sums.push_back(new_sums(*part, count));
     for (int64_t i = 0; i < count; ++i) copy_to(sums.back(), i * kDoublesOfSums, parts[i]->sums());
     copy_levels(sums.back(), parts);
+  }
+  if (norm_clip.scope != Scope::global) {
+    const c10::Device device = parts.front()->device;
+    at::Tensor total = at::zeros({norm_clip.segments, kDoubles}, doubles_on(device));
+    for (Part* part : parts) {
+      const at::Tensor of_part = segments_among_all(*part, norm_clip, 0, kDoubles, 0).to(device);
+      total = norm_clip.norm == Norm::inf ? at::maximum(total, of_part) : total.add(of_part);
+    }
+    hand_out_segments(parts, norm_clip, total);
   }
   for (int64_t i = 0; i < count; ++i) parts[i]->run_update(std::move(sums[i]), static_cast<int>(count));
 }
@@ -310,7 +415,7 @@ void run_parts(std::vector<Part>& all_parts, const NormClip& norm_clip, const Am
     return;
   }
   for (Part* part : parts) part->run(Passes::measure);
-  over_ranks ? update_over_ranks(parts, norm_clip, amp, shards) : update_over_devices(parts);
+  over_ranks ? update_over_ranks(parts, norm_clip, amp, shards) : update_over_devices(parts, norm_clip);
 }
 
 }  // namespace fastclip

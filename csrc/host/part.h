@@ -25,7 +25,7 @@ class Part {
   Part(c10::Device on, PyObject* over, Rules::Id rule) : device(on), reduction(over), step(rule) {}
 
   void clear();
-  bool in_use() const { return awaited || !step.tensors.empty(); }  // by this step
+  bool in_use() const { return awaited || !step.tensors.empty() || !step.segments.empty(); }  // by this step
 
   // Allocates what the step needs. Raises where it can't be taken, with nothing enqueued yet.
   void prepare(const NormClip& norm_clip, const Amp& amp, bool counts_skips);
@@ -35,6 +35,8 @@ class Part {
 
   // The update of a step that spans several parts: `sums` holds all their sums, here, and behind them the levels.
   void run_update(at::Tensor sums, int parts);
+  // Before that: the sums of its segments over all parts, and their levels, float64 [segments of all, 3] and [.., 2].
+  void take_segments(const at::Tensor& sums, const at::Tensor& levels);
 
   // Ranks have put their verdicts together: the one that the update goes by.
   void set_found_inf(const at::Tensor& found_inf);
@@ -54,6 +56,10 @@ class Part {
   at::Tensor skipped() const;        // int64, 0 or 1
   at::Tensor skipped_steps() const;  // int64
   at::Tensor clamped() const;        // float64, to be added up
+  at::Tensor segment_coefficients() const;  // float64, of the last step that did not raise
+  at::Tensor segments() const;       // SegmentOutcomes, as float64, one row per segment
+  // The number of each of its segments among all, int64, on its device.
+  at::Tensor segment_numbers();
   // The measure of each tensor's gradient, or all NaN where AMP skipped the step. Waits for the device.
   std::vector<Measure> measures_by_tensor() const;
 
@@ -61,10 +67,12 @@ class Part {
   PyObject* const reduction;  // over which ranks its sum is added up; nullptr where all hold the same
   bool awaited = false;       // by other ranks, also where this one has no elements or no gradients
   Step step;
-  // The last step that did not raise: whether it came here, and how many elements its value clip looked at.
+  // The last step that did not raise: whether it came here, and how many elements its value clip looked at, and
+  // how many segments it had.
   bool stepped = false;
   bool keeps_tables = false;  // `step` is still that step's: no later one has begun
   int64_t stepped_clampable = 0;
+  int64_t stepped_segments = 0;
   // The current row of hyperparameters: its group, whether it clips values, and the template for its tensors' entries.
   Py_ssize_t group = 0;
   bool clamps = false;
@@ -73,6 +81,7 @@ class Part {
  private:
   cuda::Needs prepare_gpu();
   void prepare_param_measures(const cuda::Needs& needs);
+  void prepare_segments();
   void run_on_cpu();
   void run_on_gpu();
 
@@ -84,13 +93,17 @@ class Part {
   // Step::param_measures, as float64, and the layout in which the last step left them.
   at::Tensor param_measures_;
   uint64_t layout_ = 0, measured_layout_ = 0;
+  at::Tensor segment_outcomes_;  // as float64
+  at::Tensor segment_totals_;
+  at::Tensor segment_numbers_;
+  std::vector<int64_t> numbers_;  // that `segment_numbers_` has
   at::Tensor table_memory_;
   cuda::DeviceTable table_;
   // While a CUDA graph is captured: memory of the graph's own pool instead.
   at::Tensor captured_measures_;
   at::Tensor captured_table_memory_;
   bool capturing_ = false;
-  std::vector<at::Tensor> outgrown_;  // of param_measures_: a graph that was captured may use it
+  std::vector<at::Tensor> outgrown_;  // memory: a graph that was captured may use it
 };
 
 // Returns the part that `run_parts` takes first, or nullptr. It has the histories.

@@ -172,6 +172,15 @@ Held States::find_anywhere(const Name& name, Py_ssize_t& hint, PyObject*& entry)
   return Held(found);
 }
 
+Held States::find_beside(const Place& place, size_t position, const Name& name, PyObject*& entry) {
+  entry = entry_of(place.param, position);
+  if (!entry) return {};
+  if (!PyDict_Check(entry)) refuse("no_dict", place, "state", entry);
+  PyObject* const found = PyDict_GetItemWithError(entry, name.object);
+  if (!found && PyErr_Occurred()) throw PythonError{};
+  return Held(found == Py_None ? nullptr : found);
+}
+
 const at::Tensor* States::make(const Place& place, const Name& name, at::Tensor tensor) {
   New& added = new_.emplace_back(New{Held(place.param), place, &name, std::move(tensor), {}, {}});
   const auto shard = shard_of(added.tensor);

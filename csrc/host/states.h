@@ -53,6 +53,8 @@ class States {
   // Looks up a state that stands beside one parameter's, whichever that is, and the entry that has it. `hint` is where
   // the last look-up found it.
   Held find_anywhere(const Name& name, Py_ssize_t& hint, PyObject*& entry);
+  // The same of a state beside one parameter, the one at `position` among all.
+  Held find_beside(const Place& place, size_t position, const Name& name, PyObject*& entry);
   bool ran_python() const { return ran_python_; }  // in the last `find`
 
   // Notes a state that the step makes; it gets into the dict by `store`. The pointer holds until `end`.

@@ -101,6 +101,14 @@ void Walk::begin_row(Part& part, const Hyper& hyper, Py_ssize_t group, DType dty
   std::fill_n(part.blank.state_dtypes, kMaxStates, dtype);
 }
 
+void Walk::begin_segment(Part& part, Py_ssize_t group) {
+  Step& step = part.step;
+  const size_t number = scope_ == Scope::group ? static_cast<size_t>(group) : parameter_;
+  if (!step.segments.empty() && step.segments.back().number == number) return;
+  step.segments.push_back({static_cast<uint32_t>(number), static_cast<uint32_t>(group),
+                           static_cast<uint32_t>(step.tensors.size()), nullptr});
+}
+
 // Begins the entry of a tensor: with no array yet.
 TensorEntry& Walk::begin_entry(const at::Tensor& grad, const Hyper& hyper, const Place& place) {
   if (!part_ || part_->reduction != reduction_ || !(part_->device.is_cpu() && on_cpu(grad.unsafeGetTensorImpl()))) {
@@ -113,6 +121,7 @@ TensorEntry& Walk::begin_entry(const at::Tensor& grad, const Hyper& hyper, const
   if (step.hypers.empty() || part.group != place.group || part.blank.grad_dtype != dtype)
     begin_row(part, hyper, place.group, dtype);
 
+  if (scope_ != Scope::global) begin_segment(part, place.group);
   step.tensors.push_back(part.blank);
   TensorEntry& entry = step.tensors.back();
   entry.numel = numel;
@@ -324,6 +333,7 @@ void Walk::await_norm(const Shard& param, const Place& place, const NormClip& no
   if (!reduction_) return;
   part_ = &part_of(param.local().device(), reduction_);
   part_->awaited = true;
+  if (scope_ != Scope::global) begin_segment(*part_, place.group);
 }
 
 std::optional<Shard> Walk::shard_of_grad(const at::Tensor& grad, const Shard& param, const Place& place) {
@@ -383,6 +393,8 @@ void Walk::add_covered(const Group& group, const StateNames& names, const Place&
   }
   if (grad.numel() > 0 || states.step) {
     add_tensor(param, grad, names, states, is_first, group, place);
+  } else if (scope_ != Scope::global) {
+    begin_segment(part_of(param.device(), reduction_), place.group);
   } else if (group.norm_clip.limits.measures_params) {
     measured_params_ += THPVariable_Unpack(place.param).numel();  // of other ranks
   }
@@ -399,6 +411,7 @@ void Walk::add_covered(const Group& group, const StateNames& names, const Place&
     }
   }
   if (group.differentiable) not_covered(Reason("differentiable"));
+  scope_ = group.norm_clip.scope;
   const StateNames names = state_names(rule_, group);
   for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(group.params.object); ++i, ++parameter_) {
     in_place_ ? add_param<true>(group, names, group_index, i)

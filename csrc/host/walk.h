@@ -69,6 +69,8 @@ class Walk {
   // A parameter without a gradient, where the norm of the parameters counts. A frozen one is left out.
   [[gnu::noinline]] void add_unstepped(const Group& group, const StateNames& names, const Place& place,
                                        const at::Tensor& param, const Shard* shard);
+  // The segment of the parameter, where norms are taken over segments.
+  [[gnu::noinline]] void begin_segment(Part& part, Py_ssize_t group);
   [[gnu::always_inline]] inline TensorEntry& begin_entry(const at::Tensor& grad, const Hyper& hyper,
                                                          const Place& place);
   void note_params(Step& step, TensorEntry& entry, const at::Tensor& measured, const Place& place);
@@ -96,6 +98,7 @@ class Walk {
   std::vector<Part> parts_;
   Part* part_ = nullptr;             // the last one
   PyObject* reduction_ = nullptr;          // of the parameter, where a norm is asked for
+  Scope scope_ = Scope::global;            // of the norm
   size_t parameter_ = 0;                   // the position, over all groups
   Borrowed borrowed_;
   Shards shards_;

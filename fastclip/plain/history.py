@@ -11,15 +11,17 @@ import torch
 from ..reasons import no_tensor
 from .values import item_of
 
-# Under these names a history stands in the state of one parameter.
-CLIP_HISTORY, SKIP_HISTORY = "clip_history", "skip_history"
-HISTORIES = {"max_norm": CLIP_HISTORY, "skip_norm": SKIP_HISTORY}
+# Under these names a history stands in the state of a parameter: that of max_norm by its scope.
+CLIP_HISTORIES = {"global": "clip_history", "group": "clip_history_of_group", "parameter": "clip_history_of_parameter"}
+SKIP_HISTORY = "skip_history"
+HISTORIES = (*CLIP_HISTORIES.values(), SKIP_HISTORY)
 NUMBERS = 8  # before the ring
 
 
-def find(state, name):
-    """Returns the history of this name, and the entry of the state that holds it; (None, None) if there is none."""
-    for entry in state.values():
+def find(state, name, among=None):
+    """Returns the history of this name, and the entry of the state that holds it; (None, None) if there is none.
+    `among` are the parameters beside which it may stand; None: any."""
+    for entry in state.values() if among is None else (state.get(param) for param in among):
         if isinstance(entry, dict) and entry.get(name) is not None:
             return entry[name], entry
     return None, None
@@ -133,20 +135,31 @@ def push(rule, numbers, norm, leaves_out):
         numbers[0], numbers[2:4] = seen + 1, (following_mean, variance)
 
 
-class Histories:
-    """What a step's rules remember, and the limits that follow."""
+class NormLimit:
+    """A limit on a norm: a number, or a rule and what it remembers in the state.
 
-    def __init__(self, groups, state, params):
-        self._state = state
-        self._holder = params[0] if params else next((p for group in groups for p in group["params"]), None)
-        self._limits = {name: groups[0][name] for name in HISTORIES} if groups else {}
-        self._rules = {name: limit for name, limit in self._limits.items() if isinstance(limit, dict)}
-        self._numbers = {name: self._read(name, rule) for name, rule in self._rules.items()}
+    Args:
+        limit (float, dict or None): None if it is not set.
+        name (str): of the history in the state.
+        state (dict): of the optimizer.
+        params (list): the parameters that have the norm. The history stands beside the first that has a gradient.
+        anywhere (bool): the norm is that of all, and a history beside any parameter is its own.
+        leaves_out (bool): the limit is `skip_norm`.
+    """
 
-    def _read(self, name, rule):
+    def __init__(self, limit, name, state, params, anywhere=False, leaves_out=False):
+        self._limit, self._name, self._state, self._leaves_out = limit, name, state, leaves_out
+        self._holder = next((p for p in params if p.grad is not None), next(iter(params), None))
+        self._among = None if anywhere else params
+        self._numbers = self._read(limit.get("window", 0)) if self._is_rule else None
+
+    @property
+    def _is_rule(self):
+        return isinstance(self._limit, dict)
+
+    def _read(self, window):
         """Returns a history as a list; None where nobody knows its values."""
-        window = rule.get("window", 0)
-        history, entry = find(self._state, HISTORIES[name])
+        history, entry = find(self._state, self._name, self._among)
         if history is None:
             return [0.0] * (NUMBERS + 2 * window)
         if isinstance(history, torch.Tensor) and history.numel() > 0:
@@ -154,64 +167,70 @@ class Histories:
                 return None
             if history.dtype == torch.float64 and history.dim() == 1 and _is_sound(history.tolist(), window):
                 return history.tolist()
-        history = entry[HISTORIES[name]] = adopted(history, window, self._holder.device)
+        history = entry[self._name] = adopted(history, window, self._holder.device)
         return history.tolist()
 
-    def limit(self, name, norm):
-        """Returns the limit of this name for a step with this norm, a float; None if it is not set."""
-        if name not in self._rules:
-            return self._limits.get(name)
+    def value(self, norm):
+        """Returns the limit for a step with this norm, a float; None if it is not set."""
+        if not self._is_rule:
+            return self._limit
         norm = item_of(torch.as_tensor(norm), unknown=None)
-        known = norm is not None and self._numbers[name] is not None
-        rule = self._rules[name]
-        return limit_of(rule, self._numbers[name], norm) if known else rule["ceiling"]
+        known = norm is not None and self._numbers is not None
+        return limit_of(self._limit, self._numbers, norm) if known else self._limit["ceiling"]
 
     def push(self, norm, stores):
-        """Remembers the norm of a step. New histories get into the state where the step `stores` states."""
-        number = item_of(norm, unknown=None) if self._rules else None
-        for name, rule in self._rules.items():
-            numbers = self._numbers[name]
-            if numbers is None:
-                continue
-            if number is not None:
-                push(rule, numbers, number, leaves_out=name == "skip_norm")
-            history, _ = find(self._state, HISTORIES[name])
-            values = torch.tensor(numbers, dtype=torch.float64, device=self._holder.device)
-            if history is None and stores:
-                self._state[self._holder][HISTORIES[name]] = values
-            elif history is not None:
-                history.copy_(values)
+        """Remembers the norm of a step. A new history gets into the state where the step `stores` states."""
+        if self._numbers is None:
+            return
+        number = item_of(norm, unknown=None)
+        if number is not None:
+            push(self._limit, self._numbers, number, self._leaves_out)
+        history, _ = find(self._state, self._name, self._among)
+        values = torch.tensor(self._numbers, dtype=torch.float64, device=self._holder.device)
+        if history is None and stores:
+            self._state[self._holder][self._name] = values
+        elif history is not None:
+            history.copy_(values)
 
 
 def settle(groups, state):
-    """Lets histories stand where a checkpoint needs them: beside the first parameter of the groups that has states of
-    its own. Where none has, all get an entry: `torch.distributed.checkpoint` refuses a file in which some have none."""
-    found = {name: find(state, name) for name in HISTORIES.values()}
-    found = {name: (history, entry) for name, (history, entry) in found.items() if history is not None}
+    """Lets each history of several parameters stand where a checkpoint needs it: beside the first of them that has
+    states of its own."""
     params = [param for group in groups for param in group["params"]]
-    if not found or not params:
+    for name in (CLIP_HISTORIES["global"], SKIP_HISTORY):
+        _settle(name, params, state, among=None)
+    for group in groups:
+        _settle(CLIP_HISTORIES["group"], group["params"], state, among=group["params"])
+
+
+def _settle(name, params, state, among):
+    history, entry = find(state, name, among)
+    if history is None or not params:
         return
-    with_states = [param for param in params if state.get(param, {}).keys() - found.keys()]
+    with_states = [param for param in params if state.get(param, {}).keys() - {*HISTORIES}]
+    # Where none has, all get an entry: `torch.distributed.checkpoint` refuses a file in which some have none.
     trained = [param for param in params if param.requires_grad] or params
     for param in [] if with_states else trained:
         state.setdefault(param, {})
-    holder = state[(with_states or trained)[0]]
-    for name, (history, entry) in found.items():
-        del entry[name]
-        holder[name] = history
+    del entry[name]
+    state[(with_states or trained)[0]][name] = history
     kept = set(map(id, params))
-    for param in [p for p, entry in state.items() if entry == {} and id(p) not in kept]:
-        del state[param]  # as without a rule: a dropped parameter had no state
+    if among is None:  # as without a rule: a dropped parameter had no state
+        for param in [p for p, entry in state.items() if entry == {} and id(p) not in kept]:
+            del state[param]
 
 
 def norm_history(groups, state):
     """Returns the norms that the first quantile rule looks at, the oldest first."""
-    for name, key in HISTORIES.items():
-        if groups and isinstance(groups[0][name], dict) and groups[0][name]["rule"] == "quantile":
-            history, _ = find(state, key)
+    scope = groups[0]["norm_scope"] if groups else "global"
+    names = {"max_norm": CLIP_HISTORIES["global"] if scope == "global" else None, "skip_norm": SKIP_HISTORY}
+    for setting, name in names.items():
+        if name and groups and isinstance(groups[0][setting], dict) and groups[0][setting]["rule"] == "quantile":
+            history, _ = find(state, name)
             device = next(p.device for group in groups for p in group["params"])
             norms = [] if history is None else norms_in(history.tolist())
             return torch.tensor(norms, dtype=torch.float64, device=device)
     raise RuntimeError(
-        "norm_history needs a fastclip.QuantileNorm as max_norm or skip_norm: other limits keep no norms"
+        "norm_history needs a fastclip.QuantileNorm as skip_norm, or as max_norm over all gradients: other limits keep "
+        "no norms, or several lists"
     )

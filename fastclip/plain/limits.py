@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from ..settings import LIMITS
+from .history import CLIP_HISTORIES, SKIP_HISTORY, NormLimit
 from .measure import combined, measure_of, multiplied, norm_of
 from .rounding import has_master
 from .values import item_of, values_of
@@ -16,13 +17,15 @@ SMALLEST_RMS = 1e-3
 
 
 class Limits(NamedTuple):
-    """The limits that the groups have in common. None: not set; inf: only measured."""
+    """The limits that the groups have in common. None: not set; inf: only measured. With a `norm_scope` other than
+    "global", `max_norm` is not among them, see `segments.py`."""
 
     max_norm: float | dict | None
     skip_norm: float | dict | None
     max_change: float | None
     max_relative_change: float | None
     norm_type: float
+    of_segments: bool  # some segment has a limit
 
     @property
     def of_change(self):
@@ -30,7 +33,7 @@ class Limits(NamedTuple):
 
     @property
     def any(self):
-        return self.max_norm is not None or self.skip_norm is not None or self.of_change
+        return self.max_norm is not None or self.skip_norm is not None or self.of_change or self.of_segments
 
 
 class Decision(NamedTuple):
@@ -47,8 +50,21 @@ class Decision(NamedTuple):
 
 def limits_of(groups):
     own = {name: groups[0][name] for name in LIMITS}
-    limits = Limits(**own, norm_type=float(groups[0]["norm_type"]))
+    of_segments = False
+    if groups[0]["norm_scope"] != "global":
+        own["max_norm"] = None
+        of_segments = any(group["max_norm"] is not None for group in groups)
+    limits = Limits(**own, norm_type=float(groups[0]["norm_type"]), of_segments=of_segments)
     return limits if limits.any else limits._replace(norm_type=math.inf)  # to look for inf and NaN
+
+
+def limits_on_norm(groups, state):
+    """Returns the limits on the norm of all gradients: `max_norm` and `skip_norm`."""
+    params = [param for group in groups for param in group["params"]]
+    limits = limits_of(groups)
+    max_norm = NormLimit(limits.max_norm, CLIP_HISTORIES["global"], state, params, anywhere=True)
+    skip_norm = NormLimit(limits.skip_norm, SKIP_HISTORY, state, params, anywhere=True, leaves_out=True)
+    return max_norm, skip_norm
 
 
 def scaling_to(limit, size):
@@ -119,20 +135,20 @@ def sums_of(measures, factors, params, norm_type, among):
     return torch.cat(parts)
 
 
-def decide_by_norm(norm, histories):
-    """Returns the Decision that follows from the norm of the gradients alone."""
+def decide_by_norm(norm, on_norm):
+    """Returns the Decision that follows from the norm of the gradients alone, by the limits on it."""
     if not isinstance(norm, torch.Tensor):
         norm = torch.tensor(norm, dtype=torch.float64, device="cpu")
-    max_norm, skip_norm = (histories.limit(name, norm) for name in ("max_norm", "skip_norm"))
+    max_norm, skip_norm = (limit.value(norm) for limit in on_norm)
     skip = skip_norm is not None and skip_norm < math.inf and not item_of(norm <= skip_norm, unknown=True)
     factors = scaling_of(norm, math.inf if max_norm is None else max_norm)
     return Decision(norm, factors, None, skip, max_norm, skip_norm)
 
 
-def decide(sums, limits, smallest_norm, histories):
+def decide(sums, limits, smallest_norm, on_norm):
     """Returns the Decision that follows from the measures of all gradients and parameters."""
     norm, *others = (norm_of(measure, limits.norm_type) for measure in sums.split(3))
-    decision = decide_by_norm(norm, histories)
+    decision = decide_by_norm(norm, on_norm)
     if not limits.of_change:
         return decision
     factors, change = decision.factors, others[0]

@@ -1,17 +1,15 @@
 """One step: clips, then the rule's update of each parameter. Read this to know what fastclip computes."""
 
 import math
-from functools import partial
 
 import torch
 from torch.optim.optimizer import _get_scalar_dtype
 
 from .._extension import _C
 from ..clip_stats import ClipStats
-from ..distributed import total_measure
+from ..distributed import Reduction, total_measure
 from ..settings import LIMITS
 from .checks import check
-from .history import Histories
 from .limits import (
     Decision,
     change_factors,
@@ -19,11 +17,13 @@ from .limits import (
     decide,
     decide_by_norm,
     limits_of,
+    limits_on_norm,
     measures_of,
     smallest_norm,
     sums_of,
 )
 from .rounding import SIXTEEN_BIT, Rounding, compute_dtype, has_master, state_dtype
+from .segments import Segments
 from .values import item_of, number_of, overlap_in_part, values_of
 
 
@@ -110,7 +110,7 @@ def step(
     stepped = [[p for p in group["params"] if p.grad is not None] for group in groups]
     params = [p for group_params in stepped for p in group_params]
     limits, skip_nonfinite = limits_of(groups), groups[0]["skip_nonfinite"]
-    histories = Histories(groups, state, params)
+    on_norm, segments = limits_on_norm(groups, state), Segments(groups, state)
     inverse_scale = None if grad_scale is None else grad_scale.double().reciprocal().float()
     moved, looked_at = 0, 0
     with torch.set_grad_enabled(any(group["differentiable"] for group in groups)):
@@ -137,30 +137,41 @@ def step(
                 by_parameter.update(positions_of(groups, measured))
             factors = change_factors(rule, groups) if limits.of_change else None
             counted = counted_params(groups, state) if limits.max_relative_change is not None else None
-            sums_among = partial(sums_of, measured, factors, counted, limits.norm_type)
+
+            def sums_among(some):
+                of_all = sums_of(measured, factors, counted, limits.norm_type, some)
+                return torch.cat([of_all, segments.sums(measured, some, of_all.device)])
+
             both = [*measured, *(param for param in counted or () if param not in measured)]
             sums, found_inf = sums_of_all(sums_among, both, limits.norm_type, found_inf, reductions)
-            decision = decide(sums, limits, smallest_norm(counted or (), numels, limits.norm_type), histories)
+            sums, by_segment = sums.split([len(sums) - 3 * len(segments), 3 * len(segments)])
+            decision = decide(sums, limits, smallest_norm(counted or (), numels, limits.norm_type), on_norm)
+            segments.decide(by_segment)
         if found_inf is not None and item_of(found_inf, unknown=0) != 0:
             if by_parameter is not None:  # as the kernels, which have measured nothing
                 by_parameter.update({i: torch.full_like(measure, math.nan) for i, measure in by_parameter.items()})
-            return stats_of(groups, limits, decide_by_norm(math.inf, histories), skipped=True)
+            return stats_of(groups, limits, decide_by_norm(math.inf, on_norm), segments, skipped=True)
         if skip_nonfinite and not item_of(sums[:3].isfinite().all(), unknown=True):
-            return stats_of(groups, limits, decision, skipped=True)
+            return stats_of(groups, limits, decision, segments, skipped=True)
         if params or reductions:
-            histories.push(decision.norm, stores=not decision.skip)
+            for limit in on_norm:
+                limit.push(decision.norm, stores=not decision.skip)
+            if not decision.skip or item_of(decision.norm < math.inf, unknown=False):
+                segments.push(stores=not decision.skip)
         if decision.skip:
-            return stats_of(groups, limits, decision, skipped=True)
+            return stats_of(groups, limits, decision, segments, skipped=True)
         if limits.any:
-            grads = [
-                [scaled(widened(g, p), decision.factors) for g, p in zip(group_grads, group_params, strict=True)]
-                for group_grads, group_params in zip(grads, stepped, strict=True)
-            ]
+            for index, (group, group_grads) in enumerate(zip(groups, grads, strict=True)):
+                places = [(i, p) for i, p in enumerate(group["params"]) if p.grad is not None]
+                group_grads[:] = [
+                    scaled(widened(g, p), (*decision.factors, *segments.factors(index, i)))
+                    for g, (i, p) in zip(group_grads, places, strict=True)
+                ]
         first = 0
         for group, group_grads in zip(groups, grads, strict=True):
             update_group(rule, group, group_grads, state, first)
             first += len(group["params"])
-    return stats_of(groups, limits, decision, moved, looked_at)
+    return stats_of(groups, limits, decision, segments, moved, looked_at)
 
 
 def positions_of(groups, measures):
@@ -178,12 +189,13 @@ def sums_of_all(sums_among, params, norm_type, found_inf, reductions):
     by_reduction = {}
     for param in params:
         by_reduction.setdefault(reductions[param], []).append(param)
+    by_reduction = by_reduction or {Reduction(): []}
     rows = [(reduction, sums_among(some)) for reduction, some in by_reduction.items()]
     over_ranks = [r for r in dict.fromkeys(reductions.values()) if r.groups]
     return total_measure(over_ranks, rows, norm_type, found_inf)
 
 
-def stats_of(groups, limits, decision, moved=0, looked_at=0, skipped=False):
+def stats_of(groups, limits, decision, segments, moved=0, looked_at=0, skipped=False):
     """Returns the ClipStats of a step whose value clip looked at `looked_at` elements, and changed `moved` of them."""
     device = next((p.device for group in groups for p in group["params"]), torch.device("cpu"))
 
@@ -191,9 +203,12 @@ def stats_of(groups, limits, decision, moved=0, looked_at=0, skipped=False):
         return torch.as_tensor(value, dtype=torch.float64, device=device).detach()
 
     norm = number(decision.norm) if limits.any else None
+    coefficient = math.prod(decision.factors)
+    if len(segments):
+        coefficient = 0.0 if skipped else segments.smallest_coefficient()
     return ClipStats(
         total_norm=norm,
-        clip_coefficient=None if norm is None else number(math.prod(decision.factors)),
+        clip_coefficient=None if norm is None else number(coefficient),
         clamped_fraction=number(moved) / max(looked_at, 1) if any(map(clips_value, groups)) else None,
         skipped=torch.tensor(skipped, device=device),
         skipped_steps=torch.tensor(int(skipped), device=device),

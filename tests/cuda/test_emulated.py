@@ -24,6 +24,7 @@ ALL_TESTS = [
     "step/test_clip_stats",
     "step/test_change",
     "step/test_norm_rules",
+    "step/test_norm_scope",
     "step/test_norm_diagnostics",
     "drop_in/test_histories",
     "drop_in/test_drop_in",

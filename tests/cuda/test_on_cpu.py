@@ -206,6 +206,43 @@ BUGS = {
         "if (remembers && ",
         STEPS,
     ),
+    "a segment summed before its tiles are measured": (
+        "cuda/segments.cuh",
+        "atomicAdd(&outcome.measured, 1u) == tiles - 1",
+        "atomicAdd(&outcome.measured, 1u) == 0",
+        STEPS,
+    ),
+    "count of a segment's tiles not reset": ("cuda/segments.cuh", "atomicExch(&outcome.measured, 0u);", "", STEPS),
+    "segments of many tiles left out": (
+        "cuda/kernels.cuh",
+        "if (header.segments_by_block > 0) sum_large_segments",
+        "if (header.segments_by_block > 1000) sum_large_segments",
+        STEPS,
+    ),
+    "one factor for all segments": (
+        "cuda/kernels.cuh",
+        "header.segments > 0 ? scaling_of_tile(header, segments, tile) : scaling;",
+        "scaling;",
+        STEPS,
+    ),
+    "the level of a segment after its norm": (
+        "cuda/segments.cuh",
+        "outcome.level = level_of(segments.limits[row.group], row.history);",
+        "",
+        STEPS,
+    ),
+    "a segment's norm remembered by each block": (
+        "cuda/segments.cuh",
+        "segment += gridDim.x * kWarps)",
+        "segment += kWarps)",
+        STEPS,
+    ),
+    "norms of segments remembered beside a NaN": (
+        "rules/segment.h",
+        "return !decision.skip || decision.total_norm < HUGE_VAL;",
+        "return true;",
+        STEPS,
+    ),
     "groups count alike in the change": (
         "cuda/kernels.cuh",
         "multiplied(header.norm, sum, change)",

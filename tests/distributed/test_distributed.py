@@ -12,7 +12,7 @@ if not torch.distributed.is_available():
 import fastclip
 from tests.support.cases import param
 
-from . import accumulation, checkpoints, deferred, disagreement, histories, models, pieces, placements, scalers
+from . import accumulation, checkpoints, deferred, disagreement, histories, models, pieces, placements, scalers, scopes
 from .compare import CASES
 from .worker import PASSED, start_ranks
 
@@ -76,6 +76,11 @@ def test_limits_by_past_norms(results, case, ranks):
     assert_passed(results[ranks][case])
 
 
+@cases_of(scopes)
+def test_norms_of_segments(results, case, ranks):
+    assert_passed(results[ranks][case])
+
+
 @cases_of(pieces)
 def test_groups_that_were_exchanged(results, case, ranks):
     assert_passed(results[ranks][case])
@@ -100,7 +105,7 @@ def test_a_norm_of_the_shards_of_one_rank_is_refused():
     """FullyShardedDataParallel's parameters are plain tensors with a mark."""
     p = param(3)
     p._fsdp_flattened = True
-    for settings in ({"max_norm": 1.0}, {"skip_nonfinite": True}):
+    for settings in ({"max_norm": 1.0}, {"max_norm": 1.0, "norm_scope": "parameter"}, {"skip_nonfinite": True}):
         with pytest.raises(TypeError, match=f"{next(iter(settings))} can't be applied to param_groups.0.: each rank"):
             fastclip.SGD([p], lr=0.1, **settings)
     fastclip.SGD([p], lr=1.0, clip_value=0.5).step()
@@ -118,6 +123,9 @@ def test_a_norm_of_the_parameters_of_one_rank_is_refused():
                 zero([param(3)], fastclip.SGD, lr=0.1, **settings)
         p, q = param(3), param(3)
         zero([p], fastclip.SGD, lr=1.0, clip_value=0.5).step()
+        one = param(3)  # whole, and its norm concerns no other
+        zero([one], fastclip.SGD, lr=1.0, max_norm=1.0, norm_scope="parameter").step()
+        assert one.detach().norm().item() == pytest.approx(1.0, rel=1e-5)
         fastclip.SGD([q], lr=1.0, clip_value=0.5, max_norm=10.0).step()  # one made elsewhere may have a norm
         assert p.tolist() == q.tolist() == [-0.5] * 3
     finally:

@@ -101,6 +101,7 @@ def main():
         pieces,
         placements,
         scalers,
+        scopes,
     )
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

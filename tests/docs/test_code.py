@@ -17,6 +17,7 @@ PAGES = [
     "docs/change.md",
     "docs/edge.md",
     "docs/logging.md",
+    "docs/norm_scope.md",
     "docs/past_norms.md",
     "docs/patch.md",
     "docs/precision.md",

@@ -27,6 +27,7 @@ def test_is_an_sgd_with_its_arguments():
         "max_norm": None,
         "skip_norm": None,
         "norm_type": 2.0,
+        "norm_scope": "global",
         "max_change": None,
         "max_relative_change": None,
         "skip_nonfinite": False,

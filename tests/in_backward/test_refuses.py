@@ -17,7 +17,7 @@ def linear(**settings):
 
 
 ALL_GRADIENTS = {
-    "max_norm": (1.0, r"the max_norm of param_groups\[0\]: the norm is that of all gradients"),
+    "max_norm": (1.0, r"the max_norm of param_groups\[0\]: the norm is that of several gradients"),
     "skip_nonfinite": (True, r"the skip_nonfinite of param_groups\[0\]: the last gradient"),
 }
 

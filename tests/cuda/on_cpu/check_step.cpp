@@ -29,6 +29,7 @@ void one_thread(int count, void (*work)(void*), void* context) {
 enum Kind { kParams, kRounded, kGrads, kStates, kKinds = kStates + kMaxStates };
 struct Memory {
   std::vector<double> of[kKinds], steps, scalars, clip_history, skip_history;
+  std::vector<std::vector<double>> segment_histories;  // empty where a segment's limit is no rule
 };
 
 DType dtype_of(const TensorEntry& tensor, int kind) {
@@ -233,9 +234,41 @@ struct Case {
       if (random() % 2) step.limits.skip_norm = random_rule_of_norms(cpu.skip_history);
       step.skip_nonfinite = true;
     }
+    std::mt19937_64 scopes(seed + 77);  // of its own, so that all else is as without segments
+    const bool scoped = step.norm != Norm::none && !traits.in_place && !step.limits.measures_change;
+    if (scoped && scopes() % 2) add_segments(scopes);
     exact = step.norm != Norm::two;
     gpu = cpu;
     place(cpu);
+  }
+
+  // Norms of groups, or of tensors, in place of that of all. Some segments have no tensor.
+  void add_segments(std::mt19937_64& scopes) {
+    const bool by_group = scopes() % 2;
+    for (uint32_t i = 0; i < step.tensors.size(); ++i) {
+      const auto group = static_cast<uint32_t>(step.tensors[i].hyper);
+      if (by_group && i > 0 && step.tensors[i - 1].hyper == step.tensors[i].hyper) continue;
+      const uint32_t number = 2 * (by_group ? group : i);
+      if (scopes() % 8 == 0) step.segments.push_back({number + 1, group, i, nullptr});
+      step.segments.push_back({number, group, i, nullptr});
+    }
+    for (size_t group = 0; group < step.hypers.size(); ++group) {
+      NormLimit& limit = step.segment_limits.emplace_back();
+      std::vector<double> unused;
+      if (scopes() % 3 == 0) {
+        limit.kind = NormLimit::Kind::number;
+        limit.ceiling = scopes() % 2 ? 0.5 : 3.0;
+      } else if (scopes() % 4) {
+        limit = random_rule_of_norms(unused);
+      }
+    }
+    for (const Segment& segment : step.segments) {
+      const NormLimit& limit = step.segment_limits[segment.group];
+      std::vector<double>& history = cpu.segment_histories.emplace_back();
+      if (limit.is_rule()) fill_history(limit, history);
+    }
+    step.limits.max_norm = {};
+    cpu.clip_history.clear();
   }
 
   // A rule, and a history that it has: of none, some, or more norms than it keeps.
@@ -252,13 +285,17 @@ struct Case {
     limit.z = quantile ? 0 : random() % 4 / 2.0;
     limit.decay = 0.9;
     if (random() % 4 == 0) limit.floor = 2.0, limit.ceiling = 20.0;
+    fill_history(limit, history);
+    return limit;
+  }
+
+  void fill_history(const NormLimit& limit, std::vector<double>& history) {
     history.assign(doubles_of_history(limit), 0.0);
     std::lognormal_distribution<double> norm(4.0, 1.0);
     for (auto count = random() % 3 * (limit.window ? limit.window - 1 : 3); count > 0; --count) {
       auto* const filled = reinterpret_cast<History*>(history.data());
       push(limit, filled, level_of(limit, filled), norm(random), false, Alone{});
     }
-    return limit;
   }
 
   int64_t at(size_t tensor, int kind) const { return at_byte[tensor] + (kind == kGrads ? grad_shift[tensor] : 0); }
@@ -269,6 +306,7 @@ struct Case {
     };
     step.clip_history = history(memory.clip_history);
     step.skip_history = history(memory.skip_history);
+    for (size_t i = 0; i < step.segments.size(); ++i) step.segments[i].history = history(memory.segment_histories[i]);
     for (size_t i = 0; i < step.tensors.size(); ++i) {
       TensorEntry& tensor = step.tensors[i];
       const auto array = [&](int kind) { return reinterpret_cast<char*>(memory.of[kind].data()) + at(i, kind); };
@@ -293,6 +331,7 @@ struct Device {
   Step step;
   Outcome outcome{};
   std::vector<Measure> measures, param_measures;
+  std::vector<SegmentOutcome> segment_outcomes, segment_totals;
   std::vector<double> counts = std::vector<double>(cuda::kMaxBlocks, std::nan(""));
   std::vector<unsigned char> table_memory;
   cuda::DeviceTable table;
@@ -306,6 +345,19 @@ struct Device {
       step.chunks += (tensor.numel + kChunk - 1) / kChunk;
       step.elements += tensor.numel;
     }
+    step.segments.clear();
+    for (size_t i = 0; i < whole.segments.size(); ++i) {
+      Segment segment = whole.segments[i];
+      const size_t last = i + 1 < whole.segments.size() ? whole.segments[i + 1].first_tensor : whole.tensors.size();
+      if (last < begin || segment.first_tensor > end || (last == begin && begin > 0)) continue;
+      if (segment.first_tensor == end && end < whole.tensors.size()) continue;
+      if (segment.first_tensor < begin) segment.history = nullptr;  // the other device has it
+      segment.first_tensor = static_cast<uint32_t>(std::max<size_t>(segment.first_tensor, begin) - begin);
+      step.segments.push_back(segment);
+    }
+    segment_outcomes.resize(step.segments.size());
+    segment_totals.resize(step.segments.size());
+    step.segment_outcomes = segment_outcomes.data();
     const cuda::Needs needs = cuda::needs(step);
     measures.resize(std::max<int64_t>(needs.measures, step.chunks));
     param_measures.resize(std::max<int64_t>(needs.param_measures, step.chunks));
@@ -318,6 +370,26 @@ struct Device {
   }
 
   double clamped() const { return on_cpu ? counts[0] : std::accumulate(counts.begin(), counts.end(), 0.0); }
+
+  // The outcome of a segment that this device may have.
+  const SegmentOutcome* outcome_of(uint32_t number) const {
+    for (size_t i = 0; i < step.segments.size(); ++i) {
+      if (step.segments[i].number == number) return &segment_outcomes[i];
+    }
+    return nullptr;
+  }
+
+  // Takes the sums of both devices for the totals, and the level of the one that has the history.
+  void total_segments(const Device& other) {
+    for (size_t i = 0; i < step.segments.size(); ++i) {
+      segment_totals[i] = segment_outcomes[i];
+      if (const SegmentOutcome* of_other = other.outcome_of(step.segments[i].number)) {
+        combine(step.norm, segment_totals[i].sum, of_other->sum);
+        if (!step.segments[i].history) segment_totals[i].level = of_other->level;
+      }
+    }
+    step.segment_totals = segment_totals.data();
+  }
 
   bool run(Passes passes) {
     step.passes = passes;
@@ -350,6 +422,19 @@ bool same_histories(const std::vector<double>& a, const std::vector<double>& b) 
 
 // A CPU sums parameters of float32 in float32.
 double tolerance_of_params(const Case& c) { return c.step.limits.measures_params ? 1e-6 : 1e-13; }
+
+// What a device has recorded of its segments.
+bool same_segments(const Case& c, const Device& device, const std::vector<SegmentOutcome>& expected) {
+  bool good = true;
+  for (size_t i = 0; i < c.step.segments.size(); ++i) {
+    const SegmentOutcome* const found = device.outcome_of(c.step.segments[i].number);
+    if (!found) continue;
+    good &= found->measured == 0 && same(found->total_norm, expected[i].total_norm, c.exact) &&
+            same(found->max_norm, expected[i].max_norm, c.exact) &&
+            same(found->coefficient, expected[i].coefficient, c.exact);
+  }
+  return good;
+}
 
 // Values to the bit where the case is exact, but for which NaN a NaN is; else with a rounding of the coefficient in its
 // last place. And all the bytes around them.
@@ -385,6 +470,8 @@ bool check(uint64_t seed) {
   c.step.outcome = &expected;
   c.step.measures = measures.data();
   c.step.param_measures = param_measures.data();
+  std::vector<SegmentOutcome> segments(c.step.segments.size());
+  c.step.segment_outcomes = segments.data();
   if (!c.traits.in_place && seed % 4 != 0) c.step.clamped = &expected_clamped;
   cpu::run(c.step, cpu::ThreadPool{1, one_thread});
 
@@ -404,8 +491,10 @@ bool check(uint64_t seed) {
       part->step.levels = &first.outcome.levels;
       part->step.parts = 2;
       part->step.counts_skips = part == &first;
-      good &= part->run(Passes::update);
+      part->total_segments(part == &first ? second : first);
     }
+    good &= first.run(Passes::update) && second.run(Passes::update);
+    good &= same_segments(c, first, segments) && same_segments(c, second, segments);
     good &= same(first.outcome.total_norm, second.outcome.total_norm, true);
     outcome = first.outcome;
     outcome.skipped_steps += second.outcome.skipped_steps;
@@ -416,7 +505,7 @@ bool check(uint64_t seed) {
     }
   } else {
     Device whole(c.step, 0, tensors);
-    good &= whole.run(Passes::all);
+    good &= whole.run(Passes::all) && same_segments(c, whole, segments);
     outcome = whole.outcome;
     clamped = whole.clamped();
     if (c.step.limits.measures_params) good &= same_params_measured_again(whole);
@@ -431,6 +520,9 @@ bool check(uint64_t seed) {
           same(outcome.max_norm, expected.max_norm, c.exact) && same(outcome.skip_norm, expected.skip_norm, c.exact) &&
           same_histories(c.gpu.clip_history, c.cpu.clip_history) &&
           same_histories(c.gpu.skip_history, c.cpu.skip_history);
+  for (size_t i = 0; i < c.step.segments.size(); ++i) {
+    good &= same_histories(c.gpu.segment_histories[i], c.cpu.segment_histories[i]);
+  }
   good &= c.gpu.steps == c.cpu.steps && c.gpu.scalars == c.cpu.scalars;
   for (int kind = 0; kind < kKinds; ++kind) good &= same_memory(c, kind);
   if (!good) std::printf("seed %llu differs: %zu tensors\n", static_cast<unsigned long long>(seed), tensors);

@@ -144,6 +144,19 @@ def test_a_rule_costs_what_its_number_costs(shapes, settings):
     assert (counted.launches, counted.cooperative_launches, counted.copies, counted.synchronizations) == (1, 1, 0, 0)
 
 
+@pytest.mark.parametrize("max_norm", [1.0, fastclip.EmaNorm(z=1, warmup=2)], ids=["number", "rule"])
+@pytest.mark.parametrize("scope", ["group", "parameter"])
+@pytest.mark.parametrize("settings", [{}, ADAM], ids=["plain", "adam"])
+@pytest.mark.parametrize("shapes", [[(3,)], SHAPES, TINY[:400]], ids=["one", "mixed", "400"])
+def test_norms_of_segments_cost_what_the_norm_of_all_costs(shapes, settings, scope, max_norm):
+    """No byte per parameter, no launch, no copy, and nothing waits."""
+    of_all = stepped(shapes, steps=4, **settings, max_norm=1.0)
+    scoped = stepped(shapes, steps=4, **settings, max_norm=max_norm, norm_scope=scope)
+    expected, counted = (emulator.count(optimizer.step) for optimizer, *_ in (of_all, scoped))
+    assert (counted.bytes_read, counted.bytes_written) == (expected.bytes_read, expected.bytes_written)
+    assert (counted.launches, counted.cooperative_launches, counted.copies, counted.synchronizations) == (1, 1, 0, 0)
+
+
 @pytest.mark.parametrize("max_norm", [1.0, fastclip.QuantileNorm(0.1, scale=1.0, warmup=1)], ids=["number", "rule"])
 def test_a_micro_batch_costs_a_norm_and_an_addition(max_norm):
     """The first one of a step, and one that is added: one launch. Where gradients stay on the chip, 12 bytes."""

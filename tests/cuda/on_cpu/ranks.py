@@ -12,6 +12,7 @@ CASES = [
     "a_nan_on_one_rank_enters_no_history",
     "a_rank_without_gradients_remembers_the_norms_of_the_others",
     "norms_by_parameter_are_those_of_all_ranks",
+    "norms_of_segments_are_those_of_all_ranks",
 ]
 
 

@@ -1,0 +1,48 @@
+// Sums of measures over the lanes of a warp, and over tiles, on a GPU: always in the same order.
+#pragma once
+
+#include "table.cuh"
+
+namespace fastclip::cuda {
+namespace {
+
+// Sums over the lanes of a warp, for lane 0. kWide: all three parts are in use, not only
+// `medium`.
+template <bool kWide>
+__device__ __forceinline__ Measure sum_over_warp(Norm norm, Measure sum) {
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    const Measure other{kWide ? __shfl_down_sync(0xffffffffu, sum.small, offset) : 0,
+                        __shfl_down_sync(0xffffffffu, sum.medium, offset),
+                        kWide ? __shfl_down_sync(0xffffffffu, sum.big, offset) : 0};
+    combine(norm, sum, other);
+  }
+  return sum;
+}
+
+// Sums one lane's share of the tiles up to `end`, `stride` apart. Several loads are under way at once. `volatile`, as
+// other blocks have written the measures. A 0 changes no sum and no maximum.
+template <bool kWide>
+__device__ __forceinline__ Measure sum_of_lane(const Header& header, const double* measures, uint32_t first,
+                                               uint32_t end, uint32_t stride) {
+  constexpr int kAtOnce = 8;
+  const volatile double* const medium = measures;
+  const volatile double* const small = medium + header.tiles;
+  const volatile double* const big = small + header.tiles;
+  Measure sum{};
+#pragma unroll 1
+  for (; first < end; first += kAtOnce * stride) {
+    Measure loaded[kAtOnce];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const uint32_t tile = first + k * stride;
+      const bool inside = tile < end;
+      loaded[k] = {kWide && inside ? small[tile] : 0, inside ? medium[tile] : 0, kWide && inside ? big[tile] : 0};
+    }
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) combine(header.norm, sum, loaded[k]);
+  }
+  return sum;
+}
+
+}  // namespace
+}  // namespace fastclip::cuda

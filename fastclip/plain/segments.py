@@ -1,0 +1,73 @@
+"""The parts of a model that have a norm, and a `max_norm`, of their own: csrc/rules/segment.h in plain torch."""
+
+import math
+from functools import partial, reduce
+
+import torch
+
+from .history import CLIP_HISTORIES, NormLimit
+from .limits import limits_of, scaling_of
+from .measure import combined, norm_of
+
+
+class Segment:
+    """A group, or one parameter; and what a step finds out about it."""
+
+    def __init__(self, limit, params):
+        self.limit = limit
+        self.params = params
+        self.norm = None
+        self.factors = ()
+
+
+class Segments:
+    """All segments of a step; none where `max_norm` is over all gradients."""
+
+    def __init__(self, groups, state):
+        self._norm_type = limits_of(groups).norm_type
+        self._by_group = [self._of_group(group, state) for group in groups if limits_of(groups).of_segments]
+        self._all = [segment for segments in self._by_group for segment in segments]
+
+    @staticmethod
+    def _of_group(group, state):
+        scope = group["norm_scope"]
+        parts = [[param] for param in group["params"]] if scope == "parameter" else [group["params"]]
+        return [Segment(NormLimit(group["max_norm"], CLIP_HISTORIES[scope], state, part), part) for part in parts]
+
+    def __len__(self):
+        return len(self._all)
+
+    def sums(self, measures, among, device):
+        """Returns the measure of each segment, float64 [3 * segments]; `among` are the parameters that count here."""
+        among = {param for param in among if param in measures}
+        nothing = torch.zeros(3, dtype=torch.float64, device=device)
+        totals = [torch.zeros(0, dtype=torch.float64, device=device)]
+        for segment in self._all:
+            there = [measures[param].to(device) for param in segment.params if param in among]
+            totals.append(reduce(partial(combined, norm_type=self._norm_type), there, nothing))
+        return torch.cat(totals)
+
+    def decide(self, sums):
+        """Derives the factors of each segment's clip from its measure."""
+        for segment, measure in zip(self._all, sums.view(-1, 3), strict=True):
+            segment.norm = norm_of(measure, self._norm_type)
+            max_norm = segment.limit.value(segment.norm)
+            segment.factors = scaling_of(segment.norm, math.inf if max_norm is None else max_norm)
+
+    def factors(self, group, index):
+        """Returns the factors of a parameter's gradient, by the place of the parameter."""
+        if not self._all:
+            return ()
+        segments = self._by_group[group]
+        return segments[index if len(segments) > 1 else 0].factors
+
+    def smallest_coefficient(self):
+        """Returns the factor of the segment that is scaled down the most. One of zeros is not."""
+        return torch.stack(
+            [math.prod(segment.factors).masked_fill(segment.norm == 0, 1.0) for segment in self._all]
+        ).min()
+
+    def push(self, stores):
+        """Remembers the norm of each segment."""
+        for segment in self._all:
+            segment.limit.push(segment.norm, stores)
