@@ -52,19 +52,20 @@ FASTCLIP_HD void store_number(void* number, bool is_float64, double value) {
   is_float64 ? *static_cast<double*>(number) = value : *static_cast<float*>(number) = static_cast<float>(value);
 }
 
-// Returns a tensor's progress in this step. Entry is a TensorEntry, or has the same members.
+// Returns a tensor's progress in this step, in which its gradient has this norm. Entry is a TensorEntry, or has the
+// same members.
 template <class Entry>
-FASTCLIP_HD Progress progress_of(const Entry& tensor) {
+FASTCLIP_HD Progress progress_of(const Entry& tensor, double norm = 0) {
   return {tensor.step ? number_at(tensor.step, tensor.step_is_float64) + 1 : 0,
-          tensor.scalar ? number_at(tensor.scalar, tensor.scalar_is_float64) : 0, bool{tensor.scalar_is_float64}};
+          tensor.scalar ? number_at(tensor.scalar, tensor.scalar_is_float64) : 0, bool{tensor.scalar_is_float64}, norm};
 }
 
 // Counts a tensor's step. The scalar comes first: its next value depends on the count before that.
 template <class R, class Entry>
-FASTCLIP_HD void advance(const Entry& tensor, const Hyper& hyper) {
+FASTCLIP_HD void advance(const Entry& tensor, const Hyper& hyper, double norm) {
   if constexpr (R::kScalar.name != nullptr) {
     if (tensor.scalar) {
-      const double next = R::next_scalar(hyper.of<R>(), progress_of(tensor));
+      const double next = R::next_scalar(hyper.of<R>(), progress_of(tensor, norm));
       store_number(tensor.scalar, tensor.scalar_is_float64, next);
     }
   }

@@ -11,6 +11,7 @@ from .in_backward import step_in_backward
 from .lion import Lion
 from .nadam import NAdam
 from .norm_rules import EmaNorm, QuantileNorm
+from .novograd import NovoGrad
 from .patching import patch
 from .radam import RAdam
 from .rmsprop import RMSprop
@@ -28,6 +29,7 @@ __all__ = [
     "RMSprop",
     "RAdam",
     "NAdam",
+    "NovoGrad",
     "Adagrad",
     "Adadelta",
     "Lion",

@@ -54,15 +54,18 @@ class ClipStats(NamedTuple):
     skip_threshold: torch.Tensor | None = None
 
 
-def table_of(measures, groups):
-    """Returns measures by position, of a step in plain torch, as `Engine.measures_by_parameter` does."""
+def table_of(measures, groups, needs_norm):
+    """Returns measures by position, of a step in plain torch, as `Engine.measures_by_parameter` does. `needs_norm`: the
+    rule measures in any case."""
     limits = any(map(set_limits, groups))
-    if not limits and not (groups and groups[0]["skip_nonfinite"]):
+    if not limits and not needs_norm and not (groups and groups[0]["skip_nonfinite"]):
         return None, 2.0
     count = sum(len(group["params"]) for group in groups)
     rows = torch.zeros(count, 3, dtype=torch.float64, device="cpu")
     for position, measure in measures.items():
         rows[position] = measure.detach()
+    if needs_norm:
+        return rows, 2.0
     return rows, float(groups[0]["norm_type"]) if limits else math.inf
 
 

@@ -14,6 +14,7 @@ class Results:
     param_groups: list[dict[str, Any]]
     state: Any
     _engine: Any
+    _rule: Any
     _in_backward: Any
     _reference_stats: clip_stats.ClipStats | None  # of the last step, if it was in plain torch
     _reference_measures: Any
@@ -120,7 +121,8 @@ class Results:
         if self._reference_measures is None:
             measures, norm_type = self._engine.measures_by_parameter()
         else:
-            measures, norm_type = clip_stats.table_of(*self._reference_measures)
+            found, groups = self._reference_measures
+            measures, norm_type = clip_stats.table_of(found, groups, self._rule.needs_norm)
         return clip_stats.norms_by_parameter(self.param_groups, measures, norm_type)
 
     def first_nonfinite(self) -> str | None:

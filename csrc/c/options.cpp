@@ -56,6 +56,10 @@ Options read(const Settings& settings, Rules::Id rule, const char* optimizer) {
   hyper.weight_decay = settings.non_negative_or("weight_decay", 0);
   hyper.maximize = settings.flag(Settings::Key("maximize"));
   read_clips(settings, options);
+  if (needs_norm(rule)) {  // of each tensor, whatever else looks at norms
+    if (options.norm == Norm::inf && settings.number_or("norm_type", 2) != 2) refuse(optimizer, " needs norm_type 2");
+    options.norm = Norm::two;
+  }
   hyper.stochastic_rounding = settings.flag(Settings::Key("stochastic_rounding"));
   const double seed = settings.non_negative_or("rounding_seed", 0);
   if (seed > UINT32_MAX || seed != std::floor(seed)) refuse("rounding_seed must be a whole number below 2^32");

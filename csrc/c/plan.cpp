@@ -164,6 +164,16 @@ void fastclip_plan::list() {
     if (tensors_[i].given.grad) step_.tensors.push_back(entry_of(tensors_[i], static_cast<uint32_t>(i)));
   }
   step_.clampable = clips_value(options_.hyper) ? step_.elements : 0;
+  step_.segments.clear();
+  if (needs_norm(rule_)) list_segments();
+}
+
+// Each tensor has a norm of its own, without a limit.
+void fastclip_plan::list_segments() {
+  for (uint32_t i = 0; i < step_.tensors.size(); ++i) step_.segments.push_back({i, 0, i, nullptr});
+  step_.segment_limits.assign(1, NormLimit{});
+  segment_outcomes_.resize(step_.segments.size());
+  step_.segment_outcomes = segment_outcomes_.data();
 }
 
 TensorEntry fastclip_plan::entry_of(Tensor& tensor, uint32_t index) {

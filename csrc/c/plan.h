@@ -39,6 +39,7 @@ struct fastclip_plan {
   Tensor& at(size_t tensor) { return const_cast<Tensor&>(std::as_const(*this).at(tensor)); }
   void lay_out(Tensor& tensor);
   void list();
+  void list_segments();
   fastclip::TensorEntry entry_of(Tensor& tensor, uint32_t index);
 
   fastclip::cpu::ThreadPool pool_;
@@ -50,5 +51,6 @@ struct fastclip_plan {
   fastclip::Step step_;
   fastclip::Outcome outcome_{};
   std::vector<fastclip::Measure> measures_;
+  std::vector<fastclip::SegmentOutcome> segment_outcomes_;
   double clamped_ = 0;
 };

@@ -200,7 +200,7 @@ Decision decide_for(const Step& step) {
   return decide(step.norm, sum, step.limits, levels_of(step), step.skip_nonfinite);
 }
 
-// The factors of tensors, by the segments that they are in; or one for all.
+// The factors of tensors, and their norms after that, by the segments that they are in; or one factor for all.
 class Scalings {
  public:
   explicit Scalings(const Scaling& of_all) : of_all_(of_all) {}
@@ -217,27 +217,34 @@ class Scalings {
       record(step.segment_outcomes[i], decided);
       const bool last = i + 1 == step.segments.size();
       const auto end = of_tensors_.begin() + (last ? of_tensors_.size() : step.segments[i + 1].first_tensor);
-      std::fill(of_tensors_.begin() + segment.first_tensor, end, decided.scaling);
-      if (remembers_segments(decision)) {
-        push(limit, segment.history, level, decided.total_norm, false, Alone{});
-      }
+      const Scaling scaling = both(of_all_, decided.scaling);
+      std::fill(of_tensors_.begin() + segment.first_tensor, end,
+                OfTensor{scaling, decided.total_norm * scaling.product()});
+      if (remembers_segments(decision)) push(limit, segment.history, level, decided.total_norm, false, Alone{});
     }
   }
 
   bool is_one() const { return of_tensors_.empty(); }
   const Scaling& of(const Step& step, const TensorEntry& tensor) const {
-    return is_one() ? of_all_ : of_tensors_[&tensor - step.tensors.data()];
+    return is_one() ? of_all_ : of_tensors_[&tensor - step.tensors.data()].scaling;
+  }
+  double norm(const Step& step, const TensorEntry& tensor) const {
+    return is_one() ? 0 : of_tensors_[&tensor - step.tensors.data()].norm;
   }
 
  private:
+  struct OfTensor {
+    Scaling scaling;
+    double norm;
+  };
   Scaling of_all_;
-  std::vector<Scaling> of_tensors_;
+  std::vector<OfTensor> of_tensors_;
 };
 
 void update_all(const Step& step, const ThreadPool& pool, const LoopTable& loops, const Scalings& scalings) {
   // A norm was taken just before, by this call or by the one that deferred its clip: the last gradients are in a cache.
   const bool measured = step.norm != Norm::none || step.asked.grad_factor;
-  const bool counts = step.has_step_counts;
+  const bool counts = step.has_step_counts, needs_norms = needs_norm(step.rule);
   std::atomic<int64_t> all_clamped{0};
   for_each_chunk(step, pool, measured, [&](int64_t first_chunk, int64_t last_chunk) {
     int32_t current = -1;
@@ -247,7 +254,8 @@ void update_all(const Step& step, const ThreadPool& pool, const LoopTable& loops
     int64_t clamped = 0;
     for_each_run(step, first_chunk, last_chunk, [&](const TensorEntry& tensor, int64_t begin, int64_t size) {
       if (!tensor.grad) return;
-      const Progress progress = counts ? progress_of(tensor) : Progress{};
+      const double norm = needs_norms ? scalings.norm(step, tensor) : 0;
+      const Progress progress = counts ? progress_of(tensor, norm) : Progress{};
       if (current != tensor.hyper || (counts && !(progress == current_progress))) {
         const Hyper& hyper = step.hypers[tensor.hyper];
         constants = constants_of(step, hyper, scalings.of(step, tensor), progress);
@@ -274,7 +282,7 @@ void update_all(const Step& step, const ThreadPool& pool, const LoopTable& loops
   if (!step.has_step_counts) return;
   Rules::visit(step.rule, [&](auto tag) {
     for (const TensorEntry& tensor : step.tensors)
-      advance<typename decltype(tag)::Rule>(tensor, step.hypers[tensor.hyper]);
+      advance<typename decltype(tag)::Rule>(tensor, step.hypers[tensor.hyper], scalings.norm(step, tensor));
   });
 }
 

@@ -74,8 +74,8 @@ __device__ __forceinline__ void write_measure(const Header& header, double* meas
 
 // Sums over some tiles, for thread 0 of one block. The whole grid waits for it.
 template <bool kWide>
-__device__ __forceinline__ Measure sum_over_tiles(const Header& header, const double* measures, uint32_t first,
-                                                  uint32_t end) {
+__device__ __noinline__ Measure sum_over_tiles(const Header& header, const double* measures, uint32_t first,
+                                               uint32_t end) {
   return sum_over_block<kWide>(header.norm, sum_of_lane<kWide>(header, measures, first + threadIdx.x, end, kThreads));
 }
 
@@ -151,7 +151,7 @@ __device__ __forceinline__ void publish_clamped(double* counts, uint32_t clamped
 
 // Counts the step of every tensor, in the last block to finish: until then, other blocks may still read the counts.
 template <class K, DTypes kDTypes, int kTableBytes>
-__device__ __forceinline__ void count_steps(const Arguments<kTableBytes>& arguments) {
+__device__ __forceinline__ void count_steps(const Arguments<kTableBytes>& arguments, Segments segments) {
   if constexpr (kCounts<K, kDTypes>) {
     const Header& header = arguments.header;
     if (!header.has_step_counts) return;
@@ -165,7 +165,9 @@ __device__ __forceinline__ void count_steps(const Arguments<kTableBytes>& argume
     const auto table = table_of<K, kDTypes>(arguments);
     for (uint32_t i = threadIdx.x; i < header.tensors; i += kThreads) {
       const auto& entry = table.entries[i];
-      if (entry.first_of_tensor) advance<typename K::Rule>(entry, table.hypers[entry.hyper]);
+      if (!entry.first_of_tensor) continue;
+      const double norm = norm_of_segment_at<typename K::Rule>(header, segments, entry.first_tile);
+      advance<typename K::Rule>(entry, table.hypers[entry.hyper], norm);
     }
     if (threadIdx.x == 0) atomicExch(&header.outcome->finished, 0u);
   }
@@ -258,7 +260,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks(kDTypes))
       [&](uint32_t tile, const Hyper& hyper, const Entry<K, kDTypes>& entry, int64_t begin, int size,
           const uint4* slot) {
         if (K::kLimitsChange && !entry.grad) return;
-        const Scaling of_tile = header.segments > 0 ? scaling_of_tile(header, segments, tile) : scaling;
+        const auto of_tile = scaling_of_tile<typename K::Rule>(header, segments, tile, scaling);
         const auto note = [&](auto stored, const Updated<K::kLimitsChange>& updated) {
           clamped += updated.clamped;
           if constexpr (K::kLimitsChange) {
@@ -281,7 +283,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks(kDTypes))
         }
       });
   if (!K::Rule::kClipsInPlace && header.clamped) publish_clamped(header.clamped, clamped);
-  count_steps<K, kDTypes>(arguments);
+  count_steps<K, kDTypes>(arguments, segments);
 }
 
 }  // namespace

@@ -94,12 +94,13 @@ __device__ __forceinline__ uint4 pack(const float (&values)[kElements], DType dt
 template <class K, class OneEntry>
 __device__ __noinline__ Updated<K::kLimitsChange> update_mixed_tile(const Header& header, const Hyper& hyper,
                                                                     const OneEntry& entry, int64_t begin, int size,
-                                                                    Scaling scaling, const uint4* slot) {
+                                                                    ScalingOf<typename K::Rule> scaling,
+                                                                    const uint4* slot) {
   using R = typename K::Rule;
   constexpr int kStates = K::kStates, kRoom = K::kRoom;
   constexpr int kAtOnce = kInFlight<2 + kStates>;
   const Clip<float> clip = clip_of<float>(hyper, header.asked, scaling);
-  const auto constants = constants_of<R, float>(hyper, entry);
+  const auto constants = constants_of<R, float>(hyper, entry, scaling);
   const Terms terms = possible_terms<K>(hyper, entry);
   const uint32_t reads = R::reads(terms), writes = R::writes(terms);
   const int64_t place = begin + entry.head;  // the place of the tile's first element in its tensor

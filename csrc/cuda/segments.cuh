@@ -5,6 +5,7 @@
 
 #include "decision.cuh"
 #include "sums.cuh"
+#include "tiles.cuh"
 
 namespace fastclip::cuda {
 namespace {
@@ -23,6 +24,10 @@ __device__ __forceinline__ Segments segments_of(const Header& header, const Tabl
   return {rows, limits, reinterpret_cast<const uint32_t*>(limits + header.groups)};
 }
 
+__device__ __noinline__ uint32_t segment_of(const Header& header, const SegmentRow* rows, uint32_t tile) {
+  return static_cast<uint32_t>(&entry_of(rows, header.segments, tile) - rows);
+}
+
 // Writes what was measured of a segment, and the level of its limit.
 __device__ __noinline__ void close_segment(const Header& header, Segments segments, uint32_t segment, Measure sum) {
   const SegmentRow& row = segments.rows[segment];
@@ -34,21 +39,20 @@ __device__ __noinline__ void close_segment(const Header& header, Segments segmen
 // A warp has measured a tile. If it is the last of its segment, the warp adds up all of them, in their order.
 template <bool kWide>
 __device__ __noinline__ void note_tile(const Header& header, Segments segments, uint32_t tile) {
-  const SegmentRow& row = entry_of(segments.rows, header.segments, tile);
-  const auto segment = static_cast<uint32_t>(&row - segments.rows);
-  const uint32_t end = segments.rows[segment + 1].first_tile, tiles = end - row.first_tile;
-  if (tiles > kTilesOfWarp) return;
+  const uint32_t segment = segment_of(header, segments.rows, tile);
+  const uint32_t first = segments.rows[segment].first_tile, end = segments.rows[segment + 1].first_tile;
+  if (end - first > kTilesOfWarp) return;
   const uint32_t lane = threadIdx.x % kWarp;
   SegmentOutcome& outcome = header.segment_outcomes[segment];
   bool last = false;
   if (lane == 0) {
     __threadfence();
-    last = atomicAdd(&outcome.measured, 1u) == tiles - 1;
+    last = atomicAdd(&outcome.measured, 1u) == end - first - 1;
   }
   if (!__shfl_sync(0xffffffffu, int{last}, 0)) return;
   __threadfence();
-  const Measure sum =
-      sum_over_warp<kWide>(header.norm, sum_of_lane<kWide>(header, header.measures, row.first_tile + lane, end, kWarp));
+  const Measure of_lane = sum_of_lane<kWide>(header, header.measures, first + lane, end, kWarp);
+  const Measure sum = sum_over_warp<kWide>(header.norm, of_lane);
   if (lane != 0) return;
   close_segment(header, segments, segment, sum);
   atomicExch(&outcome.measured, 0u);
@@ -60,17 +64,44 @@ __device__ __forceinline__ Level level_of_segment(const Header& header, uint32_t
 }
 
 // Decides for a segment, by the sums of all devices.
-__device__ __forceinline__ SegmentDecision decide_for_segment(const Header& header, Segments segments,
-                                                              uint32_t segment) {
+__device__ __noinline__ SegmentDecision decide_for_segment(const Header& header, Segments segments, uint32_t segment) {
   const volatile Measure& sum = header.segment_totals[segment].sum;
   return decide_for(header.norm, segments.limits[segments.rows[segment].group], level_of_segment(header, segment),
                     Measure{sum.small, sum.medium, sum.big});
 }
 
-// Returns the factor of a tile's gradients.
-__device__ __noinline__ Scaling scaling_of_tile(const Header& header, Segments segments, uint32_t tile) {
-  const SegmentRow& row = entry_of(segments.rows, header.segments, tile);
-  return decide_for_segment(header, segments, static_cast<uint32_t>(&row - segments.rows)).scaling;
+// Returns the factor of a tile's gradients, and with kNeedsNorm their tensor's norm after it. `of_all` is the factor
+// that all have in common.
+template <class R>
+__device__ __forceinline__ ScalingOf<R> scaling_of_tile(const Header& header, Segments segments, uint32_t tile,
+                                                        const Scaling& of_all) {
+  ScalingOf<R> scaling;
+  static_cast<Scaling&>(scaling) = of_all;
+  if (header.segments > 0) {
+    const SegmentDecision decision = decide_for_segment(header, segments, segment_of(header, segments.rows, tile));
+    static_cast<Scaling&>(scaling) = both(of_all, decision.scaling);
+    if constexpr (R::kNeedsNorm) scaling.norm = decision.total_norm * scaling.product();
+  }
+  return scaling;
+}
+
+// Returns that norm again, as one thread finds it in what was recorded of the segment that begins with a tile.
+template <class R>
+__device__ __forceinline__ double norm_of_segment_at(const Header& header, Segments segments, uint32_t tile) {
+  if constexpr (R::kNeedsNorm) {
+    uint32_t low = 0;  // the last row that begins at the tile or before
+    for (uint32_t count = header.segments; count > 1;) {
+      const uint32_t half = count / 2;
+      const bool after = segments.rows[low + half].first_tile <= tile;
+      low = after ? low + half : low;
+      count = after ? count - half : half;
+    }
+    const volatile SegmentOutcome& outcome = header.segment_outcomes[low];
+    const volatile double& of_all = header.outcome->coefficient;
+    return outcome.total_norm * (of_all * outcome.coefficient);
+  } else {
+    return 0;
+  }
 }
 
 // Records what follows for all segments, and lets their limits remember the norms; dealt out to the warps of the grid.

@@ -6,10 +6,11 @@
 namespace fastclip::cuda {
 namespace {
 
-// Sums over the lanes of a warp, for lane 0. kWide: all three parts are in use, not only
-// `medium`.
+// Sums over the lanes of a warp, for lane 0. Called, as each kernel has its own copy of what it calls, and in a loop.
+// kWide: all three parts are in use, not only `medium`.
 template <bool kWide>
-__device__ __forceinline__ Measure sum_over_warp(Norm norm, Measure sum) {
+__device__ __noinline__ Measure sum_over_warp(Norm norm, Measure sum) {
+#pragma unroll 1
   for (int offset = kWarp / 2; offset > 0; offset /= 2) {
     const Measure other{kWide ? __shfl_down_sync(0xffffffffu, sum.small, offset) : 0,
                         __shfl_down_sync(0xffffffffu, sum.medium, offset),
@@ -22,8 +23,8 @@ __device__ __forceinline__ Measure sum_over_warp(Norm norm, Measure sum) {
 // Sums one lane's share of the tiles up to `end`, `stride` apart. Several loads are under way at once. `volatile`, as
 // other blocks have written the measures. A 0 changes no sum and no maximum.
 template <bool kWide>
-__device__ __forceinline__ Measure sum_of_lane(const Header& header, const double* measures, uint32_t first,
-                                               uint32_t end, uint32_t stride) {
+__device__ __noinline__ Measure sum_of_lane(const Header& header, const double* measures, uint32_t first, uint32_t end,
+                                            uint32_t stride) {
   constexpr int kAtOnce = 8;
   const volatile double* const medium = measures;
   const volatile double* const small = medium + header.tiles;

@@ -160,10 +160,20 @@ __device__ __forceinline__ Terms possible_terms(const Hyper& hyper, const EntryH
   return terms_of(hyper.terms, entry.is_first) & K::kPossible;
 }
 
+// The factor of a tile's gradients; and with kNeedsNorm the norm of the tensor's, after it.
+struct ScalingAndNorm : Scaling {
+  double norm;
+};
+template <class R>
+using ScalingOf = std::conditional_t<R::kNeedsNorm, ScalingAndNorm, Scaling>;
+
 // Returns the rule's constants for a tensor, in the compute type.
 template <class R, class T, class OneEntry>
-__device__ __forceinline__ typename R::template Constants<T> constants_of(const Hyper& hyper, const OneEntry& entry) {
-  const auto constants = R::constants(hyper, hyper.of<R>(), lr_of(hyper), progress_of(entry));
+__device__ __forceinline__ typename R::template Constants<T> constants_of(const Hyper& hyper, const OneEntry& entry,
+                                                                          const ScalingOf<R>& scaling) {
+  double norm = 0;
+  if constexpr (R::kNeedsNorm) norm = scaling.norm;
+  const auto constants = R::constants(hyper, hyper.of<R>(), lr_of(hyper), progress_of(entry, norm));
   return converted<typename R::template Constants<T>>(constants);
 }
 
@@ -182,14 +192,14 @@ struct Updated<false> {
 template <class K, class Stored, class OneEntry>
 __device__ __noinline__ Updated<K::kLimitsChange> update_tile(const Header& header, const Hyper& hyper,
                                                               const OneEntry& entry, int64_t begin, int size,
-                                                              Scaling scaling, const uint4* slot) {
+                                                              ScalingOf<typename K::Rule> scaling, const uint4* slot) {
   using T = ComputeType<Stored>;
   using R = typename K::Rule;
   constexpr bool kReadsParam = !R::kClipsInPlace;
   constexpr int kStates = K::kStates, kRoom = K::kRoom;
   constexpr int kAtOnce = kInFlight<1 + kReadsParam + kStates>;
   const Clip<T> clip = clip_of<T>(hyper, header.asked, scaling);
-  const auto constants = constants_of<R, T>(hyper, entry);
+  const auto constants = constants_of<R, T>(hyper, entry, scaling);
   const Terms terms = possible_terms<K>(hyper, entry);
   const uint32_t reads = R::reads(terms), writes = R::writes(terms);  // groups differ in these
 

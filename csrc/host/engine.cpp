@@ -176,13 +176,14 @@ void Engine::remember(const NormClip& norm_clip, bool skipped_by_host) {
 void Engine::run(const NormClip& asked, const Amp& amp) {
   NormClip norm_clip = asked;
   // Looking for inf and NaN is taking the inf norm, and clipping nothing.
-  if (asked.skip_nonfinite && asked.norm == Norm::none) norm_clip = {Norm::inf, {}, Scope::global, true};
+  if (asked.measures() && asked.norm == Norm::none) norm_clip.norm = asked.needs_norms ? Norm::two : Norm::inf;
   if (asked.limits.measures_params) {
     norm_clip.limits.smallest_norm = smallest_norm(asked.norm, walk_.measured_params());
   }
-  norm_clip.segments = asked.scope == Scope::group       ? static_cast<int64_t>(groups_.size())
-                       : asked.scope == Scope::parameter ? walk_.parameters()
-                                                         : 0;
+  const Scope scope = asked.segment_scope();
+  norm_clip.segments = scope == Scope::group       ? static_cast<int64_t>(groups_.size())
+                       : scope == Scope::parameter ? walk_.parameters()
+                                                   : 0;
   auto& parts = walk_.parts();
   const bool gil_is_released =
       std::any_of(parts.begin(), parts.end(), [](const auto& part) { return part.releases_gil(); });
@@ -199,7 +200,7 @@ void Engine::run(const NormClip& asked, const Amp& amp) {
 }
 
 bool Engine::asks_all_ranks(const NormClip& norm_clip) const {
-  return walk_.shards().over_ranks() && (norm_clip.norm != Norm::none || norm_clip.skip_nonfinite);
+  return walk_.shards().over_ranks() && norm_clip.measures();
 }
 
 // Whether the step just taken changed nothing. Waits for the device: asked only after a step that made states, which a
@@ -276,9 +277,9 @@ at::Tensor Engine::smallest_coefficient() const {
 }
 
 std::pair<at::Tensor, Norm> Engine::measures_by_parameter() const {
-  const bool measured = last_.norm_clip.norm != Norm::none || last_.norm_clip.skip_nonfinite;
-  if (!measured || !last_.device) return {{}, Norm::none};
-  const Norm norm = last_.norm_clip.norm != Norm::none ? last_.norm_clip.norm : Norm::inf;
+  const NormClip& clip = last_.norm_clip;
+  if (!clip.measures() || !last_.device) return {{}, Norm::none};
+  const Norm norm = clip.norm != Norm::none ? clip.norm : clip.needs_norms ? Norm::two : Norm::inf;
   at::Tensor measures = at::full({walk_.parameters(), kParts}, last_.skipped_by_host ? NAN : 0.0, at::kDouble);
   auto* const rows = static_cast<Measure*>(measures.mutable_data_ptr());
   for (const Part& part : walk_.parts()) {

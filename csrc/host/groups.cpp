@@ -312,6 +312,14 @@ Group read_group(PyObject* object, Py_ssize_t index, Rules::Id rule) {
   NormClip& clip = group.norm_clip;
   if (scope != kGlobal.object) clip.scope = read_scope(scope, reader.where());
   const bool scoped = clip.scope != Scope::global;
+  clip.needs_norms = needs_norm(rule);
+  if (clip.needs_norms && !two && read_norm_type(norm_type, reader.where()) != Norm::two) {
+    raise(PyExc_ValueError, "norm_type", reader.where(), " must be 2 in this optimizer, whose updates take that norm");
+  }
+  if (clip.needs_norms && clip.scope == Scope::group) {
+    raise(PyExc_ValueError, "norm_scope", reader.where(),
+          " must be 'global' or 'parameter' in this optimizer, whose updates take the norm of each parameter");
+  }
   NormLimit& limit_of_norm = scoped ? group.segment_limit : clip.limits.max_norm;
   if (max_norm != Py_None || skip_norm != Py_None || !two || scoped) {
     const std::string where = reader.where();

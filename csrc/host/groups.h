@@ -17,7 +17,12 @@ struct NormClip {
   Limits limits;
   Scope scope = Scope::global;  // if not global, max_norm is not among `limits`, but each group has its own
   bool skip_nonfinite = false;
-  int64_t segments = 0;  // number of all groups, or of all parameters, in a step with such a Scope
+  bool needs_norms = false;  // the rule's updates depend on the norm of each parameter's gradient
+  int64_t segments = 0;      // number of all groups, or of all parameters, where these have norms
+
+  // What has a norm of its own, for its limit or for the rule.
+  Scope segment_scope() const { return needs_norms ? Scope::parameter : scope; }
+  bool measures() const { return norm != Norm::none || skip_nonfinite || needs_norms; }
 
   // A step may find out on the device that it changes nothing.
   bool may_skip() const { return skip_nonfinite || limits.skip_norm.ceiling < HUGE_VAL || limits.skip_norm.is_rule(); }

@@ -343,7 +343,7 @@ void update_over_ranks(const std::vector<Part*>& parts, const NormClip& norm_cli
   std::vector<PartMeasure> measures;
   for (Part* part : parts) {
     at::Tensor measure = part->sums();
-    if (norm_clip.scope != Scope::global) {
+    if (norm_clip.segment_scope() != Scope::global) {
       measure = at::cat({measure, segments_among_all(*part, norm_clip, 0, kDoubles, 0).flatten()});
     }
     measures.emplace_back(part->reduction, measure);
@@ -356,7 +356,7 @@ void update_over_ranks(const std::vector<Part*>& parts, const NormClip& norm_cli
     copy_levels(sums.back(), parts);
     part->set_found_inf(found_inf);
   }
-  if (norm_clip.scope != Scope::global) {
+  if (norm_clip.segment_scope() != Scope::global) {
     const at::Tensor of_segments = total.narrow(0, of_all, total.numel() - of_all).view({-1, kDoubles});
     hand_out_segments(parts, norm_clip, of_segments);
   }
@@ -371,7 +371,7 @@ void update_over_devices(const std::vector<Part*>& parts, const NormClip& norm_c
     for (int64_t i = 0; i < count; ++i) copy_to(sums.back(), i * kDoublesOfSums, parts[i]->sums());
     copy_levels(sums.back(), parts);
   }
-  if (norm_clip.scope != Scope::global) {
+  if (norm_clip.segment_scope() != Scope::global) {
     const c10::Device device = parts.front()->device;
     at::Tensor total = at::zeros({norm_clip.segments, kDoubles}, doubles_on(device));
     for (Part* part : parts) {

@@ -328,8 +328,7 @@ void Walk::add_param(const Group& group, const StateNames& names, Py_ssize_t gro
 // Every rank takes part in the norm, whatever it has itself.
 void Walk::await_norm(const Shard& param, const Place& place, const NormClip& norm_clip) {
   PyObject* const reduction = shards_.reduction_of(param, parameter_, place);
-  const bool measured = norm_clip.norm != Norm::none || norm_clip.skip_nonfinite;
-  reduction_ = measured ? reduction : nullptr;
+  reduction_ = norm_clip.measures() ? reduction : nullptr;
   if (!reduction_) return;
   part_ = &part_of(param.local().device(), reduction_);
   part_->awaited = true;
@@ -411,7 +410,7 @@ void Walk::add_covered(const Group& group, const StateNames& names, const Place&
     }
   }
   if (group.differentiable) not_covered(Reason("differentiable"));
-  scope_ = group.norm_clip.scope;
+  scope_ = group.norm_clip.segment_scope();
   const StateNames names = state_names(rule_, group);
   for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(group.params.object); ++i, ++parameter_) {
     in_place_ ? add_param<true>(group, names, group_index, i)

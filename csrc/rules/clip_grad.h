@@ -13,6 +13,7 @@ struct ClipGrad {
   static constexpr bool kFilledByFirstStep = false;
   static constexpr bool kClipsInPlace = true;
   static constexpr bool kLimitsChange = false;
+  static constexpr bool kNeedsNorm = false;
   static constexpr int kKernels[] = {0};
   static constexpr bool kIsCommon = true;
 

@@ -67,6 +67,11 @@ FASTCLIP_HD_RARE Scaling scaling_to(double limit, double size) {
 // Returns the factor of clip_grad_norm_: min(1, max_norm / (norm + 1e-6)).
 FASTCLIP_HD Scaling scaling_of(double norm, double max_norm) { return scaling_to(max_norm, norm + 1e-6); }
 
+// Returns one scaling after another.
+FASTCLIP_HD Scaling both(const Scaling& a, const Scaling& b) {
+  return {a.coefficient * b.coefficient, a.unit * b.unit};
+}
+
 // Returns the smaller one, or one that is NaN.
 FASTCLIP_HD Scaling smaller(const Scaling& a, const Scaling& b) {
   return b.product() < a.product() || b.coefficient != b.coefficient ? b : a;

@@ -14,6 +14,7 @@ struct RMSprop {
   static constexpr bool kFilledByFirstStep = false;
   static constexpr bool kClipsInPlace = false;
   static constexpr bool kLimitsChange = false;
+  static constexpr bool kNeedsNorm = false;
   static constexpr int kKernels[] = {3};
   static constexpr bool kIsCommon = false;
 

@@ -12,6 +12,8 @@
 //   kClipsInPlace         true: no optimizer; it updates the gradient itself
 //   kLimitsChange         true: the change that a gradient makes in the end, also by momentum in later steps, is the
 //                         gradient times a number. `change(settings, lr)` returns it, for max_change
+//   kNeedsNorm            true: the norm of each tensor's gradient, after all clips, is taken before the update, and is
+//                         Progress::norm
 //   kKernels              numbers of state arrays, the largest last: a GPU has a kernel for each
 //   kIsCommon             true: a GPU has separate kernels for float32 and bfloat16. false: one kernel for all dtypes
 //   Settings              the hyperparameters of a group besides those that all rules have; double and bool
@@ -68,8 +70,11 @@ struct Progress {
   double step;
   double scalar;
   bool scalar_is_float64;
+  double norm = 0;  // with kNeedsNorm
 
-  bool operator==(const Progress& other) const { return step == other.step && scalar == other.scalar; }
+  bool operator==(const Progress& other) const {
+    return step == other.step && scalar == other.scalar && norm == other.norm;
+  }
 };
 
 // The hyperparameters of a group that all rules have.

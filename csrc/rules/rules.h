@@ -11,6 +11,7 @@
 #include "clip_grad.h"
 #include "lion.h"
 #include "nadam.h"
+#include "novograd.h"
 #include "radam.h"
 #include "rmsprop.h"
 #include "rule.h"
@@ -80,7 +81,7 @@ struct RuleList {
 };
 
 // The only list. Python finds a rule by its kName.
-using Rules = RuleList<SGD, Adam, Lion, Adadelta, Adagrad, NAdam, RAdam, RMSprop, ClipGrad>;
+using Rules = RuleList<SGD, Adam, Lion, Adadelta, Adagrad, NAdam, RAdam, RMSprop, NovoGrad, ClipGrad>;
 
 // All hyperparameters of a group: those that all rules have, and those of its own rule.
 struct Hyper : SharedHyper {
@@ -106,6 +107,10 @@ inline double change_of(Rules::Id rule, const Hyper& hyper, double lr) {
 
 inline bool clips_in_place(Rules::Id rule) {
   return Rules::visit(rule, [](auto tag) { return decltype(tag)::Rule::kClipsInPlace; });
+}
+
+inline bool needs_norm(Rules::Id rule) {
+  return Rules::visit(rule, [](auto tag) { return decltype(tag)::Rule::kNeedsNorm; });
 }
 
 }  // namespace fastclip

@@ -14,6 +14,7 @@ struct SGD {
   static constexpr bool kFilledByFirstStep = true;
   static constexpr bool kClipsInPlace = false;
   static constexpr bool kLimitsChange = true;
+  static constexpr bool kNeedsNorm = false;
   static constexpr int kKernels[] = {0, 1};
   static constexpr bool kIsCommon = true;
 

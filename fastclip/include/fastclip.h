@@ -40,6 +40,7 @@ typedef struct {
 /* A hyperparameter, by torch's name. `lr` and all that the optimizer has need a value: none is assumed. true is 1.
      sgd       momentum, dampening, nesterov
      adam      beta1, beta2, eps, amsgrad, decoupled_weight_decay (1: AdamW)
+     novograd  beta1, beta2, eps, grad_averaging
      others    lion, adadelta, adagrad, nadam, radam, rmsprop: as in torch.optim
      all       lr, weight_decay, maximize, clip_value (or clip_low and clip_high), max_norm, norm_type (2, or INFINITY),
                skip_nonfinite, stochastic_rounding, rounding_seed, momentum_dtype (a fastclip_dtype)

@@ -2,6 +2,7 @@
 
 from .. import patching
 from ..lion import Lion
+from ..novograd import NovoGrad
 
 # "fastclip_sgd", "fastclip_adamw" and so on.
-OPTIMIZERS = {f"fastclip_{cls.__name__.lower()}": cls for cls in (*patching.OPTIMIZERS.values(), Lion)}
+OPTIMIZERS = {f"fastclip_{cls.__name__.lower()}": cls for cls in (*patching.OPTIMIZERS.values(), Lion, NovoGrad)}

@@ -34,6 +34,7 @@ class Rule(NamedTuple):
         numbers: the settings that are numbers, besides those that all rules have.
         change: change(group) is the change that a gradient of norm 1 makes in the end, in this step and in later ones;
             None if that is no multiple of it.
+        needs_norm: `states["grad_norm"]` is the norm of the gradient, over all ranks, a float64 tensor.
         takes_sparse, takes_nested, takes_complex: kinds of gradients.
     """
 
@@ -49,6 +50,7 @@ class Rule(NamedTuple):
     new_value: Callable = lambda group: 0.0
     numbers: tuple[str, ...] = ()
     change: Callable | None = None
+    needs_norm: bool = False
     takes_sparse: bool = False
     takes_nested: bool = False
     takes_complex: bool = True
@@ -105,6 +107,21 @@ def update_lion(group, param, grad, states, step):
     param.mul_(1 - group["lr"] * group["weight_decay"])
     param.add_(exp_avg.mul(beta1).add_(grad, alpha=1 - beta1).sign_(), alpha=-group["lr"])
     exp_avg.mul_(beta2).add_(grad, alpha=1 - beta2)
+
+
+def update_novograd(group, param, grad, states, step):
+    beta1, beta2 = group["betas"]
+    grad = -grad if group["maximize"] else grad
+    average, square = states["exp_avg_sq"], states["grad_norm"].square()
+    known = average.double()
+    average.copy_(torch.where(known == 0, square, beta2 * known + (1 - beta2) * square))
+    step += 1
+    grad = grad / (average.double().sqrt() + group["eps"]).to(grad.dtype)
+    if group["weight_decay"] != 0:
+        grad = grad.add(param, alpha=group["weight_decay"])
+    weight = 1 - beta1 if group["grad_averaging"] else 1.0
+    states["exp_avg"].mul_(beta1).add_(grad * weight)
+    param.add_(states["exp_avg"], alpha=-group["lr"])
 
 
 def update_adadelta(group, param, grad, states, step):
@@ -173,6 +190,18 @@ LION = Rule(
     numbers=("betas",),
     takes_complex=False,
 )
+NOVOGRAD = Rule(
+    "novograd",
+    "NovoGrad",
+    update_novograd,
+    arrays=("exp_avg",),
+    states=lambda group: ("exp_avg",),
+    scalar=("exp_avg_sq", 0.0),
+    momentum="exp_avg",
+    numbers=("betas", "eps"),
+    needs_norm=True,
+    takes_complex=False,
+)
 ADADELTA = Rule(
     "adadelta",
     "Adadelta",
@@ -224,4 +253,4 @@ RMSPROP = Rule(
     numbers=("alpha", "eps", "momentum"),
 )
 
-RULES = (SGD, ADAM, LION, ADADELTA, ADAGRAD, NADAM, RADAM, RMSPROP)
+RULES = (SGD, ADAM, LION, ADADELTA, ADAGRAD, NADAM, RADAM, RMSPROP, NOVOGRAD)

@@ -21,18 +21,21 @@ class Segment:
 
 
 class Segments:
-    """All segments of a step; none where `max_norm` is over all gradients."""
+    """All segments of a step; none where `max_norm` is over all gradients, and the rule needs no norm of its own."""
 
-    def __init__(self, groups, state):
-        self._norm_type = limits_of(groups).norm_type
-        self._by_group = [self._of_group(group, state) for group in groups if limits_of(groups).of_segments]
+    def __init__(self, rule, groups, state):
+        self.limited = limits_of(groups).of_segments
+        self._norm_type = 2.0 if rule.needs_norm else limits_of(groups).norm_type
+        used = self.limited or rule.needs_norm
+        self._by_group = [self._of_group(rule, group, state) for group in groups if used]
         self._all = [segment for segments in self._by_group for segment in segments]
 
-    @staticmethod
-    def _of_group(group, state):
+    def _of_group(self, rule, group, state):
         scope = group["norm_scope"]
-        parts = [[param] for param in group["params"]] if scope == "parameter" else [group["params"]]
-        return [Segment(NormLimit(group["max_norm"], CLIP_HISTORIES[scope], state, part), part) for part in parts]
+        limit = group["max_norm"] if self.limited else None
+        by_parameter = scope == "parameter" or rule.needs_norm
+        parts = [[param] for param in group["params"]] if by_parameter else [group["params"]]
+        return [Segment(NormLimit(limit, CLIP_HISTORIES[scope], state, part), part) for part in parts]
 
     def __len__(self):
         return len(self._all)
@@ -54,12 +57,22 @@ class Segments:
             max_norm = segment.limit.value(segment.norm)
             segment.factors = scaling_of(segment.norm, math.inf if max_norm is None else max_norm)
 
-    def factors(self, group, index):
-        """Returns the factors of a parameter's gradient, by the place of the parameter."""
+    def of(self, group, index):
+        """Returns the segment of a parameter, by the place of the parameter; None if there is none."""
         if not self._all:
-            return ()
+            return None
         segments = self._by_group[group]
-        return segments[index if len(segments) > 1 else 0].factors
+        return segments[index if len(segments) > 1 else 0]
+
+    def factors(self, group, index):
+        """Returns the factors of a parameter's gradient."""
+        segment = self.of(group, index)
+        return () if segment is None else segment.factors
+
+    def norm_after(self, group, index, decision):
+        """Returns the norm of a parameter's gradient after all clips; None if it has no segment."""
+        segment = self.of(group, index)
+        return None if segment is None else segment.norm * math.prod((*decision.factors, *segment.factors))
 
     def smallest_coefficient(self):
         """Returns the factor of the segment that is scaled down the most. One of zeros is not."""

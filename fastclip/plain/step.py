@@ -110,7 +110,7 @@ def step(
     stepped = [[p for p in group["params"] if p.grad is not None] for group in groups]
     params = [p for group_params in stepped for p in group_params]
     limits, skip_nonfinite = limits_of(groups), groups[0]["skip_nonfinite"]
-    on_norm, segments = limits_on_norm(groups, state), Segments(groups, state)
+    on_norm, segments = limits_on_norm(groups, state), Segments(rule, groups, state)
     inverse_scale = None if grad_scale is None else grad_scale.double().reciprocal().float()
     moved, looked_at = 0, 0
     with torch.set_grad_enabled(any(group["differentiable"] for group in groups)):
@@ -127,25 +127,26 @@ def step(
                 looked_at += sum(g.numel() for g in group_grads)
             grads.append(group_grads)
         decision = Decision(None)
-        if limits.any or skip_nonfinite:
+        if limits.any or skip_nonfinite or rule.needs_norm:
+            norm_type = 2.0 if rule.needs_norm else limits.norm_type
             flat = [values_of(g) for group_grads in grads for g in group_grads]
             if skip_nonfinite:  # a value clip would hide an inf
                 raw = [values_of(p.grad) for p in params]
                 flat = flat if all(item_of(g.isfinite().all(), unknown=True) for g in raw) else raw
-            measured = measures_of(dict(zip(params, flat, strict=True)), limits.norm_type)  # each parameter once
+            measured = measures_of(dict(zip(params, flat, strict=True)), norm_type)  # each parameter once
             if by_parameter is not None:
                 by_parameter.update(positions_of(groups, measured))
             factors = change_factors(rule, groups) if limits.of_change else None
             counted = counted_params(groups, state) if limits.max_relative_change is not None else None
 
             def sums_among(some):
-                of_all = sums_of(measured, factors, counted, limits.norm_type, some)
+                of_all = sums_of(measured, factors, counted, norm_type, some)
                 return torch.cat([of_all, segments.sums(measured, some, of_all.device)])
 
             both = [*measured, *(param for param in counted or () if param not in measured)]
-            sums, found_inf = sums_of_all(sums_among, both, limits.norm_type, found_inf, reductions)
+            sums, found_inf = sums_of_all(sums_among, both, norm_type, found_inf, reductions)
             sums, by_segment = sums.split([len(sums) - 3 * len(segments), 3 * len(segments)])
-            decision = decide(sums, limits, smallest_norm(counted or (), numels, limits.norm_type), on_norm)
+            decision = decide(sums, limits, smallest_norm(counted or (), numels, norm_type), on_norm)
             segments.decide(by_segment)
         if found_inf is not None and item_of(found_inf, unknown=0) != 0:
             if by_parameter is not None:  # as the kernels, which have measured nothing
@@ -160,7 +161,7 @@ def step(
                 segments.push(stores=not decision.skip)
         if decision.skip:
             return stats_of(groups, limits, decision, segments, skipped=True)
-        if limits.any:
+        if limits.any or rule.needs_norm:
             for index, (group, group_grads) in enumerate(zip(groups, grads, strict=True)):
                 places = [(i, p) for i, p in enumerate(group["params"]) if p.grad is not None]
                 group_grads[:] = [
@@ -168,8 +169,11 @@ def step(
                     for g, (i, p) in zip(group_grads, places, strict=True)
                 ]
         first = 0
-        for group, group_grads in zip(groups, grads, strict=True):
-            update_group(rule, group, group_grads, state, first)
+        for index, (group, group_grads) in enumerate(zip(groups, grads, strict=True)):
+            norms = [
+                segments.norm_after(index, i, decision) for i, p in enumerate(group["params"]) if p.grad is not None
+            ]
+            update_group(rule, group, group_grads, state, first, norms)
             first += len(group["params"])
     return stats_of(groups, limits, decision, segments, moved, looked_at)
 
@@ -204,7 +208,7 @@ def stats_of(groups, limits, decision, segments, moved=0, looked_at=0, skipped=F
 
     norm = number(decision.norm) if limits.any else None
     coefficient = math.prod(decision.factors)
-    if len(segments):
+    if segments.limited:
         coefficient = 0.0 if skipped else segments.smallest_coefficient()
     return ClipStats(
         total_norm=norm,
@@ -218,9 +222,9 @@ def stats_of(groups, limits, decision, segments, moved=0, looked_at=0, skipped=F
     )
 
 
-def update_group(rule, group, grads, state, first):
+def update_group(rule, group, grads, state, first, norms):
     """Updates the parameters of one group by the given gradients. `first` is the place of its first parameter among the
-    parameters of all groups.
+    parameters of all groups; `norms` are those of the gradients, where the rule needs them.
 
     Updates one parameter after the other, as torch does: they may share memory.
     """
@@ -233,11 +237,14 @@ def update_group(rule, group, grads, state, first):
         make_states(rule, group, p, own, names, counts)
         own_states.append(own)
     kept = [{name: own.get(name) for name in names} for own in own_states]  # a parameter may be in the group twice
-    for p, grad, own, before, place in zip(params, grads, own_states, kept, places_of(group, first), strict=True):
+    together = zip(params, grads, own_states, kept, places_of(group, first), norms, strict=True)
+    for p, grad, own, before, place, norm in together:
         wide = wide_param(group, p, own)
         states = {name: widened_state(rule, before[name], wide) for name in names}
         if rule.scalar:
             states[rule.scalar[0]] = own[rule.scalar[0]]
+        if rule.needs_norm:
+            states["grad_norm"] = norm
         # A buffer that SGD's first step fills has the gradient's dtype, which may not be the parameter's
         # (`p.grad_dtype`).
         grad = widened(grad, p) if rule.filled_by_first_step else grad.to(wide.dtype)

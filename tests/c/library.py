@@ -6,12 +6,14 @@ from pathlib import Path
 import torch
 
 import fastclip
+from fastclip.plain.rules import RULES
 
 FOLDER = Path(fastclip.__file__).parent
 LIBRARY = FOLDER / "libfastclip.so"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order of fastclip_dtype
 # Keys of param_groups that C has, too, besides betas; others choose torch's loops.
 SETTINGS = (
+    "grad_averaging",
     *(
         "lr",
         "weight_decay",
@@ -112,6 +114,8 @@ class Plan:
 
     def __init__(self, optimizer, settings, params, **changed):
         self.params = list(params)
+        rules = [rule for rule in RULES if rule.name == optimizer]
+        self.numbers = rules[0].number_states if rules else ()
         settings = [Setting(name.encode(), value) for name, value in settings.items()]
         tensors = [self._tensor(param, **changed) for param in self.params]
         arrays = (Setting * len(settings))(*settings), (Tensor * len(tensors))(*tensors)
@@ -149,7 +153,7 @@ class Plan:
         if not address:
             return None
         dtype = DTYPES[found.value]
-        numel = 1 if name in ("step", "mu_product") else self.params[index].numel()
+        numel = 1 if name in self.numbers else self.params[index].numel()
         array = (ctypes.c_char * (numel * dtype.itemsize)).from_address(address)
         return torch.frombuffer(array, dtype=dtype)
 

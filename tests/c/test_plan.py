@@ -59,6 +59,8 @@ def bits(tensor):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rule", RULES)
 def test_steps_have_the_bits_of_python(rule, dtype, clip):
+    if getattr(fastclip, rule)._rule.needs_norm and "norm_type" in clip:
+        pytest.skip("this optimizer takes the 2-norm")
     optimizer, params, plan, twins = both(rule, dtype, **RULES[rule], **clip)
     for step in range(3):
         give_gradients(params, twins, step, without=(1,) if step == 1 else ())

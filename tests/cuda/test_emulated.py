@@ -25,6 +25,7 @@ ALL_TESTS = [
     "step/test_change",
     "step/test_norm_rules",
     "step/test_norm_scope",
+    "step/test_novograd",
     "step/test_norm_diagnostics",
     "drop_in/test_histories",
     "drop_in/test_drop_in",

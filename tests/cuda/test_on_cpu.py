@@ -153,7 +153,7 @@ BUGS = {
     "steps of a skipped step": (
         "cuda/kernels.cuh",
         "    if (decision.skip) return;\n",
-        "    if (decision.skip) count_steps<K, kDTypes>(arguments);\n    if (decision.skip) return;\n",
+        "    if (decision.skip) count_steps<K, kDTypes>(arguments, segments);\n    if (decision.skip) return;\n",
         STEPS,
     ),
     "count of finished blocks not reset": (
@@ -206,10 +206,10 @@ BUGS = {
         "if (remembers && ",
         STEPS,
     ),
-    "a segment summed before its tiles are measured": (
+    "a segment summed before its last tile is measured": (
         "cuda/segments.cuh",
-        "atomicAdd(&outcome.measured, 1u) == tiles - 1",
-        "atomicAdd(&outcome.measured, 1u) == 0",
+        "header.measures, first + lane, end, kWarp",
+        "header.measures, first + lane, end - 1, kWarp",
         STEPS,
     ),
     "count of a segment's tiles not reset": ("cuda/segments.cuh", "atomicExch(&outcome.measured, 0u);", "", STEPS),
@@ -221,8 +221,8 @@ BUGS = {
     ),
     "one factor for all segments": (
         "cuda/kernels.cuh",
-        "header.segments > 0 ? scaling_of_tile(header, segments, tile) : scaling;",
-        "scaling;",
+        "scaling_of_tile<typename K::Rule>(header, segments, tile, scaling);",
+        "scaling_of_tile<typename K::Rule>(header, segments, 0, scaling);",
         STEPS,
     ),
     "the level of a segment after its norm": (
@@ -241,7 +241,7 @@ BUGS = {
         "rules/segment.h",
         "return !decision.skip || decision.total_norm < HUGE_VAL;",
         "return true;",
-        STEPS,
+        (0, 0, 400),
     ),
     "groups count alike in the change": (
         "cuda/kernels.cuh",

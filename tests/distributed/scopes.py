@@ -70,6 +70,24 @@ def norms_of_segments_are_those_of_all_ranks():
                             assert_same_on_all_ranks(number)
 
 
+@on_ranks(1, 2, 4)
+def novograd_takes_the_norms_of_whole_parameters():
+    for limit in ({}, {"max_norm": 0.5}, {"max_norm": 0.1, "norm_scope": "parameter"}, {"skip_nonfinite": True}):
+        model = make_model()
+        sharded, alone = (fastclip.NovoGrad(p, lr=0.1, weight_decay=0.01, **limit) for p in (model.params, model.plain))
+        for step in range(4):
+            model.give_grads(step)
+            for params in (model.params, model.plain):
+                params[step % 3].grad = None
+            sharded.step()
+            alone.step()
+        assert_same_model(model.params, model.plain)
+        for ours, theirs in zip(model.params, model.plain, strict=True):
+            found, expected = (o.state[p]["exp_avg_sq"] for o, p in ((sharded, ours), (alone, theirs)))
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+            assert_same_on_all_ranks(found)
+
+
 @on_ranks(2, 4)
 def all_segments_travel_in_one_message():
     counts = {}

@@ -9,7 +9,7 @@ import torch
 import fastclip
 from tests.support.cases import assert_same_bits, copy_params, give_grads, make_params
 
-NAMES = ("SGD", "Adam", "AdamW", "Adadelta", "Adagrad", "NAdam", "RAdam", "RMSprop", "Lion")
+NAMES = ("SGD", "Adam", "AdamW", "Adadelta", "Adagrad", "NAdam", "RAdam", "RMSprop", "Lion", "NovoGrad")
 
 
 def param():
@@ -179,7 +179,7 @@ def test_the_constructors_own_names_are_listed_once():
 
     listed = all_subclasses(torch.optim.Optimizer)
     assert not [cls for cls in listed if cls.__module__.startswith("fastclip")]
-    for name in NAMES[:-1]:
+    for name in (name for name in NAMES if hasattr(torch.optim, name)):
         assert issubclass(getattr(fastclip, name), getattr(torch.optim, name))
         assert [cls.__name__ for cls in listed].count(name) == 1
 

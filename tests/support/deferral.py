@@ -12,6 +12,7 @@ RULES = {
     "AdamW": {"lr": 0.01},
     "Lion": {"lr": 0.01},
     "RMSprop": {"lr": 0.01, "momentum": 0.5},
+    "NovoGrad": {"lr": 0.01},
 }
 
 

@@ -124,6 +124,51 @@ class PlainLion(lion_pytorch.Lion):
         return loss
 
 
+class PlainNovoGrad(torch.optim.Optimizer):
+    """NovoGrad in plain torch, by the equations of NeMo's, with norms in float64."""
+
+    def __init__(
+        self,
+        params,
+        lr=1e-3,
+        betas=(0.95, 0.98),
+        eps=1e-8,
+        weight_decay=0,
+        grad_averaging=False,
+        *,
+        foreach=None,
+        maximize=False,
+    ):
+        settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
+        super().__init__(params, {**settings, "grad_averaging": grad_averaging, "amsgrad": False})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.update(group, p, -p.grad if group["maximize"] else p.grad)
+
+    def update(self, group, p, grad):
+        state = self.state[p]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg_sq"] = torch.zeros(())
+            state["exp_avg"] = torch.zeros_like(p)
+        beta1, beta2 = group["betas"]
+        state["step"] += 1
+        square = torch.linalg.vector_norm(grad.double()) ** 2
+        old = state["exp_avg_sq"].double()
+        state["exp_avg_sq"].copy_(square if old == 0 else beta2 * old + (1 - beta2) * square)
+        grad = grad / (state["exp_avg_sq"].double().sqrt() + group["eps"]).to(grad.dtype)
+        if group["weight_decay"] != 0:
+            grad = grad.add(p, alpha=group["weight_decay"])
+        if group["grad_averaging"]:
+            grad = grad * (1 - beta1)
+        state["exp_avg"].mul_(beta1).add_(grad)
+        p.add_(state["exp_avg"], alpha=-group["lr"])
+
+
 CASES = [
     Case(
         "SGD",
@@ -274,6 +319,16 @@ CASES = [
             "grad_avg": buffer * 0.1,
         },
         differentiable_once=("centered", "momentum"),
+    ),
+    Case(
+        "NovoGrad",
+        stateful={"lr": 0.1},
+        variants=product(betas=[(0.95, 0.98), (0.8, 0.25)], grad_averaging=[False, True], weight_decay=[0, 0.1])
+        + [{"maximize": True}],
+        another={"betas": (0.6, 0.7)},
+        changes=[{"betas": (0.5, 0.6)}, {"eps": 0.1}, {"grad_averaging": True}],
+        moderate={"eps": 0.1},
+        expected=PlainNovoGrad,
     ),
 ]
 OPTIMIZERS = {case.name: case for case in CASES}

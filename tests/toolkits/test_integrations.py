@@ -21,7 +21,7 @@ def stepped(**settings):
 
 
 def test_names_are_those_of_all_optimizers():
-    assert OPTIMIZERS["fastclip_adamw"] is fastclip.AdamW and len(OPTIMIZERS) == 9
+    assert OPTIMIZERS["fastclip_adamw"] is fastclip.AdamW and len(OPTIMIZERS) == 10
     assert all(name == f"fastclip_{cls.__name__.lower()}" for name, cls in OPTIMIZERS.items())
 
 
