@@ -13,7 +13,6 @@ LIBRARY = FOLDER / "libfastclip.so"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order of fastclip_dtype
 # Keys of param_groups that C has, too, besides betas; others choose torch's loops.
 SETTINGS = (
-    "grad_averaging",
     *(
         "lr",
         "weight_decay",
@@ -27,8 +26,8 @@ SETTINGS = (
         "centered",
         "rho",
     ),
-    *("lr_decay", "initial_accumulator_value", "momentum_decay", "decoupled_weight_decay", "max_norm", "norm_type"),
-    *("skip_nonfinite", "stochastic_rounding"),
+    *("lr_decay", "initial_accumulator_value", "momentum_decay", "decoupled_weight_decay", "grad_averaging"),
+    *("max_norm", "norm_type", "skip_nonfinite", "stochastic_rounding"),
 )
 ONLY_IN = {"momentum_decay": "nadam", "alpha": "rmsprop", "rho": "adadelta", "lr_decay": "adagrad"}
 

@@ -223,12 +223,11 @@ def test_hot_loops_move_128_bits_at_a_time(loops, tile):
 
 # The shared kernel of the rare dtypes has no registers left for them. Strict: who mends one takes it out of here.
 WAITS = {t for t in TILES if t.dtype == "float64" and t.variant.startswith("SGD ")}
-WAITS_ON_9 = {t for t in TILES if t.dtype == "float64" and t.variant == "Adam 3"}  # amsgrad
 
 
 @for_tiles
 def test_all_loads_are_issued_before_the_first_is_needed(loops, tile, request):
-    if tile in WAITS or (tile in WAITS_ON_9 and request.getfixturevalue("architecture") == "9.0"):
+    if tile in WAITS:
         request.applymarker(pytest.mark.xfail(strict=True, reason="float64 waits between its loads"))
     assert loops
     for loop in loops:
