@@ -16,7 +16,12 @@ import fastclip
 from .compare import assert_same_model, line, loop_of, on_ranks, place, whole
 
 OPTIMIZERS = (fastclip.SGD, fastclip.Adam, fastclip.AdamW)
-SETTINGS = ({"max_norm": 0.5}, {"max_norm": 0.5, "skip_nonfinite": True}, {"skip_nonfinite": True})
+SETTINGS = (
+    {"max_norm": 0.5},
+    {"max_norm": 0.5, "skip_nonfinite": True},
+    {"skip_nonfinite": True},
+    {"max_norm": 0.5, "norm_scope": "parameter"},  # of a piece, it would be the piece's norm
+)
 
 
 def make_groups():

@@ -33,6 +33,8 @@ TESTS = {
         "step/test_between_steps.py",
         "step/test_not_covered.py",
         "step/test_clip_stats.py",
+        "step/test_norm_scope.py",
+        "step/test_novograd.py",
         "drop_in/test_amp.py",
         "concurrency/test_threads.py",
         "concurrency/test_meanwhile.py",
