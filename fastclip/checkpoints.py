@@ -47,6 +47,7 @@ def restore_dtypes(optimizer, rule, state_dict):
             if name != "step" and isinstance(loaded.get(name), torch.Tensor) and value.is_floating_point():
                 is_number = name in rule.number_states  # which torch keeps in float32 or float64
                 dtype = value.dtype if is_number else state_dtype(rule, group, param, name)
+                dtype = torch.float32 if is_number and dtype.itemsize < 4 else dtype  # an average would stand still
                 if loaded[name].dtype != dtype:
                     loaded[name] = value.to(device=loaded[name].device, dtype=dtype)
 

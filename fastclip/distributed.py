@@ -78,7 +78,7 @@ def reduction_of(spec, name):
 
 
 @torch.no_grad()
-def total_measure(reductions, measures, norm_type, found_inf=None):
+def total_measure(reductions, measures, norm_type, found_inf=None, of_all=None, *, beyond=()):
     """Adds up the measures of all ranks, and AMP's verdicts.
 
     Every rank calls the same collectives in the same order, whatever it has measured itself: one per process group,
@@ -90,6 +90,8 @@ def total_measure(reductions, measures, norm_type, found_inf=None):
             float64, all of the same length, 3 for each measure.
         norm_type (float): 2 or inf.
         found_inf (Tensor, optional): AMP's; given on all ranks or on none.
+        of_all (int, optional): the length of what is about all parameters; behind it are the measures of segments.
+        beyond (sequence of ProcessGroup): whose ranks hold other parameters, which count in what is about all.
 
     Returns:
         (Tensor, Tensor or None): the measures of all parameters, and whether any rank has found an inf, [1]. All
@@ -107,7 +109,35 @@ def total_measure(reductions, measures, norm_type, found_inf=None):
         *summed, flag = _all_reduced(own, norm_type, group).split([length] * len(members) + [flag.numel()])
         rows.update(zip(members, summed, strict=True))
     device = next(iter(rows.values())).device
-    return _sum(list(rows.values()), length, norm_type, device), None if found_inf is None else flag.to(found_inf)
+    total = _sum(list(rows.values()), length, norm_type, device)
+    for group in beyond:
+        total, rest = total[:of_all], total[of_all:] if of_all is not None else total[:0]
+        own = torch.cat([total, flag.to(total)]).to(_taken_by(group, device))
+        summed, flag = _all_reduced(own, norm_type, group).split([len(total), flag.numel()])
+        total = torch.cat([summed.to(device), rest])
+    return total, None if found_inf is None else flag.to(found_inf)
+
+
+def _taken_by(group, device):
+    """Returns the device of the tensors that a process group takes: gloo's copies those of a GPU by itself, or not."""
+    return torch.device("cpu") if torch.distributed.get_backend(group) == "gloo" else device
+
+
+def process_groups_in(given):
+    """Returns a `norm_process_group`, which is one group, several or None, as a tuple.
+
+    Raises:
+        TypeError: something else.
+    """
+    kind = getattr(getattr(torch, "distributed", None), "ProcessGroup", None)
+    groups = () if given is None else tuple(given) if isinstance(given, (list, tuple)) else (given,)
+    for group in groups:
+        if kind is None or not isinstance(group, kind):
+            raise TypeError(
+                "norm_process_group must be a torch.distributed.ProcessGroup, or several, got "
+                f"{group!r} of type {type(group).__name__}"
+            )
+    return groups
 
 
 def _device_of(reduction, measures):

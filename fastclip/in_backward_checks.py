@@ -36,6 +36,8 @@ def check_arguments(model, optimizer, bucket_cap_mb):
         raise negative("bucket_cap_mb", bucket_cap_mb)
     if optimizer._in_backward is not None:
         raise ValueError("this optimizer steps in the backward pass already")
+    if optimizer._beyond:
+        raise TypeError("step_in_backward can't wait for other ranks, as norm_process_group asks for")
     check_settings(optimizer)
     check_not_replicated(optimizer)
     check_memory(model, optimizer)

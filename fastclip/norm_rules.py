@@ -197,11 +197,10 @@ def has_rule(settings: Mapping[str, Any]) -> bool:
 
 
 def complete_rules(settings: dict[str, Any], where: str) -> None:
-    """Makes plain dicts of the rules among settings that somebody gives. A rule implies `skip_nonfinite`."""
+    """Makes plain dicts of the rules among settings that somebody gives."""
     for name in _RULED:
         if is_rule(settings.get(name)):
             settings[name] = complete_rule(settings[name], name + where, leaves_out=name == "skip_norm")
-            settings.setdefault("skip_nonfinite", True)
 
 
 def _check_skip(rule, what):

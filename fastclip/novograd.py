@@ -1,5 +1,7 @@
 """NovoGrad with clipping, in one pass."""
 
+from typing import Any
+
 import torch
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
@@ -92,16 +94,33 @@ class NovoGrad(ClippedOptimizer):
         }
         super().__init__(params, {**settings, "differentiable": False}, **clip)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As of all optimizers here. A group of NeMo's may have `amsgrad` and `luc`, if they are False.
+
+        Example:
+            >>> opt = fastclip.NovoGrad([torch.zeros(3)])
+            >>> opt.add_param_group({"params": [torch.zeros(2)], "lr": 0.1})
+        """
+        if isinstance(param_group, dict):
+            param_group = _without_theirs(param_group)
+        super().add_param_group(param_group)
+
     def __setstate__(self, state):
-        super().__setstate__(state)
-        for group in self.param_groups:
-            _refuse({"amsgrad": group.pop("amsgrad", False)})
-            # NeMo's know neither
+        groups = [_without_theirs(group) for group in state.get("param_groups", [])]
+        for group in groups:  # NeMo's know neither
             group.setdefault("maximize", False)
             group.setdefault("differentiable", False)
+        super().__setstate__({**state, "param_groups": groups} if groups else state)
         for entry in self.state.values():  # there, a count is an int
-            if isinstance(entry.get("step"), (int, float)):
-                entry["step"] = torch.tensor(float(entry["step"]), dtype=torch.float32)
+            for name in entry.keys() & {"step", "exp_avg_sq"}:
+                if isinstance(entry[name], (int, float)):
+                    entry[name] = torch.tensor(float(entry[name]), dtype=torch.float32)
+
+
+def _without_theirs(group):
+    """Returns a group without the switches that NeMo's has and this one has not."""
+    _refuse({name: group.get(name, False) for name in ("amsgrad", "luc")})
+    return {name: value for name, value in group.items() if name not in ("amsgrad", "luc", "luc_trust", "luc_eps")}
 
 
 def _refuse(switches):

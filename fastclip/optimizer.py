@@ -14,7 +14,15 @@ from . import amp, counts, deferred
 from ._extension import _C
 from .arguments import complete_group, complete_params, complete_settings, complete_value, groups_among
 from .checkpoints import complete, groups_in_file, is_flat_loader, numbers_in, restore_dtypes
-from .distributed import gradients_placed_as, is_dtensor, reduction_of, step_on_shards, total_measure, who_shares_out
+from .distributed import (
+    gradients_placed_as,
+    is_dtensor,
+    process_groups_in,
+    reduction_of,
+    step_on_shards,
+    total_measure,
+    who_shares_out,
+)
 from .double_clip import DoubleClip
 from .eager import eager
 from .hidden import hide
@@ -28,7 +36,6 @@ from .reasons import name_of, not_shared
 from .results import Results
 from .settings import (
     OWN_SETTINGS,
-    SHARED_SETTINGS,
     needs_skip_nonfinite,
     of_all_gradients,
     set_limits,
@@ -50,12 +57,13 @@ class ClippedOptimizer(Results, torch.optim.Optimizer):
         if cls.__module__.startswith("fastclip."):
             hide(cls)
 
-    def __init__(self, params, *positional, **named):
+    def __init__(self, params, *positional, norm_process_group=None, **named):
+        self._beyond = process_groups_in(norm_process_group)
         complete_settings(named, named, " in param_groups[0]")
         positional = self._complete_positional(positional)
         params = complete_params(params)
-        if any(map(has_rule, groups_among(params))):
-            named.setdefault("skip_nonfinite", True)  # also of the groups that have none
+        if any(map(has_rule, [named, *groups_among(params)])):
+            named.setdefault("skip_nonfinite", True)  # in all groups, whichever has the rule
         own = {name: named.pop(name) for name in OWN_SETTINGS if name in named}
         self._own_defaults = {**OWN_SETTINGS, **own}
         super().__init__(params, *positional, **named)
@@ -119,7 +127,8 @@ class ClippedOptimizer(Results, torch.optim.Optimizer):
             if "_own_defaults" not in self.__dict__ and self.param_groups:  # may have been loaded, or changed
                 if not self.param_groups[0].keys() >= OWN_SETTINGS.keys():
                     self._complete(self.param_groups)
-                for name in SHARED_SETTINGS:
+                param_group.setdefault("norm_scope", self.param_groups[0]["norm_scope"])
+                for name in shared_settings(param_group):
                     param_group.setdefault(name, self.param_groups[0][name])
             self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
@@ -156,7 +165,9 @@ class ClippedOptimizer(Results, torch.optim.Optimizer):
 
     def _start(self):
         """Makes the attributes that are not state, for a new or copied optimizer."""
-        self._engine = _C.Engine(self._rule.name, reduction_of, total_measure)
+        self.__dict__.setdefault("_beyond", ())  # whose ranks hold parameters that this one has nothing of
+        total = partial(total_measure, beyond=self._beyond) if self._beyond else total_measure
+        self._engine = _C.Engine(self._rule.name, reduction_of, total, bool(self._beyond))
         self._given = Given()
         self._loading = None
         self._reference_stats = None  # of the last step, if it was in plain torch
@@ -169,6 +180,14 @@ class ClippedOptimizer(Results, torch.optim.Optimizer):
         deferred.enlist(self)
         self._double_clip = DoubleClip()
 
+    def __getstate__(self):
+        if self._beyond:
+            raise TypeError(
+                "an optimizer with a norm_process_group can't be copied or pickled, as the group can't: make another "
+                "one with it, and load the state_dict"
+            )
+        return super().__getstate__()
+
     def __setstate__(self, state):
         own_groups = self.__dict__.get("param_groups", [])
         with numbers_in(state.get("state", {}), self._rule.number_states):
@@ -179,8 +198,11 @@ class ClippedOptimizer(Results, torch.optim.Optimizer):
                 self._given.add(group["params"])
         # A checkpoint of plain torch knows of no clip: this optimizer's own settings stay.
         for index, group in enumerate(self.param_groups):
+            if "max_norm" in group:  # by a fastclip that knew no other scope
+                group.setdefault("norm_scope", "global")
             complete(group, own_groups[index] if index < len(own_groups) else self.defaults)
-            if needs_skip_nonfinite(group):  # the rule may be this optimizer's, and the rest the file's
+        if any(map(needs_skip_nonfinite, self.param_groups)):  # a rule of this optimizer's, and the rest the file's
+            for group in self.param_groups:
                 group["skip_nonfinite"] = True
         if self._loading is not None:
             restore_dtypes(self, self._rule, self._loading)
@@ -302,7 +324,8 @@ class ClippedOptimizer(Results, torch.optim.Optimizer):
         """Gives groups that were made by hand, with torch's settings only, the settings that `add_param_group` gives.
         Returns whether there are such groups."""
         own = dict(self.defaults)
-        for name in SHARED_SETTINGS:
+        own["norm_scope"] = next((group["norm_scope"] for group in groups if "norm_scope" in group), own["norm_scope"])
+        for name in shared_settings(own):
             own[name] = next((group[name] for group in groups if name in group), own[name])
         return any([complete(group, own) for group in groups])
 
@@ -327,7 +350,7 @@ class ClippedOptimizer(Results, torch.optim.Optimizer):
         numbers = (*self._rule.number_states, *HISTORIES)  # no shards
         counts.steps_in_plain_torch += 1
         measures: dict[int, torch.Tensor] = {}
-        step = partial(plain.step, self._rule, by_parameter=measures)
+        step = partial(plain.step, self._rule, by_parameter=measures, beyond=self._beyond)
         stats = step_on_shards(step, numbers, groups, self.state, *asked)
         self._reference_measures = measures, groups
         self._reference_skips = stats.skipped_steps + self._reference_skips

@@ -48,6 +48,7 @@ class ClipSettings(TypedDict, total=False):
     stochastic_rounding: bool
     rounding_seed: int
     momentum_dtype: torch.dtype | str | None
+    norm_process_group: Any  # of the optimizer, and no setting of its groups
 
 
 def set_limits(group):
@@ -73,6 +74,7 @@ def shared_settings(group):
     return [name for name in SHARED_SETTINGS if name not in own]
 
 
+_KEYWORDS = {**OWN_SETTINGS, "norm_process_group": None}
 Init = TypeVar("Init", bound=Callable[..., Any])
 
 
@@ -83,11 +85,11 @@ def lists_clip_settings(init: Init) -> Init:
         inspect.Parameter(
             name, inspect.Parameter.KEYWORD_ONLY, default=value, annotation=ClipSettings.__annotations__[name]
         )
-        for name, value in OWN_SETTINGS.items()
+        for name, value in _KEYWORDS.items()
     ]
     others = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     init.__signature__ = signature.replace(parameters=[*others, *own])  # type: ignore[attr-defined]
     init.__annotations__ = {name: hint for name, hint in init.__annotations__.items() if name != "clip"}
-    hints = {name: ClipSettings.__annotations__[name] for name in OWN_SETTINGS}
+    hints = {name: ClipSettings.__annotations__[name] for name in _KEYWORDS}
     init.__annotations__ |= {**hints, "return": None}
     return init

@@ -44,6 +44,8 @@ class SGD(ClippedOptimizer, torch.optim.SGD):
             Frozen parameters do not count. Parameters whose root mean square is below 1e-3 are taken for that large, so
             that a model of zeros moves. With several of these limits, the smallest factor holds. inf only measures, see
             `clip_stats`.
+        norm_process_group (ProcessGroup or list of them, optional): its ranks hold other parameters, as the stages of a
+            pipeline do, whose gradients count in the norm; all of them have to step together.
         skip_nonfinite (bool): leaves parameters and momentum as they are if any gradient holds an inf or NaN, even one
             that a value clip would bound; see `skipped_steps`. Reads the gradients once more, unless `max_norm` does
             already. By default, as in torch, such values take their course, except that a rule implies True.

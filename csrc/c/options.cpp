@@ -57,7 +57,7 @@ Options read(const Settings& settings, Rules::Id rule, const char* optimizer) {
   hyper.maximize = settings.flag(Settings::Key("maximize"));
   read_clips(settings, options);
   if (needs_norm(rule)) {  // of each tensor, whatever else looks at norms
-    if (options.norm == Norm::inf && settings.number_or("norm_type", 2) != 2) refuse(optimizer, " needs norm_type 2");
+    if (settings.number_or("norm_type", 2) != 2) refuse(optimizer, " needs norm_type 2");
     options.norm = Norm::two;
   }
   hyper.stochastic_rounding = settings.flag(Settings::Key("stochastic_rounding"));

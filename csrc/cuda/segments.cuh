@@ -85,14 +85,15 @@ __device__ __forceinline__ ScalingOf<R> scaling_of_tile(const Header& header, Se
   return scaling;
 }
 
-// Returns that norm again, as one thread finds it in what was recorded of the segment that begins with a tile.
-template <class R>
-__device__ __forceinline__ double norm_of_segment_at(const Header& header, Segments segments, uint32_t tile) {
+// Returns that norm again, as one thread finds it in what was recorded of the tensor's segment. Not by tiles: an empty
+// tensor has none.
+template <class R, class OneEntry>
+__device__ __forceinline__ double norm_of_tensor(const Header& header, Segments segments, const OneEntry& entry) {
   if constexpr (R::kNeedsNorm) {
-    uint32_t low = 0;  // the last row that begins at the tile or before
+    uint32_t low = 0;  // the last row whose number is the tensor's or smaller
     for (uint32_t count = header.segments; count > 1;) {
       const uint32_t half = count / 2;
-      const bool after = segments.rows[low + half].first_tile <= tile;
+      const bool after = segments.rows[low + half].number <= entry.index;
       low = after ? low + half : low;
       count = after ? count - half : half;
     }

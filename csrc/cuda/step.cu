@@ -179,7 +179,7 @@ void add_segments(const Step& step, Layout& layout) {
   auto segment = step.segments.begin();
   const auto add_up_to = [&](size_t tensor) {
     for (; segment != step.segments.end() && segment->first_tensor <= tensor; ++segment) {
-      layout.segments.push_back({segment->history, tile, segment->group});
+      layout.segments.push_back({segment->history, tile, segment->group, segment->number, 0});
     }
   };
   size_t tensor = 0;
@@ -188,7 +188,7 @@ void add_segments(const Step& step, Layout& layout) {
     tile += static_cast<uint32_t>(layout.tiles_of(numel));
   });
   add_up_to(step.tensors.size());
-  layout.segments.push_back({nullptr, tile, 0});
+  layout.segments.push_back({nullptr, tile, 0, 0, 0});
   for (uint32_t i = 0; i + 1 < layout.segments.size(); ++i) {
     const uint32_t tiles = layout.segments[i + 1].first_tile - layout.segments[i].first_tile;
     if (tiles == 0 || tiles > kTilesOfWarp) layout.segments_by_block.push_back(i);
@@ -293,7 +293,7 @@ cudaError_t launch(const Layout& layout, Args& arguments, int device, cudaStream
       static_cast<unsigned>(std::min<int64_t>({room.blocks, std::max<int64_t>(layout.tiles, 1), kMaxBlocks})));
   void* pointers[] = {&arguments};
   if (header.measure && header.update && room.cooperative) {
-    header.slot_bytes = layout.tile() * layout.item_bytes;
+    header.slot_bytes = layout.tile() * std::max(layout.item_bytes, 1);  // of no gradients
     const int64_t rounds = std::max<int64_t>(layout.tiles - 1, 0) / (int64_t{blocks.x} * kWarps) + 1;
     header.slots = static_cast<uint32_t>(
         std::min<int64_t>(rounds * kWarps, (room.shared_bytes - int{sizeof(Shared)}) / header.slot_bytes));

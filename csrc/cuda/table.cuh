@@ -122,6 +122,8 @@ struct SegmentRow {
   History* history;  // as in Segment
   uint32_t first_tile;
   uint32_t group;
+  uint32_t number;  // as in Segment
+  uint32_t unused;
 };
 
 // A warp sums the tiles of a segment with up to this many: each lane loads 8 at a time, four times.

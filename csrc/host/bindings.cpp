@@ -98,13 +98,14 @@ PYBIND11_MODULE(_C, module) {
       });
 
   py::class_<Engine>(module, "Engine")
-      .def(py::init([](const std::string& rule, const py::object& reduction_of, const py::object& total_measure) {
+      .def(py::init([](const std::string& rule, const py::object& reduction_of, const py::object& total_measure,
+                       bool beyond) {
              return std::make_unique<Engine>(rule_named(rule),
-                                             Ranks{Held(reduction_of.ptr()), Held(total_measure.ptr())});
+                                             Ranks{Held(reduction_of.ptr()), Held(total_measure.ptr()), beyond});
            }),
-           py::arg("rule"), py::arg("reduction_of"), py::arg("total_measure"))
-      .def("check_group", [](const Engine& engine, const py::object& group,
-                             Py_ssize_t index) { read_group(group.ptr(), index, engine.rule()); })
+           py::arg("rule"), py::arg("reduction_of"), py::arg("total_measure"), py::arg("beyond") = false)
+      .def("check_group",
+           [](const Engine& engine, const py::object& group, Py_ssize_t index) { engine.read(group.ptr(), index); })
       .def("step",
            [](Engine& engine, const py::object& groups, const py::object& state, const py::object& grad_scale,
               const py::object& found_inf, const py::object& grad_factor) {

@@ -58,6 +58,17 @@ class Engine::Busy {
   Engine& engine_;
 };
 
+Group Engine::read(PyObject* object, Py_ssize_t index) const {
+  Group group = read_group(object, index, rule_);
+  const NormClip& clip = group.norm_clip;
+  if (walk_.shards().beyond() && (clip.scope == Scope::group || clip.limits.measures_params)) {
+    raise(PyExc_ValueError, clip.scope == Scope::group ? "norm_scope='group'" : "max_relative_change",
+          " in param_groups[", index, "] can't be set beside norm_process_group: other ranks have ",
+          "groups and parameters that this one knows nothing of");
+  }
+  return group;
+}
+
 std::optional<NotCovered> Engine::step(PyObject* groups, PyObject* state, PyObject* grad_scale, PyObject* found_inf,
                                        PyObject* grad_factor) {
   const Busy busy(*this);
@@ -72,7 +83,7 @@ std::optional<NotCovered> Engine::step(PyObject* groups, PyObject* state, PyObje
   // All groups first: reading a number may run Python.
   for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(groups); ++i) {
     const Held group(PySequence_Fast_GET_ITEM(groups, i));
-    groups_.push_back(read_group(group.object, i, rule_));
+    groups_.push_back(read(group.object, i));
     if (!(groups_.back().norm_clip == groups_.front().norm_clip)) {
       raise_refusal("not_shared", {Held(groups), Held::stolen(PyLong_FromSsize_t(i))});
     }
@@ -81,6 +92,7 @@ std::optional<NotCovered> Engine::step(PyObject* groups, PyObject* state, PyObje
   if (something_watches_operations()) walk_.not_covered(Reason("watched"));
   for (size_t i = 0; i < groups_.size(); ++i) walk_.add_group(groups_[i], static_cast<Py_ssize_t>(i));
   const NormClip norm_clip = groups_.empty() ? NormClip{} : groups_.front().norm_clip;
+  if (walk_.shards().beyond() && norm_clip.measures()) walk_.await_others();
   // Empty tensors share no memory.
   if (!walk_.reason() && (walk_.shares_memory() || states.makes_twice())) walk_.not_covered(Reason("shared_memory"));
   if (walk_.reason()) return not_covered();
@@ -119,14 +131,13 @@ std::optional<NotCovered> Engine::step(PyObject* groups, PyObject* state, PyObje
 
 // With a Scope other than global, a group does not know whether another one has a limit: all ask for the norm.
 void Engine::leave_out_idle_norm() {
-  if (groups_.empty() || groups_.front().norm_clip.scope == Scope::global) return;
-  const bool limits = std::any_of(groups_.begin(), groups_.end(), [](const Group& group) {
-    return group.segment_limit.is_set() || group.norm_clip.limits.skip_norm.is_set();
-  });
-  if (limits) return;
+  const bool limits =
+      std::any_of(groups_.begin(), groups_.end(), [](const Group& group) { return group.segment_limit.is_set(); });
   for (Group& group : groups_) {
-    group.norm_clip.norm = Norm::none;
-    group.norm_clip.scope = Scope::global;
+    NormClip& clip = group.norm_clip;
+    if (limits || clip.scope == Scope::global) return;
+    clip.scope = Scope::global;
+    if (!clip.limits.skip_norm.is_set()) clip.norm = Norm::none;
   }
 }
 

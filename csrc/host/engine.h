@@ -35,6 +35,9 @@ class Engine {
   std::optional<NotCovered> step(PyObject* groups, PyObject* state, PyObject* grad_scale, PyObject* found_inf,
                                  PyObject* grad_factor);
 
+  // Raises for what is wrong with one group alone.
+  Group read(PyObject* group, Py_ssize_t index) const;
+
   // How many steps were taken, or skipped, by all engines of this process.
   static int64_t steps_taken();
 

@@ -348,8 +348,8 @@ void update_over_ranks(const std::vector<Part*>& parts, const NormClip& norm_cli
     }
     measures.emplace_back(part->reduction, measure);
   }
-  const auto [total, found_inf] = shards.total(measures, norm_clip.norm, amp.found_inf);
   const int64_t of_all = parts.front()->sums().numel();
+  const auto [total, found_inf] = shards.total(measures, norm_clip.norm, amp.found_inf, of_all);
   std::vector<at::Tensor> sums;
   for (Part* part : parts) {
     copy_to(sums.emplace_back(new_sums(*part, 1)), 0, total.narrow(0, 0, of_all));

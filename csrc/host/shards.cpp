@@ -110,7 +110,7 @@ bool Shards::placed_as(const Shard& param, size_t position, const Shard& other) 
 }
 
 std::pair<at::Tensor, at::Tensor> Shards::total(const std::vector<PartMeasure>& measures, Norm norm,
-                                                const at::Tensor& found_inf) const {
+                                                const at::Tensor& found_inf, int64_t of_all) const {
   const Held reductions = checked(PyList_New(0)), pairs = checked(PyList_New(0));
   for (PyObject* reduction : reductions_) {
     if (PyList_Append(reductions.object, reduction) != 0) throw PythonError{};
@@ -122,7 +122,9 @@ std::pair<at::Tensor, at::Tensor> Shards::total(const std::vector<PartMeasure>& 
   }
   const Held order = checked(PyFloat_FromDouble(norm == Norm::inf ? HUGE_VAL : 2));
   const Held verdict = object_of(found_inf);
-  const Held result = call(ranks_.total_measure, {reductions.object, pairs.object, order.object, verdict.object});
+  const Held head = checked(PyLong_FromLongLong(of_all));
+  const Held result =
+      call(ranks_.total_measure, {reductions.object, pairs.object, order.object, verdict.object, head.object});
   borrowed_.check();
   return {tensor_of(PyTuple_GET_ITEM(result.object, 0)), tensor_of(PyTuple_GET_ITEM(result.object, 1))};
 }

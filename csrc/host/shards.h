@@ -41,6 +41,7 @@ using PartMeasure = std::pair<PyObject*, at::Tensor>;
 struct Ranks {
   Held reduction_of;
   Held total_measure;
+  bool beyond;  // it asks ranks that hold other parameters, too, in every step
 };
 
 // The sharded parameters of a step.
@@ -58,15 +59,17 @@ class Shards {
   PyObject* reduction_of(const Shard& param, size_t position, const Place& place);
   // Whether `other`, a gradient or state of the parameter, is sharded exactly like it. Call reduction_of first.
   bool placed_as(const Shard& param, size_t position, const Shard& other);
-  bool over_ranks() const { return !reductions_.empty(); }
+  bool over_ranks() const { return ranks_.beyond || !reductions_.empty(); }
+  bool beyond() const { return ranks_.beyond; }
 
   // Notes a parameter whose gradient has other placements, say Partial: it has to be redistributed first.
   void add_misplaced(PyObject* param) { misplaced_.emplace_back(param); }
   std::vector<Held> take_misplaced() { return std::exchange(misplaced_, {}); }
 
-  // Returns the measure of all ranks, as 3 float64, and AMP's verdict on all of them, if there was one.
+  // Returns the measure of all ranks, and AMP's verdict on all of them, if there was one. The first `of_all` numbers
+  // are about all parameters, the others about segments.
   std::pair<at::Tensor, at::Tensor> total(const std::vector<PartMeasure>& measures, Norm norm,
-                                          const at::Tensor& found_inf) const;
+                                          const at::Tensor& found_inf, int64_t of_all) const;
 
  private:
   // The answers for a parameter with this DTensorSpec, which torch does not change once it is made. Asking Python takes

@@ -335,6 +335,8 @@ void Walk::await_norm(const Shard& param, const Place& place, const NormClip& no
   if (scope_ != Scope::global) begin_segment(*part_, place.group);
 }
 
+void Walk::await_others() { part_of(first_device_.value_or(c10::Device(at::kCPU)), nullptr).awaited = true; }
+
 std::optional<Shard> Walk::shard_of_grad(const at::Tensor& grad, const Shard& param, const Place& place) {
   auto shard = shard_of(grad);
   if (!shard) refuse("no_dtensor", place, "gradient");

@@ -33,6 +33,9 @@ class Walk {
   // what can't be stepped, and nothing was changed.
   void add_group(Group& group, Py_ssize_t group_index);
 
+  // Takes part in the norm of all ranks, also where no parameter here has a gradient.
+  void await_others();
+
   // The first reason why the kernels do not cover the step, if there is one.
   std::optional<Reason>& reason() { return reason_; }
   [[gnu::noinline]] void not_covered(Reason reason);

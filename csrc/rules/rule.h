@@ -73,7 +73,8 @@ struct Progress {
   double norm = 0;  // with kNeedsNorm
 
   bool operator==(const Progress& other) const {
-    return step == other.step && scalar == other.scalar && norm == other.norm;
+    return step == other.step && scalar == other.scalar && scalar_is_float64 == other.scalar_is_float64 &&
+           norm == other.norm;
   }
 };
 

@@ -151,6 +151,7 @@ class NormLimit:
         self._limit, self._name, self._state, self._leaves_out = limit, name, state, leaves_out
         self._holder = next((p for p in params if p.grad is not None), next(iter(params), None))
         self._among = None if anywhere else params
+        self._has_grad = anywhere or any(p.grad is not None for p in params)
         self._numbers = self._read(limit.get("window", 0)) if self._is_rule else None
 
     @property
@@ -180,44 +181,51 @@ class NormLimit:
 
     def push(self, norm, stores):
         """Remembers the norm of a step. A new history gets into the state where the step `stores` states."""
-        if self._numbers is None:
+        if self._numbers is None or self._holder is None:
             return
         number = item_of(norm, unknown=None)
         if number is not None:
             push(self._limit, self._numbers, number, self._leaves_out)
         history, _ = find(self._state, self._name, self._among)
         values = torch.tensor(self._numbers, dtype=torch.float64, device=self._holder.device)
-        if history is None and stores:
+        # A state is not begun for what has no gradient, here or on other ranks.
+        if history is None and stores and (self._has_grad or (number or 0) > 0):
             self._state[self._holder][self._name] = values
         elif history is not None:
             history.copy_(values)
 
 
 def settle(groups, state):
-    """Lets each history of several parameters stand where a checkpoint needs it: beside the first of them that has
+    """Lets histories stand where a checkpoint needs them: one of several parameters beside the first of them that has
     states of its own."""
     params = [param for group in groups for param in group["params"]]
+    if not any(isinstance(entry, dict) and entry.keys() & {*HISTORIES} for entry in state.values()) or not params:
+        return
+    # Where none has states, all get an entry: `torch.distributed.checkpoint` refuses a file in which some have none.
+    if not any(state.get(param, {}).keys() - {*HISTORIES} for param in params):
+        for param in [param for param in params if param.requires_grad] or params:
+            state.setdefault(param, {})
     for name in (CLIP_HISTORIES["global"], SKIP_HISTORY):
-        _settle(name, params, state, among=None)
+        _settle(name, params, state, None)
     for group in groups:
-        _settle(CLIP_HISTORIES["group"], group["params"], state, among=group["params"])
+        _settle(CLIP_HISTORIES["group"], group["params"], state, group["params"])
+    kept = set(map(id, params))
+    for param in [p for p in state if id(p) not in kept]:  # as without a rule: a dropped parameter had no state
+        entry = state[param]
+        for name in entry.keys() & {*HISTORIES} if isinstance(entry, dict) else ():
+            del entry[name]
+        if entry == {}:
+            del state[param]
 
 
 def _settle(name, params, state, among):
     history, entry = find(state, name, among)
-    if history is None or not params:
+    if history is None:
         return
     with_states = [param for param in params if state.get(param, {}).keys() - {*HISTORIES}]
-    # Where none has, all get an entry: `torch.distributed.checkpoint` refuses a file in which some have none.
-    trained = [param for param in params if param.requires_grad] or params
-    for param in [] if with_states else trained:
-        state.setdefault(param, {})
+    with_entries = [param for param in params if param in state]
     del entry[name]
-    state[(with_states or trained)[0]][name] = history
-    kept = set(map(id, params))
-    if among is None:  # as without a rule: a dropped parameter had no state
-        for param in [p for p, entry in state.items() if entry == {} and id(p) not in kept]:
-            del state[param]
+    state[(with_states or with_entries or params)[0]][name] = history
 
 
 def norm_history(groups, state):

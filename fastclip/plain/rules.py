@@ -113,10 +113,11 @@ def update_novograd(group, param, grad, states, step):
     beta1, beta2 = group["betas"]
     grad = -grad if group["maximize"] else grad
     average, square = states["exp_avg_sq"], states["grad_norm"].square()
-    known = average.double()
-    average.copy_(torch.where(known == 0, square, beta2 * known + (1 - beta2) * square))
+    if not square.is_meta:
+        known = average.double()
+        average.copy_(torch.where(known == 0, square, beta2 * known + (1 - beta2) * square))
     step += 1
-    grad = grad / (average.double().sqrt() + group["eps"]).to(grad.dtype)
+    grad = grad / (average.double().reshape(()).sqrt() + group["eps"]).to(grad.dtype)
     if group["weight_decay"] != 0:
         grad = grad.add(param, alpha=group["weight_decay"])
     weight = 1 - beta1 if group["grad_averaging"] else 1.0

@@ -46,7 +46,7 @@ class Segments:
         nothing = torch.zeros(3, dtype=torch.float64, device=device)
         totals = [torch.zeros(0, dtype=torch.float64, device=device)]
         for segment in self._all:
-            there = [measures[param].to(device) for param in segment.params if param in among]
+            there = [measures[param].to(device) for param in dict.fromkeys(segment.params) if param in among]
             totals.append(reduce(partial(combined, norm_type=self._norm_type), there, nothing))
         return torch.cat(totals)
 

@@ -89,6 +89,7 @@ def step(
     reductions=None,
     numels=None,
     by_parameter=None,
+    beyond=(),
 ):
     """Takes one step by `rule` over `groups` (a list of dicts) with `state` (a dict of dicts by parameter).
 
@@ -101,6 +102,7 @@ def step(
         reductions (dict, optional): the Reduction of each parameter of a sharded model.
         numels (dict, optional): the number of elements on all ranks of each of these.
         by_parameter (dict, optional): gets the measure of each gradient, by the parameter's position among all.
+        beyond (sequence, optional): process groups whose ranks hold other parameters, which count in the norm.
 
     Returns:
         ClipStats: whose `skipped_steps` counts this step only.
@@ -144,7 +146,8 @@ def step(
                 return torch.cat([of_all, segments.sums(measured, some, of_all.device)])
 
             both = [*measured, *(param for param in counted or () if param not in measured)]
-            sums, found_inf = sums_of_all(sums_among, both, norm_type, found_inf, reductions)
+            asked = sums_among, both, norm_type, found_inf, reductions, 3 * len(segments), beyond
+            sums, found_inf = sums_of_all(*asked)
             sums, by_segment = sums.split([len(sums) - 3 * len(segments), 3 * len(segments)])
             decision = decide(sums, limits, smallest_norm(counted or (), numels, norm_type), on_norm)
             segments.decide(by_segment)
@@ -154,7 +157,7 @@ def step(
             return stats_of(groups, limits, decide_by_norm(math.inf, on_norm), segments, skipped=True)
         if skip_nonfinite and not item_of(sums[:3].isfinite().all(), unknown=True):
             return stats_of(groups, limits, decision, segments, skipped=True)
-        if params or reductions:
+        if params or reductions or beyond:
             for limit in on_norm:
                 limit.push(decision.norm, stores=not decision.skip)
             if not decision.skip or item_of(decision.norm < math.inf, unknown=False):
@@ -185,18 +188,20 @@ def positions_of(groups, measures):
     return {first[p]: measure.detach() for p, measure in measures.items()}
 
 
-def sums_of_all(sums_among, params, norm_type, found_inf, reductions):
-    """Returns the sums over a model, and AMP's verdict on its gradients; over all ranks if it is sharded.
-    `sums_among(params)` are those over some parameters."""
-    if not reductions:
+def sums_of_all(sums_among, params, norm_type, found_inf, reductions, of_segments, beyond):
+    """Returns the sums over a model, and AMP's verdict on its gradients; over all ranks if it is sharded, or has other
+    parameters there. `sums_among(params)` are those over some parameters; the last `of_segments` numbers of them are
+    about segments."""
+    if not reductions and not beyond:
         return sums_among(params), found_inf
     by_reduction = {}
     for param in params:
-        by_reduction.setdefault(reductions[param], []).append(param)
+        by_reduction.setdefault(reductions[param] if reductions else Reduction(), []).append(param)
     by_reduction = by_reduction or {Reduction(): []}
     rows = [(reduction, sums_among(some)) for reduction, some in by_reduction.items()]
-    over_ranks = [r for r in dict.fromkeys(reductions.values()) if r.groups]
-    return total_measure(over_ranks, rows, norm_type, found_inf)
+    over_ranks = [r for r in dict.fromkeys((reductions or {}).values()) if r.groups]
+    of_all = len(rows[0][1]) - of_segments
+    return total_measure(over_ranks, rows, norm_type, found_inf, of_all, beyond=beyond)
 
 
 def stats_of(groups, limits, decision, segments, moved=0, looked_at=0, skipped=False):

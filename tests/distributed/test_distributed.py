@@ -12,7 +12,19 @@ if not torch.distributed.is_available():
 import fastclip
 from tests.support.cases import param
 
-from . import accumulation, checkpoints, deferred, disagreement, histories, models, pieces, placements, scalers, scopes
+from . import (
+    accumulation,
+    checkpoints,
+    deferred,
+    disagreement,
+    histories,
+    models,
+    pieces,
+    placements,
+    scalers,
+    scopes,
+    stages,
+)
 from .compare import CASES
 from .worker import PASSED, start_ranks
 
@@ -78,6 +90,11 @@ def test_limits_by_past_norms(results, case, ranks):
 
 @cases_of(scopes)
 def test_norms_of_segments(results, case, ranks):
+    assert_passed(results[ranks][case])
+
+
+@cases_of(stages)
+def test_norms_over_the_stages_of_a_pipeline(results, case, ranks):
     assert_passed(results[ranks][case])
 
 

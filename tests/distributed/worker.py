@@ -102,6 +102,7 @@ def main():
         placements,
         scalers,
         scopes,
+        stages,
     )
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

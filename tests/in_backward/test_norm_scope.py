@@ -1,9 +1,11 @@
 """Norm clips in the backward pass: each parameter's own, by a number or by its past norms."""
 
 import math
+import warnings
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastclip
 from tests.support.in_backward_cases import assert_same, groups, losses, net
@@ -67,3 +69,17 @@ def test_what_it_refuses():
     ]:
         with pytest.raises(ValueError, match=message):
             fastclip.step_in_backward(model, fastclip.SGD(model.parameters(), lr=0.1, **limits))
+
+
+def test_a_pass_in_plain_torch_leaves_no_states_behind():
+    """Parameters that wait for their step stand as empty tensors among the others."""
+    model = net()
+    optimizer = fastclip.AdamW(model.parameters(), lr=0.1, **settings("ema"))
+    with (
+        fastclip.step_in_backward(model, optimizer, bucket_cap_mb=0),
+        FlopCounterMode(display=False),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        next(iter(losses(1)))(model).backward()
+    assert len(optimizer.state_dict()["state"]) == len([*model.parameters()])

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastclip
 from fastclip.integrations.stats import stats_to_log
@@ -391,6 +392,127 @@ def test_a_rule_in_one_group_implies_skip_nonfinite_in_all(scope):
     assert optimizer.skipped_steps == 1
     with pytest.raises(ValueError, match="skip_nonfinite must be the same"):
         fastclip.SGD(in_groups(params, {"max_norm": EMA}, {"skip_nonfinite": False}), lr=0.1, norm_scope=scope)
+
+
+def in_plain_torch():
+    """A mode under which steps are left to plain torch."""
+    return FlopCounterMode(display=False)
+
+
+@pytest.mark.falls_back
+@every_scope
+def test_plain_torch_begins_no_history_without_a_gradient(scope):
+    """The optimizer's state would have an entry with nothing else, which torch's own can't load."""
+    params = make_params([(3,), (3,)])
+    optimizer = fastclip.AdamW(
+        in_groups(params), max_norm=fastclip.EmaNorm(warmup=1), norm_scope=scope, skip_nonfinite=True
+    )
+    give_grads(params[:1])
+    with in_plain_torch():
+        optimizer.step()
+    assert params[1] not in optimizer.state
+    torch.optim.AdamW(in_groups(params)).load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.falls_back
+def test_a_group_without_parameters_has_no_history():
+    q = make_params([(3,)])
+    optimizer = fastclip.SGD([{"params": []}, {"params": q}], lr=0.1, max_norm=EMA, norm_scope="group")
+    give_grads(q)
+    with in_plain_torch():
+        optimizer.step()
+    optimizer.step()
+    assert optimizer.state[q[0]][HISTORY["group"]][0] == 2
+
+
+def test_gradients_that_are_all_empty():
+    for scope in ("global", *SCOPES):
+        params = make_params([(0,), (3, 0)])
+        optimizer = fastclip.SGD(params, lr=0.1, max_norm=1.0, norm_scope=scope)
+        give_grads(params)
+        optimizer.step()
+        assert optimizer.total_norm == 0 and optimizer.clip_stats().clip_coefficient == 1
+
+
+@pytest.mark.parametrize("given", [None, True, False])
+def test_who_decides_on_skip_nonfinite(given):
+    """The constructor, if it says so; a rule in any group implies it. A group that is added takes what there is."""
+    params = make_params([(3,), (4,), (5,)])
+    settings = {} if given is None else {"skip_nonfinite": given}
+    groups = in_groups(params[:2], {"max_norm": EMA}, {"max_norm": 1.0})
+    optimizer = fastclip.SGD(groups, lr=0.1, norm_scope="parameter", **settings)
+    optimizer.add_param_group({"params": params[2:], "max_norm": QUANTILE})
+    expected = given is not False
+    assert [group["skip_nonfinite"] for group in optimizer.param_groups] == [expected] * 3
+    by_number = fastclip.SGD(params[:1], lr=0.1, max_norm=1.0, norm_scope="group")
+    with pytest.raises(ValueError, match=r"max_norm in param_groups\[1\] is a rule, which needs skip_nonfinite"):
+        by_number.add_param_group({"params": params[1:2], "max_norm": EMA})
+
+
+def test_a_new_group_has_the_optimizers_own_limit():
+    params = make_params([(3,), (4,), (5,)])
+    groups = in_groups(params[:2], {"max_norm": None}, {})
+    optimizer = fastclip.SGD(groups, lr=1.0, max_norm=1.0, norm_scope="group")
+    optimizer.add_param_group({"params": params[2:]})
+    assert [group["max_norm"] for group in optimizer.param_groups] == [None, 1.0, 1.0]
+
+
+def test_a_checkpoint_that_knows_no_scope_has_the_norm_of_all():
+    params = make_params([(3,), (4,)])
+    saved = fastclip.SGD(in_groups(params), lr=0.1, max_norm=1.0).state_dict()
+    for group in saved["param_groups"]:
+        del group["norm_scope"]
+    optimizer = fastclip.SGD(in_groups(params, {"max_norm": 5.0}, {"max_norm": 0.5}), lr=0.1, norm_scope="group")
+    optimizer.load_state_dict(saved)
+    assert [(g["norm_scope"], g["max_norm"]) for g in optimizer.param_groups] == [("global", 1.0)] * 2
+    of_torch = torch.optim.SGD(in_groups(params), lr=0.1).state_dict()
+    optimizer = fastclip.SGD(in_groups(params, {"max_norm": 5.0}, {"max_norm": 0.5}), lr=0.1, norm_scope="group")
+    optimizer.load_state_dict(of_torch)
+    assert [(g["norm_scope"], g["max_norm"]) for g in optimizer.param_groups] == [("group", 5.0), ("group", 0.5)]
+
+
+@every_scope
+def test_histories_of_dropped_parameters_are_in_no_checkpoint(scope):
+    params = make_params([(3,), (2,)])
+    optimizer = fastclip.SGD(params, lr=0.1, max_norm=EMA, norm_scope=scope)
+    for _ in range(3):
+        give_grads(params)
+        optimizer.step()
+    del optimizer.param_groups[0]["params"][0]
+    give_grads(params[1:])
+    optimizer.step()
+    saved = optimizer.state_dict()
+    assert set(saved["state"]) <= {0} and params[0] not in optimizer.state
+
+
+@every_scope
+def test_all_parameters_have_an_entry_in_a_checkpoint_of_histories_alone(scope):
+    """torch.distributed.checkpoint refuses a file in which some have none."""
+    params = make_params([(3,), (2,), (4,)])
+    groups = [{"params": params[:1], "max_norm": EMA}, {"params": params[1:], "max_norm": None}]
+    optimizer = fastclip.SGD(groups, lr=0.1, norm_scope=scope)
+    give_grads(params)
+    optimizer.step()
+    assert set(optimizer.state_dict()["state"]) == {0, 1, 2}
+
+
+def test_the_same_parameter_twice_counts_once_in_its_group():
+    p, q = make_params([(4,), (4,)])
+    with pytest.warns(UserWarning):
+        optimizer = fastclip.SGD([p, p, q], lr=1.0, max_norm=1.0, norm_scope="group")
+    give_grads([p, q])
+    with pytest.warns(UserWarning, match="falls back"):
+        optimizer.step()
+    coefficient = 1 / torch.cat([p.grad, q.grad]).double().norm()
+    torch.testing.assert_close(optimizer.clip_stats().clip_coefficient, coefficient, rtol=1e-5, atol=0)
+
+
+def test_a_skip_norm_alone_has_no_coefficient_of_segments():
+    params = make_params([(3,), (4,)])
+    optimizer = fastclip.SGD(params, lr=0.1, skip_norm=0.1, norm_scope="parameter")
+    give_grads(params)
+    optimizer.step()
+    assert optimizer.clip_stats().skipped and optimizer.clip_stats().clip_coefficient == 1
 
 
 def test_the_same_parameter_twice():

@@ -145,8 +145,36 @@ def test_a_checkpoint_with_amsgrad_is_refused():
     params = make_params([(5, 3)])
     saved = PlainNovoGrad(params).state_dict()
     saved["param_groups"][0]["amsgrad"] = True
+    optimizer = fastclip.NovoGrad(params, lr=0.5)
     with pytest.raises(ValueError, match=r"fastclip.NovoGrad has no amsgrad: NeMo's own"):
-        fastclip.NovoGrad(params).load_state_dict(saved)
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == 0.5, "nothing has changed"
+    give_grads(params)
+    optimizer.step()
+    for switch in ("amsgrad", "luc"):
+        with pytest.raises(ValueError, match=f"fastclip.NovoGrad has no {switch}"):
+            fastclip.NovoGrad([{"params": params, switch: True}])
+    optimizer = fastclip.NovoGrad([{"params": params, "amsgrad": False, "luc": False, "luc_eps": 1e-8}])
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, float, "one element"])
+def test_an_average_of_norms_in_another_form(kind):
+    """Of 16 bits it would stand still."""
+    p = torch.ones((), requires_grad=True)
+    optimizer = fastclip.NovoGrad([p])
+    give_grads([p])
+    optimizer.step()
+    saved = optimizer.state_dict()
+    average = saved["state"][0]["exp_avg_sq"]
+    forms = {float: average.item(), "one element": average.reshape(1)}
+    saved["state"][0]["exp_avg_sq"] = forms[kind] if kind in forms else average.to(kind)
+    optimizer.load_state_dict(saved)
+    assert optimizer.state[p]["exp_avg_sq"].dtype == torch.float32
+    give_grads([p])
+    reference.step(optimizer._rule, optimizer.param_groups, optimizer.state)
+    optimizer.step()
+    assert p.isfinite()
 
 
 BAD = {

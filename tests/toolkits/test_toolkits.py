@@ -1,6 +1,7 @@
 """Real toolkits: unmodified under `python -m fastclip.run`, with the bits of the run without it; and with fastclip's
 integrations."""
 
+import copy
 import importlib.util
 import os
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastclip
 from tests.support.project import ROOT
 
 from .data import write_corpus
@@ -157,3 +159,35 @@ def test_nemos_own_clip_in_mixed_precision(runs):
     found, said = runs.patched("NeMo", "+trainer.precision=bf16-mixed")
     assert "fastclip: 12 steps, 12 clips deferred to the step\n" in said
     assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+NOVOGRAD = [{}, {"weight_decay": 1e-3}, {"betas": (0.8, 0.25), "grad_averaging": True, "weight_decay": 0.01}]
+
+
+@pytest.mark.parametrize("settings", NOVOGRAD, ids=str)
+def test_novograd_is_that_of_nemo(settings):
+    """200 steps, then checkpoints are exchanged and both go on."""
+    theirs_of = pytest.importorskip("nemo.core.optim.novograd", reason="needs NeMo: make toolkits").Novograd
+    torch.manual_seed(0)
+    ours = [torch.randn(shape).requires_grad_() for shape in [(300, 200), (512,), (3, 4, 5), (1,), ()]]
+    theirs = [p.detach().clone().requires_grad_() for p in ours]
+
+    def step(of_ours, of_theirs):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn(p.shape)
+            q.grad = p.grad.clone()
+        of_ours.step()
+        of_theirs.step()
+
+    optimizer, expected = fastclip.NovoGrad(ours, lr=0.01, **settings), theirs_of(theirs, lr=0.01, **settings)
+    for _ in range(200):
+        step(optimizer, expected)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    loaded, given = fastclip.NovoGrad(ours), theirs_of(theirs)
+    loaded.load_state_dict(copy.deepcopy(expected.state_dict()))
+    given.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for p, q in zip(ours, theirs, strict=True):
+        p.data.copy_(q)
+    for _ in range(3):
+        step(loaded, given)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)

@@ -252,6 +252,7 @@ struct Case {
     step.norm = Norm::two;
     for (uint32_t i = 0; i < step.tensors.size(); ++i) {
       step.segments.push_back({i, static_cast<uint32_t>(step.tensors[i].hyper), i, nullptr});
+      step.tensors[i].index = i;
       cpu.segment_histories.emplace_back();
     }
     step.segment_limits.resize(step.hypers.size());
