@@ -59,9 +59,9 @@ BUGS = [
     Bug(
         "a leak where an error is raised",
         "address",
-        "host/groups.cpp",
-        "const Held items = Held::stolen(",
-        "const Held items(",
+        "host/reasons.cpp",  # a text: what holds others is on a list of Python's, and so in reach
+        "return checked(PyUnicode_FromString(text.c_str()));",
+        "return Held(PyUnicode_FromString(text.c_str()));",
         "tests/step/test_errors.py",
         "LeakSanitizer: detected memory leaks",
     ),
