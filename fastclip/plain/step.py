@@ -188,7 +188,7 @@ def positions_of(groups, measures):
     return {first[p]: measure.detach() for p, measure in measures.items()}
 
 
-def sums_of_all(sums_among, params, norm_type, found_inf, reductions, of_segments, beyond):
+def sums_of_all(sums_among, params, norm_type, found_inf, reductions, of_segments=0, beyond=()):
     """Returns the sums over a model, and AMP's verdict on its gradients; over all ranks if it is sharded, or has other
     parameters there. `sums_among(params)` are those over some parameters; the last `of_segments` numbers of them are
     about segments."""
