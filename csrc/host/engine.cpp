@@ -201,9 +201,11 @@ void Engine::run(const NormClip& asked, const Amp& amp) {
   walk_.borrowed().check();
   if (gil_is_released) walk_.borrowed().hold_all();
   if (asks_all_ranks(asked)) walk_.borrowed().hold();  // Python adds up
-  for (Part& part : parts) {
-    part.step.segment_limits.clear();
-    for (const Group& group : groups_) part.step.segment_limits.push_back(group.segment_limit);
+  if (scope != Scope::global) {
+    for (Part& part : parts) {
+      part.step.segment_limits.clear();
+      for (const Group& group : groups_) part.step.segment_limits.push_back(group.segment_limit);
+    }
   }
   run_parts(parts, norm_clip, amp, walk_.shards());
   remember(asked, /*skipped_by_host=*/false);

@@ -318,7 +318,7 @@ Group read_group(PyObject* object, Py_ssize_t index, Rules::Id rule) {
   }
   if (clip.needs_norms && clip.scope == Scope::group) {
     raise(PyExc_ValueError, "norm_scope", reader.where(),
-          " must be 'global' or 'parameter' in this optimizer, whose updates take the norm of each parameter");
+          " must be 'global' or 'parameter': this rule has a norm for each parameter by itself");
   }
   NormLimit& limit_of_norm = scoped ? group.segment_limit : clip.limits.max_norm;
   if (max_norm != Py_None || skip_norm != Py_None || !two || scoped) {
