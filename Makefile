@@ -40,8 +40,10 @@ edge: .requirements build  ## a Conformer adapted to a new voice, last layers, L
 study: build  ## what clipping does to training: 588 small trainings, about an hour; goes on where it was stopped
 	$(PY) -m studies.clipping $(ARGS)
 
-# With pytest-xdist, in several processes: their OpenMP threads must not spin while another process works.
-IN_PARALLEL = $(shell $(PY) -c "import xdist" 2>/dev/null && echo " -n auto --maxprocesses 4 --dist loadfile")
+# With pytest-xdist, in several processes: their OpenMP threads must not spin while another process works. In the order
+# of the files: by itself it takes those of few tests last, and the longest of all is one.
+IN_PARALLEL = $(shell $(PY) -c "import xdist" 2>/dev/null && echo " -n auto --maxprocesses 4 --dist loadfile" && \
+	$(PY) -m pytest --help 2>/dev/null | grep -o -- "--no-loadscope-reorder" | head -1)
 
 check: export OMP_WAIT_POLICY ?= passive
 check: .requirements build  ## the tests of the step, without slow ones: under 90 seconds on two cores
