@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from .norm_rules import complete_rules
-from .reasons import number_as_text
+from .reasons import negative, not_a_number, number_as_text
 
 _WORDS = ("params", "param_names", "momentum_dtype")  # settings that are no numbers
 _SWITCHES = ("skip_nonfinite", "master_weights", "stochastic_rounding")
@@ -43,6 +43,19 @@ def complete_value(what: str, value: Any) -> Any:
                 continue  # a word, or not what torch takes, which says so
             raise number_as_text(what, each)
     return value
+
+
+def check_not_negative(**numbers: Any) -> None:
+    """Refuses arguments of a constructor that are no numbers, negative or NaN; for optimizers that torch has not.
+
+    Raises:
+        TypeError, ValueError: which name the argument.
+    """
+    for name, value in numbers.items():
+        if isinstance(complete_value(name, value), str) or value is None:
+            raise not_a_number(name, value)
+        if not value >= 0:
+            raise negative(name, value)
 
 
 def complete_group(group: Any) -> Any:

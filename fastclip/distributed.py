@@ -110,16 +110,16 @@ def total_measure(reductions, measures, norm_type, found_inf=None, of_all=None, 
         rows.update(zip(members, summed, strict=True))
     device = next(iter(rows.values())).device
     total = _sum(list(rows.values()), length, norm_type, device)
+    of_all = length if of_all is None else of_all
     for group in beyond:
-        total, rest = total[:of_all], total[of_all:] if of_all is not None else total[:0]
-        own = torch.cat([total, flag.to(total)]).to(_taken_by(group, device))
-        summed, flag = _all_reduced(own, norm_type, group).split([len(total), flag.numel()])
-        total = torch.cat([summed.to(device), rest])
+        own = torch.cat([total[:of_all], flag.to(total)]).to(_taken_by(group, device))
+        summed, flag = _all_reduced(own, norm_type, group).split([of_all, flag.numel()])
+        total = torch.cat([summed.to(device), total[of_all:]])
     return total, None if found_inf is None else flag.to(found_inf)
 
 
 def _taken_by(group, device):
-    """Returns the device of the tensors that a process group takes: gloo's copies those of a GPU by itself, or not."""
+    """Returns the device to which a process group's tensors go: of gloo, the CPU."""
     return torch.device("cpu") if torch.distributed.get_backend(group) == "gloo" else device
 
 

@@ -4,10 +4,9 @@ import torch
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
-from .arguments import complete_value
+from .arguments import check_not_negative
 from .optimizer import ClippedOptimizer
 from .plain import rules
-from .reasons import negative, not_a_number
 from .settings import ClipSettings, lists_clip_settings
 
 
@@ -62,11 +61,7 @@ class Lion(ClippedOptimizer):
         maximize: bool = False,
         **clip: Unpack[ClipSettings],
     ) -> None:
-        for name, value in (("lr", lr), ("weight_decay", weight_decay)):
-            if isinstance(complete_value(name, value), str) or value is None:
-                raise not_a_number(name, value)
-            if not value >= 0:
-                raise negative(name, value)
+        check_not_negative(lr=lr, weight_decay=weight_decay)
         settings = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params, {**settings, "differentiable": False}, **clip)
 

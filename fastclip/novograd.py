@@ -6,10 +6,9 @@ import torch
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
-from .arguments import complete_value
+from .arguments import check_not_negative
 from .optimizer import ClippedOptimizer
 from .plain import rules
-from .reasons import negative, not_a_number
 from .settings import ClipSettings, lists_clip_settings
 
 
@@ -78,11 +77,7 @@ class NovoGrad(ClippedOptimizer):
         maximize: bool = False,
         **clip: Unpack[ClipSettings],
     ) -> None:
-        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-            if isinstance(complete_value(name, value), str) or value is None:
-                raise not_a_number(name, value)
-            if not value >= 0:
-                raise negative(name, value)
+        check_not_negative(lr=lr, eps=eps, weight_decay=weight_decay)
         _refuse({"amsgrad": amsgrad, "luc": luc})
         settings = {
             "lr": lr,

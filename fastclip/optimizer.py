@@ -34,13 +34,7 @@ from .plain.history import HISTORIES
 from .plain.masters import undone
 from .reasons import name_of, not_shared
 from .results import Results
-from .settings import (
-    OWN_SETTINGS,
-    needs_skip_nonfinite,
-    of_all_gradients,
-    set_limits,
-    shared_settings,
-)
+from .settings import OWN_SETTINGS, needs_skip_nonfinite, of_all_gradients, of_whole_gradients, shared_settings
 
 
 class ClippedOptimizer(Results, torch.optim.Optimizer):
@@ -145,11 +139,10 @@ class ClippedOptimizer(Results, torch.optim.Optimizer):
         params = group["params"] if isinstance(group["params"], (list, set)) else [group["params"]]
         self._engine.check_group({**group, "params": []}, index)
         tensors = [p[1] if isinstance(p, tuple) else p for p in params]
-        of_all_ranks, norms = of_all_gradients(group), set_limits(group)
-        of_pieces = [*norms, *of_all_ranks]
-        if of_pieces and any(hasattr(p, "_fsdp_flattened") for p in tensors):
+        of_all_ranks, of_whole = of_all_gradients(group), of_whole_gradients(group)
+        if of_whole and any(hasattr(p, "_fsdp_flattened") for p in tensors):
             raise TypeError(
-                f"{of_pieces[0]} can't be applied to param_groups[{index}]: each rank of FullyShardedDataParallel "
+                f"{of_whole[0]} can't be applied to param_groups[{index}]: each rank of FullyShardedDataParallel "
                 "sees its own shard only; its clip_grad_norm_ looks at all shards"
             )
         if of_all_ranks and (zero := who_shares_out()):

@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from .settings import of_all_gradients, set_limits
+from .settings import of_whole_gradients
 
 _is_initialized = torch.distributed.is_initialized if torch.distributed.is_available() else bool
 
@@ -36,11 +36,9 @@ class Given:
         Raises:
             TypeError: DeepSpeed's ZeRO, or another wrapper, has left a piece on this rank.
         """
-        if not groups:
+        if not groups or not _is_initialized():
             return
-        if not _is_initialized():
-            return
-        settings = [name for group in groups for name in (*set_limits(group), *of_all_gradients(group))]
+        settings = [name for group in groups for name in of_whole_gradients(group)]
         if not settings:
             return
         lists = [group["params"] for group in groups]

@@ -56,10 +56,16 @@ def set_limits(group):
     return [name for name in LIMITS if group.get(name) is not None]
 
 
-def of_all_gradients(group):
-    """Names the settings of a group that look at more than one gradient."""
-    limits = [name for name in set_limits(group) if name != "max_norm" or group.get("norm_scope") != "parameter"]
+def of_whole_gradients(group):
+    """Names the settings of a group that look at whole gradients, and not at their elements alone."""
+    limits = set_limits(group)
     return [*limits, "skip_nonfinite"] if group.get("skip_nonfinite") else limits
+
+
+def of_all_gradients(group):
+    """Names those of them that look at more than one gradient."""
+    own = ("max_norm",) if group.get("norm_scope") == "parameter" else ()
+    return [name for name in of_whole_gradients(group) if name not in own]
 
 
 def needs_skip_nonfinite(group):

@@ -151,7 +151,7 @@ class NormLimit:
         self._limit, self._name, self._state, self._leaves_out = limit, name, state, leaves_out
         self._holder = next((p for p in params if p.grad is not None), next(iter(params), None))
         self._among = None if anywhere else params
-        self._has_grad = anywhere or any(p.grad is not None for p in params)
+        self._has_grad = anywhere or getattr(self._holder, "grad", None) is not None
         self._numbers = self._read(limit.get("window", 0)) if self._is_rule else None
 
     @property

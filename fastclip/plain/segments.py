@@ -24,8 +24,9 @@ class Segments:
     """All segments of a step; none where `max_norm` is over all gradients, and the rule needs no norm of its own."""
 
     def __init__(self, rule, groups, state):
-        self.limited = limits_of(groups).of_segments
-        self._norm_type = 2.0 if rule.needs_norm else limits_of(groups).norm_type
+        limits = limits_of(groups)
+        self.limited = limits.of_segments
+        self._norm_type = 2.0 if rule.needs_norm else limits.norm_type
         used = self.limited or rule.needs_norm
         self._by_group = [self._of_group(rule, group, state) for group in groups if used]
         self._all = [segment for segments in self._by_group for segment in segments]
