@@ -20,7 +20,7 @@ PY := $(VENV)/bin/python
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 endif
 
-.PHONY: help demo article recipe edge study check test toolkits arm wheel matrix fuzz soak sanitize bench gpu build format lint clean
+.PHONY: help demo article recipe edge study check test thorough toolkits arm wheel matrix fuzz soak sanitize bench gpu build format lint clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):[^#]*## */  make \1	/p' Makefile
@@ -47,15 +47,19 @@ IN_PARALLEL = $(shell $(PY) -c "import xdist" 2>/dev/null && echo " -n auto --ma
 
 check: export OMP_WAIT_POLICY ?= passive
 check: .requirements build  ## the tests of the step, without slow ones: under 90 seconds on two cores
-	$(PY) -m pytest $(IN_PARALLEL) -m "not slow" tests/step tests/drop_in/test_drop_in.py $(ARGS)
+	$(PY) -m pytest $(IN_PARALLEL) -m "not slow and not thorough" tests/step tests/drop_in/test_drop_in.py $(ARGS)
 
 test: export OMP_WAIT_POLICY ?= passive
-test: .requirements build  ## all tests
+test: .requirements build  ## the tests; under 15 minutes on two cores
 	$(PY) -m pytest $(IN_PARALLEL) $(ARGS)
 
+thorough: export OMP_WAIT_POLICY ?= passive
+thorough: .requirements build  ## what `make test` leaves out: planted bugs, a compilation for each; about 8 minutes
+	$(PY) -m pytest $(IN_PARALLEL) -m thorough $(ARGS)
+
 toolkits: .requirements .requirements-nemo build  ## real toolkits with fastclip, NeMo in an environment of its own; 5 minutes the first time
-	$(PY) -m pytest $(IN_PARALLEL) tests/toolkits $(ARGS)
-	$(PY_WITH_NEMO) -m pytest tests/toolkits -k "nemo or NeMo" $(ARGS)
+	$(PY) -m pytest $(IN_PARALLEL) -m "" tests/toolkits $(ARGS)
+	$(PY_WITH_NEMO) -m pytest -m "" tests/toolkits -k "nemo or NeMo" $(ARGS)
 
 arm: .requirements $(if $(findstring --wheel,$(ARGS)),.requirements-wheel) build  ## on aarch64, in emulation: the bits of this machine, the tests of the step; under 8 minutes, or why not
 	$(PY) -m tests.arm $(ARGS) || [ $$? -eq 77 ]

@@ -39,19 +39,27 @@ ALL_TESTS = [
     "concurrency/test_processes",
     "drop_in/test_amp",
 ]
+# A model that learns for a quarter of a minute shows nothing about kernels that one step does not.
 # A child that is forked in the middle of a step waits for the emulated device's lock.
-NOT_EMULATED = "--deselect=tests/concurrency/test_processes.py::test_data_loader_workers_beside_steps"
+NOT_EMULATED = [
+    "--deselect=tests/concurrency/test_processes.py::test_data_loader_workers_beside_steps",
+    "--deselect=tests/step/test_precision.py::test_a_model_in_bfloat16_learns_as_in_float32_but_with_plain_rounding",
+]
 
 
 @pytest.mark.parametrize(
     ("schedule", "cooperative", "files"),
-    [("in order", 1, ALL_TESTS), ("reversed", 1, STEP_TESTS), ("random", 1, STEP_TESTS), ("reversed", 0, TWO_LAUNCHES)],
-    ids=["in order", "reversed", "random", "two launches"],
+    [
+        pytest.param("in order", 1, ALL_TESTS, id="in order"),
+        pytest.param("reversed", 1, STEP_TESTS, id="reversed", marks=pytest.mark.thorough),
+        pytest.param("random", 1, STEP_TESTS, id="random"),
+        pytest.param("reversed", 0, TWO_LAUNCHES, id="two launches"),
+    ],
 )
 def test_the_tests_of_the_cpu_pass_on_the_kernels(schedule, cooperative, files, emulated):
     folder, variables = emulated
     variables = {**variables, "FASTCLIP_SCHEDULE": schedule, "FASTCLIP_COOPERATIVE": str(cooperative)}
-    result = build.run_tests(folder, variables, NOT_EMULATED, *(f"tests/{name}.py" for name in files))
+    result = build.run_tests(folder, variables, *NOT_EMULATED, *(f"tests/{name}.py" for name in files))
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     assert int(re.search(r"(\d+) passed", result.stdout)[1]) >= 100, result.stdout[-500:]
 

@@ -51,7 +51,7 @@ def test_every_member_that_is_asked_for_is_in_this_file():
     assert sorted(set(asked) | {"writes"}) == sorted(listed)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("source", MEMBERS)
 def test_a_rule_that_forgets_a_member_does_not_compile(source, tmp_path):
     csrc = shutil.copytree(CSRC, tmp_path / "csrc")

@@ -257,7 +257,7 @@ def compiled_check(folder, header, text, other):
     return SimpleNamespace(misread=misread, bump_version=_C.bump_version)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize(("header", "text", "other", "found"), LAYOUTS)
 def test_another_layout_is_found(header, text, other, found, tmp_path):
     assert _self_check.first_misread(compiled_check(tmp_path, header, text, other)) == found

@@ -218,6 +218,7 @@ def test_an_sdist_holds_all_that_a_build_needs(unpacked):
     assert not (unpacked / "fastclip" / "_build_info.py").exists()  # says what was built here
 
 
+@pytest.mark.thorough
 def test_an_sdist_installs(unpacked, tmp_path):
     """By pip as a newcomer types it: behind its isolation, against the torch of this environment. Without CUDA, whose
     sources are compared above and compiled elsewhere; unoptimised, which is quicker."""

@@ -32,7 +32,7 @@ def test_the_command_says_what_it_did_and_how_to_repeat_it(capsys):
     assert "fuzz: passed, 20 examples" in out and "python -m tests.long.fuzz --examples 20 --seed 3" in out
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.falls_back
 def test_a_planted_error_is_found_and_shrunk(monkeypatch, capsys):
     """The error is one unit in the last place, where there is weight decay."""
@@ -109,7 +109,7 @@ def with_fault(where, name, line, instead):
     return made[name]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.falls_back
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_found(fault, monkeypatch):
