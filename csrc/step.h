@@ -26,7 +26,7 @@ struct TensorEntry {
   void* grad;     // nullptr: the tensor stays as it is, and only its norm is measured
   void* states[kMaxStates];  // nullptr where the rule, or the group, has no such state
   void* step;                // the tensor's count of steps, or nullptr. The step reads it and counts it up
-  void* scalar;              // the rule's number, or nullptr. The step reads it and replaces it
+  void* scalar;              // the rule's number, or row of them, or nullptr. The step reads and replaces it
   int64_t numel;
   int64_t first_chunk;
   int32_t hyper;   // its row in Step::hypers
@@ -52,20 +52,42 @@ FASTCLIP_HD void store_number(void* number, bool is_float64, double value) {
   is_float64 ? *static_cast<double*>(number) = value : *static_cast<float*>(number) = static_cast<float>(value);
 }
 
-// Returns a tensor's progress in this step, in which its gradient has this norm. Entry is a TensorEntry, or has the
-// same members.
+// What was measured of a tensor, after all clips.
+struct TensorSums {
+  double norm = 0;
+  double param_times_grad = 0;
+  double param_squared = 0;
+};
+
+// Returns a tensor's progress in this step. Entry is a TensorEntry, or has the same members.
 template <class Entry>
-FASTCLIP_HD Progress progress_of(const Entry& tensor, double norm = 0) {
+FASTCLIP_HD Progress progress_of(const Entry& tensor, const TensorSums& sums = {}) {
   return {tensor.step ? number_at(tensor.step, tensor.step_is_float64) + 1 : 0,
-          tensor.scalar ? number_at(tensor.scalar, tensor.scalar_is_float64) : 0, bool{tensor.scalar_is_float64}, norm};
+          tensor.scalar ? number_at(tensor.scalar, tensor.scalar_is_float64) : 0, bool{tensor.scalar_is_float64},
+          sums.norm};
+}
+// With kNeedsProducts.
+template <class Entry>
+FASTCLIP_HD Progress progress_with_row(const Entry& tensor, const TensorSums& sums) {
+  Progress progress = progress_of(tensor, sums);
+  progress.numbers = tensor.scalar;
+  progress.numel = static_cast<double>(tensor.numel);
+  progress.param_times_grad = sums.param_times_grad;
+  progress.param_squared = sums.param_squared;
+  return progress;
 }
 
 // Counts a tensor's step. The scalar comes first: its next value depends on the count before that.
 template <class R, class Entry>
-FASTCLIP_HD void advance(const Entry& tensor, const Hyper& hyper, double norm) {
-  if constexpr (R::kScalar.name != nullptr) {
+FASTCLIP_HD void advance(const Entry& tensor, const Hyper& hyper, const TensorSums& sums) {
+  if constexpr (R::kNeedsProducts) {
+    R::next_numbers(hyper.of<R>(), progress_with_row(tensor, sums), [&](int place, double value) {
+      const int64_t byte = place * (tensor.scalar_is_float64 ? sizeof(double) : sizeof(float));
+      store_number(static_cast<char*>(tensor.scalar) + byte, tensor.scalar_is_float64, value);
+    });
+  } else if constexpr (R::kScalar.name != nullptr) {
     if (tensor.scalar) {
-      const double next = R::next_scalar(hyper.of<R>(), progress_of(tensor, norm));
+      const double next = R::next_scalar(hyper.of<R>(), progress_of(tensor, sums));
       store_number(tensor.scalar, tensor.scalar_is_float64, next);
     }
   }
@@ -80,6 +102,12 @@ struct Segment {
   uint32_t group;
   uint32_t first_tensor;
   History* history;  // of its limit, if that is a rule; in one part of a step only
+};
+
+// The sums of a chunk's param * gradient, and of its param * param.
+struct Products {
+  double with_grad;
+  double squared;
 };
 
 // The passes that a call makes. A norm over several devices takes two calls, `measure` and `update`: in between, every
@@ -121,6 +149,10 @@ struct Step {
   std::vector<NormLimit> segment_limits;
   SegmentOutcome* segment_outcomes = nullptr;  // one per segment
   const SegmentOutcome* segment_totals = nullptr;  // for Passes::update: their sums over all parts, and their levels
+  // With kNeedsProducts, scratch memory for each chunk; and what the WeightedClip of each group remembers, nullptr
+  // where it has none. Such a step is made in one call.
+  Products* products = nullptr;
+  std::vector<ModelNorms*> model_norms;
   const Sums* sums = nullptr;  // for Passes::update: the sums of each part's outcome, in device memory
   const Levels* levels = nullptr;  // and the levels of that part which has the histories
   int parts = 1;  // number of these sums

@@ -15,6 +15,7 @@ from .novograd import NovoGrad
 from .patching import patch
 from .radam import RAdam
 from .rmsprop import RMSprop
+from .scaled_adam import ScaledAdam
 from .sgd import SGD
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ __all__ = [
     "RAdam",
     "NAdam",
     "NovoGrad",
+    "ScaledAdam",
     "Adagrad",
     "Adadelta",
     "Lion",

@@ -6,6 +6,7 @@ import torch
 
 from .plain.history import HISTORIES, NUMBERS, adopted
 from .plain.rounding import state_dtype
+from .plain.weighted_clip import MODEL_NORMS
 from .settings import OWN_SETTINGS
 
 
@@ -40,6 +41,9 @@ def restore_dtypes(optimizer, rule, state_dict):
     for key, (group, param) in zip(saved, pairs, strict=True):
         loaded = optimizer.state.get(param, {})
         for name, value in state_dict["state"].get(key, {}).items():
+            if name == MODEL_NORMS and isinstance(value, torch.Tensor):
+                loaded[name] = value.to(loaded[name].device, torch.float64)
+                continue
             if name in HISTORIES and isinstance(value, torch.Tensor):
                 window = max(value.numel() - NUMBERS, 0) // 2
                 loaded[name] = adopted(value, window, loaded[name].device)

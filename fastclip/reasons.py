@@ -61,6 +61,14 @@ def not_one_element(what, tensor):
     return ValueError(f"{what} must be a 1-element tensor, got one of shape {[*tensor.shape]}")
 
 
+def other_length(what, tensor, length):
+    return ValueError(f"{what} must have {length} numbers, which its group's settings ask for, got {[*tensor.shape]}")
+
+
+def no_shards(what):
+    return TypeError(f"{what} is a DTensor: this optimizer sums over whole parameters, and takes no shards")
+
+
 def no_dtensor(what):
     return TypeError(f"{what} is no DTensor, and its parameter is one")
 
@@ -152,6 +160,10 @@ def other_placements(what, tensor, param):
 def no_kernels(what, tensor, param):
     """The kernels do not take `tensor`, which is `param` or a part of it."""
     return f"{what} {_kind(tensor) or _difference(tensor, param)}"
+
+
+def no_gpu_kernels(what, param):
+    return f"{what} is on {param.device}, where this optimizer has no kernel yet"
 
 
 def no_kernels_for_number(what, number, param):

@@ -12,7 +12,7 @@ Rules::Id rule_named(const char* name) {
   Rules::find(
       [&](auto tag) {
         using R = typename decltype(tag)::Rule;
-        return name && !R::kClipsInPlace && std::strcmp(name, R::kName) == 0;
+        return name && !R::kClipsInPlace && !R::kNeedsProducts && std::strcmp(name, R::kName) == 0;
       },
       [&](Rules::Id id) { rule.emplace(id); });
   if (!rule) refuse("there is no optimizer ", name ? name : "without a name");

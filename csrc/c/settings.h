@@ -59,6 +59,8 @@ class Settings {
     if (!(value >= 0)) refuse(name, " is negative");
     return value;
   }
+  double number_or_none(const Key& key, double none) const { return number_or(key.text, none); }
+  double count(const Key& key) const { return number(key); }
   bool flag(const Key& key) const {
     const double value = number_or(key.text, 0);
     if (value != 0 && value != 1) refuse(key.text, " is a switch: 0 or 1");

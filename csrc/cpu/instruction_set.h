@@ -38,6 +38,11 @@ namespace {
     TARGET static Measure measure_params_of(const TensorEntry& t, int64_t begin, int64_t size, Norm norm) {            \
       return measure_params<NAME, T>(t, begin, size, norm);                                                            \
     }                                                                                                                  \
+    template <class T>                                                                                                 \
+    TARGET static Products measure_products_of(const TensorEntry& t, int64_t begin, int64_t size,                      \
+                                               const Clip<double>& c) {                                                \
+      return measure_products<NAME, T>(t, begin, size, c);                                                             \
+    }                                                                                                                  \
   };
 
 template <class Set, Storage kStorage, class R, uint32_t... kTerms>
@@ -80,6 +85,8 @@ constexpr LoopTable make_loops() {
   fill_dtype<Set, Float16>(table, DType::float16);
   table.params[0] = Set::template measure_params_of<float>;
   table.params[1] = Set::template measure_params_of<double>;
+  table.products[0] = Set::template measure_products_of<float>;
+  table.products[1] = Set::template measure_products_of<double>;
   return table;
 }
 

@@ -290,6 +290,43 @@ FASTCLIP_HD Measure measure_params(const TensorEntry& tensor, int64_t begin, int
   return sums.total();
 }
 
+// Sums up the products of a chunk, in double: those of float32 are exact.
+template <class Set, class T>
+FASTCLIP_HD Products measure_products(const TensorEntry& tensor, int64_t begin, int64_t size,
+                                      const Clip<double>& group_clip) {
+  constexpr int kProductLanes = 32;
+  static_assert(kBlock % kProductLanes == 0);
+  const auto clip = converted<Clip<T>>(group_clip);
+  double with_grad[kProductLanes] = {}, squared[kProductLanes] = {};
+  for (const int64_t end = begin + size; begin < end; begin += kBlock) {
+    const int64_t count = end - begin < kBlock ? end - begin : kBlock;
+    alignas(kCacheLine) T params[kBlock], grads[kBlock];
+    if constexpr (std::is_same_v<T, double>) {
+      memcpy(params, static_cast<const double*>(tensor.param) + begin, count * sizeof(double));
+      memcpy(grads, static_cast<const double*>(tensor.grad) + begin, count * sizeof(double));
+    } else {
+      read_any<Set>(tensor.dtype, tensor.param, begin, count, params);
+      read_any<Set>(tensor.grad_dtype, tensor.grad, begin, count, grads);
+    }
+    for (int64_t i = count; i < kBlock; ++i) params[i] = grads[i] = 0;
+    for (int64_t i = 0; i < kBlock; i += kProductLanes) {
+      FASTCLIP_IVDEP
+      for (int lane = 0; lane < kProductLanes; ++lane) {
+        const double param = params[i + lane], grad = clip(grads[i + lane]);
+        with_grad[lane] += param * grad;
+        squared[lane] += param * param;
+      }
+    }
+  }
+  for (int half = kProductLanes / 2; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) {
+      with_grad[lane] += with_grad[lane + half];
+      squared[lane] += squared[lane + half];
+    }
+  }
+  return {with_grad[0], squared[0]};
+}
+
 // The number of lanes in which a chunk of gradients is summed.
 constexpr int kLanes = 32;
 // The number of streams in which a whole chunk is read: one core keeps more lines in flight over several pages.

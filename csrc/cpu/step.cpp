@@ -79,6 +79,20 @@ void for_each_chunk(const Step& step, const ThreadPool& pool, bool backwards, co
   pool.run(threads, run_in_mode, &work);
 }
 
+// Calls body(chunk) for the chunks of the tensors from `first` to `end`.
+template <class Body>
+void for_chunks_of_tensors(const Step& step, size_t first, size_t end, const Body& body) {
+  const auto first_chunk = [&](size_t tensor) {
+    return tensor < step.tensors.size() ? step.tensors[tensor].first_chunk : step.chunks;
+  };
+  for (int64_t chunk = first_chunk(first); chunk < first_chunk(end); ++chunk) body(chunk);
+}
+
+// Returns the tensor behind the last one of a segment.
+size_t end_of_segment(const Step& step, size_t segment) {
+  return segment + 1 < step.segments.size() ? step.segments[segment + 1].first_tensor : step.tensors.size();
+}
+
 Constants constants_of(const Step& step, const Hyper& hyper, const Scaling& scaling, const Progress& progress) {
   Constants c;
   c.clip = clip_of<double>(hyper, step.asked, scaling);
@@ -123,10 +137,7 @@ Sums sum_all(const Step& step) {
     for (size_t i = 0; i < step.tensors.size(); ++i) {
       const bool last = i + 1 == step.tensors.size();
       const TensorEntry& tensor = step.tensors[i];
-      const int64_t end = last ? step.chunks : step.tensors[i + 1].first_chunk;
-      for (int64_t chunk = tensor.first_chunk; chunk < end; ++chunk) {
-        combine(step.norm, of_row, step.measures[chunk]);
-      }
+      for_chunks_of_tensors(step, i, i + 1, [&](int64_t chunk) { combine(step.norm, of_row, step.measures[chunk]); });
       if (!last && step.tensors[i + 1].hyper == tensor.hyper) continue;
       const Hyper& hyper = step.hypers[tensor.hyper];
       combine(step.norm, sums.change, multiplied(step.norm, of_row, change_of(step.rule, hyper, hyper.lr)));
@@ -141,24 +152,18 @@ Sums sum_all(const Step& step) {
 
 // Adds up the measures of each segment's chunks, in their order.
 void sum_segments(const Step& step) {
-  const auto first_chunk = [&](size_t tensor) {
-    return tensor < step.tensors.size() ? step.tensors[tensor].first_chunk : step.chunks;
-  };
   for (size_t i = 0; i < step.segments.size(); ++i) {
     const Segment& segment = step.segments[i];
     SegmentOutcome& outcome = step.segment_outcomes[i] = {};
-    const bool last = i + 1 == step.segments.size();
-    const int64_t end = first_chunk(last ? step.tensors.size() : step.segments[i + 1].first_tensor);
-    for (int64_t chunk = first_chunk(segment.first_tensor); chunk < end; ++chunk) {
-      combine(step.norm, outcome.sum, step.measures[chunk]);
-    }
+    for_chunks_of_tensors(step, segment.first_tensor, end_of_segment(step, i),
+                          [&](int64_t chunk) { combine(step.norm, outcome.sum, step.measures[chunk]); });
     if (segment.history) outcome.level = level_of(step.segment_limits[segment.group], segment.history);
   }
 }
 
 void measure_all(const Step& step, const ThreadPool& pool, const LoopTable& loops) {
   if (step.has_unmeasured_params) measure_params(step, pool, loops);
-  const bool inf = step.norm == Norm::inf;
+  const bool inf = step.norm == Norm::inf, multiplies = needs_products(step.rule);
   for_each_chunk(step, pool, false, [&](int64_t first_chunk, int64_t last_chunk) {
     int32_t current = -1;
     Clip<double> clip{};
@@ -175,9 +180,11 @@ void measure_all(const Step& step, const ThreadPool& pool, const LoopTable& loop
         seen = !clips ? Seen::raw : step.skip_nonfinite ? Seen::clipped_or_nonfinite : Seen::clipped;
         current = tensor.hyper;
       }
+      const ProductsLoop products = loops.products[tensor.dtype == DType::float64];
       const MeasureLoop loop = loops.measures[static_cast<int>(tensor.grad_dtype)][inf][static_cast<int>(seen)];
       for_each_chunk_of(tensor, begin, size, [&](int64_t first, int64_t count, int64_t place) {
         loop(tensor, first, count, clip, step.measures[place]);
+        if (multiplies) step.products[place] = products(tensor, first, count, clip);
       });
     });
   });
@@ -200,7 +207,7 @@ Decision decide_for(const Step& step) {
   return decide(step.norm, sum, step.limits, levels_of(step), step.skip_nonfinite);
 }
 
-// The factors of tensors, and their norms after that, by the segments that they are in; or one factor for all.
+// The factors of tensors, and their sums after that, by the segments that they are in; or one factor for all.
 class Scalings {
  public:
   explicit Scalings(const Scaling& of_all) : of_all_(of_all) {}
@@ -215,12 +222,24 @@ class Scalings {
       const Level level = of_all.level;
       const SegmentDecision decided = decide_for(step.norm, limit, level, of_all.sum);
       record(step.segment_outcomes[i], decided);
-      const bool last = i + 1 == step.segments.size();
-      const auto end = of_tensors_.begin() + (last ? of_tensors_.size() : step.segments[i + 1].first_tensor);
       const Scaling scaling = both(of_all_, decided.scaling);
-      std::fill(of_tensors_.begin() + segment.first_tensor, end,
-                OfTensor{scaling, decided.total_norm * scaling.product()});
+      std::fill(of_tensors_.begin() + segment.first_tensor, of_tensors_.begin() + end_of_segment(step, i),
+                OfTensor{scaling, {decided.total_norm * scaling.product()}});
       if (remembers_segments(decision)) push(limit, segment.history, level, decided.total_norm, false, Alone{});
+    }
+  }
+
+  // The same for the rule's own clip, of each group, and for the products. Only of a step that is taken.
+  void add_products(const Step& step) {
+    for (size_t group = 0; group < step.model_norms.size(); ++group) {
+      if (step.model_norms[group]) clip_group(step, static_cast<uint32_t>(group));
+    }
+    for (size_t i = 0; i < step.tensors.size(); ++i) {
+      OfTensor& own = of_tensors_[i];
+      for_chunks_of_tensors(step, i, i + 1, [&](int64_t chunk) {
+        own.sums.param_times_grad += step.products[chunk].with_grad * own.scaling.product();
+        own.sums.param_squared += step.products[chunk].squared;
+      });
     }
   }
 
@@ -228,15 +247,46 @@ class Scalings {
   const Scaling& of(const Step& step, const TensorEntry& tensor) const {
     return is_one() ? of_all_ : of_tensors_[&tensor - step.tensors.data()].scaling;
   }
-  double norm(const Step& step, const TensorEntry& tensor) const {
-    return is_one() ? 0 : of_tensors_[&tensor - step.tensors.data()].norm;
+  TensorSums sums(const Step& step, const TensorEntry& tensor) const {
+    return is_one() ? TensorSums{} : of_tensors_[&tensor - step.tensors.data()].sums;
   }
 
  private:
   struct OfTensor {
     Scaling scaling;
-    double norm;
+    TensorSums sums;
   };
+
+  void clip_group(const Step& step, uint32_t group) {
+    const auto for_segments = [&](const auto& body) {
+      for (size_t i = 0; i < step.segments.size(); ++i) {
+        const size_t end = end_of_segment(step, i);
+        if (step.segments[i].group == group && step.segments[i].first_tensor < end) body(i, end);
+      }
+    };
+    const Hyper* hyper = nullptr;
+    double square = 0, count = 0;
+    for_segments([&](size_t i, size_t) {
+      const size_t place = step.segments[i].first_tensor;
+      const TensorEntry& tensor = step.tensors[place];
+      const Progress progress = progress_with_row(tensor, {});
+      if (!hyper) count = progress.step - 1;
+      hyper = &step.hypers[tensor.hyper];
+      const double norm = of_tensors_[place].sums.norm * weight_of(step.rule, *hyper, progress);
+      square += norm * norm;
+    });
+    if (!hyper) return;
+    const double coefficient = coefficient_of_step(weighted_clip_of(step.rule, *hyper), step.model_norms[group],
+                                                   static_cast<int64_t>(count), sqrt(square));
+    for_segments([&](size_t i, size_t end) {
+      step.segment_outcomes[i].coefficient *= coefficient;
+      for (size_t tensor = step.segments[i].first_tensor; tensor < end; ++tensor) {
+        of_tensors_[tensor].scaling.coefficient *= coefficient;
+        of_tensors_[tensor].sums.norm *= coefficient;
+      }
+    });
+  }
+
   Scaling of_all_;
   std::vector<OfTensor> of_tensors_;
 };
@@ -244,7 +294,7 @@ class Scalings {
 void update_all(const Step& step, const ThreadPool& pool, const LoopTable& loops, const Scalings& scalings) {
   // A norm was taken just before, by this call or by the one that deferred its clip: the last gradients are in a cache.
   const bool measured = step.norm != Norm::none || step.asked.grad_factor;
-  const bool counts = step.has_step_counts, needs_norms = needs_norm(step.rule);
+  const bool counts = step.has_step_counts, needs_norms = needs_norm(step.rule), has_rows = needs_products(step.rule);
   std::atomic<int64_t> all_clamped{0};
   for_each_chunk(step, pool, measured, [&](int64_t first_chunk, int64_t last_chunk) {
     int32_t current = -1;
@@ -254,8 +304,10 @@ void update_all(const Step& step, const ThreadPool& pool, const LoopTable& loops
     int64_t clamped = 0;
     for_each_run(step, first_chunk, last_chunk, [&](const TensorEntry& tensor, int64_t begin, int64_t size) {
       if (!tensor.grad) return;
-      const double norm = needs_norms ? scalings.norm(step, tensor) : 0;
-      const Progress progress = counts ? progress_of(tensor, norm) : Progress{};
+      const TensorSums sums = needs_norms ? scalings.sums(step, tensor) : TensorSums{};
+      const Progress progress = has_rows ? progress_with_row(tensor, sums)
+                                : counts ? progress_of(tensor, sums)
+                                         : Progress{};
       if (current != tensor.hyper || (counts && !(progress == current_progress))) {
         const Hyper& hyper = step.hypers[tensor.hyper];
         constants = constants_of(step, hyper, scalings.of(step, tensor), progress);
@@ -282,7 +334,7 @@ void update_all(const Step& step, const ThreadPool& pool, const LoopTable& loops
   if (!step.has_step_counts) return;
   Rules::visit(step.rule, [&](auto tag) {
     for (const TensorEntry& tensor : step.tensors)
-      advance<typename decltype(tag)::Rule>(tensor, step.hypers[tensor.hyper], scalings.norm(step, tensor));
+      advance<typename decltype(tag)::Rule>(tensor, step.hypers[tensor.hyper], scalings.sums(step, tensor));
   });
 }
 
@@ -308,6 +360,7 @@ void run(const Step& step, const ThreadPool& pool) {
     scalings = Scalings(decision.scaling);
     if (!step.segments.empty()) scalings.add_segments(step, decision);
     if (decision.skip) return;
+    if (needs_products(step.rule)) scalings.add_products(step);
     if (clips_in_place(step.rule) && decision.scaling.coefficient == 1.0) return;
   }
   update_all(step, pool, loops, scalings);

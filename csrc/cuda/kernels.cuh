@@ -167,7 +167,7 @@ __device__ __forceinline__ void count_steps(const Arguments<kTableBytes>& argume
       const auto& entry = table.entries[i];
       if (!entry.first_of_tensor) continue;
       const double norm = norm_of_tensor<typename K::Rule>(header, segments, entry);
-      advance<typename K::Rule>(entry, table.hypers[entry.hyper], norm);
+      advance<typename K::Rule>(entry, table.hypers[entry.hyper], {norm});
     }
     if (threadIdx.x == 0) atomicExch(&header.outcome->finished, 0u);
   }

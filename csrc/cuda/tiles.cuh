@@ -173,7 +173,7 @@ __device__ __forceinline__ typename R::template Constants<T> constants_of(const 
                                                                           const ScalingOf<R>& scaling) {
   double norm = 0;
   if constexpr (R::kNeedsNorm) norm = scaling.norm;
-  const auto constants = R::constants(hyper, hyper.of<R>(), lr_of(hyper), progress_of(entry, norm));
+  const auto constants = R::constants(hyper, hyper.of<R>(), lr_of(hyper), progress_of(entry, {norm}));
   return converted<typename R::template Constants<T>>(constants);
 }
 

@@ -66,6 +66,11 @@ Group Engine::read(PyObject* object, Py_ssize_t index) const {
           " in param_groups[", index, "] can't be set beside norm_process_group: other ranks have ",
           "groups and parameters that this one knows nothing of");
   }
+  if (walk_.shards().beyond() && needs_products(rule_)) {
+    raise(PyExc_ValueError,
+          "norm_process_group can't be set in an optimizer of this rule, whose steps follow from sums ",
+          "over whole parameters that are here");
+  }
   return group;
 }
 
@@ -105,6 +110,9 @@ std::optional<NotCovered> Engine::step(PyObject* groups, PyObject* state, PyObje
   Part* const first = norm_clip.limits.has_rules() ? first_in_use(walk_.parts()) : nullptr;
   if (first) histories_.prepare(groups_, *first);
   if (norm_clip.scope != Scope::global) histories_.prepare_segments(groups_, walk_.parts());
+  if (needs_products(rule_)) {
+    if (Part* const part = first_in_use(walk_.parts())) histories_.prepare_model_norms(groups_, *part);
+  }
   if (states.has_new()) {  // a replay would make them again each time
     for (const Part& part : walk_.parts()) {
       if (part.in_use() && part.is_capturing()) part.raise_capturing();
@@ -256,7 +264,8 @@ Engine::ClipStats Engine::clip_stats() const {
       return first ? (first->*of_part)().clone() : at::full({}, value, options.dtype(at::kDouble));
     };
     stats.coefficient = number(&Part::coefficient, of_none.scaling.product());
-    if (last_.norm_clip.scope != Scope::global) stats.coefficient = smallest_coefficient().to(options.device());
+    if (last_.norm_clip.scope != Scope::global || needs_products(rule_))
+      stats.coefficient = smallest_coefficient().to(options.device());
     const Limits& limits = last_.norm_clip.limits;
     if (limits.max_norm.is_set()) stats.max_norm = number(&Part::max_norm, of_none.max_norm);
     if (limits.skip_norm.is_set()) stats.skip_norm = number(&Part::skip_norm, of_none.skip_norm);

@@ -123,6 +123,22 @@ class GroupReader {
 
   double number(const Key& key) const { return checked_number(required(key), key.text); }
 
+  double number_or_none(const Key& key, double none) const {
+    PyObject* const value = required(key);
+    return value == Py_None ? none : checked_number(value, key.text);
+  }
+
+  // A number of steps: whole, and at least 1.
+  double count(const Key& key) const {
+    constexpr double kLargest = 1 << 20;
+    const double count = number(key);
+    if (!(count >= 1 && count <= kLargest && count == std::floor(count))) {
+      raise(PyExc_ValueError, key.text, where(), " must be a whole number of steps from 1 to 2**20, got ",
+            repr(required(key)));
+    }
+    return count;
+  }
+
   // With 1, the correction of the averages divides by 0.
   void betas(const Key& key, double& beta1, double& beta2) const {
     const auto [first, second] = read_pair(required(key), key.text, "a pair of numbers", [&] { return where(); });
@@ -354,6 +370,13 @@ Group read_group(PyObject* object, Py_ssize_t index, Rules::Id rule) {
   PyObject* momentum_dtype = reader.required(kMomentumDtype);
   if (momentum_dtype != Py_None) group.momentum_dtype = read_momentum_dtype(momentum_dtype, reader.where());
   Rules::visit(rule, [&](auto tag) { read_settings<typename decltype(tag)::Rule>(reader, group); });
+  if (needs_products(rule)) {
+    clip.norm = Norm::two;  // it is measured in any case
+    if (weighted_clip_of(rule, hyper).is_set() && !clip.skip_nonfinite) {
+      raise(PyExc_ValueError, "clipping_scale", reader.where(),
+            " needs skip_nonfinite=True: the median of norms is not taken over an inf or NaN");
+    }
+  }
   if (limits_change) check_change(max_change != Py_None ? kMaxChange : kMaxRelativeChange, reader.where(), rule, hyper);
   return group;
 }

@@ -12,10 +12,9 @@ namespace fastclip {
 namespace {
 
 // Whether the kernels can read and write it as it is.
-bool fits(PyObject* value, const NormLimit& limit, c10::Device device) {
+bool fits(PyObject* value, int64_t numel, c10::Device device) {
   if (!is_tensor(value)) return false;
   const at::Tensor& tensor = THPVariable_Unpack(value);
-  const int64_t numel = doubles_of_history(limit);
   if (!is_ordinary(tensor.unsafeGetTensorImpl()) || tensor.scalar_type() != at::kDouble || tensor.dim() != 1)
     return false;
   const size_t end = (tensor.storage_offset() + numel) * sizeof(double);
@@ -23,12 +22,11 @@ bool fits(PyObject* value, const NormLimit& limit, c10::Device device) {
          tensor.storage().nbytes() >= end;
 }
 
-// Asks fastclip/plain/history.py to make one that fits of another: it is on another device, of another window, or from
-// a file that torch.optim has written.
-Held adopted(PyObject* value, const NormLimit& limit, c10::Device device) {
-  const Held module = checked(PyImport_ImportModule("fastclip.plain.history"));
-  const Held window = checked(PyLong_FromLong(limit.window)),
-             where = checked(PyUnicode_FromString(device.str().c_str()));
+// Asks fastclip/plain to make one that fits of another: it is on another device, of another window, or from a file that
+// torch.optim has written.
+Held adopted(const char* name, PyObject* value, int32_t length, c10::Device device) {
+  const Held module = checked(PyImport_ImportModule(name));
+  const Held window = checked(PyLong_FromLong(length)), where = checked(PyUnicode_FromString(device.str().c_str()));
   return checked(PyObject_CallMethod(module.object, "adopted", "OOO", value, window.object, where.object));
 }
 
@@ -93,10 +91,10 @@ History* Histories::prepare(OfLimit& history, const NormLimit& limit, const std:
 
 History* Histories::use(Held found, PyObject* entry, const Name& name, const NormLimit& limit, c10::Device device,
                         const at::Tensor*& tensor) {
-  if (!fits(found.object, limit, device)) {
+  if (!fits(found.object, doubles_of_history(limit), device)) {
     borrowed_.hold();  // Python runs
     const Held kept(entry);
-    found = adopted(found.object, limit, device);
+    found = adopted("fastclip.plain.history", found.object, limit.window, device);
     // At once, and not with the new states: the norm of a step that is left out must enter.
     if (PyDict_SetItem(entry, name.object, found.object) != 0) throw PythonError{};
   }
@@ -113,17 +111,56 @@ History* Histories::of_group(const std::vector<Group>& groups, const Segment& se
   const NormLimit& limit = groups[segment.group].segment_limit;
   const at::Tensor* tensor;
   PyObject* entry;
-  const size_t count = size_of(groups[segment.group]);
-  if (holders_.size() < groups.size()) holders_.resize(groups.size(), 0);
-  for (size_t i = 0; i <= count; ++i) {  // where it was the last time, then everywhere
-    const size_t index = i == 0 ? holders_[segment.group] : i - 1;
-    if (index >= count) continue;
-    Held found = states_.find_beside(place_in(groups, segment.group, index), first + index, kName, entry);
-    if (!found.object) continue;
-    holders_[segment.group] = index;
+  Held found;
+  if (find_in_group(groups, segment.group, first, kName, found, entry)) {
     return use(std::move(found), entry, kName, limit, device, tensor);
   }
   return new_history(states_, holder(groups, segment.group, segment.group + 1), kName, limit, device, tensor);
+}
+
+bool Histories::find_in_group(const std::vector<Group>& groups, size_t group, size_t first, const Name& name,
+                              Held& found, PyObject*& entry) {
+  const size_t count = size_of(groups[group]);
+  if (holders_.size() < groups.size()) holders_.resize(groups.size(), 0);
+  for (size_t i = 0; i <= count; ++i) {  // where it was the last time, then everywhere
+    const size_t index = i == 0 ? holders_[group] : i - 1;
+    if (index >= count) continue;
+    found = states_.find_beside(place_in(groups, group, index), first + index, name, entry);
+    if (!found.object) continue;
+    holders_[group] = index;
+    return true;
+  }
+  return false;
+}
+
+void Histories::prepare_model_norms(const std::vector<Group>& groups, Part& part) {
+  static const Name kName("model_norms");
+  part.step.model_norms.assign(groups.size(), nullptr);
+  size_t first = 0;
+  for (size_t group = 0; group < groups.size(); first += size_of(groups[group++])) {
+    const WeightedClip clip = weighted_clip_of(part.step.rule, groups[group].hyper);
+    const Place place = holder(groups, group, group + 1);
+    if (!clip.is_set() || !place.param || !has_grad(place)) continue;
+    const int64_t numel = doubles_of_norms(clip);
+    Held found;
+    PyObject* entry;
+    const at::Tensor* tensor;
+    if (!find_in_group(groups, group, first, kName, found, entry)) {
+      const auto options = at::TensorOptions().dtype(at::kDouble).device(part.device);
+      tensor = states_.make(place, kName, at::zeros({numel}, options));
+    } else {
+      if (!fits(found.object, numel, part.device)) {
+        borrowed_.hold();  // Python runs
+        const Held kept(entry);
+        found = adopted("fastclip.plain.weighted_clip", found.object, clip.period, part.device);
+        if (PyDict_SetItem(entry, kName.object, found.object) != 0) throw PythonError{};
+      }
+      tensor = &THPVariable_Unpack(found.object);
+      borrowed_.write(*tensor);
+      borrowed_.keep(std::move(found));
+    }
+    part.step.model_norms[group] = static_cast<ModelNorms*>(tensor->mutable_data_ptr());
+  }
 }
 
 History* Histories::of_parameter(const std::vector<Group>& groups, const Segment& segment, size_t first,

@@ -4,6 +4,8 @@
 #include <ATen/core/Tensor.h>
 #include <Python.h>
 
+#include <vector>
+
 #include "../step.h"
 #include "borrowed.h"
 #include "groups.h"
@@ -21,6 +23,8 @@ class Histories {
   void prepare(const std::vector<Group>& groups, Part& part);
   // Those of the segments' limits. That of a group stands beside one of its parameters, that of a parameter beside it.
   void prepare_segments(const std::vector<Group>& groups, std::vector<Part>& parts);
+  // Those of the clip that a rule has of its own, of each group, beside one of its parameters.
+  void prepare_model_norms(const std::vector<Group>& groups, Part& part);
   // The levels before the step. Waits for the device.
   Levels levels(const Limits& limits) const;
   void end();
@@ -33,6 +37,10 @@ class Histories {
   };
   History* of_group(const std::vector<Group>& groups, const Segment& segment, size_t first, c10::Device device);
   History* of_parameter(const std::vector<Group>& groups, const Segment& segment, size_t first, c10::Device device);
+  // Finds what stands beside one of a group's parameters, if there is one; `first` is the position of the first of
+  // these among all.
+  bool find_in_group(const std::vector<Group>& groups, size_t group, size_t first, const Name& name, Held& found,
+                     PyObject*& entry);
   // Returns the memory of one that was found in an entry of the state.
   History* use(Held found, PyObject* entry, const Name& name, const NormLimit& limit, c10::Device device,
                const at::Tensor*& tensor);

@@ -78,6 +78,7 @@ void Part::clear() {
   step.chunks = step.elements = step.clampable = 0;
   step.has_step_counts = step.has_unmeasured_params = false;
   step.segments.clear();
+  step.model_norms.clear();
   awaited = keeps_tables = false;
   step.clip_history = step.skip_history = nullptr;
 }
@@ -176,6 +177,13 @@ void Part::prepare(const NormClip& norm_clip, const Amp& amp, bool counts_skips)
     measures = at::empty({needs.measures * kDoubles}, doubles_on(device));
   }
   step.measures = static_cast<Measure*>(measures.mutable_data_ptr());
+  if (needs_products(step.rule)) {  // on the CPU alone
+    constexpr int64_t kDoublesOfProducts = sizeof(Products) / sizeof(double);
+    if (!products_.defined() || products_.numel() < step.chunks * kDoublesOfProducts) {
+      products_ = at::empty({step.chunks * kDoublesOfProducts}, doubles_on(device));
+    }
+    step.products = static_cast<Products*>(products_.mutable_data_ptr());
+  }
   if (!step.segments.empty()) prepare_segments();
   if (step.limits.measures_params) prepare_param_measures(needs);
 }

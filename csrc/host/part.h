@@ -92,6 +92,7 @@ class Part {
   at::Tensor measures_;  // as float64
   // Step::param_measures, as float64, and the layout in which the last step left them.
   at::Tensor param_measures_;
+  at::Tensor products_;
   uint64_t layout_ = 0, measured_layout_ = 0;
   at::Tensor segment_outcomes_;  // as float64
   at::Tensor segment_totals_;

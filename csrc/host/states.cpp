@@ -69,6 +69,7 @@ StateNames state_names(Rules::Id rule, const Group& group) {
       static const Name scalar(R::kScalar.name);
       names.scalar = &scalar;
       names.first_scalar = R::kScalar.first;
+      names.length_of_row = length_of_row(rule, group.hyper);
     }
     names.filled_by_first_step = R::kFilledByFirstStep && names.count > 0;
     names.rule_counts = R::kCountsSteps;
@@ -201,11 +202,16 @@ void States::make_missing(Rules::Id rule, const Group& group, const at::Tensor& 
   for (int s = 0; s < names.count; ++s) look(names.arrays[s], states.arrays[s]);
   if (missing && present) refuse("incomplete", place, "state", missing->object, present->object);
   const auto dtype_of_numbers = c10::get_default_dtype() == caffe2::TypeMeta::Make<double>() ? at::kDouble : at::kFloat;
-  const auto make_number = [&](const Name& name, double value) {
-    return make(place, name, at::full({}, value, at::TensorOptions().dtype(dtype_of_numbers).device(param.device())));
+  const auto make_numbers = [&](const Name& name, at::IntArrayRef shape, double value) {
+    return make(place, name,
+                at::full(shape, value, at::TensorOptions().dtype(dtype_of_numbers).device(param.device())));
   };
-  if (names.step && !states.step) states.step = make_number(*names.step, 0);
-  if (names.scalar && !states.scalar) states.scalar = make_number(*names.scalar, names.first_scalar);
+  if (names.step && !states.step) states.step = make_numbers(*names.step, {}, 0);
+  if (names.scalar && !states.scalar) {
+    const bool is_row = names.length_of_row > 1;
+    const at::IntArrayRef shape = is_row ? at::IntArrayRef(names.length_of_row) : at::IntArrayRef();
+    states.scalar = make_numbers(*names.scalar, shape, names.first_scalar);
+  }
   for (int s = 0; s < names.count; ++s) {
     if (!names.arrays[s] || states.arrays[s]) continue;
     const at::Tensor like =

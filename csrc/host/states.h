@@ -19,7 +19,8 @@ struct StateNames {
   int count = 0;                         // one more than the last of `arrays`
   const Name* arrays[kMaxStates] = {};   // in the order of TensorEntry::states; nullptr where the group has none
   const Name* step = nullptr;            // the count of a parameter's steps, where something needs it
-  const Name* scalar = nullptr;          // the rule's number of a parameter
+  const Name* scalar = nullptr;          // the rule's number of a parameter, or row of numbers
+  int64_t length_of_row = 1;
   const Name* master = nullptr;          // the float32 copy of a 16-bit parameter
   bool any = false;                      // of these
   bool filled_by_first_step = false;     // as the rule says

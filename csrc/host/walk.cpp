@@ -45,7 +45,10 @@ template <class Part>
 }  // namespace
 
 Walk::Walk(Rules::Id rule, Ranks ranks)
-    : rule_(rule), in_place_(clips_in_place(rule)), shards_(borrowed_, std::move(ranks)) {}
+    : rule_(rule),
+      runs_on_gpu_(runs_on_gpu(rule)),
+      in_place_(clips_in_place(rule)),
+      shards_(borrowed_, std::move(ranks)) {}
 
 void Walk::begin() {
   for (auto& part : parts_) part.clear();
@@ -189,16 +192,17 @@ void Walk::note_params(Step& step, TensorEntry& entry, const at::Tensor& measure
     if (states.arrays[s]) add(*states.arrays[s], names.arrays[s], entry.states[s], entry.state_dtypes[s]);
   }
   // Returns whether the number is float64.
-  const auto add_number = [&](const at::Tensor& number, const Name* name, void*& data) __attribute__((always_inline)) {
-    const bool is_float64 = number.scalar_type() == at::kDouble;
-    const int64_t size = is_float64 ? 8 : 4;
-    data = data_of(number, size, size, name, place);
-    write(number, data, size);
-    return is_float64;
-  };
+  const auto add_numbers = [&](const at::Tensor& numbers, int64_t length, const Name* name, void*& data)
+                               __attribute__((always_inline)) {
+                                 const bool is_float64 = numbers.scalar_type() == at::kDouble;
+                                 const int64_t size = is_float64 ? 8 : 4;
+                                 data = data_of(numbers, size, length * size, name, place);
+                                 write(numbers, data, length * size);
+                                 return is_float64;
+                               };
   bool step_is_float64 = false;
   if (states.step) {
-    step_is_float64 = add_number(*states.step, names.step, entry.step);
+    step_is_float64 = add_numbers(*states.step, 1, names.step, entry.step);
     // The corrections of Adam's averages divide by 0 where this step is number 0.
     if (part.device.is_cpu()) {
       const double count = number_at(entry.step, step_is_float64);
@@ -206,7 +210,8 @@ void Walk::note_params(Step& step, TensorEntry& entry, const at::Tensor& measure
     }
     step.has_step_counts = true;
   }
-  const bool scalar_is_float64 = states.scalar && add_number(*states.scalar, names.scalar, entry.scalar);
+  const bool scalar_is_float64 =
+      states.scalar && add_numbers(*states.scalar, names.length_of_row, names.scalar, entry.scalar);
   entry.is_first = is_first;
   entry.uniform = uniform && !(hyper.stochastic_rounding && item == 2);
   entry.step_is_float64 = step_is_float64;
@@ -280,21 +285,29 @@ void Walk::check_memory(const at::Tensor& param, const at::Tensor& grad, const S
     if (states.master->scalar_type() != at::kFloat) refuse("no_float32", place, names.master->text, *states.master);
     if (!covers(*states.master, *names.master)) return false;
   }
-  if (names.step && !(is_plain_number(*states.step, param) || covers_number(param, place, *names.step, states.step))) {
+  if (names.step &&
+      !(is_plain_number(*states.step, param) || covers_numbers(param, place, *names.step, states.step, 1))) {
     return false;
   }
-  return !names.scalar || is_plain_number(*states.scalar, param) ||
-         covers_number(param, place, *names.scalar, states.scalar);
+  return !names.scalar || (names.length_of_row == 1 && is_plain_number(*states.scalar, param)) ||
+         covers_numbers(param, place, *names.scalar, states.scalar, names.length_of_row);
 }
 
-bool Walk::covers_number(const at::Tensor& param, const Place& place, const Name& name, const at::Tensor*& number) {
+bool Walk::covers_numbers(const at::Tensor& param, const Place& place, const Name& name, const at::Tensor*& numbers,
+                          int64_t length) {
   // On a GPU the device decides whether a step is skipped, so it counts them, too.
-  if (param.is_cuda() && number->is_cpu()) number = states_.make(place, name, number->to(param.device()));
-  if (number->numel() != 1) refuse("not_one_element", place, name.text, *number);
-  check_inference(*number, name.text, place);
-  const bool counts = number->scalar_type() == at::kFloat || number->scalar_type() == at::kDouble;
-  if (counts && is_ordinary(number->unsafeGetTensorImpl()) && number->device() == param.device()) return true;
-  not_covered({"no_kernels_for_number", place, name.text, {*number, param}});
+  if (param.is_cuda() && numbers->is_cpu()) numbers = states_.make(place, name, numbers->to(param.device()));
+  if (numbers->numel() != length) {
+    if (length == 1) refuse("not_one_element", place, name.text, *numbers);
+    refuse("other_length", place, name.text, *numbers, std::to_string(length));
+  }
+  check_inference(*numbers, name.text, place);
+  const bool counts = numbers->scalar_type() == at::kFloat || numbers->scalar_type() == at::kDouble;
+  if (counts && is_ordinary(numbers->unsafeGetTensorImpl()) && numbers->device() == param.device() &&
+      numbers->is_contiguous()) {
+    return true;
+  }
+  not_covered({"no_kernels_for_number", place, name.text, {*numbers, param}});
   return false;
 }
 
@@ -347,6 +360,7 @@ std::optional<Shard> Walk::shard_of_grad(const at::Tensor& grad, const Shard& pa
 }
 
 void Walk::add_shard(const Group& group, const StateNames& names, const Place& place, Shard shard) {
+  if (needs_products(rule_)) refuse("no_shards", place, "");
   borrowed_.hold();  // Python runs, here and there
   await_norm(shard, place, group.norm_clip);
   const at::Tensor& param = THPVariable_Unpack(place.param);
@@ -390,6 +404,10 @@ void Walk::add_covered(const Group& group, const StateNames& names, const Place&
   }
   if (group.lr_tensor.object && THPVariable_Unpack(group.lr_tensor.object).device() != param.device()) {
     not_covered({"other_device_than_lr", place, "", {param, THPVariable_Unpack(group.lr_tensor.object)}});
+    return check_memory(param, grad, names, states, place);
+  }
+  if (!runs_on_gpu_ && param.is_cuda()) {
+    not_covered({"no_gpu_kernels", place, "", {param}});
     return check_memory(param, grad, names, states, place);
   }
   if (grad.numel() > 0 || states.step) {
@@ -437,7 +455,7 @@ bool Walk::shares_memory() {
       add(tensor.rounded, tensor.numel * item_size(tensor.rounded_dtype));
       for (int s = 0; s < kMaxStates; ++s) add(tensor.states[s], tensor.numel * item_size(tensor.state_dtypes[s]));
       add(tensor.step, tensor.step_is_float64 ? 8 : 4);
-      add(tensor.scalar, tensor.scalar_is_float64 ? 8 : 4);
+      add(tensor.scalar, length_of_row(rule_, part.step.hypers[tensor.hyper]) * (tensor.scalar_is_float64 ? 8 : 4));
     }
   }
   std::sort(ranges.begin(), ranges.end());

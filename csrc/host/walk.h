@@ -90,13 +90,14 @@ class Walk {
   // Before a step is left to plain torch, which does not look.
   [[gnu::noinline]] void check_memory(const at::Tensor& param, const at::Tensor& grad, const StateNames& names,
                                       const ParamStates& states, const Place& place) const;
-  [[gnu::noinline]] bool covers_number(const at::Tensor& param, const Place& place, const Name& name,
-                                       const at::Tensor*& number);
+  [[gnu::noinline]] bool covers_numbers(const at::Tensor& param, const Place& place, const Name& name,
+                                        const at::Tensor*& numbers, int64_t length);
   [[gnu::noinline]] bool cover_states(const Group& group, const at::Tensor& param, const at::Tensor& like,
                                       const Place& place, const StateNames& names, ParamStates& states);
   [[gnu::noinline]] Part& part_of(c10::Device device, PyObject* reduction);
 
   const Rules::Id rule_;
+  const bool runs_on_gpu_;
   const bool in_place_;  // the rule has no parameters: gradients are clipped
   std::vector<Part> parts_;
   Part* part_ = nullptr;             // the last one

@@ -14,6 +14,7 @@ struct Adadelta {
   static constexpr bool kClipsInPlace = false;
   static constexpr bool kLimitsChange = false;
   static constexpr bool kNeedsNorm = false;
+  static constexpr bool kNeedsProducts = false;
   static constexpr int kKernels[] = {2};
   static constexpr bool kIsCommon = false;
 

@@ -15,6 +15,7 @@ struct Adam {
   static constexpr bool kClipsInPlace = false;
   static constexpr bool kLimitsChange = false;
   static constexpr bool kNeedsNorm = false;
+  static constexpr bool kNeedsProducts = false;
   static constexpr int kKernels[] = {2, 3};
   static constexpr bool kIsCommon = true;
 

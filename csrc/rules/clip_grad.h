@@ -14,6 +14,7 @@ struct ClipGrad {
   static constexpr bool kClipsInPlace = true;
   static constexpr bool kLimitsChange = false;
   static constexpr bool kNeedsNorm = false;
+  static constexpr bool kNeedsProducts = false;
   static constexpr int kKernels[] = {0};
   static constexpr bool kIsCommon = true;
 

@@ -14,7 +14,13 @@
 //                         gradient times a number. `change(settings, lr)` returns it, for max_change
 //   kNeedsNorm            true: the norm of each tensor's gradient, after all clips, is taken before the update, and is
 //                         Progress::norm
-//   kKernels              numbers of state arrays, the largest last: a GPU has a kernel for each
+//   kNeedsProducts        true: as well the sums of each tensor's param * gradient and param * param. The rule then
+//                         keeps a row of numbers in the place of its scalar, of which the scalar is the first:
+//                         `numbers(settings)` is their count, and `next_numbers(settings, progress, store)` calls
+//                         store(place, value) for those that a step changes. `clip(settings)` is its WeightedClip, and
+//                         `weight(settings, numel, scalar)` that of a tensor's norm in it, see weighted_clip.h
+//   kKernels              numbers of state arrays, the largest last: a GPU has a kernel for each. With none, tensors on
+//                         a GPU are left to plain torch
 //   kIsCommon             true: a GPU has separate kernels for float32 and bfloat16. false: one kernel for all dtypes
 //   Settings              the hyperparameters of a group besides those that all rules have; double and bool
 //   read(group, settings) reads them; `group` is the GroupReader of csrc/host, or has its methods
@@ -71,11 +77,21 @@ struct Progress {
   double scalar;
   bool scalar_is_float64;
   double norm = 0;  // with kNeedsNorm
+  // With kNeedsProducts. The gradient is that of after all clips, negated to maximize.
+  const void* numbers = nullptr;
+  double numel = 0;
+  double param_times_grad = 0;
+  double param_squared = 0;
 
   bool operator==(const Progress& other) const {
     return step == other.step && scalar == other.scalar && scalar_is_float64 == other.scalar_is_float64 &&
-           norm == other.norm;
+           norm == other.norm && numbers == other.numbers;
   }
+  FASTCLIP_HD double number(int i) const {
+    return scalar_is_float64 ? static_cast<const double*>(numbers)[i] : static_cast<const float*>(numbers)[i];
+  }
+  // Returns a number as it is stored.
+  FASTCLIP_HD double stored(double value) const { return scalar_is_float64 ? value : static_cast<float>(value); }
 };
 
 // The hyperparameters of a group that all rules have.

@@ -15,6 +15,7 @@
 #include "radam.h"
 #include "rmsprop.h"
 #include "rule.h"
+#include "scaled_adam.h"
 #include "sgd.h"
 
 namespace fastclip {
@@ -81,7 +82,7 @@ struct RuleList {
 };
 
 // The only list. Python finds a rule by its kName.
-using Rules = RuleList<SGD, Adam, Lion, Adadelta, Adagrad, NAdam, RAdam, RMSprop, NovoGrad, ClipGrad>;
+using Rules = RuleList<SGD, Adam, Lion, Adadelta, Adagrad, NAdam, RAdam, RMSprop, NovoGrad, ScaledAdam, ClipGrad>;
 
 // All hyperparameters of a group: those that all rules have, and those of its own rule.
 struct Hyper : SharedHyper {
@@ -111,6 +112,50 @@ inline bool clips_in_place(Rules::Id rule) {
 
 inline bool needs_norm(Rules::Id rule) {
   return Rules::visit(rule, [](auto tag) { return decltype(tag)::Rule::kNeedsNorm; });
+}
+
+inline bool needs_products(Rules::Id rule) {
+  return Rules::visit(rule, [](auto tag) { return decltype(tag)::Rule::kNeedsProducts; });
+}
+
+inline bool runs_on_gpu(Rules::Id rule) {
+  return Rules::visit(rule, [](auto tag) { return std::size(decltype(tag)::Rule::kKernels) > 0; });
+}
+
+// Returns the length of the row of numbers that a rule keeps for each parameter; a scalar is one of 1.
+inline int64_t length_of_row(Rules::Id rule, const Hyper& hyper) {
+  return Rules::visit(rule, [&](auto tag) -> int64_t {
+    using R = typename decltype(tag)::Rule;
+    if constexpr (R::kNeedsProducts) {
+      return R::numbers(hyper.of<R>());
+    } else {
+      return 1;
+    }
+  });
+}
+
+// Returns the weight of a tensor's norm in that clip.
+inline double weight_of(Rules::Id rule, const Hyper& hyper, const Progress& at) {
+  return Rules::visit(rule, [&](auto tag) {
+    using R = typename decltype(tag)::Rule;
+    if constexpr (R::kNeedsProducts) {
+      return R::weight(hyper.of<R>(), at.numel, at.scalar);
+    } else {
+      return 1.0;
+    }
+  });
+}
+
+// Returns the clip that a rule has of its own.
+inline WeightedClip weighted_clip_of(Rules::Id rule, const Hyper& hyper) {
+  return Rules::visit(rule, [&](auto tag) -> WeightedClip {
+    using R = typename decltype(tag)::Rule;
+    if constexpr (R::kNeedsProducts) {
+      return R::clip(hyper.of<R>());
+    } else {
+      return {};
+    }
+  });
 }
 
 }  // namespace fastclip

@@ -15,6 +15,7 @@ struct SGD {
   static constexpr bool kClipsInPlace = false;
   static constexpr bool kLimitsChange = true;
   static constexpr bool kNeedsNorm = false;
+  static constexpr bool kNeedsProducts = false;
   static constexpr int kKernels[] = {0, 1};
   static constexpr bool kIsCommon = true;
 

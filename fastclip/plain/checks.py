@@ -23,6 +23,7 @@ from ..reasons import (
     not_one_element,
     other_device,
     other_dtype,
+    other_length,
     other_shape,
 )
 from ..settings import LIMITS, of_all_gradients
@@ -120,13 +121,13 @@ def check_states(rule, group, param, state, where):
             check_state(group, param, there[name], name, where)
     for name in numbers:
         if name in there:
-            check_number(there[name], name, where)
+            check_numbers(there[name], name, where, 1 if name == "step" else rule.length_of_row(group))
 
 
-def check_number(number, name, where):
+def check_numbers(number, name, where, length):
     what = f"the {name} of {where}"
-    if number.numel() != 1:
-        raise not_one_element(what, number)
+    if number.numel() != length:
+        raise not_one_element(what, number) if length == 1 else other_length(what, number, length)
     check_inference(number, what)
     if name == "step" and not 0 <= item_of(number, unknown=0) < math.inf:  # Adam would divide by 0 at step 0
         raise no_count(what, number)

@@ -10,11 +10,12 @@ import torch
 
 from ..reasons import no_tensor
 from .values import item_of
+from .weighted_clip import MODEL_NORMS
 
 # Under these names a history stands in the state of a parameter: that of max_norm by its scope.
 CLIP_HISTORIES = {"global": "clip_history", "group": "clip_history_of_group", "parameter": "clip_history_of_parameter"}
 SKIP_HISTORY = "skip_history"
-HISTORIES = (*CLIP_HISTORIES.values(), SKIP_HISTORY)
+HISTORIES = (*CLIP_HISTORIES.values(), SKIP_HISTORY, MODEL_NORMS)
 NUMBERS = 8  # before the ring
 
 
@@ -208,7 +209,8 @@ def settle(groups, state):
     for name in (CLIP_HISTORIES["global"], SKIP_HISTORY):
         _settle(name, params, state, None)
     for group in groups:
-        _settle(CLIP_HISTORIES["group"], group["params"], state, group["params"])
+        for name in (CLIP_HISTORIES["group"], MODEL_NORMS):
+            _settle(name, group["params"], state, group["params"])
     kept = set(map(id, params))
     for param in [p for p in state if id(p) not in kept]:  # as without a rule: a dropped parameter had no state
         entry = state[param]

@@ -28,6 +28,7 @@ class Rule(NamedTuple):
         arrays: the names of all state tensors of a parameter's shape.
         states: states(group) are those of them that a group has.
         scalar: the name of a number that is kept of each parameter, and its first value; or None.
+        length_of_row: length_of_row(group) is how many such numbers there are, in one tensor.
         counts_steps: whether torch keeps `step`.
         momentum: the state that `momentum_dtype` is about, or None.
         filled_by_first_step: the first step makes the states of the gradient; else they begin as `new_value(group)`.
@@ -35,6 +36,8 @@ class Rule(NamedTuple):
         change: change(group) is the change that a gradient of norm 1 makes in the end, in this step and in later ones;
             None if that is no multiple of it.
         needs_norm: `states["grad_norm"]` is the norm of the gradient, over all ranks, a float64 tensor.
+        weight: weight(group, param, scalar) is that of a parameter's norm in the clip that the rule has of its own, see
+            `weighted_clip.py`; None if it has none.
         takes_sparse, takes_nested, takes_complex: kinds of gradients.
     """
 
@@ -44,6 +47,7 @@ class Rule(NamedTuple):
     arrays: tuple[str, ...]
     states: Callable
     scalar: tuple[str, float] | None = None
+    length_of_row: Callable = lambda group: 1
     counts_steps: bool = True
     momentum: str | None = None
     filled_by_first_step: bool = False
@@ -51,6 +55,7 @@ class Rule(NamedTuple):
     numbers: tuple[str, ...] = ()
     change: Callable | None = None
     needs_norm: bool = False
+    weight: Callable | None = None
     takes_sparse: bool = False
     takes_nested: bool = False
     takes_complex: bool = True
@@ -123,6 +128,56 @@ def update_novograd(group, param, grad, states, step):
     weight = 1 - beta1 if group["grad_averaging"] else 1.0
     states["exp_avg"].mul_(beta1).add_(grad * weight)
     param.add_(states["exp_avg"], alpha=-group["lr"])
+
+
+def update_scaled_adam(group, param, grad, states, step):
+    (beta1, beta2), eps, lr = group["betas"], group["eps"], group["lr"]
+    delta, exp_avg_sq, row = states["delta"], states["exp_avg_sq"], states["sizes"]
+    grad = -grad if group["maximize"] else grad
+    is_scalar, size_step = param.numel() == 1, 0.0
+    if is_scalar:
+        lr, scale = lr * group["scalar_lr_scale"], 1.0
+    elif not row.is_meta:
+        size, size_step = sizes_after_step(group, param, grad, row, int(step))
+        scale = max(size, group["param_min_rms"])
+    step += 1
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    correction = 1 - beta2 ** float(step)
+    square = exp_avg_sq * (1 / correction) if correction < 0.99 else exp_avg_sq
+    change = -lr * grad / square.sqrt().add_(eps) * scale
+    if size_step != 0:
+        change = change.add(param, alpha=size_step)
+    delta.mul_(beta1).add_(change, alpha=1 - beta1)
+    param.add_(delta)
+    if is_scalar:
+        param.clamp_(-group["scalar_max"], group["scalar_max"])
+
+
+def sizes_after_step(group, param, grad, row, step):
+    """Brings the row of ScaledAdam's numbers to the end of a step, counted from 0: [size of the parameter, average of
+    squared derivatives by it, derivatives of the last steps]. Returns the size, and its relative change."""
+    period, numel = int(group["size_update_period"]), param.numel()
+    is_due = step % period == period - 1
+    if step == 0 or is_due:
+        row[0] = (param.double().square().sum() / max(numel, 1)).sqrt()
+    row[2 + step % period] = (param.double() * grad.double()).sum()
+    size = row[0].item()
+    if not is_due or step == 0:
+        return size, 0.0
+    derivatives = row[2:].double()
+    decay = group["betas"][1] ** period
+    average = row[1].item() * decay + derivatives.square().sum().item() / period * (1 - decay)
+    row[1] = average
+    if size < group["param_min_rms"]:
+        return size, 0.0
+    correction = 1 - group["betas"][1] ** (step + 1)
+    size_lr = group["lr"] * group["scalar_lr_scale"]
+    change = -size_lr * correction**0.5 * derivatives.sum().item() / (average**0.5 + group["eps"])
+    return size, min(max(min(change, 0.1), -0.1), (group["param_max_rms"] - size) / size)
+
+
+def weight_in_scaled_adam(group, param, size):
+    return group["scalar_lr_scale"] if param.numel() == 1 else size
 
 
 def update_adadelta(group, param, grad, states, step):
@@ -203,6 +258,30 @@ NOVOGRAD = Rule(
     needs_norm=True,
     takes_complex=False,
 )
+SCALED_ADAM = Rule(
+    "scaled_adam",
+    "ScaledAdam",
+    update_scaled_adam,
+    arrays=("delta", "exp_avg_sq"),
+    states=lambda group: ("delta", "exp_avg_sq"),
+    scalar=("sizes", 0.0),
+    length_of_row=lambda group: 2 + int(group["size_update_period"]),
+    momentum="delta",
+    numbers=(
+        "betas",
+        "eps",
+        "scalar_lr_scale",
+        "param_min_rms",
+        "param_max_rms",
+        "scalar_max",
+        "size_update_period",
+        "clipping_scale",
+        "clipping_update_period",
+    ),
+    needs_norm=True,
+    weight=weight_in_scaled_adam,
+    takes_complex=False,
+)
 ADADELTA = Rule(
     "adadelta",
     "Adadelta",
@@ -254,4 +333,4 @@ RMSPROP = Rule(
     numbers=("alpha", "eps", "momentum"),
 )
 
-RULES = (SGD, ADAM, LION, ADADELTA, ADAGRAD, NADAM, RADAM, RMSPROP, NOVOGRAD)
+RULES = (SGD, ADAM, LION, ADADELTA, ADAGRAD, NADAM, RADAM, RMSPROP, NOVOGRAD, SCALED_ADAM)

@@ -5,9 +5,11 @@ from functools import partial, reduce
 
 import torch
 
-from .history import CLIP_HISTORIES, NormLimit
+from .history import CLIP_HISTORIES, NormLimit, find
 from .limits import limits_of, scaling_of
 from .measure import combined, norm_of
+from .values import item_of
+from .weighted_clip import MODEL_NORMS, NUMBERS, adopted, coefficient_of_step
 
 
 class Segment:
@@ -27,6 +29,7 @@ class Segments:
         limits = limits_of(groups)
         self.limited = limits.of_segments
         self._norm_type = 2.0 if rule.needs_norm else limits.norm_type
+        self.weighted = rule.weight is not None
         used = self.limited or rule.needs_norm
         self._by_group = [self._of_group(rule, group, state) for group in groups if used]
         self._all = [segment for segments in self._by_group for segment in segments]
@@ -80,6 +83,33 @@ class Segments:
         return torch.stack(
             [math.prod(segment.factors).masked_fill(segment.norm == 0, 1.0) for segment in self._all]
         ).min()
+
+    def clip_groups(self, rule, groups, state, decision):
+        """Takes the clip that the rule has of its own, of each group."""
+        for index, group in enumerate(groups):
+            stepped = [(i, param) for i, param in enumerate(group["params"]) if param.grad is not None]
+            scale, period = group["clipping_scale"], int(group["clipping_update_period"])
+            if not scale or not stepped:
+                continue
+            square = 0.0
+            for i, param in stepped:
+                row = state.get(param, {}).get(rule.scalar[0])
+                size = 0.0 if row is None else item_of(row.flatten()[0], unknown=0.0)
+                norm = item_of(self.norm_after(index, i, decision), unknown=0.0)
+                square += (norm * rule.weight(group, param, size)) ** 2
+            first = stepped[0][1]
+            step = int(item_of(state.get(first, {}).get("step", torch.zeros(())), unknown=0))
+            memory, entry = find(state, MODEL_NORMS, group["params"])
+            device = first.device
+            fits = torch.zeros(NUMBERS + period) if memory is None else adopted(memory, period, "cpu")
+            numbers = fits.tolist()
+            coefficient = coefficient_of_step(scale, period, numbers, step, math.sqrt(square))
+            (state[first] if entry is None else entry)[MODEL_NORMS] = torch.tensor(
+                numbers, dtype=torch.float64, device=device
+            )
+            for i, _ in stepped:
+                segment = self.of(index, i)
+                segment.factors = (*segment.factors, torch.tensor(coefficient, dtype=torch.float64, device=device))
 
     def push(self, stores):
         """Remembers the norm of each segment."""

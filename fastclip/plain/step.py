@@ -164,6 +164,8 @@ def step(
                 segments.push(stores=not decision.skip)
         if decision.skip:
             return stats_of(groups, limits, decision, segments, skipped=True)
+        if rule.weight is not None:
+            segments.clip_groups(rule, groups, state, decision)
         if limits.any or rule.needs_norm:
             for index, (group, group_grads) in enumerate(zip(groups, grads, strict=True)):
                 places = [(i, p) for i, p in enumerate(group["params"]) if p.grad is not None]
@@ -211,9 +213,9 @@ def stats_of(groups, limits, decision, segments, moved=0, looked_at=0, skipped=F
     def number(value):
         return torch.as_tensor(value, dtype=torch.float64, device=device).detach()
 
-    norm = number(decision.norm) if limits.any else None
+    norm = number(decision.norm) if limits.any or segments.weighted else None
     coefficient = math.prod(decision.factors)
-    if segments.limited:
+    if segments.limited or segments.weighted:
         coefficient = 0.0 if skipped else segments.smallest_coefficient()
     return ClipStats(
         total_norm=norm,
@@ -272,7 +274,8 @@ def make_states(rule, group, param, own, names, counts):
     if counts and "step" not in own:
         own["step"] = new_number(0.0)
     if rule.scalar:
-        own.setdefault(rule.scalar[0], new_number(rule.scalar[1]))
+        length = rule.length_of_row(group)
+        own.setdefault(rule.scalar[0], new_number(rule.scalar[1] if length == 1 else [rule.scalar[1]] * length))
     if not rule.filled_by_first_step:
         for name in names:
             if own.get(name) is None:
@@ -304,8 +307,8 @@ def widened_state(rule, state, wide):
 
 
 def new_number(value):
-    """Makes a number on the CPU, where the host reads it; the kernels move it to the parameter's device. It is made of
-    a literal, whose value is known even for a fake tensor."""
+    """Makes a number, or a row of them, on the CPU, where the host reads it; the kernels move it to the parameter's
+    device. It is made of a literal, whose value is known even for a fake tensor."""
     return torch.tensor(value, dtype=_get_scalar_dtype(), device="cpu")
 
 

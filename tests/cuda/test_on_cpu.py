@@ -7,8 +7,6 @@ import subprocess
 
 import pytest
 
-from tests.support.project import CSRC
-
 from .on_cpu import build
 
 SCHEDULES = {"in order": 0, "reversed": 1, "random": 2}
@@ -21,13 +19,12 @@ def run(program, *arguments):
 
 @pytest.fixture(scope="module")
 def check_program(tmp_path_factory):
-    """Builds check_step.cpp with the kernels of a folder; the rest is compiled once for each sanitizer. A folder other
-    than the project's has few rules."""
+    """Builds check_step.cpp with the kernels of a copy of csrc; the rest is compiled once for each sanitizer, with all
+    rules or with few."""
     compiled = {}
 
-    def build_program(sanitizer="plain", csrc=CSRC):
+    def build_program(sanitizer, csrc, few_rules=True):
         folder = tmp_path_factory.mktemp("check_step")
-        few_rules = csrc != CSRC
         of_rest = "plain" if sanitizer == "quick" else sanitizer
         if (of_rest, few_rules) not in compiled:
             rest = (build.HERE / "check_step.cpp", build.HERE / "cuda_on_cpu.cpp", *(csrc / "cpu").glob("*.cpp"))
@@ -40,8 +37,8 @@ def check_program(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def plain(check_program):
-    return check_program()
+def plain(check_program, tmp_path_factory):
+    return check_program("plain", build.copied(tmp_path_factory.mktemp("plain")), few_rules=False)
 
 
 @pytest.mark.parametrize("sanitizer", ["plain", "asan"])
@@ -68,17 +65,17 @@ def test_a_tensor_of_more_than_2_to_the_31_elements(plain):
 
 
 def test_no_access_out_of_bounds_and_no_undefined_behaviour(check_program, tmp_path):
-    program = check_program("asan", build.copy_with_few_rules(tmp_path))
+    program = check_program("asan", build.copied(tmp_path, few_rules=True))
     for device in DEVICES.values():
-        result = run(program, 2, device, 30, 5000)
-        assert result.returncode == 0 and result.stdout == "30 steps, 0 different\n", (
+        result = run(program, 2, device, 15, 5000)
+        assert result.returncode == 0 and result.stdout == "15 steps, 0 different\n", (
             result.stdout + result.stderr[-4000:]
         )
 
 
 def test_no_race_between_threads(check_program, tmp_path):
     """Each CUDA thread is a thread of ThreadSanitizer's: it sees a race whatever order they happened to run in."""
-    program = check_program("tsan", build.copy_with_few_rules(tmp_path))
+    program = check_program("tsan", build.copied(tmp_path, few_rules=True))
     result = run(program, 1, DEVICES["little shared memory"], 8, 0)
     assert result.returncode == 0 and result.stdout == "8 steps, 0 different\n", result.stdout + result.stderr[-4000:]
 
@@ -295,7 +292,7 @@ def test_those_of_each_time_are_there():
 def planted(folder, name):
     """A copy of csrc with a bug."""
     file, right, wrong, _ = BUGS[name]
-    csrc = build.copy_with_few_rules(folder)
+    csrc = build.copied(folder, few_rules=True)
     text = (csrc / file).read_text()
     assert text.count(right) == 1, f"{name}: what is to be replaced is there {text.count(right)} times"
     (csrc / file).write_text(text.replace(right, wrong))

@@ -112,6 +112,7 @@ def test_without_espnet_it_says_what_to_install(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.thorough
 def test_a_short_run_of_the_real_espnet(tmp_path, monkeypatch, capsys):
     if importlib.util.find_spec("espnet2") is None:
         pytest.skip("ESPnet is not installed (requirements-toolkits.txt)")

@@ -30,7 +30,7 @@ def test_memory_is_flat_and_the_bits_are_torchs():
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_planted_leak_is_found():
     """A leak of 4 KiB per step makes 6 MiB from the second quarter to the last."""
-    result = soak_in_a_new_process("lambda training: kept.append(torch.zeros(1024))")
+    result = soak_in_a_new_process("lambda training: kept.append(torch.ones(1024))")
     assert result.returncode == 1 and "FAILED" in result.stdout, result.stdout + result.stderr
 
 

@@ -100,6 +100,7 @@ def runs(tmp_path_factory):
     return Runs(tmp_path_factory.mktemp("toolkits"))
 
 
+@pytest.mark.thorough  # two trainings of each: make toolkits
 @pytest.mark.parametrize("name", TOOLKITS)
 def test_has_the_bits_of_the_run_without_it(name, runs):
     """Twelve steps of SGD with the toolkit's own clip."""

@@ -74,6 +74,8 @@ struct RandomGroup {
     const double choices[] = {0.25, 0.5, 0.9, 0.99};
     return choices[random() % 4];
   }
+  double number_or_none(const Key& key, double none) const { return random() % 2 ? number(key) : none; }
+  double count(const Key&) const { return static_cast<double>(1 + random() % 4); }
   bool flag(const Key&) const { return random() % 3 == 0; }
   void betas(const Key&, double& beta1, double& beta2) const {
     const double choices[] = {0.9, 0.5, 0.25};
@@ -87,6 +89,7 @@ Rules::Id random_rule(std::mt19937_64& random) {
   std::vector<Rules::Id> common, rare;
   Rules::each([&](auto tag) {
     using R = typename decltype(tag)::Rule;
+    if (!runs_on_gpu(Rules::id_of<R>())) return;
     auto& ids = R::kIsCommon ? common : rare;
     ids.insert(ids.end(), R::kClipsInPlace ? 1 : 2, Rules::id_of<R>());
   });
