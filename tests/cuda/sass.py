@@ -113,10 +113,11 @@ def constant(name):
 
 @functools.cache
 def headers():
-    """Each rule of rules.h: the text of its header."""
+    """Each rule of rules.h that has a kernel: the text of its header."""
     names = re.search(r"using Rules = RuleList<([^>]*)>", source("rules/rules.h"))[1].replace(" ", "").split(",")
     texts = [path.read_text() for path in sorted((CSRC / "rules").glob("*.h"))]
-    return {name: next(text for text in texts if f"struct {name} {{" in text) for name in names}
+    found = {name: next(text for text in texts if f"struct {name} {{" in text) for name in names}
+    return {name: text for name, text in found.items() if "kKernels = {};" not in text}
 
 
 def says(rule, member, pattern):
