@@ -67,8 +67,8 @@ def test_a_tensor_of_more_than_2_to_the_31_elements(plain):
 def test_no_access_out_of_bounds_and_no_undefined_behaviour(check_program, tmp_path):
     program = check_program("asan", build.copied(tmp_path, few_rules=True))
     for device in DEVICES.values():
-        result = run(program, 2, device, 15, 5000)
-        assert result.returncode == 0 and result.stdout == "15 steps, 0 different\n", (
+        result = run(program, 2, device, 30, 5000)
+        assert result.returncode == 0 and result.stdout == "30 steps, 0 different\n", (
             result.stdout + result.stderr[-4000:]
         )
 

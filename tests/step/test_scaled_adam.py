@@ -124,9 +124,15 @@ def set_grads(*lists, step):
 
 
 def take_steps(optimizer, params, first, last):
+    take_steps_together([optimizer], [params], first, last)
+
+
+def take_steps_together(optimizers, lists, first, last):
+    """Each optimizer has the gradients of the others."""
     for step in range(first, last):
-        set_grads(params, step=step)
-        optimizer.step()
+        set_grads(*lists, step=step)
+        for optimizer in optimizers:
+            optimizer.step()
 
 
 def largest_difference(params, others):
@@ -138,10 +144,7 @@ def test_takes_the_steps_of_icefalls_equations(settings):
     """In float64, but for numbers that are kept in float32. In float32, a Σ param * grad near 0 is noise."""
     params, others = make_params(torch.float64), make_params(torch.float64)
     optimizer, reference = fastclip.ScaledAdam(params, lr=0.045, **settings), Stacked(others, lr=0.045, **settings)
-    for step in range(120):
-        set_grads(params, others, step=step)
-        optimizer.step()
-        reference.step()
+    take_steps_together([optimizer, reference], [params, others], 0, 120)
     assert largest_difference(params, others) < 2e-6
     if "clipping_scale" in settings:
         (memory,) = [entry["model_norms"] for entry in optimizer.state.values() if "model_norms" in entry]
@@ -158,10 +161,7 @@ class InPlainTorch(fastclip.ScaledAdam):
 def test_plain_torch_takes_the_same_steps(settings):
     params, others = make_params(), make_params()
     optimizer, reference = fastclip.ScaledAdam(params, lr=0.045, **settings), InPlainTorch(others, lr=0.045, **settings)
-    for step in range(60):
-        set_grads(params, others, step=step)
-        optimizer.step()
-        reference.step()
+    take_steps_together([optimizer, reference], [params, others], 0, 60)
     assert largest_difference(params, others) < 5e-6
     for p, q in zip(params, others, strict=True):
         own, expected = optimizer.state[p], reference.state[q]
@@ -241,10 +241,7 @@ def test_each_group_has_its_clip():
     alone = [
         fastclip.ScaledAdam(others[part], clipping_scale=scale) for part, scale in zip(parts, (2.0, 0.5), strict=True)
     ]
-    for step in range(13):
-        set_grads(params, others, step=step)
-        for optimizer in (together, *alone):
-            optimizer.step()
+    take_steps_together([together, *alone], [params, others], 0, 13)
     assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
     memories = [entry["model_norms"] for entry in together.state.values() if "model_norms" in entry]
     assert len(memories) == 2 and all(memory[0] > 0 for memory in memories)
@@ -262,10 +259,7 @@ def test_resumed_to_the_bit():
     with torch.no_grad():
         for p, q in zip(others, saved, strict=True):
             p.copy_(q)
-    for step in range(26, 50):
-        set_grads(params, others, step=step)
-        optimizer.step()
-        resumed.step()
+    take_steps_together([optimizer, resumed], [params, others], 26, 50)
     assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
 
 
@@ -298,10 +292,7 @@ def test_a_checkpoint_of_icefalls_form_and_back():
     with torch.no_grad():
         for p, q in zip(others, params, strict=True):
             p.copy_(q)
-    for step in range(13, 35):
-        set_grads(params, others, step=step)
-        optimizer.step()
-        resumed.step()
+    take_steps_together([optimizer, resumed], [params, others], 13, 35)
     assert largest_difference(others, params) < 1e-6  # icefall keeps norms in float32
 
 
