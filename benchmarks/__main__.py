@@ -10,6 +10,7 @@ COMMANDS = {
     "gpu": (".gpu", "the same on a GPU, by events and CUDA graphs"),
     "host": (".host", "time what a step costs per tensor, for 100 to 100,000 tensors"),
     "limits": (".limits", "time limits on the change, and by past norms, against a norm clip"),
+    "by-tensor": (".by_tensor", "time norms and limits of each tensor, ScaledAdam and LAMB, against AdamW with a clip"),
     "accumulation": (".accumulation", "time the clip and addition of a micro-batch against torch"),
     "deferred": (".deferred", "time a trainer's clip and step in each way to bring fastclip in"),
     "imports": (".imports", "time what importing fastclip adds to importing torch"),

@@ -62,10 +62,14 @@ def build(model):
 
 
 def write():
-    """Writes shapes.json, one model a line, with the versions of the libraries it is made from."""
+    """Writes shapes.json, one model a line, with the versions of the libraries it is made from. Models that no library
+    has stay as they are: each has its source."""
     lines = ",\n".join(f"  {json.dumps(model)}: {json.dumps(build(model))}" for model in MODELS)
     made_with = {name: importlib.metadata.version(name) for name in ("torchaudio", "transformers")}
-    models.PATH.write_text(f'{{\n "made_with": {json.dumps(made_with)},\n "models": {{\n{lines}\n }}\n}}\n')
+    file = json.loads(models.PATH.read_text()) if models.PATH.exists() else {}
+    kept = ",\n".join(f"  {json.dumps(name)}: {json.dumps(of_it)}" for name, of_it in file.get("published", {}).items())
+    published = f',\n "published": {{\n{kept}\n }}' if kept else ""
+    models.PATH.write_text(f'{{\n "made_with": {json.dumps(made_with)},\n "models": {{\n{lines}\n }}{published}\n}}\n')
 
 
 def compare(model, recorded):

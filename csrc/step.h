@@ -148,11 +148,14 @@ struct Step {
   std::vector<Segment> segments;
   std::vector<NormLimit> segment_limits;
   SegmentOutcome* segment_outcomes = nullptr;  // one per segment
+  std::vector<SegmentChange> segment_changes;  // the limits on their change, one per group; or none
   const SegmentOutcome* segment_totals = nullptr;  // for Passes::update: their sums over all parts, and their levels
   // With kNeedsProducts, scratch memory for each chunk; and what the WeightedClip of each group remembers, nullptr
   // where it has none. Such a step is made in one call.
   Products* products = nullptr;
   std::vector<ModelNorms*> model_norms;
+  // With kMeasuresDelta, where something is measured of it, scratch memory for each chunk. On the CPU alone.
+  DeltaSums* deltas = nullptr;
   const Sums* sums = nullptr;  // for Passes::update: the sums of each part's outcome, in device memory
   const Levels* levels = nullptr;  // and the levels of that part which has the histories
   int parts = 1;  // number of these sums

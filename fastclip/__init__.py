@@ -8,6 +8,7 @@ from .adam import Adam, AdamW
 from .clip_grad import clip_grad_norm_, clip_grad_value_
 from .clip_stats import ClipStats
 from .in_backward import step_in_backward
+from .lamb import LAMB
 from .lion import Lion
 from .nadam import NAdam
 from .norm_rules import EmaNorm, QuantileNorm
@@ -34,6 +35,7 @@ __all__ = [
     "ScaledAdam",
     "Adagrad",
     "Adadelta",
+    "LAMB",
     "Lion",
     "build_info",
     "clip_grad_norm_",

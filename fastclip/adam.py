@@ -27,13 +27,20 @@ class Adam(ClippedOptimizer, torch.optim.Adam):
         params, lr, betas, eps, weight_decay, amsgrad, maximize, differentiable, decoupled_weight_decay: as in
             `torch.optim.Adam`. lr and betas given as tensors are read as numbers, in double precision.
         foreach, fused, capturable: accepted and not needed; the step is fused, and can be captured, in any case.
-        clip_value, max_norm, skip_norm, norm_type, skip_nonfinite: as in `fastclip.SGD`.
+        clip_value, max_norm, skip_norm, norm_type, norm_scope, skip_nonfinite: as in `fastclip.SGD`.
+        max_change (float, optional): the largest norm of what a step adds to the parameters, without a decoupled weight
+            decay; over all of them, or as `norm_scope` says. The learning rate of the step is scaled down to it.
+        max_relative_change (float, optional): the same limit, as a fraction of the norm of the parameters, as in
+            `fastclip.SGD`.
+        max_update_rms (float, optional): the largest root mean square of a parameter's g / max(√v̂, eps): of its
+            gradient divided by the root of the averaged square. The learning rate of this parameter is scaled down to
+            it. 1.0 is StableAdamW (Wortsman et al., 2023, https://arxiv.org/abs/2304.13013).
         master_weights, stochastic_rounding, rounding_seed: as in `fastclip.SGD`.
         momentum_dtype (torch.dtype, optional): of `exp_avg`; the squares stay in the parameter's dtype, or in float32.
 
     Raises:
-        ValueError: a negative or NaN threshold, low > high, another norm type, `max_norm` or `skip_nonfinite` different
-            between groups.
+        ValueError: a negative or NaN threshold, low > high, another norm type, one but 2 beside a limit on what is
+            added, or settings different between groups, as in `fastclip.SGD`.
         TypeError: a value that is not a number.
         RuntimeError: a sparse gradient, as in torch.
 
@@ -98,7 +105,8 @@ class AdamW(Adam, torch.optim.AdamW):
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, maximize, differentiable: as in `torch.optim.AdamW`.
         foreach, fused, capturable: accepted and not needed; the step is fused, and can be captured, in any case.
-        clip_value, max_norm, skip_norm, norm_type, skip_nonfinite: as in `fastclip.SGD`.
+        clip_value, max_norm, skip_norm, norm_type, norm_scope, skip_nonfinite: as in `fastclip.SGD`.
+        max_change, max_relative_change, max_update_rms: as in `fastclip.Adam`.
         master_weights, stochastic_rounding, rounding_seed: as in `fastclip.SGD`.
         momentum_dtype (torch.dtype, optional): of `exp_avg`; the squares stay in the parameter's dtype, or in float32.
 

@@ -20,7 +20,7 @@ class ClipStats(NamedTuple):
 
     Attributes:
         total_norm (float64): norm of all gradients, after a value clip and before the norm clip; None without
-            `max_norm`, `skip_norm`, `max_change` and `max_relative_change`.
+            `max_norm`, `skip_norm`, `max_change`, `max_relative_change` and `max_update_rms`.
         clip_coefficient (float64): factor of the norm clip, min(1, max_norm / (total_norm + 1e-6)) as in
             `torch.nn.utils.clip_grad_norm_`, or that of a limit on the change, if it is smaller; 1 if the gradients
             were left alone. With a `norm_scope`, that of the group or parameter that is scaled down the most, and 0 in
@@ -31,7 +31,8 @@ class ClipStats(NamedTuple):
         skipped (bool): whether the step was skipped, by `skip_nonfinite`, `skip_norm` or AMP.
         skipped_steps (int64): number of skipped steps, see `optimizer.skipped_steps`.
         change (float64): norm of the change that the gradients, after all clips, make in the end, see `max_change` of
-            `fastclip.SGD`; in the parameters' units. 0 in a skipped step; None without `max_change` and
+            `fastclip.SGD`; in the parameters' units. Of Adam and LAMB, the norm of what the step has added; with a
+            `norm_scope`, of all segments together. 0 in a skipped step; None without `max_change` and
             `max_relative_change`.
         threshold (float64): the value of `max_norm` in this step; of a rule, it follows from the norms of the steps
             before. None without `max_norm`, and with a `norm_scope`, where there are several.

@@ -230,13 +230,16 @@ def local_shards(named_params):
         return
     reductions = dict.fromkeys(local.values(), Reduction())
     reductions.update({local[param]: reduction_of(param._spec, name) for param, name in sharded.items()})
+    trained = {param: local[param].requires_grad for param in sharded}
     try:
         for param in sharded:
             local[param].grad = local_of(param.grad)
+            local[param].requires_grad_(param.requires_grad)  # those without a gradient may count in a norm, too
         yield local, reductions
     finally:
         for param in sharded:
             local[param].grad = None
+            local[param].requires_grad_(trained[param])
 
 
 def step_on_shards(step, numbers, groups, state, *asked):

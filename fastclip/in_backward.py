@@ -19,8 +19,8 @@ def step_in_backward(
     `zero_grad()` may stay in the training loop, and find nothing to do. Schedulers, checkpoints and groups work as
     usual, and `clip_stats()` is about the whole pass.
 
-    Limits: `skip_norm`, `max_change`, `max_relative_change`, `skip_nonfinite` and `GradScaler` need all gradients
-    first; `max_norm` does, too, except with `norm_scope="parameter"`. A rule implies `skip_nonfinite`, if it is not
+    Limits: `skip_norm`, `skip_nonfinite` and `GradScaler` need all gradients first; `max_norm`, `max_change` and
+    `max_relative_change` do, too, except with `norm_scope="parameter"`. A rule implies `skip_nonfinite`, if it is not
     False.
     Changes of gradients between `backward()` and `step()` (a trainer's clip, an all-reduce, hooks of `step`) come too
     late; hooks of a tensor come in time. A second pass through a graph of updated parameters raises: add the losses up

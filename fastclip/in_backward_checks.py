@@ -11,7 +11,7 @@ from .distributed import is_dtensor
 from .norm_rules import is_rule
 from .optimizer import ClippedOptimizer
 from .reasons import name_of, negative, not_a_number
-from .settings import set_limits
+from .settings import of_all_gradients
 
 # The code that calls back a torch.autograd.Function.
 _FUNCTION_BACKWARD = {
@@ -74,10 +74,10 @@ def check_settings(optimizer):
     """Refuses settings that need all gradients first. Runs at each pass, as settings can be changed, and loaded."""
     optimizer._complete(optimizer.param_groups)
     for index, group in enumerate(optimizer.param_groups):
-        for limit in set_limits(group):
-            if limit != "max_norm" or group["norm_scope"] != "parameter":
+        for setting in of_all_gradients(group):
+            if setting != "skip_nonfinite":
                 raise ValueError(
-                    f"step_in_backward can't apply the {limit} of param_groups[{index}]: the norm is that of several "
+                    f"step_in_backward can't apply the {setting} of param_groups[{index}]: the norm is that of several "
                     "gradients, and known when all are there; clip_value, and max_norm with norm_scope='parameter', "
                     "are applied to each by itself"
                 )

@@ -140,10 +140,12 @@ class ClippedOptimizer(Results, torch.optim.Optimizer):
         self._engine.check_group({**group, "params": []}, index)
         tensors = [p[1] if isinstance(p, tuple) else p for p in params]
         of_all_ranks, of_whole = of_all_gradients(group), of_whole_gradients(group)
-        if of_whole and any(hasattr(p, "_fsdp_flattened") for p in tensors):
+        needs_whole = of_whole or self._rule.needs_whole(group)
+        if needs_whole and any(hasattr(p, "_fsdp_flattened") for p in tensors):
+            way_out = "its clip_grad_norm_ looks at all shards" if of_whole else "fully_shard keeps the parameters"
             raise TypeError(
-                f"{of_whole[0]} can't be applied to param_groups[{index}]: each rank of FullyShardedDataParallel "
-                "sees its own shard only; its clip_grad_norm_ looks at all shards"
+                f"{(of_whole or [self._rule.title])[0]} can't be applied to param_groups[{index}]: each rank of "
+                f"FullyShardedDataParallel sees its own shard only; {way_out}"
             )
         if of_all_ranks and (zero := who_shares_out()):
             raise TypeError(
@@ -161,7 +163,7 @@ class ClippedOptimizer(Results, torch.optim.Optimizer):
         self.__dict__.setdefault("_beyond", ())  # whose ranks hold parameters that this one has nothing of
         total = partial(total_measure, beyond=self._beyond) if self._beyond else total_measure
         self._engine = _C.Engine(self._rule.name, reduction_of, total, bool(self._beyond))
-        self._given = Given()
+        self._given = Given(self._rule)
         self._loading = None
         self._reference_stats = None  # of the last step, if it was in plain torch
         self._reference_measures = None

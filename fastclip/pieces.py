@@ -18,7 +18,8 @@ def _may_be_pieces():
 class Given:
     """The tensors that an optimizer was given, by identity and size, and the number of their trained elements."""
 
-    def __init__(self):
+    def __init__(self, rule):
+        self._rule = rule
         self._sizes = {}  # by id: torch.utils.swap_tensors refuses a tensor with a weak reference
         self._trained = 0
         self._checked = [], []  # the groups' lists at the last look, and their lengths
@@ -39,7 +40,7 @@ class Given:
         if not groups or not _is_initialized():
             return
         settings = [name for group in groups for name in of_whole_gradients(group)]
-        if not settings:
+        if not settings and not any(map(self._rule.needs_whole, groups)):
             return
         lists = [group["params"] for group in groups]
         lengths = list(map(len, lists))
@@ -49,12 +50,14 @@ class Given:
         if _may_be_pieces() and any(self._sizes.get(id(param)) != param.numel() for param in here):
             elements = sum(map(_numel, here))
             if elements < self._trained:
+                way_out = "leave the setting out, and set gradient_clipping in DeepSpeed's configuration"
+                if not settings:
+                    way_out = "its updates follow from whole tensors, which AdamW's do not"
                 raise TypeError(
-                    f"{settings[0]} can't be applied: param_groups no longer holds the tensors that the optimizer was "
-                    f"given, but others with {elements} of their {self._trained} elements. DeepSpeed's ZeRO exchanges "
-                    "them so, and each rank would clip or skip by its own piece: leave the setting out, and set "
-                    "gradient_clipping in DeepSpeed's configuration. If this is all that is trained, make the "
-                    "optimizer from these tensors"
+                    f"{(settings or [self._rule.title])[0]} can't be applied: param_groups no longer holds the tensors "
+                    f"that the optimizer was given, but others with {elements} of their {self._trained} elements. "
+                    "DeepSpeed's ZeRO exchanges them so, and each rank would clip, skip or step by its own piece: "
+                    f"{way_out}. If this is all that is trained, make the optimizer from these tensors"
                 )
         self._checked = lists, lengths
 

@@ -163,7 +163,11 @@ def no_kernels(what, tensor, param):
 
 
 def no_gpu_kernels(what, param):
-    return f"{what} is on {param.device}, where this optimizer has no kernel yet"
+    return f"{what} is on {param.device}, where this step has no kernel yet"
+
+
+def no_kernels_over_ranks():
+    return "what is measured before an update is on several ranks, which the kernels do not add up yet"
 
 
 def no_kernels_for_number(what, number, param):

@@ -17,6 +17,7 @@ OWN_SETTINGS = {
     "norm_scope": "global",
     "max_change": None,
     "max_relative_change": None,
+    "max_update_rms": None,
     "skip_nonfinite": False,
     "master_weights": False,
     "stochastic_rounding": False,
@@ -24,8 +25,9 @@ OWN_SETTINGS = {
     "momentum_dtype": None,
 }
 LIMITS = ("max_norm", "skip_norm", "max_change", "max_relative_change")  # each on a norm
-SCOPES = ("global", "group", "parameter")  # over which max_norm takes the norm
-# The same in all groups; but for max_norm, unless its scope is "global".
+SCOPES = ("global", "group", "parameter")  # over which SCOPED take norms
+SCOPED = ("max_norm", "max_change", "max_relative_change")
+# The same in all groups; but for SCOPED, unless the scope is "global".
 SHARED_SETTINGS = ("norm_scope", *LIMITS, "norm_type", "skip_nonfinite")
 
 
@@ -43,6 +45,7 @@ class ClipSettings(TypedDict, total=False):
     norm_scope: str
     max_change: float | None
     max_relative_change: float | None
+    max_update_rms: float | None
     skip_nonfinite: bool
     master_weights: bool
     stochastic_rounding: bool
@@ -53,7 +56,7 @@ class ClipSettings(TypedDict, total=False):
 
 def set_limits(group):
     """Names the limits of a group that are set. A limit of 0 is one, too."""
-    return [name for name in LIMITS if group.get(name) is not None]
+    return [name for name in (*LIMITS, "max_update_rms") if group.get(name) is not None]
 
 
 def of_whole_gradients(group):
@@ -64,7 +67,7 @@ def of_whole_gradients(group):
 
 def of_all_gradients(group):
     """Names those of them that look at more than one gradient."""
-    own = ("max_norm",) if group.get("norm_scope") == "parameter" else ()
+    own = ("max_update_rms", *(SCOPED if group.get("norm_scope") == "parameter" else ()))
     return [name for name in of_whole_gradients(group) if name not in own]
 
 
@@ -76,7 +79,7 @@ def needs_skip_nonfinite(group):
 
 def shared_settings(group):
     """Names the settings that this group and all others have in common."""
-    own = () if group.get("norm_scope") == "global" else ("max_norm",)
+    own = () if group.get("norm_scope") == "global" else SCOPED
     return [name for name in SHARED_SETTINGS if name not in own]
 
 

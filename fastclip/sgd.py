@@ -35,7 +35,8 @@ class SGD(ClippedOptimizer, torch.optim.SGD):
         norm_type (float): 2 or inf; of all norms here.
         norm_scope (str): "global": `max_norm` limits the norm over all groups. "group", "parameter": it limits that of
             each group, or of each parameter's gradient, by itself; groups may then have different ones. A rule then
-            looks at the past norms of each. `skip_norm` is over all groups in any case.
+            looks at the past norms of each. `max_change` and `max_relative_change` are limits on each, too.
+            `skip_norm` is over all groups in any case.
         max_change (float, optional): the largest change of the parameters, as a norm over all groups, that the
             gradients of a step make in the end: lr * (1 - dampening) / (1 - momentum) * norm of the gradients after
             their clips, each group with its own settings. Gradients are scaled down to it. Units: those of the
@@ -63,8 +64,9 @@ class SGD(ClippedOptimizer, torch.optim.SGD):
 
     Raises:
         ValueError: a negative or NaN threshold, low > high, another norm type, a limit on the change with a momentum of
-            1 or more, a limit on the change beside a `norm_scope`, or one of `max_norm`, `skip_norm`, `max_change`,
-            `max_relative_change`, `norm_type`, `norm_scope` and `skip_nonfinite` different between groups.
+            1 or more, `max_update_rms`, or one of `max_norm`, `skip_norm`, `max_change`, `max_relative_change`,
+            `norm_type`, `norm_scope` and `skip_nonfinite` different between groups; with a `norm_scope` other than
+            "global", the first and the limits on the change may differ.
         TypeError: a value that is not a number.
 
     Sources: value clip, Mikolov (2012), and the article this project started from; norm clip, Pascanu et al. (2013),

@@ -39,8 +39,9 @@ def module_shapes(*modules):
 
 
 def recorded():
-    """Returns the shapes in shapes.json, by model."""
-    models = json.loads(PATH.read_text())["models"]
+    """Returns the shapes in shapes.json, by model: those of libraries, and those of models that are not on PyPI."""
+    file = json.loads(PATH.read_text())
+    models = file["models"] | {model: of_it["shapes"] for model, of_it in file.get("published", {}).items()}
     return {model: [tuple(shape) for shape in shapes] for model, shapes in models.items()}
 
 

@@ -1,7 +1,7 @@
 """The tables of many tensors and of large ones: what a step costs per tensor, and real steps on the largest models."""
 
 from .cpu import machine
-from .formats import duration, rounded, rule, spread, table, times
+from .formats import duration, models, rounded, rule, spread, table, times
 
 WHAT = {
     "fastclip": "fastclip",
@@ -29,6 +29,7 @@ def markdown(results):
     kinds = {
         "large": large,
         "limits": limits,
+        "by_tensor": by_tensor,
         "accumulation": accumulation,
         "deferred": deferred,
         "host_time": host,
@@ -55,6 +56,26 @@ def limits(results):
     ]
     note = "Medians of the differences in each round, and the 10th and 90th percentile."
     return "\n\n".join([f"{machine(results)} {note}", table([header, *body], words=2)])
+
+
+def by_tensor(results):
+    """A row for each optimizer or setting, a column for each model and number of threads: its time over that of the
+    first."""
+    rows = results["cases"]
+    base, *others = rows[0]["ratio"]
+    header = ["", *(f"{row['model']}, {row['threads']} thread{'s' * (row['threads'] > 1)}" for row in rows)]
+    first = [f"{base}: ms", *(f"{row['ms_per_step'][base]['median']:.1f}" for row in rows)]
+    body = [[name, *(spread(row["ratio"][name], hundredths, " ×") for row in rows)] for name in others]
+    largest = max(row["deviation"] for row in rows)
+    note = (
+        f"{models(results)} Medians, and the 10th and 90th percentile, of ratios within a round. ScaledAdam and its "
+        f"stacked writing differed by at most {largest:.1g} of a parameter's largest element after six steps."
+    )
+    return "\n\n".join([f"{machine(results)} {note}", table([header, first, *body], words=1)])
+
+
+def hundredths(value):
+    return f"{value:.2f}"
 
 
 def imports(results):

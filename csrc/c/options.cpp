@@ -74,10 +74,12 @@ Options read(const Settings& settings, Rules::Id rule, const char* optimizer) {
     if (!has_momentum && options.momentum_dtype) refuse("momentum_dtype: ", optimizer, " keeps no momentum");
     hyper.terms = R::terms(hyper, own);
     new (hyper.settings) typename R::Settings(own);
+    options.measures_deltas = measured_of(rule, hyper) != 0;
     options.arrays = R::writes(hyper.terms);
     options.counts = R::kCountsSteps || hyper.stochastic_rounding;
     options.new_value = R::new_value(own);
   });
+  if (options.measures_deltas && options.norm == Norm::none) options.norm = Norm::two;
   settings.check_known(optimizer);
   const bool nesterov = settings.number_or("nesterov", 0) != 0;
   if (nesterov && (settings.number_or("momentum", 0) == 0 || settings.number_or("dampening", 0) != 0)) {

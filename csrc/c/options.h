@@ -14,6 +14,7 @@ struct Options {
   bool skip_nonfinite = false;
   std::optional<DType> momentum_dtype;
   uint32_t arrays = 0;  // the state arrays that a tensor has, as bits
+  bool measures_deltas = false;  // what a step adds is measured before it
   bool counts = false;  // whether it has a `step`
   double new_value = 0;  // of a new state array
 };

@@ -134,12 +134,14 @@ void* fastclip_plan::state(size_t index, const char* name, fastclip_dtype* dtype
 fastclip_result fastclip_plan::take_step() {
   list();
   measures_.resize(step_.chunks);  // before anything is changed
+  if (options_.measures_deltas) deltas_.resize(step_.chunks);
   step_.norm = options_.norm;
   step_.limits = options_.limits;
   step_.skip_nonfinite = options_.skip_nonfinite;
   step_.has_step_counts = options_.counts;
   step_.outcome = &outcome_;
   step_.measures = measures_.data();
+  step_.deltas = options_.measures_deltas ? deltas_.data() : nullptr;
   step_.clamped = step_.clampable > 0 ? &clamped_ : nullptr;
   clamped_ = 0;
   cpu::run(step_, pool_);

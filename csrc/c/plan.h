@@ -51,6 +51,7 @@ struct fastclip_plan {
   fastclip::Step step_;
   fastclip::Outcome outcome_{};
   std::vector<fastclip::Measure> measures_;
+  std::vector<fastclip::DeltaSums> deltas_;
   std::vector<fastclip::SegmentOutcome> segment_outcomes_;
   double clamped_ = 0;
 };

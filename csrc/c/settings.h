@@ -59,7 +59,7 @@ class Settings {
     if (!(value >= 0)) refuse(name, " is negative");
     return value;
   }
-  double number_or_none(const Key& key, double none) const { return number_or(key.text, none); }
+  double number_or_none(const Key& key, double none) const { return non_negative_or(key.text, none); }
   double count(const Key& key) const { return number(key); }
   bool flag(const Key& key) const {
     const double value = number_or(key.text, 0);

@@ -43,6 +43,11 @@ namespace {
                                                const Clip<double>& c) {                                                \
       return measure_products<NAME, T>(t, begin, size, c);                                                             \
     }                                                                                                                  \
+    template <class T, class R, Terms kTerms>                                                                          \
+    TARGET static DeltaSums measure_deltas_of(const TensorEntry& t, int64_t begin, int64_t size, const Constants& c,   \
+                                              DeltaParts parts) {                                                      \
+      return measure_deltas<NAME, T, R, kTerms>(t, begin, size, c, parts);                                             \
+    }                                                                                                                  \
   };
 
 template <class Set, Storage kStorage, class R, uint32_t... kTerms>
@@ -56,6 +61,22 @@ constexpr void fill_updates(LoopTable& table) {
     using R = typename decltype(tag)::Rule;
     UpdateLoop* const loops = table.updates[static_cast<int>(kStorage)] + kFirstLoop[Rules::id_of<R>().index()];
     fill_rule<Set, kStorage, R>(loops, std::make_integer_sequence<uint32_t, 1 << R::kSwitches>{});
+  });
+}
+
+template <class Set, class T, class R, uint32_t... kTerms>
+constexpr void fill_deltas_of(DeltaLoop* loops, std::integer_sequence<uint32_t, kTerms...>) {
+  ((loops[kTerms] = Set::template measure_deltas_of<T, R, R::canonical(kTerms)>), ...);
+}
+
+template <class Set, class T>
+constexpr void fill_deltas(DeltaLoop* all) {
+  Rules::each([&](auto tag) {
+    using R = typename decltype(tag)::Rule;
+    if constexpr (R::kMeasuresDelta) {
+      DeltaLoop* const loops = all + kFirstLoop[Rules::id_of<R>().index()];
+      fill_deltas_of<Set, T, R>(loops, std::make_integer_sequence<uint32_t, 1 << R::kSwitches>{});
+    }
   });
 }
 
@@ -87,6 +108,8 @@ constexpr LoopTable make_loops() {
   table.params[1] = Set::template measure_params_of<double>;
   table.products[0] = Set::template measure_products_of<float>;
   table.products[1] = Set::template measure_products_of<double>;
+  fill_deltas<Set, float>(table.deltas[0]);
+  fill_deltas<Set, double>(table.deltas[1]);
   return table;
 }
 

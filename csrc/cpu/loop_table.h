@@ -32,6 +32,7 @@ enum class Seen { raw, clipped, clipped_or_nonfinite };
 using UpdateLoop = Updated (*)(const TensorEntry&, int64_t begin, int64_t size, const Constants&);
 using MeasureLoop = void (*)(const TensorEntry&, int64_t begin, int64_t size, const Clip<double>&, Measure&);
 using ParamsLoop = Measure (*)(const TensorEntry&, int64_t begin, int64_t size, Norm);
+using DeltaLoop = DeltaSums (*)(const TensorEntry&, int64_t begin, int64_t size, const Constants&, DeltaParts);
 using ProductsLoop = Products (*)(const TensorEntry&, int64_t begin, int64_t size, const Clip<double>&);
 
 // The storage of a tensor's arrays. staged: 16-bit or mixed arrays, which go through float32 block by block.
@@ -65,9 +66,13 @@ struct LoopTable {
   MeasureLoop measures[kNumDTypes][2][3];  // by dtype, inf norm or not, Seen
   ParamsLoop params[2];  // float64 or not
   ProductsLoop products[2];
+  DeltaLoop deltas[2][count_of_loops()];  // nullptr for rules without kMeasuresDelta
 
   UpdateLoop update(Rules::Id rule, const TensorEntry& tensor, Terms terms) const {
     return updates[static_cast<int>(storage_of(tensor))][kFirstLoop[rule.index()] + terms];
+  }
+  DeltaLoop delta(Rules::Id rule, const TensorEntry& tensor, Terms terms) const {
+    return deltas[tensor.dtype == DType::float64][kFirstLoop[rule.index()] + terms];
   }
 };
 

@@ -290,35 +290,100 @@ FASTCLIP_HD Measure measure_params(const TensorEntry& tensor, int64_t begin, int
   return sums.total();
 }
 
+// Returns a block of an array in the compute type: where it lies, if it is of that type and whole, or a copy of it in
+// `room`, with zeros behind. Asks for the memory that follows.
+template <class Set, class T>
+FASTCLIP_HD const T* block_of(DType dtype, const void* from, int64_t at, int64_t count, T* room) {
+  const bool is_there = dtype == (std::is_same_v<T, double> ? DType::float64 : DType::float32);
+  const int64_t item = item_size(dtype);
+  prefetch(static_cast<const char*>(from) + at * item, kBlock * item);
+  if (is_there && count == kBlock) return static_cast<const T*>(from) + at;
+  if constexpr (std::is_same_v<T, double>) {
+    memcpy(room, static_cast<const double*>(from) + at, count * sizeof(double));
+  } else {
+    read_any<Set>(dtype, from, at, count, room);
+  }
+  for (int64_t i = count; i < kBlock; ++i) room[i] = 0;
+  return room;
+}
+
+// The lanes in which a chunk is summed, here and below.
+constexpr int kLanes = 32;
+static_assert(kBlock % kLanes == 0);
+
+// What a block's update adds to the parameters, and the relative gradients.
+template <class T, class R, Terms kTerms>
+FASTCLIP_HD void delta_block(const T* params, const T* grads, const T* const* states, T* added, T* relative,
+                             const Clip<T>& clip, const typename R::template Constants<T>& constants) {
+  const T* const s0 = states[0];
+  const T* const s1 = states[1];
+  const T* const s2 = states[2];
+  static_assert(kMaxStates == 3);
+  FASTCLIP_IVDEP
+  for (int64_t i = 0; i < kBlock; ++i) {
+    T state[kMaxStates] = {s0[i], s1[i], s2[i]};
+    T d = clip(grads[i]);
+    added[i] = R::delta(kTerms, constants, params[i], d, state);
+    relative[i] = R::relative(constants, d, state);
+  }
+}
+
+// Measures what an update would add to a chunk, block by block.
+template <class Set, class T, class R, Terms kTerms>
+FASTCLIP_HD DeltaSums measure_deltas(const TensorEntry& tensor, int64_t begin, int64_t size, const Constants& all,
+                                     DeltaParts parts) {
+  constexpr bool kFloat64 = std::is_same_v<T, double>;
+  const auto clip = converted<Clip<T>>(all.clip);
+  const auto constants = constants_as<R, T>(all);
+  const bool reads_param = (parts & kParam) || ((parts & (kDelta | kRelative)) && R::delta_reads_param(kTerms));
+  const bool reads_first = parts & kDelta;  // relative gradients follow from the second average alone
+  alignas(kCacheLine) T param[kBlock] = {}, grad[kBlock], state[kMaxStates][kBlock] = {}, added[kBlock],
+                        relative[kBlock];
+  LaneSums<Norm::two, kFloat64, kLanes> of_deltas, of_relative, of_params;
+  const auto add = [](auto& sums, const T* values) __attribute__((always_inline)) {
+    for (int64_t i = 0; i < kBlock; i += kLanes) {
+      for (int lane = 0; lane < kLanes; ++lane) sums.add(lane, values[i + lane]);
+    }
+  };
+  for (const int64_t end = begin + size; begin < end; begin += kBlock) {
+    const int64_t count = end - begin < kBlock ? end - begin : kBlock;
+    const T* const params = reads_param ? block_of<Set>(tensor.dtype, tensor.param, begin, count, param) : param;
+    const T* const grads = block_of<Set>(tensor.grad_dtype, tensor.grad, begin, count, grad);
+    const T* states[kMaxStates];
+    for (int s = 0; s < kMaxStates; ++s) {
+      const bool reads = has(R::reads(kTerms), s) && (s > 0 || reads_first);
+      states[s] = reads ? block_of<Set>(tensor.state_dtypes[s], tensor.states[s], begin, count, state[s]) : state[s];
+    }
+    delta_block<T, R, kTerms>(params, grads, states, added, relative, clip, constants);
+    for (int64_t i = count; i < kBlock; ++i) added[i] = relative[i] = 0;
+    if (parts & kDelta) add(of_deltas, added);
+    if (parts & kRelative) add(of_relative, relative);
+    if (parts & kParam) add(of_params, params);
+  }
+  return {of_deltas.total(), of_relative.total(), of_params.total()};
+}
+
 // Sums up the products of a chunk, in double: those of float32 are exact.
 template <class Set, class T>
 FASTCLIP_HD Products measure_products(const TensorEntry& tensor, int64_t begin, int64_t size,
                                       const Clip<double>& group_clip) {
-  constexpr int kProductLanes = 32;
-  static_assert(kBlock % kProductLanes == 0);
   const auto clip = converted<Clip<T>>(group_clip);
-  double with_grad[kProductLanes] = {}, squared[kProductLanes] = {};
+  double with_grad[kLanes] = {}, squared[kLanes] = {};
+  alignas(kCacheLine) T param_room[kBlock], grad_room[kBlock];
   for (const int64_t end = begin + size; begin < end; begin += kBlock) {
     const int64_t count = end - begin < kBlock ? end - begin : kBlock;
-    alignas(kCacheLine) T params[kBlock], grads[kBlock];
-    if constexpr (std::is_same_v<T, double>) {
-      memcpy(params, static_cast<const double*>(tensor.param) + begin, count * sizeof(double));
-      memcpy(grads, static_cast<const double*>(tensor.grad) + begin, count * sizeof(double));
-    } else {
-      read_any<Set>(tensor.dtype, tensor.param, begin, count, params);
-      read_any<Set>(tensor.grad_dtype, tensor.grad, begin, count, grads);
-    }
-    for (int64_t i = count; i < kBlock; ++i) params[i] = grads[i] = 0;
-    for (int64_t i = 0; i < kBlock; i += kProductLanes) {
+    const T* const params = block_of<Set>(tensor.dtype, tensor.param, begin, count, param_room);
+    const T* const grads = block_of<Set>(tensor.grad_dtype, tensor.grad, begin, count, grad_room);
+    for (int64_t i = 0; i < kBlock; i += kLanes) {
       FASTCLIP_IVDEP
-      for (int lane = 0; lane < kProductLanes; ++lane) {
+      for (int lane = 0; lane < kLanes; ++lane) {
         const double param = params[i + lane], grad = clip(grads[i + lane]);
         with_grad[lane] += param * grad;
         squared[lane] += param * param;
       }
     }
   }
-  for (int half = kProductLanes / 2; half > 0; half /= 2) {
+  for (int half = kLanes / 2; half > 0; half /= 2) {
     for (int lane = 0; lane < half; ++lane) {
       with_grad[lane] += with_grad[lane + half];
       squared[lane] += squared[lane + half];
@@ -327,8 +392,6 @@ FASTCLIP_HD Products measure_products(const TensorEntry& tensor, int64_t begin, 
   return {with_grad[0], squared[0]};
 }
 
-// The number of lanes in which a chunk of gradients is summed.
-constexpr int kLanes = 32;
 // The number of streams in which a whole chunk is read: one core keeps more lines in flight over several pages.
 constexpr int kStreams = 4;
 

@@ -61,7 +61,7 @@ class Engine::Busy {
 Group Engine::read(PyObject* object, Py_ssize_t index) const {
   Group group = read_group(object, index, rule_);
   const NormClip& clip = group.norm_clip;
-  if (walk_.shards().beyond() && (clip.scope == Scope::group || clip.limits.measures_params)) {
+  if (walk_.shards().beyond() && (clip.scope == Scope::group || clip.limits.counts_params())) {
     raise(PyExc_ValueError, clip.scope == Scope::group ? "norm_scope='group'" : "max_relative_change",
           " in param_groups[", index, "] can't be set beside norm_process_group: other ranks have ",
           "groups and parameters that this one knows nothing of");
@@ -93,10 +93,11 @@ std::optional<NotCovered> Engine::step(PyObject* groups, PyObject* state, PyObje
       raise_refusal("not_shared", {Held(groups), Held::stolen(PyLong_FromSsize_t(i))});
     }
   }
-  leave_out_idle_norm();
+  share_measures();
   if (something_watches_operations()) walk_.not_covered(Reason("watched"));
   for (size_t i = 0; i < groups_.size(); ++i) walk_.add_group(groups_[i], static_cast<Py_ssize_t>(i));
   const NormClip norm_clip = groups_.empty() ? NormClip{} : groups_.front().norm_clip;
+  if (walk_.shards().beyond() && norm_clip.is_local()) walk_.not_covered(Reason("no_kernels_over_ranks"));
   if (walk_.shards().beyond() && norm_clip.measures()) walk_.await_others();
   // Empty tensors share no memory.
   if (!walk_.reason() && (walk_.shares_memory() || states.makes_twice())) walk_.not_covered(Reason("shared_memory"));
@@ -137,15 +138,26 @@ std::optional<NotCovered> Engine::step(PyObject* groups, PyObject* state, PyObje
   return {};
 }
 
-// With a Scope other than global, a group does not know whether another one has a limit: all ask for the norm.
-void Engine::leave_out_idle_norm() {
-  const bool limits =
-      std::any_of(groups_.begin(), groups_.end(), [](const Group& group) { return group.segment_limit.is_set(); });
+// What one group measures concerns the passes over all. With a Scope other than global, a group does not know whether
+// another one has a limit: all ask for the norm, which may not be needed.
+void Engine::share_measures() {
+  bool limits = false, changes = false, params = false, deltas = false;
+  for (const Group& group : groups_) {
+    limits |= group.segment_limit.is_set();
+    changes |= group.segment_change.measures_change;
+    params |= group.segment_change.measures_params;
+    deltas |= group.measures_deltas;
+  }
   for (Group& group : groups_) {
     NormClip& clip = group.norm_clip;
-    if (limits || clip.scope == Scope::global) return;
-    clip.scope = Scope::global;
-    if (!clip.limits.skip_norm.is_set()) clip.norm = Norm::none;
+    if (clip.scope != Scope::global && !limits && !changes) {
+      clip.scope = Scope::global;
+      if (!clip.limits.skip_norm.is_set()) clip.norm = Norm::none;
+    }
+    if (deltas && clip.norm == Norm::none) clip.norm = Norm::two;  // measured beside them at no byte
+    clip.measures_deltas = deltas;
+    clip.limits_segments = changes;
+    (deltas ? clip.limits.on_delta.measures_params : clip.limits.measures_params) |= params;
   }
 }
 
@@ -196,7 +208,7 @@ void Engine::run(const NormClip& asked, const Amp& amp) {
   NormClip norm_clip = asked;
   // Looking for inf and NaN is taking the inf norm, and clipping nothing.
   if (asked.measures() && asked.norm == Norm::none) norm_clip.norm = asked.needs_norms ? Norm::two : Norm::inf;
-  if (asked.limits.measures_params) {
+  if (asked.limits.counts_params()) {
     norm_clip.limits.smallest_norm = smallest_norm(asked.norm, walk_.measured_params());
   }
   const Scope scope = asked.segment_scope();
@@ -213,6 +225,8 @@ void Engine::run(const NormClip& asked, const Amp& amp) {
     for (Part& part : parts) {
       part.step.segment_limits.clear();
       for (const Group& group : groups_) part.step.segment_limits.push_back(group.segment_limit);
+      if (!asked.limits_segments) continue;
+      for (const Group& group : groups_) part.step.segment_changes.push_back(group.segment_change);
     }
   }
   run_parts(parts, norm_clip, amp, walk_.shards());
@@ -250,6 +264,7 @@ at::Tensor Engine::total_norm() const {
 Engine::ClipStats Engine::clip_stats() const {
   const Part* const first = first_stepped();
   const auto options = at::TensorOptions().device(first ? first->device : last_.device.value_or(at::kCPU));
+  const Limits& limits = last_.norm_clip.limits;
   ClipStats stats;
   stats.total_norm = total_norm();
   if (last_.asks_device) {
@@ -259,18 +274,19 @@ Engine::ClipStats Engine::clip_stats() const {
   }
   if (stats.total_norm.defined()) {
     const double norm = last_.skipped_by_host ? HUGE_VAL : 0;  // where nothing was measured
-    const Decision of_none = decision_at(norm, last_.norm_clip.limits, last_.levels);
+    const Decision of_none = decision_at(norm, limits, last_.levels);
     const auto number = [&](at::Tensor (Part::*of_part)() const, double value) {
       return first ? (first->*of_part)().clone() : at::full({}, value, options.dtype(at::kDouble));
     };
     stats.coefficient = number(&Part::coefficient, of_none.scaling.product());
     if (last_.norm_clip.scope != Scope::global || needs_products(rule_))
       stats.coefficient = smallest_coefficient().to(options.device());
-    const Limits& limits = last_.norm_clip.limits;
     if (limits.max_norm.is_set()) stats.max_norm = number(&Part::max_norm, of_none.max_norm);
     if (limits.skip_norm.is_set()) stats.skip_norm = number(&Part::skip_norm, of_none.skip_norm);
   }
-  if (last_.norm_clip.limits.measures_change) {
+  if (last_.norm_clip.limits_segments) {
+    stats.change = change_of_segments().to(options.device());
+  } else if (limits.measures_change || limits.on_delta.measures_change) {
     stats.change = first ? first->change().clone() : at::zeros({}, options.dtype(at::kDouble));
   }
   if (last_.clamps) {
@@ -296,6 +312,19 @@ at::Tensor Engine::smallest_coefficient() const {
     smallest = at::minimum(smallest.to(of_part.device()), of_part);
   }
   return last_.skipped_by_host ? at::zeros_like(smallest) : smallest;
+}
+
+// Of all segments together; 0 where the step was skipped.
+at::Tensor Engine::change_of_segments() const {
+  const bool largest = last_.norm_clip.norm == Norm::inf;
+  at::Tensor change = at::zeros({}, at::TensorOptions().dtype(at::kDouble));
+  for (const Part& part : walk_.parts()) {
+    if (!part.stepped || part.stepped_segments == 0) continue;
+    const at::Tensor of_part = part.segment_changes();
+    change = largest ? of_part.max() : of_part.square().sum().sqrt();
+    change = change.masked_fill(part.skipped().ne(0), 0);
+  }
+  return last_.skipped_by_host ? at::zeros_like(change) : change;
 }
 
 std::pair<at::Tensor, Norm> Engine::measures_by_parameter() const {

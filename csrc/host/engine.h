@@ -83,12 +83,13 @@ class Engine {
   };
   class Busy;
 
-  void leave_out_idle_norm();
+  void share_measures();
   void run(const NormClip& asked, const Amp& amp);
   void remember(const NormClip& norm_clip, bool skipped_by_host);
   bool asks_all_ranks(const NormClip& norm_clip) const;
   bool was_skipped() const;
   at::Tensor smallest_coefficient() const;
+  at::Tensor change_of_segments() const;
   const Part* first_stepped() const;
 
   std::optional<NotCovered> not_covered();

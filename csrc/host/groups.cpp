@@ -229,24 +229,36 @@ bool read_norm_limit(PyObject* group, const Name& key, PyObject* value, bool lea
   return true;
 }
 
-void read_change_limits(PyObject* max_change, PyObject* max_relative_change, PyObject* norm_type,
-                        const std::string& where, NormClip& clip) {
-  Limits& limits = clip.limits;
-  clip.norm = read_norm_type(norm_type, where);
+// Reads the limits on a change, of which one is set.
+ChangeLimits read_change_limits(PyObject* max_change, PyObject* max_relative_change, const std::string& where) {
+  ChangeLimits limits;
   limits.measures_change = true;
   read_limit(max_change, "max_change", where, limits.max_change);
   limits.measures_params = read_limit(max_relative_change, "max_relative_change", where, limits.max_relative_change);
+  return limits;
 }
 
-// Refuses a limit on a change that is no multiple of the gradient, or without end.
-void check_change(const Name& limit, const std::string& where, Rules::Id rule, const Hyper& hyper) {
-  const bool limited = Rules::visit(rule, [](auto tag) { return decltype(tag)::Rule::kLimitsChange; });
-  if (!limited) {
-    raise(PyExc_ValueError, limit.text, where,
-          " can't be applied: the change that a gradient makes follows from its norm in fastclip.SGD only");
+// Puts them where they belong: in a rule whose changes are multiples of gradients, these are scaled down; in one that
+// measures what it adds, the learning rate.
+void add_change_limits(const ChangeLimits& limits, const Name& name, const std::string& where, Rules::Id rule,
+                       Group& group) {
+  const bool by_gradient = Rules::visit(rule, [](auto tag) { return decltype(tag)::Rule::kLimitsChange; });
+  if (!by_gradient && !can_measure_delta(rule)) {
+    raise(PyExc_ValueError, name.text, where, " can't be applied: fastclip.SGD, Adam, AdamW and LAMB alone have it");
   }
-  if (change_of(rule, hyper, 1.0) == kInfinity) {
-    raise(PyExc_ValueError, limit.text, where, " needs a momentum below 1: the change of a gradient would have no end");
+  NormClip& clip = group.norm_clip;
+  if (by_gradient && change_of(rule, group.hyper, 1.0) == kInfinity) {
+    raise(PyExc_ValueError, name.text, where, " needs a momentum below 1: the change of a gradient would have no end");
+  }
+  if (!by_gradient && clip.norm != Norm::two) {
+    raise(PyExc_ValueError, "norm_type", where, " must be 2 beside ", name.text, " in this optimizer");
+  }
+  group.measures_deltas |= !by_gradient;
+  if (clip.scope != Scope::global) {
+    static_cast<ChangeLimits&>(group.segment_change) = limits;
+    if (by_gradient) group.segment_change.of_norm = change_of(rule, group.hyper, group.hyper.lr);
+  } else {
+    (by_gradient ? static_cast<ChangeLimits&>(clip.limits) : clip.limits.on_delta) = limits;
   }
 }
 
@@ -288,7 +300,7 @@ Group read_group(PyObject* object, Py_ssize_t index, Rules::Id rule) {
       kNormType("norm_type"), kSkipNonfinite("skip_nonfinite"), kMasterWeights("master_weights"),
       kStochasticRounding("stochastic_rounding"), kRoundingSeed("rounding_seed"), kMomentumDtype("momentum_dtype"),
       kMaxChange("max_change"), kMaxRelativeChange("max_relative_change"), kSkipNorm("skip_norm"),
-      kNormScope("norm_scope"), kGlobal("global");
+      kNormScope("norm_scope"), kGlobal("global"), kMaxUpdateRms("max_update_rms");
   GroupReader reader(object, index);
   Group group{};
   PyObject* params = reader.required(kParams);
@@ -354,11 +366,20 @@ Group read_group(PyObject* object, Py_ssize_t index, Rules::Id rule) {
   PyObject* const max_change = reader.required(kMaxChange);
   PyObject* const max_relative_change = reader.required(kMaxRelativeChange);
   const bool limits_change = max_change != Py_None || max_relative_change != Py_None;
-  if (limits_change && scoped) {
-    raise(PyExc_ValueError, (max_change != Py_None ? kMaxChange : kMaxRelativeChange).text, reader.where(),
-          " is a limit over all groups, and can't be set beside norm_scope=", repr(scope));
+  ChangeLimits change_limits;
+  if (limits_change) {
+    clip.norm = read_norm_type(norm_type, reader.where());
+    change_limits = read_change_limits(max_change, max_relative_change, reader.where());
   }
-  if (limits_change) read_change_limits(max_change, max_relative_change, norm_type, reader.where(), clip);
+  PyObject* const max_update_rms = reader.required(kMaxUpdateRms);
+  if (max_update_rms != Py_None) {
+    double rms;
+    read_limit(max_update_rms, "max_update_rms", reader.where(), rms);
+    if (!can_measure_delta(rule)) {
+      raise(PyExc_ValueError, "max_update_rms", reader.where(),
+            " can't be set in this optimizer, which keeps no average of squared gradients beside one of gradients");
+    }
+  }
 
   group.master_weights = reader.flag(kMasterWeights);
   hyper.stochastic_rounding = reader.flag(kStochasticRounding);
@@ -377,7 +398,11 @@ Group read_group(PyObject* object, Py_ssize_t index, Rules::Id rule) {
             " needs skip_nonfinite=True: the median of norms is not taken over an inf or NaN");
     }
   }
-  if (limits_change) check_change(max_change != Py_None ? kMaxChange : kMaxRelativeChange, reader.where(), rule, hyper);
+  group.measures_deltas = measured_of(rule, hyper) != 0;
+  if (limits_change) {
+    const Name& name = max_change != Py_None ? kMaxChange : kMaxRelativeChange;
+    add_change_limits(change_limits, name, reader.where(), rule, group);
+  }
   return group;
 }
 

@@ -17,11 +17,17 @@ struct NormClip {
   Limits limits;
   Scope scope = Scope::global;  // if not global, max_norm is not among `limits`, but each group has its own
   bool skip_nonfinite = false;
+  bool measures_deltas = false;  // what is added to some parameters is measured before the update
+  bool limits_segments = false;  // some segment has a limit on its change
   bool needs_norms = false;  // the rule's updates depend on the norm of each parameter's gradient
   int64_t segments = 0;      // number of all groups, or of all parameters, where these have norms
 
   // What has a norm of its own, for its limit or for the rule.
   Scope segment_scope() const { return needs_norms ? Scope::parameter : scope; }
+  // Whether the norm of parameters counts also where they have no gradient in this step.
+  bool counts_unstepped() const { return limits.counts_params() && scope != Scope::parameter; }
+  // There is no kernel for it on a GPU yet, and none over ranks.
+  bool is_local() const { return measures_deltas || limits_segments; }
   bool measures() const { return norm != Norm::none || skip_nonfinite || needs_norms; }
 
   // A step may find out on the device that it changes nothing.
@@ -39,6 +45,9 @@ struct Group {
   Held lr_tensor;    // lr as a tensor on another device than the CPU, or none
   Hyper hyper;
   NormClip norm_clip;
+  bool measures_deltas = false;  // of this group
+  SegmentChange
+      segment_change;  // the limits on the change of what has a norm of its own; with a Scope other than global
   NormLimit segment_limit;  // of the group's gradients, or of each of them; with a Scope other than global
   bool differentiable;  // the caller wants gradients through the step
   bool master_weights;  // 16-bit parameters have a float32 copy among their states

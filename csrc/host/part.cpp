@@ -78,6 +78,7 @@ void Part::clear() {
   step.chunks = step.elements = step.clampable = 0;
   step.has_step_counts = step.has_unmeasured_params = false;
   step.segments.clear();
+  step.segment_changes.clear();
   step.model_norms.clear();
   awaited = keeps_tables = false;
   step.clip_history = step.skip_history = nullptr;
@@ -114,10 +115,14 @@ at::Tensor Part::segments() const {
   return segment_outcomes_.narrow(0, 0, count * kDoublesOfSegment).view({count, kDoublesOfSegment});
 }
 
-at::Tensor Part::segment_coefficients() const {
+at::Tensor Part::of_stepped_segments(size_t offset) const {
   const at::Tensor rows = segment_outcomes_.narrow(0, 0, stepped_segments * kDoublesOfSegment);
-  return rows.view({stepped_segments, kDoublesOfSegment}).select(1, place_of(offsetof(SegmentOutcome, coefficient)));
+  return rows.view({stepped_segments, kDoublesOfSegment}).select(1, place_of(offset));
 }
+
+at::Tensor Part::segment_coefficients() const { return of_stepped_segments(offsetof(SegmentOutcome, coefficient)); }
+
+at::Tensor Part::segment_changes() const { return of_stepped_segments(offsetof(SegmentOutcome, change)); }
 
 // Kept, as long as they are the same: a copy from the host would have to wait.
 at::Tensor Part::segment_numbers() {
@@ -157,6 +162,7 @@ void Part::prepare(const NormClip& norm_clip, const Amp& amp, bool counts_skips)
   step.found_inf = pointer<float>(amp_.found_inf);
   step.outcome = nullptr;
   step.measures = step.param_measures = nullptr;
+  step.deltas = nullptr;
   step.clamped = nullptr;
   // On the CPU, a tensor's place among the chunks says all of the layout.
   const cuda::Needs needs = device.is_cuda() ? prepare_gpu() : cuda::Needs{step.chunks, step.chunks, 1, 0};
@@ -177,15 +183,18 @@ void Part::prepare(const NormClip& norm_clip, const Amp& amp, bool counts_skips)
     measures = at::empty({needs.measures * kDoubles}, doubles_on(device));
   }
   step.measures = static_cast<Measure*>(measures.mutable_data_ptr());
-  if (needs_products(step.rule)) {  // on the CPU alone
-    constexpr int64_t kDoublesOfProducts = sizeof(Products) / sizeof(double);
-    if (!products_.defined() || products_.numel() < step.chunks * kDoublesOfProducts) {
-      products_ = at::empty({step.chunks * kDoublesOfProducts}, doubles_on(device));
-    }
-    step.products = static_cast<Products*>(products_.mutable_data_ptr());
-  }
+  // On the CPU alone.
+  if (needs_products(step.rule)) step.products = static_cast<Products*>(room_by_chunk(products_, sizeof(Products)));
+  if (norm_clip.measures_deltas) step.deltas = static_cast<DeltaSums*>(room_by_chunk(deltas_, sizeof(DeltaSums)));
   if (!step.segments.empty()) prepare_segments();
   if (step.limits.measures_params) prepare_param_measures(needs);
+}
+
+// Scratch memory for each chunk; `memory` grows.
+void* Part::room_by_chunk(at::Tensor& memory, size_t bytes) const {
+  const int64_t size = step.chunks * place_of(bytes);
+  if (!memory.defined() || memory.numel() < size) memory = at::empty({size}, doubles_on(device));
+  return memory.mutable_data_ptr();
 }
 
 void Part::prepare_param_measures(const cuda::Needs& needs) {

@@ -57,6 +57,7 @@ class Part {
   at::Tensor skipped_steps() const;  // int64
   at::Tensor clamped() const;        // float64, to be added up
   at::Tensor segment_coefficients() const;  // float64, of the last step that did not raise
+  at::Tensor segment_changes() const;       // the same
   at::Tensor segments() const;       // SegmentOutcomes, as float64, one row per segment
   // The number of each of its segments among all, int64, on its device.
   at::Tensor segment_numbers();
@@ -82,6 +83,8 @@ class Part {
   cuda::Needs prepare_gpu();
   void prepare_param_measures(const cuda::Needs& needs);
   void prepare_segments();
+  void* room_by_chunk(at::Tensor& memory, size_t bytes) const;
+  at::Tensor of_stepped_segments(size_t offset) const;
   void run_on_cpu();
   void run_on_gpu();
 
@@ -93,6 +96,7 @@ class Part {
   // Step::param_measures, as float64, and the layout in which the last step left them.
   at::Tensor param_measures_;
   at::Tensor products_;
+  at::Tensor deltas_;
   uint64_t layout_ = 0, measured_layout_ = 0;
   at::Tensor segment_outcomes_;  // as float64
   at::Tensor segment_totals_;

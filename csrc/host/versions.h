@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <vector>
 
 namespace fastclip {
@@ -24,8 +25,9 @@ class Versions {
     return seen_[position] == seen;
   }
 
-  // A step was taken: the versions it leaves.
+  // A step was taken: the versions it leaves. Others may have taken the place of what was not in it.
   void remember() {
+    if (now_.size() != seen_.size()) std::fill(seen_.begin(), seen_.end(), Seen{});
     for (const Now& now : now_) {
       seen_[now.position] = now.seen;
       seen_[now.position].find_versions();

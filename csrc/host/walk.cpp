@@ -136,9 +136,12 @@ TensorEntry& Walk::begin_entry(const at::Tensor& grad, const Hyper& hyper, const
 }
 
 // The norm of the parameters counts: `measured` is this one, or its master weights.
-void Walk::note_params(Step& step, TensorEntry& entry, const at::Tensor& measured, const Place& place) {
+// With `keeps_measures`, from one step to the next.
+void Walk::note_params(Step& step, TensorEntry& entry, const at::Tensor& measured, const Place& place,
+                       bool keeps_measures) {
   const at::Tensor& param = THPVariable_Unpack(place.param);
   measured_params_ += param.numel();
+  if (!keeps_measures) return;
   entry.param_is_measured = versions_.add(parameter_, param, measured, entry.param, entry.first_chunk);
   step.has_unmeasured_params |= !entry.param_is_measured;
 }
@@ -217,7 +220,10 @@ void Walk::note_params(Step& step, TensorEntry& entry, const at::Tensor& measure
   entry.step_is_float64 = step_is_float64;
   entry.scalar_is_float64 = scalar_is_float64;
   addresses_ = addresses;
-  if (group.norm_clip.limits.measures_params) note_params(step, entry, states.master ? *states.master : param, place);
+  const Limits& limits = group.norm_clip.limits;
+  if (limits.counts_params()) {
+    note_params(step, entry, states.master ? *states.master : param, place, limits.measures_params);
+  }
 }
 
 void Walk::add_unstepped(const Group& group, const StateNames& names, const Place& place, const at::Tensor& param,
@@ -240,7 +246,7 @@ void Walk::add_unstepped(const Group& group, const StateNames& names, const Plac
   entry.uniform = !states.master && !(group.hyper.stochastic_rounding && item == 2);
   borrowed_.read(measured);
   addresses_ = hashed(addresses_, entry.param, bytes);
-  note_params(part_->step, entry, measured, place);
+  note_params(part_->step, entry, measured, place, group.norm_clip.limits.measures_params);
 }
 
 void Walk::check_memory(const at::Tensor& param, const at::Tensor& grad, const StateNames& names,
@@ -322,7 +328,7 @@ void Walk::add_param(const Group& group, const StateNames& names, Py_ssize_t gro
     if (auto shard = shard_of(param, object)) return add_shard(group, names, place, std::move(*shard));
   }
   const at::Tensor* grad = &grad_of(param);
-  if (!grad->defined() && group.norm_clip.limits.measures_params) {
+  if (!grad->defined() && group.norm_clip.counts_unstepped()) {
     return add_unstepped(group, names, place, param, nullptr);
   }
   if (!grad->defined() || (kInPlace && is_seen(*grad))) return;
@@ -361,10 +367,11 @@ std::optional<Shard> Walk::shard_of_grad(const at::Tensor& grad, const Shard& pa
 
 void Walk::add_shard(const Group& group, const StateNames& names, const Place& place, Shard shard) {
   if (needs_products(rule_)) refuse("no_shards", place, "");
+  if (group.norm_clip.is_local()) not_covered(Reason("no_kernels_over_ranks"));
   borrowed_.hold();  // Python runs, here and there
   await_norm(shard, place, group.norm_clip);
   const at::Tensor& param = THPVariable_Unpack(place.param);
-  if (!grad_of(param).defined() && group.norm_clip.limits.measures_params) {
+  if (!grad_of(param).defined() && group.norm_clip.counts_unstepped()) {
     add_unstepped(group, names, place, shard.local(), &shard);
     std::move(shard).keep_in(borrowed_);
     borrowed_.all_are_kept();
@@ -406,7 +413,7 @@ void Walk::add_covered(const Group& group, const StateNames& names, const Place&
     not_covered({"other_device_than_lr", place, "", {param, THPVariable_Unpack(group.lr_tensor.object)}});
     return check_memory(param, grad, names, states, place);
   }
-  if (!runs_on_gpu_ && param.is_cuda()) {
+  if ((!runs_on_gpu_ || group.norm_clip.is_local()) && param.is_cuda()) {
     not_covered({"no_gpu_kernels", place, "", {param}});
     return check_memory(param, grad, names, states, place);
   }
@@ -414,7 +421,7 @@ void Walk::add_covered(const Group& group, const StateNames& names, const Place&
     add_tensor(param, grad, names, states, is_first, group, place);
   } else if (scope_ != Scope::global) {
     begin_segment(part_of(param.device(), reduction_), place.group);
-  } else if (group.norm_clip.limits.measures_params) {
+  } else if (group.norm_clip.limits.counts_params()) {
     measured_params_ += THPVariable_Unpack(place.param).numel();  // of other ranks
   }
 }

@@ -76,7 +76,7 @@ class Walk {
   [[gnu::noinline]] void begin_segment(Part& part, Py_ssize_t group);
   [[gnu::always_inline]] inline TensorEntry& begin_entry(const at::Tensor& grad, const Hyper& hyper,
                                                          const Place& place);
-  void note_params(Step& step, TensorEntry& entry, const at::Tensor& measured, const Place& place);
+  void note_params(Step& step, TensorEntry& entry, const at::Tensor& measured, const Place& place, bool keeps_measures);
   // As add_param, of a DTensor: the kernels step on the shard that is here.
   [[gnu::noinline]] void add_shard(const Group& group, const StateNames& names, const Place& place, Shard shard);
   // The shard of a gradient that is placed as its parameter; nothing where it is not.

@@ -15,6 +15,7 @@ struct Adadelta {
   static constexpr bool kLimitsChange = false;
   static constexpr bool kNeedsNorm = false;
   static constexpr bool kNeedsProducts = false;
+  static constexpr bool kMeasuresDelta = false;
   static constexpr int kKernels[] = {2};
   static constexpr bool kIsCommon = false;
 

@@ -1,6 +1,7 @@
 // torch.optim.Adam, and AdamW by `decoupled_weight_decay`.
 #pragma once
 
+#include "delta.h"
 #include "rule.h"
 
 namespace fastclip {
@@ -16,6 +17,7 @@ struct Adam {
   static constexpr bool kLimitsChange = false;
   static constexpr bool kNeedsNorm = false;
   static constexpr bool kNeedsProducts = false;
+  static constexpr bool kMeasuresDelta = true;
   static constexpr int kKernels[] = {2, 3};
   static constexpr bool kIsCommon = true;
 
@@ -23,15 +25,17 @@ struct Adam {
     double beta1;
     double beta2;
     double eps;
+    double max_update_rms;
     bool amsgrad;
     bool decoupled_weight_decay;
   };
   template <class Group>
   static void read(const Group& group, Settings& settings) {
     static const typename Group::Key kBetas("betas"), kEps("eps"), kAmsgrad("amsgrad"),
-        kDecoupled("decoupled_weight_decay");
+        kDecoupled("decoupled_weight_decay"), kMaxUpdateRms("max_update_rms");
     group.betas(kBetas, settings.beta1, settings.beta2);
     settings.eps = group.number(kEps);
+    settings.max_update_rms = group.number_or_none(kMaxUpdateRms, HUGE_VAL);
     settings.amsgrad = group.flag(kAmsgrad);
     settings.decoupled_weight_decay = group.flag(kDecoupled);
   }
@@ -71,12 +75,11 @@ struct Adam {
   }
 
   template <class T>
-  FASTCLIP_HD static void update(Terms terms, const Constants<T>& c, T& param, T d, T* states) {
+  FASTCLIP_HD static T delta(Terms terms, const Constants<T>& c, T param, T& d, T* states) {
     using std::fma, std::sqrt;  // for T, not for double
     T& exp_avg = states[0];
     T& exp_avg_sq = states[1];
     if (terms & kWeightDecay) d = fma(c.weight_decay, param, d);
-    param = param * c.decay;
     exp_avg = lerp(exp_avg, d, c.lerp_weight);
     exp_avg_sq = fma(c.one_minus_beta2 * d, d, exp_avg_sq * c.beta2);
     T square = exp_avg_sq;
@@ -86,7 +89,28 @@ struct Adam {
       square = largest;
     }
     const T denominator = sqrt(square) / c.bias_correction2_sqrt + c.eps;
-    param = param + c.negative_step_size * exp_avg / denominator;
+    return c.negative_step_size * exp_avg / denominator;
+  }
+  FASTCLIP_HD static constexpr bool delta_reads_param(Terms terms) { return terms & kWeightDecay; }
+
+  template <class T>
+  FASTCLIP_HD static T relative(const Constants<T>& c, T d, const T* states) {
+    using std::sqrt;
+    const T root = sqrt(states[1]) / c.bias_correction2_sqrt;
+    return d / (root > c.eps ? root : c.eps);
+  }
+  FASTCLIP_HD static DeltaParts measured(const SharedHyper&, const Settings& settings) {
+    return settings.max_update_rms < HUGE_VAL ? kRelative : 0;
+  }
+  FASTCLIP_HD static double lr_factor(const SharedHyper&, const Settings& settings, double numel,
+                                      const DeltaNorms& norms) {
+    return factor_to_rms(settings.max_update_rms, norms.relative, numel);
+  }
+
+  template <class T>
+  FASTCLIP_HD static void update(Terms terms, const Constants<T>& c, T& param, T d, T* states) {
+    const T added = delta(terms, c, param, d, states);
+    param = param * c.decay + added;
   }
 };
 

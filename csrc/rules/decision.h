@@ -7,21 +7,32 @@
 
 namespace fastclip {
 
-// The limits of a step. inf: only measured.
-struct Limits {
-  NormLimit max_norm;   // gradients are scaled down to it
-  NormLimit skip_norm;  // a step with a larger norm is left out
-  double max_change = HUGE_VAL;  // of the change that the gradients make in the end, see `kLimitsChange` in rule.h
-  double max_relative_change = HUGE_VAL;  // of the same, divided by the norm of the parameters
-  double smallest_norm = 0;  // stands for the norm of smaller parameters: a model of zeros has to move, too
+// The limits on a change of parameters. inf: only measured.
+struct ChangeLimits {
+  double max_change = HUGE_VAL;
+  double max_relative_change = HUGE_VAL;  // divided by the norm of the parameters
   bool measures_change = false;
   bool measures_params = false;
 
-  bool operator==(const Limits& other) const {
-    return max_norm == other.max_norm && skip_norm == other.skip_norm && max_change == other.max_change &&
-           max_relative_change == other.max_relative_change && smallest_norm == other.smallest_norm &&
+  bool operator==(const ChangeLimits& other) const {
+    return max_change == other.max_change && max_relative_change == other.max_relative_change &&
            measures_change == other.measures_change && measures_params == other.measures_params;
   }
+};
+
+// The limits of a step: on the norm of the gradients, and on the change that they make in the end, see `kLimitsChange`
+// in rule.h. Gradients are scaled down to them.
+struct Limits : ChangeLimits {
+  NormLimit max_norm;
+  NormLimit skip_norm;  // a step with a larger norm is left out
+  ChangeLimits on_delta;  // on what the step adds to the parameters, see `kMeasuresDelta`; learning rates are scaled
+  double smallest_norm = 0;  // stands for the norm of smaller parameters: a model of zeros has to move, too
+
+  bool operator==(const Limits& other) const {
+    return ChangeLimits::operator==(other) && max_norm == other.max_norm && skip_norm == other.skip_norm &&
+           on_delta == other.on_delta && smallest_norm == other.smallest_norm;
+  }
+  bool counts_params() const { return measures_params || on_delta.measures_params; }
   bool has_rules() const { return max_norm.is_rule() || skip_norm.is_rule(); }
 };
 
@@ -77,6 +88,15 @@ FASTCLIP_HD Scaling smaller(const Scaling& a, const Scaling& b) {
   return b.product() < a.product() || b.coefficient != b.coefficient ? b : a;
 }
 
+// Returns the factor of a change to its limits. `params` is the norm of the parameters, where that is measured, and
+// `smallest` stands for that of smaller ones. Parameters that are not finite limit nothing.
+FASTCLIP_HD_RARE Scaling scaling_of_change(const ChangeLimits& limits, double change, double params, double smallest) {
+  const Scaling scaling = scaling_to(limits.max_change, change);
+  if (!limits.measures_params) return scaling;
+  const double size = larger(smallest, params);
+  return smaller(scaling, scaling_to(size < HUGE_VAL ? limits.max_relative_change * size : HUGE_VAL, change));
+}
+
 // The consequence of what was measured for a step.
 struct Decision {
   double total_norm;
@@ -111,13 +131,8 @@ FASTCLIP_HD Decision decide(Norm norm, const Sums& sums, const Limits& limits, L
   decision.skip |= skip_nonfinite && zero != 0;
   if (!limits.measures_change) return decision;
   const double change = total_norm(norm, sums.change);
-  decision.scaling = smaller(decision.scaling, scaling_to(limits.max_change, change));
-  if (limits.measures_params) {
-    const double params = larger(limits.smallest_norm, total_norm(norm, sums.params));
-    // Parameters that are not finite limit nothing.
-    const double limit = params < HUGE_VAL ? limits.max_relative_change * params : HUGE_VAL;
-    decision.scaling = smaller(decision.scaling, scaling_to(limit, change));
-  }
+  const double params = limits.measures_params ? total_norm(norm, sums.params) : 0;
+  decision.scaling = smaller(decision.scaling, scaling_of_change(limits, change, params, limits.smallest_norm));
   decision.change = decision.skip ? 0 : change * decision.scaling.product();
   return decision;
 }

@@ -16,6 +16,7 @@ struct RMSprop {
   static constexpr bool kLimitsChange = false;
   static constexpr bool kNeedsNorm = false;
   static constexpr bool kNeedsProducts = false;
+  static constexpr bool kMeasuresDelta = false;
   static constexpr int kKernels[] = {3};
   static constexpr bool kIsCommon = false;
 

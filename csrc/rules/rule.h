@@ -19,6 +19,13 @@
 //                         `numbers(settings)` is their count, and `next_numbers(settings, progress, store)` calls
 //                         store(place, value) for those that a step changes. `clip(settings)` is its WeightedClip, and
 //                         `weight(settings, numel, scalar)` that of a tensor's norm in it, see weighted_clip.h
+//   kMeasuresDelta        true: what a step adds to the parameter is proportional to lr, and can be measured before
+//                         anything is written; a factor of lr may follow from it, see delta.h.
+//                         `delta(terms, constants, param, d, states)` returns it for one element, without a decoupled
+//                         decay, and brings d and the states on; `delta_reads_param(terms)`; `relative(constants, d,
+//                         states)` returns the gradient over the root of its average square, for max_update_rms;
+//                         `measured(hyper, settings)` are the parts of DeltaSums that `lr_factor(hyper, settings,
+//                         numel, norms)` needs
 //   kKernels              numbers of state arrays, the largest last: a GPU has a kernel for each. With none, tensors on
 //                         a GPU are left to plain torch
 //   kIsCommon             true: a GPU has separate kernels for float32 and bfloat16. false: one kernel for all dtypes

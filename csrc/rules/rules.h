@@ -9,6 +9,7 @@
 #include "adagrad.h"
 #include "adam.h"
 #include "clip_grad.h"
+#include "lamb.h"
 #include "lion.h"
 #include "nadam.h"
 #include "novograd.h"
@@ -82,7 +83,7 @@ struct RuleList {
 };
 
 // The only list. Python finds a rule by its kName.
-using Rules = RuleList<SGD, Adam, Lion, Adadelta, Adagrad, NAdam, RAdam, RMSprop, NovoGrad, ScaledAdam, ClipGrad>;
+using Rules = RuleList<SGD, Adam, Lion, Adadelta, Adagrad, NAdam, RAdam, RMSprop, NovoGrad, ScaledAdam, LAMB, ClipGrad>;
 
 // All hyperparameters of a group: those that all rules have, and those of its own rule.
 struct Hyper : SharedHyper {
@@ -116,6 +117,34 @@ inline bool needs_norm(Rules::Id rule) {
 
 inline bool needs_products(Rules::Id rule) {
   return Rules::visit(rule, [](auto tag) { return decltype(tag)::Rule::kNeedsProducts; });
+}
+
+inline bool can_measure_delta(Rules::Id rule) {
+  return Rules::visit(rule, [](auto tag) { return decltype(tag)::Rule::kMeasuresDelta; });
+}
+
+// Returns the parts of DeltaSums that the rule needs of the tensors of a row.
+inline DeltaParts measured_of(Rules::Id rule, const Hyper& hyper) {
+  return Rules::visit(rule, [&](auto tag) -> DeltaParts {
+    using R = typename decltype(tag)::Rule;
+    if constexpr (R::kMeasuresDelta) {
+      return R::measured(hyper, hyper.of<R>());
+    } else {
+      return 0;
+    }
+  });
+}
+
+// Returns the factor of a tensor's learning rate that follows from them.
+inline double lr_factor_of(Rules::Id rule, const Hyper& hyper, double numel, const DeltaNorms& norms) {
+  return Rules::visit(rule, [&](auto tag) {
+    using R = typename decltype(tag)::Rule;
+    if constexpr (R::kMeasuresDelta) {
+      return R::lr_factor(hyper, hyper.of<R>(), numel, norms);
+    } else {
+      return 1.0;
+    }
+  });
 }
 
 inline bool runs_on_gpu(Rules::Id rule) {

@@ -18,6 +18,7 @@ struct ScaledAdam {
   static constexpr bool kLimitsChange = false;
   static constexpr bool kNeedsNorm = true;
   static constexpr bool kNeedsProducts = true;
+  static constexpr bool kMeasuresDelta = false;
   static constexpr std::array<int, 0> kKernels = {};
   static constexpr bool kIsCommon = false;
 

@@ -16,8 +16,14 @@ struct SegmentOutcome {
   double total_norm;  // over all devices
   double max_norm;    // the value of the limit
   double coefficient;
+  double change;  // after the limits on it; on the CPU alone
   uint32_t measured;  // on a GPU: its tiles that are measured; 0 between steps
   uint32_t unused;
+};
+
+// The limits on the change of a segment.
+struct SegmentChange : ChangeLimits {
+  double of_norm = 0;  // the change that a gradient of norm 1 makes in the end, with kLimitsChange
 };
 
 // What follows from a segment's norm.

@@ -16,6 +16,7 @@ struct SGD {
   static constexpr bool kLimitsChange = true;
   static constexpr bool kNeedsNorm = false;
   static constexpr bool kNeedsProducts = false;
+  static constexpr bool kMeasuresDelta = false;
   static constexpr int kKernels[] = {0, 1};
   static constexpr bool kIsCommon = true;
 

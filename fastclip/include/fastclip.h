@@ -39,8 +39,10 @@ typedef struct {
 
 /* A hyperparameter, by torch's name. `lr` and all that the optimizer has need a value: none is assumed. true is 1.
      sgd       momentum, dampening, nesterov
-     adam      beta1, beta2, eps, amsgrad, decoupled_weight_decay (1: AdamW)
+     adam      beta1, beta2, eps, amsgrad, decoupled_weight_decay (1: AdamW), max_update_rms (may be left out)
      novograd  beta1, beta2, eps, grad_averaging
+     lamb      beta1, beta2, eps, bias_correction, adam_w_mode, grad_averaging, use_nvlamb, max_update_rms; max_norm is
+               apex's max_grad_norm
      others    lion, adadelta, adagrad, nadam, radam, rmsprop: as in torch.optim
      all       lr, weight_decay, maximize, clip_value (or clip_low and clip_high), max_norm, norm_type (2, or INFINITY),
                skip_nonfinite, stochastic_rounding, rounding_seed, momentum_dtype (a fastclip_dtype)

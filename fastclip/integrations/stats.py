@@ -3,8 +3,7 @@
 from typing import Any
 
 from ..optimizer import ClippedOptimizer
-
-LIMITS_ON_THE_NORM = ("max_norm", "skip_norm", "max_change", "max_relative_change")
+from ..settings import set_limits
 
 
 def stats_to_log(optimizer: Any) -> dict[str, float]:
@@ -48,4 +47,4 @@ def measures_norm(optimizer: Any) -> bool:
     """Returns whether its step will take the norm of all gradients, and have `grad_norm` to log."""
     own = unwrapped(optimizer)
     groups = own.param_groups if own is not None else []
-    return any(group.get(limit) is not None for group in groups for limit in LIMITS_ON_THE_NORM)
+    return any(map(set_limits, groups))

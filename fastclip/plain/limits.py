@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..settings import LIMITS
+from ..settings import LIMITS, SCOPED
 from .history import CLIP_HISTORIES, SKIP_HISTORY, NormLimit
 from .measure import combined, measure_of, multiplied, norm_of
 from .rounding import has_master
@@ -18,7 +18,8 @@ SMALLEST_RMS = 1e-3
 
 class Limits(NamedTuple):
     """The limits that the groups have in common. None: not set; inf: only measured. With a `norm_scope` other than
-    "global", `max_norm` is not among them, see `segments.py`."""
+    "global", those of SCOPED are not among them, see `segments.py`; nor is a limit on what the rule adds to the
+    parameters, see `deltas.py`."""
 
     max_norm: float | dict | None
     skip_norm: float | dict | None
@@ -26,6 +27,7 @@ class Limits(NamedTuple):
     max_relative_change: float | None
     norm_type: float
     of_segments: bool  # some segment has a limit
+    of_deltas: bool  # what the rule adds is measured
 
     @property
     def of_change(self):
@@ -33,7 +35,13 @@ class Limits(NamedTuple):
 
     @property
     def any(self):
-        return self.max_norm is not None or self.skip_norm is not None or self.of_change or self.of_segments
+        return (
+            self.max_norm is not None
+            or self.skip_norm is not None
+            or self.of_change
+            or self.of_segments
+            or self.of_deltas
+        )
 
 
 class Decision(NamedTuple):
@@ -48,20 +56,36 @@ class Decision(NamedTuple):
     skip_norm: float | None = None
 
 
-def limits_of(groups):
+def limits_of(rule, groups):
     own = {name: groups[0][name] for name in LIMITS}
-    of_segments = False
-    if groups[0]["norm_scope"] != "global":
-        own["max_norm"] = None
-        of_segments = any(group["max_norm"] is not None for group in groups)
-    limits = Limits(**own, norm_type=float(groups[0]["norm_type"]), of_segments=of_segments)
+    scoped = groups[0]["norm_scope"] != "global"
+    of_gradients = SCOPED if rule.change is not None else ("max_norm",)
+    if rule.change is None:
+        own["max_change"] = own["max_relative_change"] = None
+    of_segments = scoped and any(group[name] is not None for group in groups for name in of_gradients)
+    if scoped:
+        own |= dict.fromkeys(SCOPED)
+    of_deltas = any(measures_deltas(rule, group) for group in groups)
+    limits = Limits(**own, norm_type=float(groups[0]["norm_type"]), of_segments=of_segments, of_deltas=of_deltas)
     return limits if limits.any else limits._replace(norm_type=math.inf)  # to look for inf and NaN
 
 
-def limits_on_norm(groups, state):
+def measures_deltas(rule, group):
+    """Returns whether the rule measures what it adds to the parameters of a group."""
+    if rule.delta is None:
+        return False
+    limits_change = group["max_change"] is not None or group["max_relative_change"] is not None
+    return limits_change or limits_rms(group) or rule.is_scaled(group)
+
+
+def limits_rms(group):
+    return group["max_update_rms"] is not None and group["max_update_rms"] < math.inf
+
+
+def limits_on_norm(rule, groups, state):
     """Returns the limits on the norm of all gradients: `max_norm` and `skip_norm`."""
     params = [param for group in groups for param in group["params"]]
-    limits = limits_of(groups)
+    limits = limits_of(rule, groups)
     max_norm = NormLimit(limits.max_norm, CLIP_HISTORIES["global"], state, params, anywhere=True)
     skip_norm = NormLimit(limits.skip_norm, SKIP_HISTORY, state, params, anywhere=True, leaves_out=True)
     return max_norm, skip_norm
@@ -135,6 +159,23 @@ def sums_of(measures, factors, params, norm_type, among):
     return torch.cat(parts)
 
 
+def scaling_of_change(limits, change, of_params, smallest_norm):
+    """Returns the factor of a change, as `scaling_to` does.
+
+    Args:
+        limits (dict): `max_change` and `max_relative_change`, each a number or None.
+        change (Tensor): its norm.
+        of_params (Tensor or None): the norm of the parameters. Parameters that are not finite limit nothing.
+        smallest_norm (float): stands for the norm of smaller parameters.
+    """
+    factors = scaling_to(math.inf if limits["max_change"] is None else limits["max_change"], change)
+    if limits["max_relative_change"] is None:
+        return factors
+    size = of_params.clamp(min=smallest_norm)
+    limit = torch.where(size < math.inf, limits["max_relative_change"] * size, math.inf)
+    return smaller(factors, scaling_to(limit, change))
+
+
 def decide_by_norm(norm, on_norm):
     """Returns the Decision that follows from the norm of the gradients alone, by the limits on it."""
     if not isinstance(norm, torch.Tensor):
@@ -152,12 +193,8 @@ def decide(sums, limits, smallest_norm, on_norm):
     if not limits.of_change:
         return decision
     factors, change = decision.factors, others[0]
-    if limits.max_change is not None:
-        factors = smaller(factors, scaling_to(limits.max_change, change))
-    if limits.max_relative_change is not None:
-        of_params = others[1].clamp(min=smallest_norm)
-        limit = torch.where(of_params < math.inf, limits.max_relative_change * of_params, math.inf)
-        factors = smaller(factors, scaling_to(limit, change))
+    of_params = others[1] if limits.max_relative_change is not None else None
+    factors = smaller(factors, scaling_of_change(limits._asdict(), change, of_params, smallest_norm))
     return decision._replace(factors=factors, change=change * math.prod(factors))
 
 

@@ -38,6 +38,10 @@ class Rule(NamedTuple):
         needs_norm: `states["grad_norm"]` is the norm of the gradient, over all ranks, a float64 tensor.
         weight: weight(group, param, scalar) is that of a parameter's norm in the clip that the rule has of its own, see
             `weighted_clip.py`; None if it has none.
+        delta: delta(group, param, grad, states, step) returns what an update adds to `param`, which it leaves alone,
+            and the gradient over the root of its average square; it brings `states` and `step` on as `update` does.
+            None if that can't be limited.
+        is_scaled: is_scaled(group) is whether what is added becomes as large as the parameter.
         takes_sparse, takes_nested, takes_complex: kinds of gradients.
     """
 
@@ -56,9 +60,15 @@ class Rule(NamedTuple):
     change: Callable | None = None
     needs_norm: bool = False
     weight: Callable | None = None
+    delta: Callable | None = None
+    is_scaled: Callable = lambda group: False
     takes_sparse: bool = False
     takes_nested: bool = False
     takes_complex: bool = True
+
+    def needs_whole(self, group):
+        """Returns whether a piece of a parameter is updated by other numbers than the parameter is."""
+        return self.needs_norm or self.is_scaled(group)
 
     @property
     def number_states(self):
@@ -103,6 +113,46 @@ def update_adam(group, param, grad, states, step):
     tensors = [states["exp_avg"], states["exp_avg_sq"], states.get("max_exp_avg_sq"), step]
     settings = ("amsgrad", "decoupled_weight_decay")
     call(adam, group, param, grad, tensors, *settings, fused=False, capturable=False, **betas_of(group))
+
+
+def delta_of_adam(group, param, grad, states, step):
+    """Lets torch update zeros. A decay that is added to the gradient is added here, as it needs the parameter."""
+    grad = -grad if group["maximize"] else grad
+    if group["weight_decay"] != 0 and not group["decoupled_weight_decay"]:
+        grad = grad.add(param, alpha=group["weight_decay"])
+    added = torch.zeros_like(param)
+    update_adam({**group, "weight_decay": 0, "maximize": False}, added, grad, states, step)
+    return added, relative(group, grad, states, 1 - group["betas"][1] ** float(step))
+
+
+def relative(group, grad, states, correction):
+    """Returns a gradient over the root of its average square, `correction` being that of the average."""
+    square = states["exp_avg_sq"]
+    if grad.is_complex():
+        grad, square = torch.view_as_real(grad), torch.view_as_real(square)
+    return grad / (square.sqrt() / correction**0.5).clamp(min=group["eps"])
+
+
+def delta_of_lamb(group, param, grad, states, step):
+    (beta1, beta2), decay, lr = group["betas"], group["weight_decay"], group["lr"]
+    exp_avg, exp_avg_sq = states["exp_avg"], states["exp_avg_sq"]
+    grad = -grad if group["maximize"] else grad
+    step += 1
+    count = float(step)
+    corrections = (1 - beta1**count, 1 - beta2**count) if group["bias_correction"] else (1.0, 1.0)
+    if decay != 0 and not group["adam_w_mode"]:
+        grad = grad.add(param, alpha=decay)
+    exp_avg.mul_(beta1).add_(grad * (1 - beta1 if group["grad_averaging"] else 1.0))
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    denominator = exp_avg_sq.sqrt().div_(corrections[1] ** 0.5).add_(group["eps"])
+    direction = exp_avg * (1 / corrections[0]) / denominator
+    if decay != 0 and group["adam_w_mode"]:
+        direction = direction.add(param, alpha=decay)
+    return direction * -lr, relative(group, grad, states, corrections[1])
+
+
+def update_lamb(group, param, grad, states, step):
+    param.add_(delta_of_lamb(group, param, grad, states, step)[0])
 
 
 def update_lion(group, param, grad, states, step):
@@ -233,7 +283,20 @@ ADAM = Rule(
     arrays=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
     states=lambda group: ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if group["amsgrad"] else 2],
     momentum="exp_avg",
-    numbers=("betas", "eps"),
+    numbers=("betas", "eps", "max_update_rms"),
+    delta=delta_of_adam,
+)
+LAMB = Rule(
+    "lamb",
+    "LAMB",
+    update_lamb,
+    arrays=("exp_avg", "exp_avg_sq"),
+    states=lambda group: ("exp_avg", "exp_avg_sq"),
+    momentum="exp_avg",
+    numbers=("betas", "eps", "max_update_rms"),
+    delta=delta_of_lamb,
+    is_scaled=lambda group: bool(group.get("use_nvlamb")) or group.get("weight_decay", 0) != 0,
+    takes_complex=False,
 )
 LION = Rule(
     "lion",
@@ -333,4 +396,4 @@ RMSPROP = Rule(
     numbers=("alpha", "eps", "momentum"),
 )
 
-RULES = (SGD, ADAM, LION, ADADELTA, ADAGRAD, NADAM, RADAM, RMSPROP, NOVOGRAD, SCALED_ADAM)
+RULES = (SGD, ADAM, LION, ADADELTA, ADAGRAD, NADAM, RADAM, RMSPROP, NOVOGRAD, SCALED_ADAM, LAMB)

@@ -8,8 +8,9 @@ from torch.optim.optimizer import _get_scalar_dtype
 from .._extension import _C
 from ..clip_stats import ClipStats
 from ..distributed import Reduction, total_measure
-from ..settings import LIMITS
+from ..settings import LIMITS, SCOPED
 from .checks import check
+from .deltas import lr_factors as lr_factors_of
 from .limits import (
     Decision,
     change_factors,
@@ -111,8 +112,8 @@ def step(
     check(rule, groups, state)
     stepped = [[p for p in group["params"] if p.grad is not None] for group in groups]
     params = [p for group_params in stepped for p in group_params]
-    limits, skip_nonfinite = limits_of(groups), groups[0]["skip_nonfinite"]
-    on_norm, segments = limits_on_norm(groups, state), Segments(rule, groups, state)
+    limits, skip_nonfinite = limits_of(rule, groups), groups[0]["skip_nonfinite"]
+    on_norm, segments = limits_on_norm(rule, groups, state), Segments(rule, groups, state)
     inverse_scale = None if grad_scale is None else grad_scale.double().reciprocal().float()
     moved, looked_at = 0, 0
     with torch.set_grad_enabled(any(group["differentiable"] for group in groups)):
@@ -139,18 +140,20 @@ def step(
             if by_parameter is not None:
                 by_parameter.update(positions_of(groups, measured))
             factors = change_factors(rule, groups) if limits.of_change else None
-            counted = counted_params(groups, state) if limits.max_relative_change is not None else None
+            counts_params = limits.max_relative_change is not None or segments.of_params
+            counted = counted_params(groups, state) if counts_params else None
+            of_all_params = counted if limits.max_relative_change is not None else None
 
             def sums_among(some):
-                of_all = sums_of(measured, factors, counted, norm_type, some)
-                return torch.cat([of_all, segments.sums(measured, some, of_all.device)])
+                of_all = sums_of(measured, factors, of_all_params, norm_type, some)
+                return torch.cat([of_all, segments.sums(measured, counted, some, of_all.device)])
 
             both = [*measured, *(param for param in counted or () if param not in measured)]
-            asked = sums_among, both, norm_type, found_inf, reductions, 3 * len(segments), beyond
+            asked = sums_among, both, norm_type, found_inf, reductions, len(segments), beyond
             sums, found_inf = sums_of_all(*asked)
-            sums, by_segment = sums.split([len(sums) - 3 * len(segments), 3 * len(segments)])
+            sums, by_segment = sums.split([len(sums) - len(segments), len(segments)])
             decision = decide(sums, limits, smallest_norm(counted or (), numels, norm_type), on_norm)
-            segments.decide(by_segment)
+            segments.decide(by_segment, counted, numels)
         if found_inf is not None and item_of(found_inf, unknown=0) != 0:
             if by_parameter is not None:  # as the kernels, which have measured nothing
                 by_parameter.update({i: torch.full_like(measure, math.nan) for i, measure in by_parameter.items()})
@@ -173,12 +176,25 @@ def step(
                     scaled(widened(g, p), (*decision.factors, *segments.factors(index, i)))
                     for g, (i, p) in zip(group_grads, places, strict=True)
                 ]
+        lr_factors = {}
+        if limits.of_deltas:
+
+            def sums_over_ranks(sums_among, some, of_all):
+                of_some = sums_among(some)
+                return sums_of_all(sums_among, some, 2.0, None, reductions, len(of_some) - of_all, beyond)[0]
+
+            tensors = [
+                tensors_of_group(rule, group, group_grads, state)
+                for group, group_grads in zip(groups, grads, strict=True)
+            ]
+            lr_factors, change = lr_factors_of(rule, groups, state, tensors, sums_over_ranks, numels)
+            decision = decision._replace(change=change)
         first = 0
         for index, (group, group_grads) in enumerate(zip(groups, grads, strict=True)):
             norms = [
                 segments.norm_after(index, i, decision) for i, p in enumerate(group["params"]) if p.grad is not None
             ]
-            update_group(rule, group, group_grads, state, first, norms)
+            update_group(rule, group, group_grads, state, first, norms, lr_factors)
             first += len(group["params"])
     return stats_of(groups, limits, decision, segments, moved, looked_at)
 
@@ -213,9 +229,15 @@ def stats_of(groups, limits, decision, segments, moved=0, looked_at=0, skipped=F
     def number(value):
         return torch.as_tensor(value, dtype=torch.float64, device=device).detach()
 
+    change = decision.change
+    if segments.limits_change:
+        change = segments.change()
+    elif change is None and any(group[name] is not None for group in groups for name in SCOPED[1:]):
+        change = 0.0  # skipped, before it was measured
     norm = number(decision.norm) if limits.any or segments.weighted else None
     coefficient = math.prod(decision.factors)
-    if segments.limited or segments.weighted:
+    scoped = groups[0]["norm_scope"] != "global" and any(group[name] is not None for group in groups for name in SCOPED)
+    if scoped or segments.weighted:
         coefficient = 0.0 if skipped else segments.smallest_coefficient()
     return ClipStats(
         total_norm=norm,
@@ -223,26 +245,47 @@ def stats_of(groups, limits, decision, segments, moved=0, looked_at=0, skipped=F
         clamped_fraction=number(moved) / max(looked_at, 1) if any(map(clips_value, groups)) else None,
         skipped=torch.tensor(skipped, device=device),
         skipped_steps=torch.tensor(int(skipped), device=device),
-        change=number(0.0 if skipped else decision.change) if limits.of_change else None,
+        change=None if change is None else number(0.0 if skipped else change),
         threshold=None if decision.max_norm is None else number(decision.max_norm),
         skip_threshold=None if decision.skip_norm is None else number(decision.skip_norm),
     )
 
 
-def update_group(rule, group, grads, state, first, norms):
+def states_of_group(rule, group, state):
+    """Returns the entries of the state of a group's parameters with a gradient; makes those of a first step."""
+    names = rule.states(group)
+    counts = rule.counts_steps or group["stochastic_rounding"]
+    own_states = []
+    for p in group["params"]:
+        if p.grad is not None:
+            own = state[p] if names or counts or rule.scalar or has_master(group, p) else {}
+            make_states(rule, group, p, own, names, counts)
+            own_states.append(own)
+    return own_states
+
+
+def tensors_of_group(rule, group, grads, state):
+    """Returns what an update of each parameter gets, see `deltas.measured_by`."""
+    tensors = {}
+    params = [p for p in group["params"] if p.grad is not None]
+    for p, grad, own in zip(params, grads, states_of_group(rule, group, state), strict=True):
+        wide = wide_param(group, p, own)
+        states = {name: widened_state(rule, own[name], wide) for name in rule.states(group)}
+        tensors[p] = wide, grad.to(wide.dtype), states, own["step"]
+    return tensors
+
+
+def update_group(rule, group, grads, state, first, norms, lr_factors):
     """Updates the parameters of one group by the given gradients. `first` is the place of its first parameter among the
-    parameters of all groups; `norms` are those of the gradients, where the rule needs them.
+    parameters of all groups; `norms` are those of the gradients, where the rule needs them; `lr_factors` are those of
+    the learning rate, by parameter, where they are not 1.
 
     Updates one parameter after the other, as torch does: they may share memory.
     """
     params = [p for p in group["params"] if p.grad is not None]
     names = rule.states(group)
     counts = rule.counts_steps or group["stochastic_rounding"]
-    own_states = []
-    for p in params:
-        own = state[p] if names or counts or rule.scalar or has_master(group, p) else {}
-        make_states(rule, group, p, own, names, counts)
-        own_states.append(own)
+    own_states = states_of_group(rule, group, state)
     kept = [{name: own.get(name) for name in names} for own in own_states]  # a parameter may be in the group twice
     together = zip(params, grads, own_states, kept, places_of(group, first), norms, strict=True)
     for p, grad, own, before, place, norm in together:
@@ -255,7 +298,8 @@ def update_group(rule, group, grads, state, first, norms):
         # A buffer that SGD's first step fills has the gradient's dtype, which may not be the parameter's
         # (`p.grad_dtype`).
         grad = widened(grad, p) if rule.filled_by_first_step else grad.to(wide.dtype)
-        rule.update(group, wide, grad, states, own.get("step"))
+        own_group = {**group, "lr": group["lr"] * lr_factors[p]} if p in lr_factors else group
+        rule.update(own_group, wide, grad, states, own.get("step"))
         if counts and not rule.counts_steps:
             own["step"] += 1
         rounding = Rounding(group, place, own.get("step"))

@@ -27,6 +27,7 @@ SETTINGS = (
         "rho",
     ),
     *("lr_decay", "initial_accumulator_value", "momentum_decay", "decoupled_weight_decay", "grad_averaging"),
+    *("bias_correction", "adam_w_mode", "use_nvlamb", "max_update_rms"),
     *("max_norm", "norm_type", "skip_nonfinite", "stochastic_rounding"),
 )
 ONLY_IN = {"momentum_decay": "nadam", "alpha": "rmsprop", "rho": "adadelta", "lr_decay": "adagrad"}

@@ -90,6 +90,17 @@ def test_mixtures_have_the_bits_of_python(rule, settings):
         assert_same(optimizer, params, plan, twins, plan.step())
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rule", ["Adam", "LAMB"])
+def test_what_a_step_adds_is_limited_to_the_bits_of_python(rule, dtype):
+    for settings in ({"max_update_rms": 0.3}, {"max_update_rms": 0.3, "max_norm": 0.5, "skip_nonfinite": True}):
+        optimizer, params, plan, twins = both(rule, dtype, **{**RULES[rule], **settings})
+        for step in range(3):
+            give_gradients(params, twins, step)
+            optimizer.step()
+            assert_same(optimizer, params, plan, twins, plan.step())
+
+
 def test_what_a_step_did_is_told():
     optimizer, params, plan, twins = both("SGD", lr=0.1, clip_value=0.5, max_norm=1.0)
     give_gradients(params, twins, 0)

@@ -84,9 +84,10 @@ def check_in_flight(loop, tile):
 
 
 def fma_calls(variant):
-    """Those that its header writes per element; SGD's for momentum stand in one block."""
+    """Those that its header writes per element, in `update` or in the `delta` that this calls; SGD's for momentum stand
+    in one block."""
     rule, states = variant.split()[:2]
-    body = re.search(r"static void update\(.*?\n  }\n", sass.headers()[rule], re.S)[0]
+    body = "".join(re.findall(r"static (?:void update|T delta)\(.*?\n  }\n", sass.headers()[rule], re.S))
     if (rule, states) == ("SGD", "0"):
         body = re.sub(r"if \(terms & kHasMomentum\) {.*?\n    }\n", "", body, flags=re.S)
     return len(re.findall(r"= [^;]*?\b(?:fma|lerp)\(", body))

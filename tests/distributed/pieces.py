@@ -57,14 +57,14 @@ def exchange(optimizer, which, *how):
         group["params"] = [flat(group["params"], *how)]
 
 
-def assert_refused(optimizer, setting):
+def assert_refused(optimizer, setting, way_out="gradient_clipping"):
     params = params_of(optimizer.param_groups)
     before = [p.clone() for p in params]
     states = len(optimizer.state)
     try:
         optimizer.step()
     except TypeError as error:
-        assert str(error).startswith(f"{setting} can't be applied") and "gradient_clipping" in str(error), error
+        assert str(error).startswith(f"{setting} can't be applied") and way_out in str(error), error
     else:
         raise AssertionError("the step was taken")
     assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True)) and len(optimizer.state) == states
@@ -80,6 +80,14 @@ def pieces_are_refused():
                     optimizer = kind(make_groups(), lr=0.1, **settings)
                     exchange(optimizer, which, dist.get_world_size(), strided)
                     assert_refused(optimizer, next(iter(settings)))
+
+
+@on_ranks(2)
+def pieces_are_refused_where_the_rule_needs_whole_parameters():
+    for kind, settings in ((fastclip.NovoGrad, {}), (fastclip.LAMB, {"max_grad_norm": None})):
+        optimizer = kind(make_groups(), lr=0.1, **settings)
+        exchange(optimizer, (0, 1), 2)
+        assert_refused(optimizer, kind.__name__, "whole tensors")
 
 
 @on_ranks(2)

@@ -16,6 +16,7 @@ from . import (
     accumulation,
     checkpoints,
     deferred,
+    deltas,
     disagreement,
     histories,
     models,
@@ -93,6 +94,11 @@ def test_norms_of_segments(results, case, ranks):
     assert_passed(results[ranks][case])
 
 
+@cases_of(deltas)
+def test_limits_on_what_is_added(results, case, ranks):
+    assert_passed(results[ranks][case])
+
+
 @cases_of(stages)
 def test_norms_over_the_stages_of_a_pipeline(results, case, ranks):
     assert_passed(results[ranks][case])
@@ -125,6 +131,10 @@ def test_a_norm_of_the_shards_of_one_rank_is_refused():
     for settings in ({"max_norm": 1.0}, {"max_norm": 1.0, "norm_scope": "parameter"}, {"skip_nonfinite": True}):
         with pytest.raises(TypeError, match=f"{next(iter(settings))} can't be applied to param_groups.0.: each rank"):
             fastclip.SGD([p], lr=0.1, **settings)
+    for kind in (fastclip.LAMB, fastclip.NovoGrad, fastclip.ScaledAdam):  # steps as large as a whole parameter says
+        settings = {"max_grad_norm": None} if kind is fastclip.LAMB else {}
+        with pytest.raises(TypeError, match=f"{kind.__name__} can't be applied to param_groups.0.: each rank"):
+            kind([p], **settings)
     fastclip.SGD([p], lr=1.0, clip_value=0.5).step()
     assert p.tolist() == [-0.5] * 3
 

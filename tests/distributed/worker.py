@@ -94,6 +94,7 @@ def main():
         accumulation,
         checkpoints,
         deferred,
+        deltas,
         disagreement,
         histories,
         in_deepspeed,

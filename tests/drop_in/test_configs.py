@@ -181,7 +181,8 @@ def test_the_constructors_own_names_are_listed_once():
     assert not [cls for cls in listed if cls.__module__.startswith("fastclip")]
     for name in (name for name in NAMES if hasattr(torch.optim, name)):
         assert issubclass(getattr(fastclip, name), getattr(torch.optim, name))
-        assert [cls.__name__ for cls in listed].count(name) == 1
+        known = [cls.__name__ for cls in listed if cls.__module__.partition(".")[0] in ("torch", "fastclip")]
+        assert known.count(name) == 1  # other libraries, which other tests import, have their own
 
 
 @pytest.mark.parametrize("given, found", [("AdamW", torch.optim.AdamW), ("fastclip.AdamW", fastclip.AdamW)])

@@ -30,6 +30,7 @@ def test_is_an_sgd_with_its_arguments():
         "norm_scope": "global",
         "max_change": None,
         "max_relative_change": None,
+        "max_update_rms": None,
         "skip_nonfinite": False,
         "master_weights": False,
         "stochastic_rounding": False,

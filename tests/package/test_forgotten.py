@@ -14,7 +14,7 @@ RULE = "nadam.h"  # has all members, a scalar among them
 # The place that needs each member; the last ones are the host's, which includes torch.
 MEMBERS = {
     "cpu/step.cpp": ["kClipsInPlace", "kScalar", "kSwitches", "Constants", "constants", "next_scalar", "Settings"]
-    + ["kLimitsChange", "kNeedsNorm", "kNeedsProducts"],
+    + ["kLimitsChange", "kNeedsNorm", "kNeedsProducts", "kMeasuresDelta"],
     "cpu/baseline.cpp": ["canonical", "reads", "writes", "update"],
     "cuda/step.cu": ["kKernels", "kIsCommon", "kCountsSteps", "kStates"],
     "host/groups.cpp": ["read", "terms"],

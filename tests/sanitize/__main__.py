@@ -35,6 +35,7 @@ TESTS = {
         "step/test_clip_stats.py",
         "step/test_norm_scope.py",
         "step/test_novograd.py",
+        "step/test_scaled_adam.py",
         "drop_in/test_amp.py",
         "concurrency/test_threads.py",
         "concurrency/test_meanwhile.py",

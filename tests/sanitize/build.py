@@ -86,18 +86,17 @@ class Sanitizer:
         ninja = [ninja_file.find_ninja(), "-f", self.folder / "objects" / "build.ninja", "-t", "commands", "-s", file]
         return subprocess.run(ninja, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
 
-    def build_variant(self, project, original, source, log):
-        """As `project`: the library, or the glue, with the file `source` in place of `original`, a path in csrc. Raises
-        as build does."""
+    def build_variant(self, project, original, csrc, log):
+        """As `project`: the library, or the glue, whose source `original` is that of another `csrc`. Raises as build
+        does."""
         copy_python(self.project, project)
         for file in (self.project / "fastclip").glob("*.so"):
             shutil.copy(file, project / "fastclip")
         shutil.copy(self.project / "fastclip" / "_build_info.py", project / "fastclip")
         replaced = self.object_of(original)
         target = project / replaced.name
-        # Its headers are looked for beside the original.
         compiles = self.command_of(replaced).replace(str(replaced), str(target))
-        compiles = compiles.replace(f" -c csrc/{original} ", f" -iquote {Path('csrc', original).parent} -c {source} ")
+        compiles = compiles.replace(f" -c csrc/{original} ", f" -c {csrc / original} ")
         run(["sh", "-c", compiles], log, cwd=ROOT)
         pattern = "_C_*.so" if replaced.parent.name.startswith("host") else "libfastclip.so"
         (linked,) = (self.project / "fastclip").glob(pattern)

@@ -2,7 +2,6 @@
 
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
 
 from tests.support.project import CSRC
 
@@ -16,6 +15,7 @@ class Bug:
     wrong: str
     test: str
     report: str  # a regular expression
+    unit: str = ""  # the source that is compiled, where the file is a header
 
 
 STEP_BY_THREADS = "tests/concurrency/test_threads.py::test_two_optimizers_in_two_threads"
@@ -68,29 +68,32 @@ BUGS = [
     Bug(
         "a counter that is not atomic",
         "thread",
-        "cpu/step.cpp",
+        "cpu/chunks.h",
         "std::atomic<int64_t> fetched{0};",
         "struct { int64_t i; int64_t fetch_add(int64_t n, std::memory_order) { return (i += n) - n; } } fetched{0};",
         STEP_BY_THREADS,
         "data race",
+        unit="cpu/step.cpp",
     ),
     Bug(
         "a chunk that two threads take",
         "thread",
-        "cpu/step.cpp",
+        "cpu/chunks.h",
         "std::min(begin + kChunksPerFetch, chunks)",
         "std::min(begin + kChunksPerFetch + 1, chunks)",
         STEP_BY_THREADS,
         "data race",
+        unit="cpu/step.cpp",
     ),
     Bug(
         "memory that all optimizers share",
         "thread",
-        "cpu/step.cpp",
+        "cpu/measures.h",
         "  Sums sums{};\n  for (int64_t chunk",
         "  static Sums sums;\n  sums = {};\n  for (int64_t chunk",
         STEP_BY_THREADS,
         "data race",
+        unit="cpu/step.cpp",
     ),
 ]
 
@@ -98,9 +101,8 @@ BUGS = [
 def plant(bug, sanitizer, folder):
     """Builds fastclip with `bug` in `folder`."""
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    text = (CSRC / bug.file).read_text()
+    csrc = shutil.copytree(CSRC, folder / "csrc")
+    text = (csrc / bug.file).read_text()
     assert text.count(bug.right) == 1, f"{bug.name}: what is to be replaced is there {text.count(bug.right)} times"
-    source = folder / Path(bug.file).name
-    source.write_text(text.replace(bug.right, bug.wrong))
-    sanitizer.build_variant(folder, bug.file, source, folder / "build.log")
+    (csrc / bug.file).write_text(text.replace(bug.right, bug.wrong))
+    sanitizer.build_variant(folder, bug.unit or bug.file, csrc, folder / "build.log")

@@ -549,10 +549,6 @@ BAD = {
         "norm_scope in param_groups[0] must be 'global', 'group' or 'parameter'",
     ),
     "no word": ({"norm_scope": None}, "norm_scope in param_groups[0] must be 'global', 'group' or 'parameter'"),
-    "a limit on the change": (
-        {"norm_scope": "parameter", "max_change": 1.0},
-        "max_change in param_groups[0] is a limit over all groups, and can't be set beside norm_scope='parameter'",
-    ),
     "a rule that goes on with a NaN": (
         {"norm_scope": "group", "max_norm": "ema", "skip_nonfinite": False},
         "max_norm in param_groups[0] is a rule, which needs skip_nonfinite=True",

@@ -185,7 +185,7 @@ BAD = {
         "norm_scope in param_groups[0] must be 'global' or 'parameter'",
     ),
     "norm": ({"norm_type": math.inf}, "norm_type in param_groups[0] must be 2 in this optimizer"),
-    "change": ({"max_change": 1.0}, "the change that a gradient makes follows from its norm in fastclip.SGD only"),
+    "change": ({"max_change": 1.0}, "fastclip.SGD, Adam, AdamW and LAMB alone have it"),
     "eps": ({"eps": -1.0}, "eps must not be negative or NaN, got -1.0"),
 }
 

@@ -56,9 +56,9 @@ def test_the_table_of_tests_has_all_optimizers():
     import fastclip
 
     public = {name for name in fastclip.__all__ if hasattr(getattr(fastclip, name), "_rule")}
-    of_its_own = {"ScaledAdam"}  # its sums decide on whole parameters, and no torch optimizer is like it: see its file
-    assert public == set(OPTIMIZERS) | of_its_own
-    of_table = {case.rule.name for case in CASES} | {getattr(fastclip, name)._rule.name for name in of_its_own}
+    of_their_own = {"ScaledAdam", "LAMB"}  # sums over whole parameters decide: see their files
+    assert public == set(OPTIMIZERS) | of_their_own
+    of_table = {case.rule.name for case in CASES} | {getattr(fastclip, name)._rule.name for name in of_their_own}
     assert of_table == {rule.name for rule in rules.RULES}
 
 

@@ -22,6 +22,7 @@ RULES = {
     "NAdam": {"lr": 0.01},
     "RAdam": {"lr": 0.01},
     "NovoGrad": {"lr": 0.01, "weight_decay": 0.01},
+    "LAMB": {"lr": 0.01, "weight_decay": 0.1, "max_grad_norm": None, "max_update_rms": 0.5},
 }
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CLIPS = (
