@@ -44,9 +44,14 @@ namespace {
       return measure_products<NAME, T>(t, begin, size, c);                                                             \
     }                                                                                                                  \
     template <class T, class R, Terms kTerms>                                                                          \
+    TARGET static void delta_block_of(const T* params, const T* grads, const T* const* states, T* added, T* relative,  \
+                                      const Constants& c) {                                                            \
+      delta_block<T, R, kTerms>(params, grads, states, added, relative, c);                                            \
+    }                                                                                                                  \
+    template <class T>                                                                                                 \
     TARGET static DeltaSums measure_deltas_of(const TensorEntry& t, int64_t begin, int64_t size, const Constants& c,   \
-                                              DeltaParts parts) {                                                      \
-      return measure_deltas<NAME, T, R, kTerms>(t, begin, size, c, parts);                                             \
+                                              DeltaParts parts, const Delta& rule) {                                   \
+      return measure_deltas<NAME, T>(t, begin, size, c, parts, rule);                                                  \
     }                                                                                                                  \
   };
 
@@ -64,20 +69,25 @@ constexpr void fill_updates(LoopTable& table) {
   });
 }
 
-template <class Set, class T, class R, uint32_t... kTerms>
-constexpr void fill_deltas_of(DeltaLoop* loops, std::integer_sequence<uint32_t, kTerms...>) {
-  ((loops[kTerms] = Set::template measure_deltas_of<T, R, R::canonical(kTerms)>), ...);
+template <class Set, class R, uint32_t... kTerms>
+constexpr void fill_deltas_of(Delta* rows, std::integer_sequence<uint32_t, kTerms...>) {
+  ((rows[kTerms] = {Set::template delta_block_of<float, R, R::canonical(kTerms)>,
+                    Set::template delta_block_of<double, R, R::canonical(kTerms)>, R::reads(kTerms),
+                    R::delta_reads_param(kTerms)}),
+   ...);
 }
 
-template <class Set, class T>
-constexpr void fill_deltas(DeltaLoop* all) {
+template <class Set>
+constexpr void fill_deltas(LoopTable& table) {
   Rules::each([&](auto tag) {
     using R = typename decltype(tag)::Rule;
     if constexpr (R::kMeasuresDelta) {
-      DeltaLoop* const loops = all + kFirstLoop[Rules::id_of<R>().index()];
-      fill_deltas_of<Set, T, R>(loops, std::make_integer_sequence<uint32_t, 1 << R::kSwitches>{});
+      Delta* const rows = table.delta + kFirstLoop[Rules::id_of<R>().index()];
+      fill_deltas_of<Set, R>(rows, std::make_integer_sequence<uint32_t, 1 << R::kSwitches>{});
     }
   });
+  table.deltas[0] = Set::template measure_deltas_of<float>;
+  table.deltas[1] = Set::template measure_deltas_of<double>;
 }
 
 template <class Set, class Stored, Norm kNorm>
@@ -108,8 +118,7 @@ constexpr LoopTable make_loops() {
   table.params[1] = Set::template measure_params_of<double>;
   table.products[0] = Set::template measure_products_of<float>;
   table.products[1] = Set::template measure_products_of<double>;
-  fill_deltas<Set, float>(table.deltas[0]);
-  fill_deltas<Set, double>(table.deltas[1]);
+  fill_deltas<Set>(table);
   return table;
 }
 

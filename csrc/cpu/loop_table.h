@@ -32,7 +32,20 @@ enum class Seen { raw, clipped, clipped_or_nonfinite };
 using UpdateLoop = Updated (*)(const TensorEntry&, int64_t begin, int64_t size, const Constants&);
 using MeasureLoop = void (*)(const TensorEntry&, int64_t begin, int64_t size, const Clip<double>&, Measure&);
 using ParamsLoop = Measure (*)(const TensorEntry&, int64_t begin, int64_t size, Norm);
-using DeltaLoop = DeltaSums (*)(const TensorEntry&, int64_t begin, int64_t size, const Constants&, DeltaParts);
+
+// What a rule with kMeasuresDelta says of a set of terms: how a block is computed, and of what. Either result may be
+// nullptr: it is not wanted.
+template <class T>
+using DeltaBlock = void (*)(const T* params, const T* grads, const T* const* states, T* added, T* relative,
+                            const Constants&);
+struct Delta {
+  DeltaBlock<float> of_float32;  // nullptr in other rules
+  DeltaBlock<double> of_float64;
+  uint32_t states;
+  bool reads_param;
+};
+using DeltaLoop = DeltaSums (*)(const TensorEntry&, int64_t begin, int64_t size, const Constants&, DeltaParts,
+                                const Delta&);
 using ProductsLoop = Products (*)(const TensorEntry&, int64_t begin, int64_t size, const Clip<double>&);
 
 // The storage of a tensor's arrays. staged: 16-bit or mixed arrays, which go through float32 block by block.
@@ -66,14 +79,13 @@ struct LoopTable {
   MeasureLoop measures[kNumDTypes][2][3];  // by dtype, inf norm or not, Seen
   ParamsLoop params[2];  // float64 or not
   ProductsLoop products[2];
-  DeltaLoop deltas[2][count_of_loops()];  // nullptr for rules without kMeasuresDelta
+  DeltaLoop deltas[2];
+  Delta delta[count_of_loops()];
 
   UpdateLoop update(Rules::Id rule, const TensorEntry& tensor, Terms terms) const {
     return updates[static_cast<int>(storage_of(tensor))][kFirstLoop[rule.index()] + terms];
   }
-  DeltaLoop delta(Rules::Id rule, const TensorEntry& tensor, Terms terms) const {
-    return deltas[tensor.dtype == DType::float64][kFirstLoop[rule.index()] + terms];
-  }
+  const Delta& delta_of(Rules::Id rule, Terms terms) const { return delta[kFirstLoop[rule.index()] + terms]; }
 };
 
 // Of each instruction set, which is compiled in a file of its own: beside each other, and one by smaller loops.

@@ -311,31 +311,36 @@ FASTCLIP_HD const T* block_of(DType dtype, const void* from, int64_t at, int64_t
 constexpr int kLanes = 32;
 static_assert(kBlock % kLanes == 0);
 
-// What a block's update adds to the parameters, and the relative gradients.
+// What a block's update adds to the parameters, and the relative gradients; where they are wanted.
 template <class T, class R, Terms kTerms>
 FASTCLIP_HD void delta_block(const T* params, const T* grads, const T* const* states, T* added, T* relative,
-                             const Clip<T>& clip, const typename R::template Constants<T>& constants) {
+                             const Constants& all) {
+  const auto clip = converted<Clip<T>>(all.clip);
+  const auto constants = constants_as<R, T>(all);
   const T* const s0 = states[0];
   const T* const s1 = states[1];
   const T* const s2 = states[2];
   static_assert(kMaxStates == 3);
-  FASTCLIP_IVDEP
-  for (int64_t i = 0; i < kBlock; ++i) {
-    T state[kMaxStates] = {s0[i], s1[i], s2[i]};
-    T d = clip(grads[i]);
-    added[i] = R::delta(kTerms, constants, params[i], d, state);
-    relative[i] = R::relative(constants, d, state);
-  }
+  const auto compute = [&](auto wants_added, auto wants_relative) __attribute__((always_inline)) {
+    FASTCLIP_IVDEP
+    for (int64_t i = 0; i < kBlock; ++i) {
+      T state[kMaxStates] = {s0[i], s1[i], s2[i]};
+      T d = clip(grads[i]);
+      const T delta = R::delta(kTerms, constants, params[i], d, state);
+      if constexpr (decltype(wants_added)::value) added[i] = delta;
+      if constexpr (decltype(wants_relative)::value) relative[i] = R::relative(constants, d, state);
+    }
+  };
+  if (!relative) return compute(std::true_type{}, std::false_type{});
+  added ? compute(std::true_type{}, std::true_type{}) : compute(std::false_type{}, std::true_type{});
 }
 
 // Measures what an update would add to a chunk, block by block.
-template <class Set, class T, class R, Terms kTerms>
+template <class Set, class T>
 FASTCLIP_HD DeltaSums measure_deltas(const TensorEntry& tensor, int64_t begin, int64_t size, const Constants& all,
-                                     DeltaParts parts) {
+                                     DeltaParts parts, const Delta& rule) {
   constexpr bool kFloat64 = std::is_same_v<T, double>;
-  const auto clip = converted<Clip<T>>(all.clip);
-  const auto constants = constants_as<R, T>(all);
-  const bool reads_param = (parts & kParam) || ((parts & (kDelta | kRelative)) && R::delta_reads_param(kTerms));
+  const bool reads_param = (parts & kParam) || ((parts & (kDelta | kRelative)) && rule.reads_param);
   const bool reads_first = parts & kDelta;  // relative gradients follow from the second average alone
   alignas(kCacheLine) T param[kBlock] = {}, grad[kBlock], state[kMaxStates][kBlock] = {}, added[kBlock],
                         relative[kBlock];
@@ -351,10 +356,15 @@ FASTCLIP_HD DeltaSums measure_deltas(const TensorEntry& tensor, int64_t begin, i
     const T* const grads = block_of<Set>(tensor.grad_dtype, tensor.grad, begin, count, grad);
     const T* states[kMaxStates];
     for (int s = 0; s < kMaxStates; ++s) {
-      const bool reads = has(R::reads(kTerms), s) && (s > 0 || reads_first);
+      const bool reads = has(rule.states, s) && (s > 0 || reads_first);
       states[s] = reads ? block_of<Set>(tensor.state_dtypes[s], tensor.states[s], begin, count, state[s]) : state[s];
     }
-    delta_block<T, R, kTerms>(params, grads, states, added, relative, clip, constants);
+    T* const wanted[] = {parts & kDelta ? added : nullptr, parts & kRelative ? relative : nullptr};
+    if constexpr (kFloat64) {
+      rule.of_float64(params, grads, states, wanted[0], wanted[1], all);
+    } else {
+      rule.of_float32(params, grads, states, wanted[0], wanted[1], all);
+    }
     for (int64_t i = count; i < kBlock; ++i) added[i] = relative[i] = 0;
     if (parts & kDelta) add(of_deltas, added);
     if (parts & kRelative) add(of_relative, relative);

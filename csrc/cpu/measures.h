@@ -76,14 +76,15 @@ class DeltasOfTensors {
   void begin(const TensorEntry& tensor) {
     parts_ = delta_parts(step_, tensor, segment_);
     if (parts_ == 0 || !tensor.grad) return;
-    loop_ = loops_.delta(step_.rule, tensor, constants_of_tensors_.terms(tensor));
+    loop_ = loops_.deltas[tensor.dtype == DType::float64];
+    rule_ = &loops_.delta_of(step_.rule, constants_of_tensors_.terms(tensor));
     constants_ = &constants_of_tensors_.of(tensor);
   }
   void measure(const TensorEntry& tensor, int64_t first, int64_t count, int64_t place) const {
     DeltaSums& sums = step_.deltas[place] = {};
     if (parts_ == 0) return;
     if (tensor.grad) {
-      sums = loop_(tensor, first, count, *constants_, parts_);
+      sums = loop_(tensor, first, count, *constants_, parts_, *rule_);
     } else if (parts_ & kParam) {  // it counts in the norm of the parameters
       sums.param = loops_.params[tensor.dtype == DType::float64](tensor, first, count, Norm::two);
     }
@@ -96,6 +97,7 @@ class DeltasOfTensors {
   size_t segment_ = 0;
   DeltaParts parts_ = 0;
   DeltaLoop loop_ = nullptr;
+  const Delta* rule_ = nullptr;
   const Constants* constants_ = nullptr;
 };
 

@@ -52,7 +52,9 @@ struct LAMB {
     if (hyper.weight_decay == 0) return 0;
     return settings.adam_w_mode ? kDecay : kDecaysGradient;
   }
-  FASTCLIP_HD static constexpr Terms canonical(Terms terms) { return terms & ~kFirst; }
+  FASTCLIP_HD static constexpr Terms canonical(Terms terms) {
+    return terms & kDecaysGradient ? kDecaysGradient : terms & kDecay;
+  }
   FASTCLIP_HD static constexpr uint32_t reads(Terms) { return 3; }
   FASTCLIP_HD static constexpr uint32_t writes(Terms) { return 3; }
 
