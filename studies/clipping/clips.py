@@ -13,6 +13,8 @@ CLIPS = {
     "value": lambda clip_value: {"clip_value": clip_value},
     "norm": lambda max_norm: {"max_norm": max_norm},
     "change": lambda change: {"max_relative_change": change},
+    "change of each parameter": lambda change: {"max_relative_change": change, "norm_scope": "parameter"},
+    "update RMS": lambda rms: {"max_update_rms": rms},
     "quantile": lambda q: {"max_norm": fastclip.QuantileNorm(q, scale=2.0)},
     "ema": lambda z: {"max_norm": fastclip.EmaNorm(z)},
     "norm 10, skip": lambda scale: {"max_norm": 10.0, "skip_norm": fastclip.QuantileNorm(scale=scale)},
@@ -45,6 +47,7 @@ class Clip:
         if situation.optimizer == "SGD":
             settings["momentum"] = situation.momentum
         self.optimizer = getattr(fastclip, situation.optimizer)(params, lr=cell.lr, **settings)
+        self.limits_what_is_added = situation.optimizer != "SGD" and not {"max_norm", "clip_value"} & settings.keys()
         self.micro_batch = None
         if cell.kind in MICRO_CLIPS:
             self.micro_batch = fastclip.clipped_accumulation(self.optimizer, **MICRO_CLIPS[cell.kind](cell.threshold))
@@ -74,4 +77,6 @@ class Clip:
         stats = self.optimizer.clip_stats()
         if stats.clamped_fraction is not None:
             return stats.clamped_fraction.item()
+        if self.limits_what_is_added:
+            return math.nan  # a factor of the learning rate, which no step tells
         return float(stats.clip_coefficient is not None and stats.clip_coefficient.item() < 1)

@@ -13,6 +13,7 @@ THRESHOLDS = {
     "value": (1e-4, 1e-3, 1e-2, 1e-1),
     "norm": (0.1, 1, 10, 100),
     "change": (0.01, 0.03, 0.1),
+    "change of each parameter": (0.01, 0.03, 0.1),
     "quantile": (0.5,),
     "ema": (2.5,),
 }
@@ -33,6 +34,10 @@ SITUATION_CLIPS = {
     "micro-batch quantile": (0.5,),
     "change 0.03, micro-batch quantile": (0.5,),
 }
+
+
+# Beside a norm clip, of what AdamW adds.
+ADAMW_CLIPS = {"change": (0.01,), "change of each parameter": (0.01,), "update RMS": (1,)}
 
 
 def grid(options):
@@ -59,12 +64,16 @@ def situation_grid(options):
 
 
 def clips_in(name):
-    """What is compared in a situation: a limit on the change where the optimizer has it, which is SGD; micro-batches on
-    bad data, and for comparison as it is."""
-    situation = SITUATIONS[name]
+    """What is compared in a situation: micro-batches on bad data, and for comparison as it is. Limits of AdamW are on what
+    it adds."""
+    if SITUATIONS[name].optimizer != "SGD":
+        return {kind: thresholds for kind, thresholds in SITUATION_CLIPS.items() if is_of_gradients(kind)} | ADAMW_CLIPS
     return {
         kind: thresholds
         for kind, thresholds in SITUATION_CLIPS.items()
-        if (situation.optimizer == "SGD" or "change" not in kind)
-        and (is_bad(name) or name == "as it is" or kind not in MICRO_CLIPS)
+        if is_bad(name) or name == "as it is" or kind not in MICRO_CLIPS
     }
+
+
+def is_of_gradients(kind):
+    return "change" not in kind and kind not in MICRO_CLIPS

@@ -336,7 +336,7 @@ def test_the_reports_error_rates_are_those_of_the_file():
         rates = [head.strip().removeprefix("lr ") for head in table[0].split("|")[2:-1]]
         for line in table[2:]:
             clip, *cells = (cell.strip() for cell in line.split("|")[1:-1])
-            kind, _, threshold = clip.replace("no clip", "none").partition(" ")
+            kind, _, threshold = clip.replace("no clip", "none ").rpartition(" ")
             for lr, cell in zip(rates, cells, strict=True):
                 same = [r for r in rows if (r["model"], r["kind"], r["lr"]) == (model, kind, lr)
                         and r["threshold"] == threshold]  # fmt: skip
