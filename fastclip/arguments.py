@@ -9,7 +9,7 @@ from .norm_rules import complete_rules
 from .reasons import negative, not_a_number, number_as_text
 
 _WORDS = ("params", "param_names", "momentum_dtype")  # settings that are no numbers
-_SWITCHES = ("skip_nonfinite", "master_weights", "stochastic_rounding")
+_SWITCHES = ("norm_replicated", "skip_nonfinite", "master_weights", "stochastic_rounding")
 
 
 def complete_settings(settings: dict[str, Any], known: Iterable[str], where: str = "") -> None:

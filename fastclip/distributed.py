@@ -21,6 +21,7 @@ class Reduction(NamedTuple):
 
     groups: tuple = ()
     device_type: str = "cpu"  # the device of the tensors that these groups take
+    replicated: bool = False  # a norm_process_group adds up nothing: all its ranks have the same
 
 
 def is_dtensor(tensor):
@@ -54,13 +55,16 @@ def local_of(tensor):
     return tensor._local_tensor if is_dtensor(tensor) else tensor
 
 
-def reduction_of(spec, name):
+def reduction_of(spec, name, replicated=False):
     """Returns the Reduction of a parameter of this name with this DTensorSpec: over the mesh dimensions that shard it.
+    None stands for a tensor that is no DTensor. `replicated`: it is so in a norm_process_group.
 
     Raises:
         TypeError: a placement that does not say which elements are here.
         ValueError: this rank is not in the mesh.
     """
+    if spec is None:
+        return Reduction(replicated=replicated)
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -74,7 +78,8 @@ def reduction_of(spec, name):
             raise TypeError(f"{name} is placed as {placement}: no rank holds its values")
         if spec.mesh.size(dim) > 1:
             groups.append(spec.mesh.get_group(dim))
-    return Reduction(tuple(groups), spec.mesh.device_type) if groups else Reduction()
+    of_groups = Reduction(tuple(groups), spec.mesh.device_type) if groups else Reduction()
+    return of_groups._replace(replicated=replicated)
 
 
 @torch.no_grad()
@@ -109,12 +114,13 @@ def total_measure(reductions, measures, norm_type, found_inf=None, of_all=None, 
         *summed, flag = _all_reduced(own, norm_type, group).split([length] * len(members) + [flag.numel()])
         rows.update(zip(members, summed, strict=True))
     device = next(iter(rows.values())).device
-    total = _sum(list(rows.values()), length, norm_type, device)
+    total = _sum([row for r, row in rows.items() if not r.replicated], length, norm_type, device)
     of_all = length if of_all is None else of_all
     for group in beyond:
         own = torch.cat([total[:of_all], flag.to(total)]).to(_taken_by(group, device))
         summed, flag = _all_reduced(own, norm_type, group).split([of_all, flag.numel()])
         total = torch.cat([summed.to(device), total[of_all:]])
+    total = _sum([total, *(row for r, row in rows.items() if r.replicated)], length, norm_type, device)
     return total, None if found_inf is None else flag.to(found_inf)
 
 

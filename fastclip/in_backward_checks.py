@@ -78,8 +78,8 @@ def check_settings(optimizer):
             if setting != "skip_nonfinite":
                 raise ValueError(
                     f"step_in_backward can't apply the {setting} of param_groups[{index}]: the norm is that of several "
-                    "gradients, and known when all are there; clip_value, and max_norm with norm_scope='parameter', "
-                    "are applied to each by itself"
+                    "gradients, and known when all are there; clip_value and max_update_rms, and max_norm, max_change "
+                    "and max_relative_change with norm_scope='parameter', are applied to each by itself"
                 )
         if group["skip_nonfinite"]:
             hint = "; a rule implies it, if you do not set it to False" if is_rule(group["max_norm"]) else ""

@@ -34,7 +34,7 @@ from .plain.history import HISTORIES
 from .plain.masters import undone
 from .reasons import name_of, not_shared
 from .results import Results
-from .settings import OWN_SETTINGS, needs_skip_nonfinite, of_all_gradients, of_whole_gradients, shared_settings
+from .settings import OWN_SETTINGS, SCOPED, needs_skip_nonfinite, of_all_gradients, of_whole_gradients, shared_settings
 
 
 class ClippedOptimizer(Results, torch.optim.Optimizer):
@@ -193,9 +193,13 @@ class ClippedOptimizer(Results, torch.optim.Optimizer):
                 self._given.add(group["params"])
         # A checkpoint of plain torch knows of no clip: this optimizer's own settings stay.
         for index, group in enumerate(self.param_groups):
-            if "max_norm" in group:  # by a fastclip that knew no other scope
-                group.setdefault("norm_scope", "global")
-            complete(group, own_groups[index] if index < len(own_groups) else self.defaults)
+            own = own_groups[index] if index < len(own_groups) else self.defaults
+            if "max_norm" in group and "norm_scope" not in group:  # by a fastclip that knew no other scope
+                group["norm_scope"] = "global"
+                if own.get("norm_scope") != "global":  # limits of this optimizer's own are of something else
+                    for name in SCOPED:
+                        group.setdefault(name, None)
+            complete(group, own)
         if any(map(needs_skip_nonfinite, self.param_groups)):  # a rule of this optimizer's, and the rest the file's
             for group in self.param_groups:
                 group["skip_nonfinite"] = True

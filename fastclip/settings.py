@@ -15,6 +15,7 @@ OWN_SETTINGS = {
     "skip_norm": None,
     "norm_type": 2.0,
     "norm_scope": "global",
+    "norm_replicated": False,
     "max_change": None,
     "max_relative_change": None,
     "max_update_rms": None,
@@ -43,6 +44,7 @@ class ClipSettings(TypedDict, total=False):
     skip_norm: NormLimit
     norm_type: float
     norm_scope: str
+    norm_replicated: bool
     max_change: float | None
     max_relative_change: float | None
     max_update_rms: float | None

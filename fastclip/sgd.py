@@ -47,6 +47,8 @@ class SGD(ClippedOptimizer, torch.optim.SGD):
             `clip_stats`.
         norm_process_group (ProcessGroup or list of them, optional): its ranks hold other parameters, as the stages of a
             pipeline do, whose gradients count in the norm; all of them have to step together.
+        norm_replicated (bool): all ranks of the `norm_process_group` have the parameters of this group, with the same
+            gradients, as those of layers beside experts. They count once.
         skip_nonfinite (bool): leaves parameters and momentum as they are if any gradient holds an inf or NaN, even one
             that a value clip would bound; see `skipped_steps`. Reads the gradients once more, unless `max_norm` does
             already. By default, as in torch, such values take their course, except that a rule implies True.

@@ -106,7 +106,7 @@ class Scalings {
       for_chunks_of_tensors(step, first, end,
                             [&](int64_t chunk) { combine(step.norm, params, step.param_measures[chunk]); });
     }
-    const double change = limits.of_norm * decided.total_norm;
+    const double change = limits.of_norm == 0 ? 0 : limits.of_norm * decided.total_norm;  // 0, also of an inf
     const Scaling scaling =
         scaling_of_change(limits, change, total_norm(step.norm, params), smallest_norm_of(step, first, end));
     decided.scaling = smaller(decided.scaling, scaling);

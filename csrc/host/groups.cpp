@@ -300,7 +300,7 @@ Group read_group(PyObject* object, Py_ssize_t index, Rules::Id rule) {
       kNormType("norm_type"), kSkipNonfinite("skip_nonfinite"), kMasterWeights("master_weights"),
       kStochasticRounding("stochastic_rounding"), kRoundingSeed("rounding_seed"), kMomentumDtype("momentum_dtype"),
       kMaxChange("max_change"), kMaxRelativeChange("max_relative_change"), kSkipNorm("skip_norm"),
-      kNormScope("norm_scope"), kGlobal("global"), kMaxUpdateRms("max_update_rms");
+      kNormScope("norm_scope"), kGlobal("global"), kMaxUpdateRms("max_update_rms"), kNormReplicated("norm_replicated");
   GroupReader reader(object, index);
   Group group{};
   PyObject* params = reader.required(kParams);
@@ -357,6 +357,7 @@ Group read_group(PyObject* object, Py_ssize_t index, Rules::Id rule) {
     if (clips || skips || scoped) clip.norm = norm;
   }
   clip.skip_nonfinite = reader.flag(kSkipNonfinite);
+  group.norm_replicated = reader.flag(kNormReplicated);
   // The norm of one parameter concerns no other.
   const bool needs_finite = limit_of_norm.is_rule() && clip.scope != Scope::parameter;
   if ((needs_finite || clip.limits.skip_norm.is_rule()) && !clip.skip_nonfinite) {
@@ -377,7 +378,7 @@ Group read_group(PyObject* object, Py_ssize_t index, Rules::Id rule) {
     read_limit(max_update_rms, "max_update_rms", reader.where(), rms);
     if (!can_measure_delta(rule)) {
       raise(PyExc_ValueError, "max_update_rms", reader.where(),
-            " can't be set in this optimizer, which keeps no average of squared gradients beside one of gradients");
+            " can't be set in this optimizer: fastclip.Adam, AdamW and LAMB have it");
     }
   }
 

@@ -49,6 +49,7 @@ struct Group {
   SegmentChange
       segment_change;  // the limits on the change of what has a norm of its own; with a Scope other than global
   NormLimit segment_limit;  // of the group's gradients, or of each of them; with a Scope other than global
+  bool norm_replicated;  // all ranks of a norm_process_group have its parameters
   bool differentiable;  // the caller wants gradients through the step
   bool master_weights;  // 16-bit parameters have a float32 copy among their states
   std::optional<c10::ScalarType> momentum_dtype;  // of the rule's momentum, where it is made

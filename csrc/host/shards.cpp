@@ -82,20 +82,30 @@ PyObject* Shards::deduplicated(Held reduction) {
   return all_reductions_.emplace_back(std::move(reduction)).object;
 }
 
-PyObject* Shards::reduction_of(const Shard& param, size_t position, const Place& place) {
+// As one of this step.
+PyObject* Shards::noted(PyObject* reduction) {
+  if (reduction && std::find(reductions_.begin(), reductions_.end(), reduction) == reductions_.end()) {
+    reductions_.push_back(reduction);
+  }
+  return reduction;
+}
+
+PyObject* Shards::reduction_of(const Shard& param, size_t position, const Place& place, bool replicated) {
   if (known_.size() <= position) known_.resize(position + 1);
   Known& known = known_[position];
-  if (known.spec.object != param.spec.object) {
+  if (known.spec.object != param.spec.object || known.replicated != replicated) {
     const Held name = place.text();
-    Held reduction = call(ranks_.reduction_of, {param.spec.object, name.object});
+    Held reduction = call(ranks_.reduction_of, {param.spec.object, name.object, replicated ? Py_True : Py_False});
     const int any = PyObject_IsTrue(attribute(reduction.object, names().groups).object);
     if (any < 0) throw PythonError{};
-    known = {Held(param.spec.object), any ? deduplicated(std::move(reduction)) : nullptr};
+    known = {Held(param.spec.object), any || replicated ? deduplicated(std::move(reduction)) : nullptr, replicated};
   }
-  if (known.reduction && std::find(reductions_.begin(), reductions_.end(), known.reduction) == reductions_.end()) {
-    reductions_.push_back(known.reduction);
-  }
-  return known.reduction;
+  return noted(known.reduction);
+}
+
+PyObject* Shards::replicated() {
+  if (!replicated_) replicated_ = deduplicated(call(ranks_.reduction_of, {Py_None, Py_None, Py_True}));
+  return noted(replicated_);
 }
 
 bool Shards::placed_as(const Shard& param, size_t position, const Shard& other) {

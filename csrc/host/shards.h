@@ -56,7 +56,9 @@ class Shards {
 
   // The Reduction of a parameter, the `position`th of all: nullptr where all ranks hold the same. Borrowed from this.
   // Every parameter is asked for it, with or without a gradient: what the ranks do together must not depend on those.
-  PyObject* reduction_of(const Shard& param, size_t position, const Place& place);
+  PyObject* reduction_of(const Shard& param, size_t position, const Place& place, bool replicated);
+  // That of parameters that are whole here, and on all ranks beyond.
+  PyObject* replicated();
   // Whether `other`, a gradient or state of the parameter, is sharded exactly like it. Call reduction_of first.
   bool placed_as(const Shard& param, size_t position, const Shard& other);
   bool over_ranks() const { return ranks_.beyond || !reductions_.empty(); }
@@ -77,15 +79,18 @@ class Shards {
   struct Known {
     Held spec;
     PyObject* reduction = nullptr;
+    bool replicated = false;
     std::array<Held, kMaxStates + 2> placed_alike{};  // other specs: of states, master weights and gradients
     size_t next = 0;
   };
   PyObject* deduplicated(Held reduction);
+  PyObject* noted(PyObject* reduction);
 
   const Borrowed& borrowed_;
   const Ranks ranks_;
 
   std::vector<Known> known_;           // of each parameter
+  PyObject* replicated_ = nullptr;
   std::vector<Held> all_reductions_;   // there have been, each once
   std::vector<PyObject*> reductions_;  // of this step, in the order of the parameters
   std::vector<Held> misplaced_;

@@ -61,7 +61,7 @@ void Walk::begin() {
   measured_params_ = 0;
   first_device_.reset();
   part_ = nullptr;
-  reduction_ = nullptr;
+  reduction_ = reduction_of_group_ = nullptr;
   shards_.begin();
 }
 
@@ -345,9 +345,10 @@ void Walk::add_param(const Group& group, const StateNames& names, Py_ssize_t gro
 }
 
 // Every rank takes part in the norm, whatever it has itself.
-void Walk::await_norm(const Shard& param, const Place& place, const NormClip& norm_clip) {
-  PyObject* const reduction = shards_.reduction_of(param, parameter_, place);
-  reduction_ = norm_clip.measures() ? reduction : nullptr;
+void Walk::await_norm(const Shard& param, const Place& place, const Group& group) {
+  const bool replicated = group.norm_replicated && shards_.beyond();
+  PyObject* const reduction = shards_.reduction_of(param, parameter_, place, replicated);
+  reduction_ = group.norm_clip.measures() ? reduction : nullptr;
   if (!reduction_) return;
   part_ = &part_of(param.local().device(), reduction_);
   part_->awaited = true;
@@ -369,7 +370,7 @@ void Walk::add_shard(const Group& group, const StateNames& names, const Place& p
   if (needs_products(rule_)) refuse("no_shards", place, "");
   if (group.norm_clip.is_local()) not_covered(Reason("no_kernels_over_ranks"));
   borrowed_.hold();  // Python runs, here and there
-  await_norm(shard, place, group.norm_clip);
+  await_norm(shard, place, group);
   const at::Tensor& param = THPVariable_Unpack(place.param);
   if (!grad_of(param).defined() && group.norm_clip.counts_unstepped()) {
     add_unstepped(group, names, place, shard.local(), &shard);
@@ -387,7 +388,7 @@ void Walk::add_shard(const Group& group, const StateNames& names, const Place& p
       borrowed_.all_are_kept();
     }
   }
-  reduction_ = nullptr;
+  reduction_ = reduction_of_group_;
 }
 
 bool Walk::covers(const at::Tensor& param, const at::Tensor& grad, const Place& place) {
@@ -438,11 +439,14 @@ void Walk::add_covered(const Group& group, const StateNames& names, const Place&
   }
   if (group.differentiable) not_covered(Reason("differentiable"));
   scope_ = group.norm_clip.segment_scope();
+  const bool replicated = group.norm_replicated && shards_.beyond() && group.norm_clip.measures();
+  reduction_ = reduction_of_group_ = replicated ? shards_.replicated() : nullptr;
   const StateNames names = state_names(rule_, group);
   for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(group.params.object); ++i, ++parameter_) {
     in_place_ ? add_param<true>(group, names, group_index, i)
               : add_param<false>(group, names, group_index, i);  // to the end, for what has to be refused
   }
+  reduction_ = reduction_of_group_ = nullptr;
 }
 
 // Looked at only where an address is new.

@@ -81,7 +81,7 @@ class Walk {
   [[gnu::noinline]] void add_shard(const Group& group, const StateNames& names, const Place& place, Shard shard);
   // The shard of a gradient that is placed as its parameter; nothing where it is not.
   std::optional<Shard> shard_of_grad(const at::Tensor& grad, const Shard& param, const Place& place);
-  void await_norm(const Shard& param, const Place& place, const NormClip& norm_clip);
+  void await_norm(const Shard& param, const Place& place, const Group& group);
   // The rest of the walk over a parameter, for ordinary tensors. `like` is the gradient that a new state is made like.
   [[gnu::always_inline]] inline void add_covered(const Group& group, const StateNames& names, const Place& place,
                                                  ParamStates& states, const at::Tensor& param, const at::Tensor& grad,
@@ -101,7 +101,8 @@ class Walk {
   const bool in_place_;  // the rule has no parameters: gradients are clipped
   std::vector<Part> parts_;
   Part* part_ = nullptr;             // the last one
-  PyObject* reduction_ = nullptr;          // of the parameter, where a norm is asked for
+  PyObject* reduction_ = nullptr;          // of the parameter, where a norm is asked for,
+  PyObject* reduction_of_group_ = nullptr;  // and of those of its group that are no DTensors
   Scope scope_ = Scope::global;            // of the norm
   size_t parameter_ = 0;                   // the position, over all groups
   Borrowed borrowed_;

@@ -66,15 +66,16 @@ FASTCLIP_HD void combine(Norm norm, Measure& into, const Measure& other) {
 
 FASTCLIP_HD_RARE double total_norm(Norm norm, Measure m) {
   if (norm == Norm::inf) return m.medium;
-  if (m.big > 0) return sqrt(m.big + (m.medium * kScaleBig) * kScaleBig) / kScaleBig;
+  if (m.big != 0) return sqrt(m.big + (m.medium * kScaleBig) * kScaleBig) / kScaleBig;
   if (m.small > 0 && m.medium < 1e-200) {
     return sqrt(m.small + (m.medium * kScaleSmall) * kScaleSmall) / kScaleSmall;
   }
   return sqrt(m.medium);
 }
 
-// Returns the measure of the same numbers, each multiplied by `factor`.
+// Returns the measure of the same numbers, each multiplied by `factor`. With 0 nothing is left, not even of an inf.
 FASTCLIP_HD Measure multiplied(Norm norm, const Measure& m, double factor) {
+  if (factor == 0) return {};
   if (norm == Norm::inf) return {0, m.medium * factor, 0};
   const double square = factor * factor;
   return {m.small * square, m.medium * square, m.big * square};

@@ -6,7 +6,7 @@ import math
 import torch
 
 from .limits import counted_params, limits_rms, scaling_of_change, scaling_to, smallest_norm
-from .measure import measure_of, norm_of
+from .measure import measure_of, multiplied, norm_of
 from .values import item_of, values_of
 
 PARTS = 3  # measures of each parameter: of what is added, of relative gradients, of the parameter
@@ -31,7 +31,7 @@ def measured_values(values):
     return torch.cat([nothing, nothing, measure_of([values])])
 
 
-def lr_factors(rule, groups, state, tensors, sums_over_ranks, numels):
+def lr_factors(rule, groups, state, tensors, sums_over_ranks, numels, replicated):
     """Returns the factors of learning rates, a dict by parameter, and the norm of what is added after that, None where
     it is not limited.
 
@@ -39,6 +39,7 @@ def lr_factors(rule, groups, state, tensors, sums_over_ranks, numels):
         tensors (list of dict): for each group, the tensors of each parameter, see `measured_by`.
         sums_over_ranks (Callable): sums_over_ranks(sums_among, params, of_all) adds up over all ranks.
         numels (dict or None): the sizes of sharded parameters.
+        replicated (set): the parameters that all ranks of a norm_process_group have.
     """
     counted = counted_params(groups, state)
     measures = {}
@@ -61,18 +62,26 @@ def lr_factors(rule, groups, state, tensors, sums_over_ranks, numels):
     }
     changes = []
     for limits, segment in segments_of(groups, counted):
-        weighted = [sums[p][0] * factors[p] ** 2 for p in segment if p in factors]
-        of_params = [sums[p][2] for p in segment]
-        nothing = torch.zeros(1, 3, dtype=torch.float64)
-        both = torch.cat([torch.stack(of_part).sum(0) if of_part else nothing[0] for of_part in (weighted, of_params)])
+        own = sum_of([p for p in segment if p not in replicated], sums, factors)
         if groups[0]["norm_scope"] == "global":
-            both = sums_over_ranks(lambda _, own=both: own, [], 6)
+            own = sums_over_ranks(lambda _, own=own: own, [], 6)
+        both = own + sum_of([p for p in segment if p in replicated], sums, factors).to(own.device)
         change, size = map(norm_of, both.split(3))
         factor = math.prod(scaling_of_change(limits, change, size, smallest_norm(segment, numels, 2.0)))
         factors |= {p: factors[p] * factor for p in segment if p in factors}
         changes.append(change * factor)
     change = torch.linalg.vector_norm(torch.stack(changes)) if changes else None
     return {param: item_of(factor, unknown=1.0) for param, factor in factors.items()}, change
+
+
+def sum_of(params, sums, factors):
+    """Returns the measures of what is added to some parameters, and of these, float64 [6]."""
+    total = torch.zeros(6, dtype=torch.float64)
+    for p in params:
+        added, _, size = sums[p]
+        after = multiplied(added, factors.get(p, 0.0), 2.0)
+        total = total.to(added.device) + torch.cat([after, size])
+    return total
 
 
 def factor_of(rule, group, sums, numel):

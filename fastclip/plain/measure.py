@@ -28,8 +28,11 @@ def combined(a, b, norm_type):
 
 
 def multiplied(measure, factor, norm_type):
-    """Returns the measure of the same numbers, each multiplied by `factor`."""
-    return measure * (factor if norm_type == math.inf else factor * factor)
+    """Returns the measure of the same numbers, each multiplied by `factor`, a number or a scalar tensor. With 0 nothing
+    is left, not even of an inf."""
+    factor = torch.as_tensor(factor, dtype=measure.dtype, device=measure.device)
+    product = measure * (factor if norm_type == math.inf else factor * factor)
+    return torch.where(factor == 0, torch.zeros_like(measure), product)
 
 
 def norm_of(measure, norm_type=2.0):
@@ -38,7 +41,7 @@ def norm_of(measure, norm_type=2.0):
     if norm_type == math.inf:
         return medium
     # One square root only. The gradient of one that is not used would be infinite, and 0 times that is NaN.
-    are_big, are_small = big > 0, medium < 1e-200
+    are_big, are_small = big != 0, medium < 1e-200  # a NaN stays
     scale = torch.ones_like(medium).masked_fill(are_small, SCALE_SMALL).masked_fill(are_big, SCALE_BIG)
     extreme = torch.where(are_big, big, torch.where(are_small, small, 0.0))
     return (extreme + medium * scale * scale).sqrt() / scale

@@ -31,7 +31,7 @@ class Segment:
         self.factors = scaling_of(norm, math.inf if max_norm is None else max_norm)
         if self.change_of_norm is None:
             return
-        change = norm * self.change_of_norm
+        change = torch.zeros_like(norm) if self.change_of_norm == 0 else norm * self.change_of_norm
         self.factors = smaller(self.factors, scaling_of_change(self.group, change, of_params, smallest))
         self.change = change * math.prod(self.factors)
 

@@ -110,6 +110,10 @@ def step(
     """
     groups = [in_plain_numbers(rule, group) for group in groups]
     check(rule, groups, state)
+    replicated = {p for group in groups for p in group["params"] if beyond and group["norm_replicated"]}
+    if replicated:
+        reductions = {p: (reductions or {}).get(p, Reduction()) for group in groups for p in group["params"]}
+        reductions |= {p: reductions[p]._replace(replicated=True) for p in replicated}
     stepped = [[p for p in group["params"] if p.grad is not None] for group in groups]
     params = [p for group_params in stepped for p in group_params]
     limits, skip_nonfinite = limits_of(rule, groups), groups[0]["skip_nonfinite"]
@@ -187,7 +191,7 @@ def step(
                 tensors_of_group(rule, group, group_grads, state)
                 for group, group_grads in zip(groups, grads, strict=True)
             ]
-            lr_factors, change = lr_factors_of(rule, groups, state, tensors, sums_over_ranks, numels)
+            lr_factors, change = lr_factors_of(rule, groups, state, tensors, sums_over_ranks, numels, replicated)
             decision = decision._replace(change=change)
         first = 0
         for index, (group, group_grads) in enumerate(zip(groups, grads, strict=True)):
@@ -217,7 +221,7 @@ def sums_of_all(sums_among, params, norm_type, found_inf, reductions, of_segment
         by_reduction.setdefault(reductions[param] if reductions else Reduction(), []).append(param)
     by_reduction = by_reduction or {Reduction(): []}
     rows = [(reduction, sums_among(some)) for reduction, some in by_reduction.items()]
-    over_ranks = [r for r in dict.fromkeys((reductions or {}).values()) if r.groups]
+    over_ranks = [r for r in dict.fromkeys((reductions or {}).values()) if r.groups or r.replicated]
     of_all = len(rows[0][1]) - of_segments
     return total_measure(over_ranks, rows, norm_type, found_inf, of_all, beyond=beyond)
 

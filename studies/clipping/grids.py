@@ -64,8 +64,8 @@ def situation_grid(options):
 
 
 def clips_in(name):
-    """What is compared in a situation: micro-batches on bad data, and for comparison as it is. AdamW's limits are on what
-    it adds."""
+    """What is compared in a situation: micro-batches on bad data, and for comparison as it is. Limits of AdamW are on
+    what it adds."""
     if SITUATIONS[name].optimizer != "SGD":
         return {kind: thresholds for kind, thresholds in SITUATION_CLIPS.items() if is_of_gradients(kind)} | ADAMW_CLIPS
     return {

@@ -8,10 +8,11 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import fastclip
 
-from .compare import assert_same_on_all_ranks, on_ranks, place
+from .compare import assert_same_on_all_ranks, on_ranks, place, whole
 
 SHAPES = [[(5, 3), (4,), ()], [(7,), (30, 20), (2,)]]  # of each stage
 LIMITS = [
@@ -42,18 +43,24 @@ def make_params():
     return whole, copy.deepcopy(whole[my_stage()])
 
 
-def give_grads(whole, mine, step, without=()):
+def give_grads(stages, mine, step, without=()):
     """The same of the whole model on all ranks; a stage in `without` has none."""
     torch.manual_seed(50 + step)
-    for stage, params in enumerate(whole):
+    for stage, params in enumerate(stages):
         for p in params:
             grad = torch.randn(p.shape, dtype=torch.float64) * (10.0 if step % 5 == 4 else 1.0)
             p.grad = None if stage in without else grad.to(p.device)
-    for p, q in zip(mine, whole[my_stage()], strict=True):
+    for p, q in zip(mine, stages[my_stage()] if mine else [], strict=True):
         p.grad = None if q.grad is None else q.grad.clone()
 
 
-def assert_agree(optimizer, alone, whole, mine):
+def assert_agree(optimizer, alone, stages, mine):
+    assert_same_stats(optimizer, alone)
+    for p, q in zip(mine, stages[my_stage()], strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+def assert_same_stats(optimizer, alone):
     ours, theirs = optimizer.clip_stats(), alone.clip_stats()
     assert ours.skipped == theirs.skipped
     for name in ("total_norm", "threshold", "skip_threshold"):
@@ -62,8 +69,6 @@ def assert_agree(optimizer, alone, whole, mine):
         if found is not None:
             torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
             assert_same_on_all_ranks(found)
-    for p, q in zip(mine, whole[my_stage()], strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
 
 
 @on_ranks(2, 4)
@@ -78,6 +83,39 @@ def stages_step_as_one_process_with_the_whole_model():
                 optimizer.step()
                 alone.step()
                 assert_agree(optimizer, alone, whole, mine)
+
+
+@on_ranks(2, 4)
+def experts_are_added_up_beside_layers_that_all_ranks_have():
+    """The first stage's parameters are on all ranks, as whole tensors or as shards over all; the second's are experts,
+    one on each rank of a pair."""
+    everybody = dist.device_mesh.init_device_mesh(place.device_type, (dist.get_world_size(),))
+    for limit in (*LIMITS, {"max_norm": 0.5, "norm_scope": "parameter"}):
+        for kind in (fastclip.SGD, fastclip.AdamW):
+            for sharded in (False, True):
+                (common, experts), _ = make_params()
+                experts = experts[:2]  # as many on each rank
+                shared = [nn.Parameter(p.detach().clone()) for p in common]
+                if sharded:
+                    shared = [nn.Parameter(distribute_tensor(p.detach(), everybody, [Replicate()])) for p in shared]
+                    shared[0] = nn.Parameter(distribute_tensor(common[0].detach(), everybody, [Shard(0)]))
+                own = [nn.Parameter(p.detach().clone()) for p in experts[my_stage() :: 2]]
+                alone = kind([*common, *experts], lr=0.1, **limit)
+                groups = [{"params": shared, "norm_replicated": True}, {"params": own}]
+                optimizer = kind(groups, lr=0.1, norm_process_group=my_pipeline(), **limit)
+                for step in range(6):
+                    give_grads([common, experts], [], step, without=(1,) if step == 2 else ())
+                    for p, q in zip([*shared, *own], [*common, *experts[my_stage() :: 2]], strict=True):
+                        p.grad = None if q.grad is None else placed_as(p, q.grad.clone())
+                    optimizer.step()
+                    alone.step()
+                    assert_same_stats(optimizer, alone)
+                for p, q in zip([*shared, *own], [*common, *experts[my_stage() :: 2]], strict=True):
+                    torch.testing.assert_close(whole(p), q, rtol=1e-12, atol=1e-12)
+
+
+def placed_as(param, grad):
+    return distribute_tensor(grad, param.device_mesh, param.placements) if isinstance(param, DTensor) else grad
 
 
 @on_ranks(2, 4)

@@ -28,6 +28,7 @@ def test_is_an_sgd_with_its_arguments():
         "skip_norm": None,
         "norm_type": 2.0,
         "norm_scope": "global",
+        "norm_replicated": False,
         "max_change": None,
         "max_relative_change": None,
         "max_update_rms": None,

@@ -147,6 +147,7 @@ def test_situations_are_a_table_of_their_own(tmp_path, capsys, monkeypatch):
     names = ("as it is", "loss × 100", "no momentum", "width 256", "AdamW")
     monkeypatch.setattr(grids, "SITUATIONS", {name: situations_of.SITUATIONS[name] for name in names})
     monkeypatch.setattr(grids, "SITUATION_CLIPS", {"none": (None,), "change": (0.03,), "quantile": (0.5,)})
+    monkeypatch.setattr(grids, "ADAMW_CLIPS", {})
     options = [option for option in TINY if option != "--quick"]
     code, out, said = study(capsys, tmp_path, "--situations", options=options)
     assert code == 0, said

@@ -152,8 +152,8 @@ def library(name):
 
 def copy_python(source, target):
     shutil.rmtree(target / "tests", ignore_errors=True)
-    for folder in ("fastclip", "tests", "distribution"):
-        ignored = shutil.ignore_patterns("*.so", "_build_info.py", "__pycache__")
+    for folder in ("fastclip", "tests", "distribution", "benchmarks"):
+        ignored = shutil.ignore_patterns("*.so", "_build_info.py", "__pycache__", "results", "out")
         shutil.copytree(source / folder, target / folder, dirs_exist_ok=True, ignore=ignored)
     for file in ("pyproject.toml", "setup.py"):
         shutil.copy(source / file, target)

@@ -134,6 +134,30 @@ def test_norms_that_were_remembered_are_not_those_of_others(scope):
         assert optimizer.clip_stats().change.item() == pytest.approx(1e-3 * math.sqrt(square), rel=2e-3)
 
 
+@pytest.mark.parametrize("scope", ["global", *SCOPES])
+@pytest.mark.parametrize("frozen", [{"lr": 0.0}, {"momentum": 0.9, "dampening": 1.0}], ids=str)
+@pytest.mark.parametrize("limit", [1.0, math.inf])
+def test_an_inf_that_changes_nothing_limits_nothing(limit, frozen, scope):
+    """Not even in groups that it is beside: 0 times inf is no change."""
+    ours = make_params([(3,), (4,)])
+    theirs = copy_params(ours)
+
+    def make_one(params):
+        groups = [{"params": params[:1]}, {"params": params[1:], **frozen}]
+        return fastclip.SGD(groups, lr=0.1, momentum=0.5, norm_scope=scope, max_change=limit)
+
+    optimizer, plain = make_one(ours), make_one(theirs)
+    give_grads(theirs, ours)
+    for params in (theirs, ours):
+        params[1].grad[0] = math.inf
+    expected = min(limit, 0.2 * norm_of([ours[0].grad]))
+    optimizer.step()
+    stats = reference.step(plain._rule, plain.param_groups, plain.state)
+    assert optimizer.clip_stats().change.item() == pytest.approx(expected, rel=1e-6) == stats.change.item()
+    assert not ours[0].isnan().any()
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0, equal_nan=True)
+
+
 def test_a_written_parameter_is_measured_anew():
     optimizer, params = make(norm_scope="parameter", max_relative_change=R)
     give_grads(params)

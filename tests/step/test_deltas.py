@@ -363,6 +363,21 @@ def test_a_checkpoint_without_the_setting_is_loaded():
     assert [group["max_update_rms"] for group in other.param_groups] == [0.25, 0.25]
 
 
+def test_an_older_checkpoint_has_limits_of_no_scope():
+    def groups():
+        return [{"params": make_params([(3,)]), "max_change": limit} for limit in (0.01, 0.5)]
+
+    optimizer = fastclip.AdamW(groups(), norm_scope="group")
+    file = optimizer.state_dict()
+    for group in file["param_groups"]:
+        for name in ("norm_scope", "max_change", "max_relative_change", "max_update_rms"):
+            del group[name]
+    optimizer.load_state_dict(file)
+    assert [(g["norm_scope"], g["max_change"]) for g in optimizer.param_groups] == [("global", None)] * 2
+    give_grads([group["params"][0] for group in optimizer.param_groups])
+    optimizer.step()
+
+
 def test_in_the_backward_pass():
     def model_and_optimizer():
         torch.manual_seed(0)
@@ -381,8 +396,25 @@ def test_in_the_backward_pass():
     assert_same_bits([*model.parameters()], [*other.parameters()])
     handle.remove()
     wide = fastclip.AdamW(other.parameters(), max_change=0.01)
-    with pytest.raises(ValueError, match="max_change"):
+    with pytest.raises(ValueError, match="the max_change of.*max_change and max_relative_change with norm_scope='par"):
         fastclip.step_in_backward(other, wide)
+
+
+def test_what_is_infinite_is_scaled_away_in_its_own_tensor():
+    """Without eps, a gradient whose square vanishes adds an inf: a factor of 0 leaves nothing of it to limit."""
+    for settings in ({"optimizer": "LAMB"}, {"optimizer": "AdamW", "max_update_rms": 0.5}):
+        ours = [torch.tensor([1.0, 2.0], requires_grad=True), torch.tensor([3.0, 4.0], requires_grad=True)]
+        theirs = copy_params(ours)
+        settings = {"lr": 0.1, "eps": 0.0, "max_change": 0.01, **settings}
+        kind = getattr(fastclip, settings.pop("optimizer"))
+        optimizer, plain = kind(ours, **settings), kind(theirs, **settings)
+        for params in (ours, theirs):
+            params[0].grad, params[1].grad = torch.tensor([1e-40, 1.0]), torch.ones(2)
+        optimizer.step()
+        stats = plain_step(plain)
+        assert not ours[1].isnan().any()
+        assert_same_stats(optimizer.clip_stats(), stats, 1e-6)
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0, equal_nan=True)
 
 
 # ---- bad input -----------------------------------------------------------------------------------
@@ -391,7 +423,8 @@ def test_in_the_backward_pass():
 @pytest.mark.parametrize(
     ("name", "settings", "error", "words"),
     [
-        ("SGD", {"max_update_rms": 1.0}, ValueError, "max_update_rms in param_groups"),
+        ("SGD", {"max_update_rms": 1.0}, ValueError, r"max_update_rms in param_groups\[0\].*Adam, AdamW and LAMB have"),
+        ("NAdam", {"max_update_rms": 1.0}, ValueError, "Adam, AdamW and LAMB have it"),
         ("Lion", {"max_change": 1.0}, ValueError, "SGD, Adam, AdamW and LAMB"),
         ("AdamW", {"max_update_rms": -1.0}, ValueError, "max_update_rms"),
         ("AdamW", {"max_update_rms": math.nan}, ValueError, "max_update_rms"),
