@@ -70,7 +70,7 @@ wheel: .requirements-wheel  ## an sdist and a wheel for this Python that PyPI ta
 matrix: .requirements build  ## builds and tests with each torch and Python that is supported; about 20 minutes, 3 GB to download
 	$(PY) -m tests.matrix $(ARGS)
 
-fuzz: .requirements build  ## 10,000 random optimizers and steps against the plain loop, about 5 minutes; ARGS="--seed N" repeats a run
+fuzz: .requirements build  ## 10,000 random optimizers and steps against the plain loop, about 5 minutes; ARGS="--seed N" repeats a run, --limits draws limits
 	$(PY) -m tests.long.fuzz $(ARGS)
 
 soak: .requirements build  ## a million steps: flat memory, torch's bits at the end; about 8 minutes; ARGS="--steps N" takes less

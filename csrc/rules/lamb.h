@@ -102,7 +102,7 @@ struct LAMB {
   FASTCLIP_HD static T relative(const Constants<T>& c, T d, const T* states) {
     using std::sqrt;
     const T root = sqrt(states[1]) / c.bias_correction2_sqrt;
-    return d / (root > c.eps ? root : c.eps);
+    return d / (root < c.eps ? c.eps : root);  // NaN stays
   }
   FASTCLIP_HD static bool scales(const SharedHyper& hyper, const Settings& settings) {
     return settings.use_nvlamb || hyper.weight_decay != 0;

@@ -13,7 +13,7 @@ import traceback
 from hypothesis import given, seed, settings
 from tqdm import tqdm
 
-from tests.support import scenarios
+from tests.support import limit_scenarios, scenarios
 from tests.support.playback import check
 
 
@@ -23,20 +23,26 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m tests.long.fuzz", description=__doc__.split(": ", 1)[1])
     parser.add_argument("--examples", type=int, default=profile.max_examples, help="default: %(default)s")
     parser.add_argument("--seed", type=int, help="default: a new one, which is printed")
+    parser.add_argument(
+        "--limits", action="store_true", help="limits on norms and changes instead, against plain torch"
+    )
     options = parser.parse_args(arguments)
+    drawn, look = (
+        (limit_scenarios.scenarios(), limit_scenarios.check) if options.limits else (scenarios.scenarios(), check)
+    )
     chosen = secrets.randbelow(2**32) if options.seed is None else options.seed
-    again = f"python -m tests.long.fuzz --examples {options.examples} --seed {chosen}"
+    again = f"python -m tests.long.fuzz --examples {options.examples} --seed {chosen}{' --limits' * options.limits}"
     print(f"fuzz: {options.examples} examples, seed {chosen}", flush=True)
     start, steps = time.monotonic(), 0
     with tqdm(total=options.examples, unit=" examples", mininterval=0.5) as progress:
 
         @seed(chosen)
         @settings(profile, max_examples=options.examples)
-        @given(scenarios.scenarios())
+        @given(drawn)
         def run(scenario):
             nonlocal steps
             progress.update()
-            check(scenario)
+            look(scenario)
             steps += len(scenario.steps)
 
         try:
