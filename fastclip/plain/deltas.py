@@ -46,19 +46,21 @@ def lr_factors(rule, groups, state, tensors, sums_over_ranks, numels, replicated
     for group, of_group in zip(groups, tensors, strict=True):
         measures |= {param: measured_by(rule, group, own) for param, own in of_group.items()}
     measures |= {param: measured_values(values) for param, values in counted.items() if param not in measures}
-    params = [*measures]
+    params = [*dict.fromkeys(param for group in groups for param in group["params"])]  # in one order on all ranks
 
     def sums_among(some):
         there = dict.fromkeys(some)
         device = next((param.device for param in some), torch.device("cpu"))
         nothing = torch.zeros(3 * PARTS, dtype=torch.float64, device=device)
-        return torch.cat([nothing[:0], *(measures[p].to(device) if p in there else nothing for p in params)])
+        return torch.cat(
+            [nothing[:0], *(measures[p].to(device) if p in there and p in measures else nothing for p in params)]
+        )
 
     sums = dict(zip(params, sums_over_ranks(sums_among, params, 0).view(-1, PARTS, 3), strict=True))
-    factors = {
-        param: factor_of(rule, group, sums[param], (numels or {}).get(param, own[0].numel()))
-        for group, of_group in zip(groups, tensors, strict=True)
-        for param, own in of_group.items()
+    factors = {  # also of those that have a gradient on other ranks alone
+        param: factor_of(rule, group, sums[param], (numels or {}).get(param, param.numel()))
+        for group in groups
+        for param in group["params"]
     }
     changes = []
     for limits, segment in segments_of(groups, counted):
@@ -68,7 +70,7 @@ def lr_factors(rule, groups, state, tensors, sums_over_ranks, numels, replicated
         both = own + sum_of([p for p in segment if p in replicated], sums, factors).to(own.device)
         change, size = map(norm_of, both.split(3))
         factor = math.prod(scaling_of_change(limits, change, size, smallest_norm(segment, numels, 2.0)))
-        factors |= {p: factors[p] * factor for p in segment if p in factors}
+        factors |= {p: factors[p] * factor for p in segment}
         changes.append(change * factor)
     change = torch.linalg.vector_norm(torch.stack(changes)) if changes else None
     return {param: item_of(factor, unknown=1.0) for param, factor in factors.items()}, change
@@ -79,7 +81,7 @@ def sum_of(params, sums, factors):
     total = torch.zeros(6, dtype=torch.float64)
     for p in params:
         added, _, size = sums[p]
-        after = multiplied(added, factors.get(p, 0.0), 2.0)
+        after = multiplied(added, factors[p], 2.0)
         total = total.to(added.device) + torch.cat([after, size])
     return total
 

@@ -4,6 +4,7 @@ import math
 import warnings
 
 import torch
+import torch.distributed as dist
 
 import fastclip
 
@@ -47,6 +48,22 @@ def limits_on_what_is_added_are_those_of_all_ranks():
                     params[step % 3].grad = None
                 step_both(sharded, alone)
             assert_same_model(model.params, model.plain)
+
+
+@on_ranks(2, 4)
+def a_gradient_that_one_rank_lacks_counts_as_none():
+    """Of a shard; the others' sums stay with their own parameters."""
+    for limit in ({"max_change": 0.05}, {"max_change": 0.01, "norm_scope": "parameter", "max_update_rms": 0.5}):
+        model = make_model()
+        settings = {"lr": 0.1, "weight_decay": 0.0, **limit}
+        sharded, alone = (fastclip.AdamW(in_groups(p), **settings) for p in (model.params, model.plain))
+        model.give_grads(0)
+        last = dist.get_world_size() - 1
+        model.plain[1].grad.chunk(last + 1)[last].zero_()  # a first step by zeros adds nothing
+        if dist.get_rank() == last:
+            model.params[1].grad = None
+        step_both(sharded, alone)
+        assert_same_model(model.params, model.plain)
 
 
 @on_ranks(1, 2, 4)
