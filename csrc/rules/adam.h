@@ -95,9 +95,7 @@ struct Adam {
 
   template <class T>
   FASTCLIP_HD static T relative(const Constants<T>& c, T d, const T* states) {
-    using std::sqrt;
-    const T root = sqrt(states[1]) / c.bias_correction2_sqrt;
-    return d / (root < c.eps ? c.eps : root);  // NaN stays
+    return relative_gradient(d, states[1], c.bias_correction2_sqrt, c.eps);
   }
   FASTCLIP_HD static DeltaParts measured(const SharedHyper&, const Settings& settings) {
     return settings.max_update_rms < HUGE_VAL ? kRelative : 0;

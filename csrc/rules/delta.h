@@ -39,4 +39,13 @@ FASTCLIP_HD double factor_to_rms(double max_rms, double norm, double numel) {
   return scaling_to(max_rms, numel > 0 ? norm / sqrt(numel) : 0).product();
 }
 
+// Returns a gradient over the root of its average square, which is corrected by the square of `correction_root`; or
+// over eps, where that is larger. NaN stays.
+template <class T>
+FASTCLIP_HD T relative_gradient(T d, T square, T correction_root, T eps) {
+  using std::sqrt;  // for T, not for double
+  const T root = sqrt(square) / correction_root;
+  return d / (root < eps ? eps : root);
+}
+
 }  // namespace fastclip

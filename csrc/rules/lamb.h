@@ -100,9 +100,7 @@ struct LAMB {
 
   template <class T>
   FASTCLIP_HD static T relative(const Constants<T>& c, T d, const T* states) {
-    using std::sqrt;
-    const T root = sqrt(states[1]) / c.bias_correction2_sqrt;
-    return d / (root < c.eps ? c.eps : root);  // NaN stays
+    return relative_gradient(d, states[1], c.bias_correction2_sqrt, c.eps);
   }
   FASTCLIP_HD static bool scales(const SharedHyper& hyper, const Settings& settings) {
     return settings.use_nvlamb || hyper.weight_decay != 0;
