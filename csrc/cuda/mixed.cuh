@@ -10,23 +10,31 @@ namespace {
 // of a warp have the same dtype. A word is unpacked only after the lane has asked for all of its words.
 constexpr int kElements = 4;
 
-// Reads a word of kSize elements: 4, or 1 where memory is not aligned.
-template <int kSize>
+// Reads a word of kSize elements: 4, or 1 where memory is not aligned. kShared: from shared memory, where no load with a
+// cache hint finds anything.
+template <int kSize, bool kShared = false>
 __device__ __forceinline__ uint4 read(const void* array, DType dtype, int64_t i) {
+  const auto read_at = [](const auto* from) {
+    if constexpr (kShared) {
+      return *from;
+    } else {
+      return __ldcs(from);
+    }
+  };
   uint4 word{};
   if (dtype == DType::float32) {
     const auto* const values = static_cast<const float*>(array) + i;
     if constexpr (kSize == 1) {
-      word.x = bits_from_float(__ldcs(values));
+      word.x = bits_from_float(read_at(values));
     } else {
-      word = __ldcs(reinterpret_cast<const uint4*>(values));
+      word = read_at(reinterpret_cast<const uint4*>(values));
     }
   } else {
     const auto* const values = static_cast<const unsigned short*>(array) + i;
     if constexpr (kSize == 1) {
-      word.x = __ldcs(values);
+      word.x = read_at(values);
     } else {
-      const uint2 half = __ldcs(reinterpret_cast<const uint2*>(values));
+      const uint2 half = read_at(reinterpret_cast<const uint2*>(values));
       word.x = half.x;
       word.y = half.y;
     }
@@ -130,7 +138,7 @@ __device__ __noinline__ Updated<K::kLimitsChange> update_mixed_tile(const Header
         });
       }
       for_words<kAtOnce>(first, count, [&](int k, int i) {
-        g[k] = at(i) - begin < kept ? read<kSize>(slot, entry.grad_dtype, at(i) - begin)
+        g[k] = at(i) - begin < kept ? read<kSize, true>(slot, entry.grad_dtype, at(i) - begin)
                                     : read<kSize>(entry.grad, entry.grad_dtype, at(i));
       });
       for_words<kAtOnce>(first, count, [&](int k, int i) {

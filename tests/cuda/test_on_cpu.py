@@ -172,6 +172,12 @@ BUGS = {
         "if (slots)",
         (0, DEVICES["little shared memory"], 60),
     ),
+    "shared memory read as global": (
+        "cuda/mixed.cuh",
+        "read<kSize, true>(slot",
+        "read<kSize>(slot",
+        STEPS,
+    ),
     "32-bit offset": (
         "cuda/kernels.cuh",
         "static_cast<int64_t>(tile - entry.first_tile) * header.tile",
@@ -278,6 +284,7 @@ EACH_TIME = {
     "no waiting for the grid",
     "steps of a skipped step",
     "more slots than there are",
+    "shared memory read as global",
     "a norm remembered before all have read",
     "a segment summed before its last tile is measured",
     "parameters measured before they are rounded",

@@ -52,7 +52,7 @@ UNSEEN uint64_t wait(Op op, unsigned mask, uint64_t value, int source_lane) {
   return fiber.result;
 }
 
-UNSEEN void fail_misaligned(const void* pointer, size_t size) {
+UNSEEN void fail_access(const void* pointer, size_t size) {
   running->request = {Op::fail, 0, size, 0, pointer};
   to_scheduler();
   __builtin_unreachable();  // the launch has failed
@@ -139,6 +139,7 @@ const char* cudaGetErrorString(cudaError_t error) {
     case cudaErrorInvalidDevice: return "invalid device ordinal";
     case cudaErrorLaunchTimeout: return "the launch timed out and was terminated";
     case cudaErrorMisalignedAddress: return "misaligned address";
+    case cudaErrorInvalidAddressSpace: return "invalid address space";
     case cudaErrorLaunchFailure: return "unspecified launch failure";
     case cudaErrorCooperativeLaunchTooLarge: return "too many blocks in cooperative launch";
     case cudaErrorNotSupported: return "operation not supported";

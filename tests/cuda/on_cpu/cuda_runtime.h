@@ -106,13 +106,21 @@ enum class Op { sleep, barrier, sync_warp, shuffle, ballot, any, all, end, fail 
 // Stops the thread, and returns when the scheduler lets it go on. The value that came back from the other lanes.
 uint64_t wait(Op op, unsigned mask = 0, uint64_t value = 0, int source_lane = 0);
 
-[[noreturn]] void fail_misaligned(const void* pointer, size_t size);
+[[noreturn]] void fail_access(const void* pointer, size_t size);
+
+constexpr size_t kSharedCapacity = 228 << 10;
+
+// An access by __ldcs and its like is to global memory: shared memory is in another address space.
+inline bool is_shared(const volatile void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) - reinterpret_cast<uintptr_t>(dynamic_shared_memory) < kSharedCapacity;
+}
 
 // Before an access of a kernel to device memory that counts.
 template <size_t kSize>
 CUDA_ON_CPU_UNSEEN inline void count_access(const volatile void* pointer, uint64_t& bytes, uint64_t& wide,
                                             uint64_t& narrow) {
-  if (reinterpret_cast<uintptr_t>(pointer) % kSize != 0) fail_misaligned(const_cast<const void*>(pointer), kSize);
+  const bool misaligned = reinterpret_cast<uintptr_t>(pointer) % kSize != 0;
+  if (misaligned || is_shared(pointer)) fail_access(const_cast<const void*>(pointer), kSize);
   bytes += kSize;
   ++(kSize == 16 ? wide : narrow);
 }
@@ -261,6 +269,7 @@ enum cudaError_t {
   cudaErrorLaunchOutOfResources = 701,
   cudaErrorLaunchTimeout = 702,
   cudaErrorMisalignedAddress = 716,
+  cudaErrorInvalidAddressSpace = 717,
   cudaErrorLaunchFailure = 719,
   cudaErrorCooperativeLaunchTooLarge = 720,
   cudaErrorNotSupported = 801,

@@ -25,7 +25,7 @@ struct Request {
   unsigned mask;
   uint64_t value;
   int source_lane;
-  const void* misaligned;
+  const void* accessed;  // of a failure
 };
 
 struct Fiber {

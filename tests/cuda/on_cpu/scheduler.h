@@ -11,11 +11,10 @@
 #include "fibers.h"
 
 namespace {
-constexpr size_t kSharedCapacity = 228 << 10;
 constexpr size_t kCanaryBytes = 1 << 10;  // behind the shared memory of a block, where its mistakes most likely write
 }  // namespace
 
-__attribute__((visibility("default"))) uint4 dynamic_shared_memory[(kSharedCapacity + kCanaryBytes) / sizeof(uint4)];
+__attribute__((visibility("default"))) uint4 dynamic_shared_memory[(cuda_on_cpu::kSharedCapacity + kCanaryBytes) / sizeof(uint4)];
 
 namespace cuda_on_cpu {
 namespace {
@@ -249,8 +248,12 @@ class Scheduler {
         release_barrier(block);
         return block.alive == 0;
       case Op::fail:
+        if (is_shared(request.accessed)) {
+          fail(cudaErrorInvalidAddressSpace, "thread %u of block %u: %p is shared memory, and no global access finds it",
+               thread, block.index, request.accessed);
+        }
         fail(cudaErrorMisalignedAddress, "thread %u of block %u: misaligned address %p for %d bytes", thread,
-             block.index, request.misaligned, static_cast<int>(request.value));
+             block.index, request.accessed, static_cast<int>(request.value));
       default:
         if (!(request.mask >> thread % kWarp & 1)) {
           fail(cudaErrorLaunchFailure, "thread %u of block %u is not in the mask %#x of its own warp operation", thread,

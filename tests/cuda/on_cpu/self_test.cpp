@@ -138,6 +138,10 @@ __global__ void overrun_kernel(const Output) {
   reinterpret_cast<unsigned char*>(dynamic_shared_memory)[100 + threadIdx.x] = 1;  // of 100 bytes
 }
 
+__global__ void address_space_kernel(const Output) {
+  __stcs(reinterpret_cast<unsigned*>(dynamic_shared_memory) + threadIdx.x, 1u);
+}
+
 // Block 1 reads what block 0 wrote in the same launch, with nothing between.
 __global__ void blocks_race_kernel(const Output output) {
   if (threadIdx.x == 0) output.values[0] += blockIdx.x;
@@ -298,6 +302,7 @@ void test_failures() {
   memory[0] = 0;
   EXPECT(fails(endless_kernel) == cudaErrorLaunchTimeout);
   EXPECT(launch(copy_kernel, Output{memory + 1}, 1, 1) == cudaErrorMisalignedAddress);
+  EXPECT(launch(address_space_kernel, Output{}, 1, 4, 100) == cudaErrorInvalidAddressSpace);
   if (kAsan) {
     EXPECT(case_finds("overrun", "AddressSanitizer: use-after-poison"));
   } else {
