@@ -68,20 +68,21 @@ FASTCLIP_HD Progress progress_of(const Entry& tensor, const TensorSums& sums = {
 }
 // With kNeedsProducts.
 template <class Entry>
-FASTCLIP_HD Progress progress_with_row(const Entry& tensor, const TensorSums& sums) {
+FASTCLIP_HD Progress progress_with_row(const Entry& tensor, const TensorSums& sums, double numel) {
   Progress progress = progress_of(tensor, sums);
   progress.numbers = tensor.scalar;
-  progress.numel = static_cast<double>(tensor.numel);
+  progress.numel = numel;
   progress.param_times_grad = sums.param_times_grad;
   progress.param_squared = sums.param_squared;
   return progress;
 }
 
-// Counts a tensor's step. The scalar comes first: its next value depends on the count before that.
+// Counts the step of a tensor of `numel` elements. The scalar comes first: its next value depends on the count before
+// that.
 template <class R, class Entry>
-FASTCLIP_HD void advance(const Entry& tensor, const Hyper& hyper, const TensorSums& sums) {
+FASTCLIP_HD void advance(const Entry& tensor, const Hyper& hyper, const TensorSums& sums, double numel) {
   if constexpr (R::kNeedsProducts) {
-    R::next_numbers(hyper.of<R>(), progress_with_row(tensor, sums), [&](int place, double value) {
+    R::next_numbers(hyper.of<R>(), progress_with_row(tensor, sums, numel), [&](int place, double value) {
       const int64_t byte = place * (tensor.scalar_is_float64 ? sizeof(double) : sizeof(float));
       store_number(static_cast<char*>(tensor.scalar) + byte, tensor.scalar_is_float64, value);
     });
@@ -108,6 +109,14 @@ struct Segment {
 struct Products {
   double with_grad;
   double squared;
+};
+
+// What a GPU measures of a tensor besides the norm of its gradient, and what follows.
+struct TensorOutcome {
+  Measure sums[3];  // DeltaSums with kMeasuresDelta; with kNeedsProducts, Products, each the `medium` of one
+  double factor;    // of the tensor's learning rate; with kNeedsProducts of its gradient, by the rule's own clip
+  uint32_t measured;  // its tiles that are measured; 0 between steps
+  uint32_t unused;
 };
 
 // The passes that a call makes. A norm over several devices takes two calls, `measure` and `update`: in between, every
@@ -148,19 +157,27 @@ struct Step {
   std::vector<Segment> segments;
   std::vector<NormLimit> segment_limits;
   SegmentOutcome* segment_outcomes = nullptr;  // one per segment
-  std::vector<SegmentChange> segment_changes;  // the limits on their change, one per group; or none
+  std::vector<ChangeLimits> segment_changes;  // the limits on their change, one per group; or none
   const SegmentOutcome* segment_totals = nullptr;  // for Passes::update: their sums over all parts, and their levels
-  // With kNeedsProducts, scratch memory for each chunk; and what the WeightedClip of each group remembers, nullptr
-  // where it has none. Such a step is made in one call.
-  Products* products = nullptr;
+  // With kNeedsProducts, what the WeightedClip of each group remembers, nullptr where it has none.
   std::vector<ModelNorms*> model_norms;
-  // With kMeasuresDelta, where something is measured of it, scratch memory for each chunk. On the CPU alone.
+  bool measures_deltas = false;  // with kMeasuresDelta: something is measured of it
+  // Memory for these two, whose steps are made in one call: for each chunk on the CPU, for each tensor on a GPU.
+  Products* products = nullptr;
   DeltaSums* deltas = nullptr;
+  TensorOutcome* tensor_outcomes = nullptr;
   const Sums* sums = nullptr;  // for Passes::update: the sums of each part's outcome, in device memory
   const Levels* levels = nullptr;  // and the levels of that part which has the histories
   int parts = 1;  // number of these sums
   bool counts_skips = true;  // exactly one part of a step counts skipped steps
 };
+
+// Whether the gradients that the rule sees are known before their norm is: then what is added is measured beside it.
+inline bool measures_deltas_at_once(const Step& step) {
+  bool clips = step.limits.max_norm.is_set();
+  for (const NormLimit& limit : step.segment_limits) clips |= !step.segments.empty() && limit.is_set();
+  return step.measures_deltas && !clips;
+}
 
 namespace cpu {
 
@@ -191,6 +208,7 @@ constexpr int kMaxBlocks = 4096;
 // The memory that the host must allocate for a step.
 struct Needs {
   int64_t measures;  // number of Measures, for a norm
+  int64_t tensor_outcomes;
   int64_t param_measures;  // number of Measures of the parameters
   uint64_t layout;  // a hash of the places of each tensor's measures, not 0
   int64_t table_bytes;  // 0: the table fits into the kernel arguments

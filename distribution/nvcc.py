@@ -5,6 +5,7 @@ as in torch. NVCC_THREADS, or MAX_JOBS, bounds how many nvcc compiles at a time.
 """
 
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -22,7 +23,8 @@ NVCC_FLAGS = [
     "-Werror=all-warnings",
     "-Xcompiler=-fPIC,-Wall,-Wextra,-Wno-psabi,-fvisibility=hidden",
 ]
-ARCHITECTURES = ["7.5", "8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "11.0", "12.0"]  # 8.7 and 11.0: Jetson
+ARCHITECTURES = ["7.5", "8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "11.0", "12.0"]
+JETSON = {"8.7", "11.0"}  # whose processors are Arm: an x86 machine's build leaves them out
 
 
 def find_nvcc():
@@ -67,7 +69,8 @@ def cuda_architectures(nvcc):
                 raise bad_entry(entry, f"{nvcc} does not know {architecture}")
     if asked:
         return list(dict.fromkeys(sum(asked.values(), [])))
-    architectures = [a for a in ARCHITECTURES if number_of(a) in known]
+    absent = JETSON if platform.machine() == "x86_64" else set()
+    architectures = [a for a in ARCHITECTURES if number_of(a) in known and a not in absent]
     if not architectures:
         raise cuda_error(
             f"{nvcc} is too old, or too new: it knows none of the architectures {', '.join(ARCHITECTURES)}"

@@ -22,8 +22,8 @@ class LAMB(ClippedOptimizer):
 
     Where ‖param‖ or ‖u‖ is 0, and in groups without a weight decay, the step is lr * u. What is added is measured
     before anything is written, so a step reads the gradient twice, or three times with `max_norm`: 48 bytes for each
-    float32 parameter, where AdamW with `max_norm` takes 32. A GPU has no kernel of it yet, and DTensors have none:
-    these are stepped in plain torch.
+    float32 parameter, where AdamW with `max_norm` takes 32. DTensors have no kernel, nor have parameters
+    on several devices: these are stepped in plain torch.
 
     Args:
         params: as in `torch.optim.AdamW`.

@@ -162,12 +162,12 @@ def no_kernels(what, tensor, param):
     return f"{what} {_kind(tensor) or _difference(tensor, param)}"
 
 
-def no_gpu_kernels(what, param):
-    return f"{what} is on {param.device}, where this step has no kernel yet"
-
-
 def no_kernels_over_ranks():
     return "what is measured before an update is on several ranks, which the kernels do not add up yet"
+
+
+def no_kernels_over_devices():
+    return "parameters are on several devices, and what this rule measures of each is added up on one alone"
 
 
 def no_kernels_for_number(what, number, param):

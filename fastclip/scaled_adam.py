@@ -41,8 +41,8 @@ class ScaledAdam(ClippedOptimizer):
     are left as they were. Sums are taken in double.
 
     Its state is `delta`, `exp_avg_sq`, `step` and a row of numbers, `sizes`; `model_norms` beside one parameter of each
-    group. `load_state_dict` takes icefall's checkpoints as well, and `icefall_state_dict` writes them. Parameters on a
-    GPU are stepped in plain torch, for now; DTensors are refused.
+    group. `load_state_dict` takes icefall's checkpoints as well, and `icefall_state_dict` writes them. DTensors
+    are refused, and parameters on several devices are stepped in plain torch.
 
     Args:
         params: as in `torch.optim.AdamW`, or icefall's groups, with `named_params`.

@@ -141,7 +141,8 @@ fastclip_result fastclip_plan::take_step() {
   step_.has_step_counts = options_.counts;
   step_.outcome = &outcome_;
   step_.measures = measures_.data();
-  step_.deltas = options_.measures_deltas ? deltas_.data() : nullptr;
+  step_.measures_deltas = options_.measures_deltas;
+  step_.deltas = deltas_.data();
   step_.clamped = step_.clampable > 0 ? &clamped_ : nullptr;
   clamped_ = 0;
   cpu::run(step_, pool_);

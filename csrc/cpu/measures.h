@@ -51,6 +51,10 @@ void sum_segments(const Step& step) {
     SegmentOutcome& outcome = step.segment_outcomes[i] = {};
     for_chunks_of_tensors(step, segment.first_tensor, end_of_segment(step, i),
                           [&](int64_t chunk) { combine(step.norm, outcome.sum, step.measures[chunk]); });
+    if (step.limits.measures_params) {
+      for_chunks_of_tensors(step, segment.first_tensor, end_of_segment(step, i),
+                            [&](int64_t chunk) { combine(step.norm, outcome.params, step.param_measures[chunk]); });
+    }
     if (segment.history) outcome.level = level_of(step.segment_limits[segment.group], segment.history);
   }
 }
@@ -63,8 +67,7 @@ DeltaParts delta_parts(const Step& step, const TensorEntry& tensor, size_t& segm
     while (place >= end_of_segment(step, segment)) ++segment;
     limits = &step.segment_changes[step.segments[segment].group];
   }
-  return measured_of(step.rule, step.hypers[tensor.hyper]) | (limits->measures_change ? kDelta : 0) |
-         (limits->measures_params ? kParam : 0);
+  return measured_of(step.rule, step.hypers[tensor.hyper]) | parts_of(*limits);
 }
 
 // Measures what the update would add to the chunks of one tensor after the other.
@@ -100,13 +103,6 @@ class DeltasOfTensors {
   const Delta* rule_ = nullptr;
   const Constants* constants_ = nullptr;
 };
-
-// Whether the gradients that the rule sees are known before their norm is.
-bool measures_deltas_at_once(const Step& step) {
-  const bool clips_segments = std::any_of(step.segment_limits.begin(), step.segment_limits.end(),
-                                          [](const NormLimit& limit) { return limit.is_set(); });
-  return step.deltas && !step.limits.max_norm.is_set() && !(clips_segments && !step.segments.empty());
-}
 
 // By a pass of its own.
 void measure_all_deltas(const Step& step, const ThreadPool& pool, const LoopTable& loops, const Scalings& scalings) {

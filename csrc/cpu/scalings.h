@@ -26,10 +26,13 @@ class Scalings {
       const SegmentOutcome& of_all = step.passes == Passes::all ? step.segment_outcomes[i] : step.segment_totals[i];
       const Level level = of_all.level;
       SegmentDecision decided = decide_for(step.norm, limit, level, of_all.sum);
-      double change = 0;
-      if (!step.segment_changes.empty() && !step.deltas) change = limit_change(step, i, decided);
+      if (!step.segment_changes.empty() && !step.measures_deltas && segment.first_tensor < end_of_segment(step, i)) {
+        const Hyper& hyper = step.hypers[step.tensors[segment.first_tensor].hyper];
+        limit_change(step.segment_changes[segment.group], change_of(step.rule, hyper, hyper.lr),
+                     total_norm(step.norm, of_all.params), smallest_norm_of(step, i), decided);
+      }
       record(step.segment_outcomes[i], decided);
-      step.segment_outcomes[i].change = change;
+      step.segment_outcomes[i].change = decided.change;
       const Scaling scaling = both(of_all_, decided.scaling);
       std::fill(of_tensors_.begin() + segment.first_tensor, of_tensors_.begin() + end_of_segment(step, i),
                 OfTensor{scaling, TensorSums{decided.total_norm * scaling.product()}});
@@ -63,12 +66,12 @@ class Scalings {
       of_tensors_[i].lr_factor = lr_factor_of(step.rule, step.hypers[tensor.hyper], numel, norms_of(sums[i]));
     }
     if (step.segments.empty()) {
-      step.outcome->change = limit_deltas(step, sums, step.limits.on_delta, 0, step.tensors.size());
+      step.outcome->change = limit(sums, step.limits.on_delta, 0, step.tensors.size(), step.limits.smallest_norm);
     }
     for (size_t i = 0; i < step.segments.size() && !step.segment_changes.empty(); ++i) {
       const Segment& segment = step.segments[i];
-      step.segment_outcomes[i].change =
-          limit_deltas(step, sums, step.segment_changes[segment.group], segment.first_tensor, end_of_segment(step, i));
+      step.segment_outcomes[i].change = limit(sums, step.segment_changes[segment.group], segment.first_tensor,
+                                              end_of_segment(step, i), smallest_norm_of(step, i));
     }
   }
 
@@ -90,43 +93,27 @@ class Scalings {
     double lr_factor = 1;
   };
 
-  static double smallest_norm_of(const Step& step, size_t first, size_t end) {
+  static double smallest_norm_of(const Step& step, size_t segment) {
     int64_t numel = 0;
-    for (size_t i = first; i < end; ++i) numel += step.tensors[i].numel;
+    for (size_t i = step.segments[segment].first_tensor; i < end_of_segment(step, segment); ++i) {
+      numel += step.tensors[i].numel;
+    }
     return smallest_norm(step.norm, numel);
   }
 
-  // Limits the change that a segment's gradients make in the end. Returns it.
-  double limit_change(const Step& step, size_t segment, SegmentDecision& decided) const {
-    const SegmentChange& limits = step.segment_changes[step.segments[segment].group];
-    if (!limits.measures_change) return 0;
-    const size_t first = step.segments[segment].first_tensor, end = end_of_segment(step, segment);
-    Measure params{};
-    if (limits.measures_params) {
-      for_chunks_of_tensors(step, first, end,
-                            [&](int64_t chunk) { combine(step.norm, params, step.param_measures[chunk]); });
-    }
-    const double change = limits.of_norm == 0 ? 0 : limits.of_norm * decided.total_norm;  // 0, also of an inf
-    const Scaling scaling =
-        scaling_of_change(limits, change, total_norm(step.norm, params), smallest_norm_of(step, first, end));
-    decided.scaling = smaller(decided.scaling, scaling);
-    return change * of_all_.product() * decided.scaling.product();
-  }
-
   // Limits what the step adds to the tensors from `first` to `end`. Returns its norm.
-  double limit_deltas(const Step& step, const std::vector<DeltaSums>& sums, const ChangeLimits& limits, size_t first,
-                      size_t end) {
+  double limit(const std::vector<DeltaSums>& sums, const ChangeLimits& limits, size_t first, size_t end,
+               double smallest) {
     if (!limits.measures_change) return 0;
     DeltaSums sum{};
     for (size_t i = first; i < end; ++i) {
       combine(Norm::two, sum.delta, multiplied(Norm::two, sums[i].delta, of_tensors_[i].lr_factor));
       combine(Norm::two, sum.param, sums[i].param);
     }
-    const DeltaNorms norms = norms_of(sum);
-    const double smallest = step.segments.empty() ? step.limits.smallest_norm : smallest_norm_of(step, first, end);
-    const double factor = scaling_of_change(limits, norms.delta, norms.param, smallest).product();
+    double change;
+    const double factor = limit_deltas(limits, sum.delta, sum.param, smallest, change);
     for (size_t i = first; i < end; ++i) of_tensors_[i].lr_factor *= factor;
-    return norms.delta * factor;
+    return change;
   }
 
   void clip_group(const Step& step, uint32_t group) {
@@ -141,7 +128,7 @@ class Scalings {
     for_segments([&](size_t i, size_t) {
       const size_t place = step.segments[i].first_tensor;
       const TensorEntry& tensor = step.tensors[place];
-      const Progress progress = progress_with_row(tensor, {});
+      const Progress progress = progress_with_row(tensor, {}, static_cast<double>(tensor.numel));
       if (!hyper) count = progress.step - 1;
       hyper = &step.hypers[tensor.hyper];
       const double norm = of_tensors_[place].sums.norm * weight_of(step.rule, *hyper, progress);
@@ -186,7 +173,7 @@ class ConstantsOfTensors {
 
   const Constants& of(const TensorEntry& tensor) {
     const TensorSums sums = needs_norms_ ? scalings_.sums(step_, tensor) : TensorSums{};
-    const Progress progress = has_rows_ ? progress_with_row(tensor, sums)
+    const Progress progress = has_rows_ ? progress_with_row(tensor, sums, static_cast<double>(tensor.numel))
                               : counts_ ? progress_of(tensor, sums)
                                         : Progress{};
     const double lr_factor = scalings_.lr_factor(step_, tensor);

@@ -49,7 +49,8 @@ void update_all(const Step& step, const ThreadPool& pool, const LoopTable& loops
   if (!step.has_step_counts) return;
   Rules::visit(step.rule, [&](auto tag) {
     for (const TensorEntry& tensor : step.tensors)
-      advance<typename decltype(tag)::Rule>(tensor, step.hypers[tensor.hyper], scalings.sums(step, tensor));
+      advance<typename decltype(tag)::Rule>(tensor, step.hypers[tensor.hyper], scalings.sums(step, tensor),
+                                            static_cast<double>(tensor.numel));
   });
 }
 
@@ -76,7 +77,7 @@ void run(const Step& step, const ThreadPool& pool) {
     if (!step.segments.empty()) scalings.add_segments(step, decision);
     if (decision.skip) return;
     if (needs_products(step.rule)) scalings.add_products(step);
-    if (step.deltas) {
+    if (step.measures_deltas) {
       if (!measures_deltas_at_once(step)) measure_all_deltas(step, pool, loops, scalings);
       scalings.add_deltas(step);
     }

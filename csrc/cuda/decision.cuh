@@ -62,7 +62,6 @@ __device__ __noinline__ void decide_from_sums(const Header& header, Decision& de
     add(sums.params, of_part.params);
   }
   decision = decide(header.norm, sums, header.limits, levels_of(header), header.skip_nonfinite);
-  if (blockIdx.x == 0) record(*header.outcome, decision, header.counts_skips);
 }
 
 // AMP skips the step.

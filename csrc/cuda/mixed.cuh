@@ -10,8 +10,8 @@ namespace {
 // of a warp have the same dtype. A word is unpacked only after the lane has asked for all of its words.
 constexpr int kElements = 4;
 
-// Reads a word of kSize elements: 4, or 1 where memory is not aligned. kShared: from shared memory, where no load with a
-// cache hint finds anything.
+// Reads a word of kSize elements: 4, or 1 where memory is not aligned. kShared: from shared memory, where no load with
+// a cache hint finds anything.
 template <int kSize, bool kShared = false>
 __device__ __forceinline__ uint4 read(const void* array, DType dtype, int64_t i) {
   const auto read_at = [](const auto* from) {
@@ -98,19 +98,58 @@ __device__ __forceinline__ uint4 pack(const float (&values)[kElements], DType dt
   return {words[0], words[1], words[2], words[3]};
 }
 
+// Measures the products of a tile's parameters and gradients, in double: those of float32 are exact.
+template <class OneEntry>
+__device__ __noinline__ Products measure_products(const Header& header, const Hyper& hyper, const OneEntry& entry,
+                                                  int64_t begin, int size, const uint4* slot) {
+  const int per_pack = kPackBytes / item_size(entry.grad_dtype);  // as in update_mixed_tile
+  const int kept = slot && entry.aligned ? size / per_pack * per_pack : 0;
+  Products products{};
+  const auto measure = [&](const auto& clip, const auto& load_from) {
+    constexpr int kAtOnce = kInFlight<2>;
+#pragma unroll 1
+    for (int first = threadIdx.x % kWarp; first < size; first += kAtOnce * kWarp) {
+      decltype(clip.low) p[kAtOnce], g[kAtOnce];
+      for_words<kAtOnce>(first, size, [&](int k, int i) {
+        p[k] = load_from(std::false_type{}, entry.param, entry.dtype, begin + i);
+        g[k] = i < kept ? load_from(std::true_type{}, slot, entry.grad_dtype, i)
+                        : load_from(std::false_type{}, entry.grad, entry.grad_dtype, begin + i);
+      });
+      for_words<kAtOnce>(first, size, [&](int k, int) {
+        const double param = p[k], grad = clip(g[k]);
+        products.with_grad = fma(param, grad, products.with_grad);
+        products.squared = fma(param, param, products.squared);
+      });
+    }
+  };
+  if (entry.dtype == DType::float64) {
+    measure(clip_of<double>(hyper, header.asked, {}), [](auto shared, const void* array, DType, int64_t i) {
+      const double* const from = static_cast<const double*>(array) + i;
+      return decltype(shared)::value ? *from : __ldcs(from);
+    });
+  } else {
+    measure(clip_of<float>(hyper, header.asked, {}), [](auto shared, const void* array, DType dtype, int64_t i) {
+      float values[kElements];
+      unpack(read<1, decltype(shared)::value>(array, dtype, i), dtype, values);
+      return values[0];
+    });
+  }
+  return products;
+}
+
 // Updates a tile.
 template <class K, class OneEntry>
-__device__ __noinline__ Updated<K::kLimitsChange> update_mixed_tile(const Header& header, const Hyper& hyper,
-                                                                    const OneEntry& entry, int64_t begin, int size,
-                                                                    ScalingOf<typename K::Rule> scaling,
-                                                                    const uint4* slot) {
+__device__ __noinline__ Updated<K::kBeside> update_mixed_tile(const Header& header, const Hyper& hyper,
+                                                              const OneEntry& entry, int64_t begin, int size,
+                                                              FactorsOf<K> factors, const uint4* slot) {
   using R = typename K::Rule;
   constexpr int kStates = K::kStates, kRoom = K::kRoom;
   constexpr int kAtOnce = kInFlight<2 + kStates>;
-  const Clip<float> clip = clip_of<float>(hyper, header.asked, scaling);
-  const auto constants = constants_of<R, float>(hyper, entry, scaling);
+  const Clip<float> clip = clip_of<float>(hyper, header.asked, factors);
+  const auto constants = constants_of<K, float>(hyper, entry, factors);
   const Terms terms = possible_terms<K>(hyper, entry);
-  const uint32_t reads = R::reads(terms), writes = R::writes(terms);
+  const Reads<K> reads = reads_of<K>(terms, factors);
+  const uint32_t writes = R::writes(terms);
   const int64_t place = begin + entry.head;  // the place of the tile's first element in its tensor
   uint32_t keys[1 + kRoom] = {};
   if (hyper.stochastic_rounding) {
@@ -119,7 +158,7 @@ __device__ __noinline__ Updated<K::kLimitsChange> update_mixed_tile(const Header
   }
   const int per_pack = entry.grad_dtype == DType::float32 ? 4 : 8;  // elements in 16 bytes, as the measure keeps them
   const int kept = slot && entry.aligned ? size / per_pack * per_pack : 0;
-  Updated<K::kLimitsChange> updated;
+  Updated<K::kBeside> updated;
   const Norm norm = header.norm;
 
   const auto update = [&](auto size_of_word, int from, int count) {
@@ -129,25 +168,33 @@ __device__ __noinline__ Updated<K::kLimitsChange> update_mixed_tile(const Header
     for (int first = lane; first < count; first += kAtOnce * kWarp) {
       uint4 p[kAtOnce], g[kAtOnce], state_in[kRoom][kAtOnce];
       const auto at = [&](int i) { return begin + from + int64_t{i} * kSize; };
-      for_words<kAtOnce>(first, count, [&](int k, int i) { p[k] = read<kSize>(entry.param, entry.dtype, at(i)); });
+      if constexpr (K::kMeasuresDelta) {  // not all is read
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k) p[k] = g[k] = uint4{};
+      }
+      if (!K::kMeasuresDelta || reads.param) {
+        for_words<kAtOnce>(first, count, [&](int k, int i) { p[k] = read<kSize>(entry.param, entry.dtype, at(i)); });
+      }
 #pragma unroll
       for (int s = 0; s < kStates; ++s) {
-        if (!has(reads, s)) continue;
+        if (!has(reads.states, s)) continue;
         for_words<kAtOnce>(first, count, [&](int k, int i) {
           state_in[s][k] = read<kSize>(entry.states[s], entry.state_dtypes[s], at(i));
         });
       }
-      for_words<kAtOnce>(first, count, [&](int k, int i) {
-        g[k] = at(i) - begin < kept ? read<kSize, true>(slot, entry.grad_dtype, at(i) - begin)
-                                    : read<kSize>(entry.grad, entry.grad_dtype, at(i));
-      });
+      if (!K::kMeasuresDelta || entry.grad) {  // if not, its parameters alone are measured
+        for_words<kAtOnce>(first, count, [&](int k, int i) {
+          g[k] = at(i) - begin < kept ? read<kSize, true>(slot, entry.grad_dtype, at(i) - begin)
+                                      : read<kSize>(entry.grad, entry.grad_dtype, at(i));
+        });
+      }
       for_words<kAtOnce>(first, count, [&](int k, int i) {
         float param[kElements], grad[kElements], states[kRoom][kElements];
         unpack(p[k], entry.dtype, param);
         unpack(g[k], entry.grad_dtype, grad);
 #pragma unroll
         for (int s = 0; s < kStates; ++s) {
-          if (has(reads, s)) unpack(state_in[s][k], entry.state_dtypes[s], states[s]);
+          if (has(reads.states, s)) unpack(state_in[s][k], entry.state_dtypes[s], states[s]);
         }
 #pragma unroll
         for (int j = 0; j < kSize; ++j) {
@@ -155,11 +202,21 @@ __device__ __noinline__ Updated<K::kLimitsChange> update_mixed_tile(const Header
           float state[kMaxStates]{};
 #pragma unroll
           for (int s = 0; s < kStates; ++s) {
-            if (has(reads, s)) state[s] = states[s][j];
+            if (has(reads.states, s)) state[s] = states[s][j];
+          }
+          if constexpr (K::kMeasuresDelta) {
+            if (factors.measures) {
+              const float d = clip(grad[j]);
+              measure_delta<R, false>(updated.deltas, factors.measures, terms, constants, param[j], d, state);
+              continue;
+            }
           }
           R::update(terms, constants, param[j], clip(grad[j]), state);
 #pragma unroll
           for (int s = 0; s < kStates; ++s) states[s][j] = state[s];
+        }
+        if constexpr (K::kMeasuresDelta) {
+          if (factors.measures) return;
         }
         const auto nearest = [](auto& to, float value, int) { store(to, value); };
         const auto write_array = [&](int array, DType dtype, void* to, const float (&values)[kElements]) {

@@ -134,31 +134,42 @@ struct Choice {
   Rules::Id rule;
   int states = 0;  // the largest number of state arrays of a tensor
   DTypes dtypes = DTypes::any;
-  bool limits_change = false;
+  Beside beside = Beside::nothing;
 };
+
+Beside beside_of(const Step& step) {
+  if (needs_products(step.rule)) return Beside::products;
+  if (step.measures_deltas) return Beside::deltas;
+  return step.limits.measures_change || !step.segment_changes.empty() ? Beside::change : Beside::nothing;
+}
 
 template <class R, size_t kKernel, class Body>
 auto with_kernel_from(const Choice& choice, const Body& body) {
   constexpr int kStates = R::kKernels[kKernel];
+  constexpr DTypesTag<DTypes::any> kAny{};
   if constexpr (kKernel + 1 < std::size(R::kKernels)) {
-    const bool fits = choice.states <= kStates && !choice.limits_change;  // only the largest measures for a limit
+    const bool fits = choice.states <= kStates && choice.beside == Beside::nothing;  // only the largest measures more
     if (!fits) return with_kernel_from<R, kKernel + 1>(choice, body);
+  } else if constexpr (R::kNeedsProducts) {
+    return body(Kernel<R, kStates, Beside::products>{}, kAny);
+  } else if constexpr (R::kMeasuresDelta && !R::kIsCommon) {  // a rare rule has one kernel
+    return body(Kernel<R, kStates, Beside::deltas>{}, kAny);
+  } else if constexpr (R::kMeasuresDelta) {
+    if (choice.beside == Beside::deltas) return body(Kernel<R, kStates, Beside::deltas>{}, kAny);
   } else if constexpr (R::kLimitsChange) {
-    if (choice.limits_change) return with_dtypes<Kernel<R, kStates, true>>(choice.dtypes, body);
+    if (choice.beside == Beside::change) return with_dtypes<Kernel<R, kStates, Beside::change>>(choice.dtypes, body);
   }
-  return with_dtypes<Kernel<R, kStates, false>>(choice.dtypes, body);
+  if constexpr (!R::kNeedsProducts && (!R::kMeasuresDelta || R::kIsCommon)) {
+    return with_dtypes<Kernel<R, kStates, Beside::nothing>>(choice.dtypes, body);
+  }
 }
 
 template <class Body>
 auto with_kernel(const Choice& choice, const Body& body) {
   return Rules::visit(choice.rule, [&](auto tag) {
     using R = typename decltype(tag)::Rule;
-    if constexpr (std::size(R::kKernels) == 0) {  // never called: the host leaves its tensors to plain torch
-      return with_kernel_from<ClipGrad, 0>(choice, body);
-    } else {
-      static_assert(R::kKernels[std::size(R::kKernels) - 1] == R::kStates.size(), "some tensors would have no kernel");
-      return with_kernel_from<R, 0>(choice, body);
-    }
+    static_assert(R::kKernels[std::size(R::kKernels) - 1] == R::kStates.size(), "some tensors would have no kernel");
+    return with_kernel_from<R, 0>(choice, body);
   });
 }
 
@@ -166,40 +177,89 @@ struct Layout {
   Choice choice;
   int64_t entries = 0;
   int64_t tiles = 0;
-  int tile_bits = 10;      // a tile has 2^tile_bits elements: divisions would take half of the host's time here
+  int tile_bits = 10;  // a tile has 2^tile_bits elements: divisions would take half of the host's time here
   int32_t item_bytes = 0;  // bytes per element of the widest gradient
   int64_t table_bytes = 0;
   uint64_t places = 0;  // a hash of where each entry's tiles are
   std::vector<SegmentRow> segments{};  // and one more
   std::vector<uint32_t> segments_by_block{};
+  bool segments_are_tensors = false;
+  std::vector<TensorRow> tensors{};  // the same
+  std::vector<GroupRow> groups{};
+  std::vector<uint32_t> tensors_by_block{};
+  int64_t tensors_at = 0;  // in the table
 
   int32_t tile() const { return 1 << tile_bits; }
   int64_t tiles_of(int64_t numel) const { return (numel + tile() - 1) >> tile_bits; }
 };
 
-// Finds the tiles of each segment.
-void add_segments(const Step& step, Layout& layout) {
-  uint32_t tile = 0;
-  auto segment = step.segments.begin();
-  const auto add_up_to = [&](size_t tensor) {
-    for (; segment != step.segments.end() && segment->first_tensor <= tensor; ++segment) {
-      layout.segments.push_back({segment->history, tile, segment->group, segment->number, 0});
-    }
-  };
-  size_t tensor = 0;
-  for_each_entry(step, [&](const TensorEntry&, int64_t begin, int64_t numel) {
-    if (begin == 0) add_up_to(tensor++);
-    tile += static_cast<uint32_t>(layout.tiles_of(numel));
-  });
-  add_up_to(step.tensors.size());
-  layout.segments.push_back({nullptr, tile, 0, 0, 0});
-  for (uint32_t i = 0; i + 1 < layout.segments.size(); ++i) {
-    const uint32_t tiles = layout.segments[i + 1].first_tile - layout.segments[i].first_tile;
-    if (tiles == 0 || tiles > kTilesOfWarp) layout.segments_by_block.push_back(i);
+// Lists those rows whose tiles no warp sums.
+template <class Row>
+std::vector<uint32_t> by_block(const std::vector<Row>& rows) {
+  std::vector<uint32_t> found;
+  for (uint32_t i = 0; i + 1 < rows.size(); ++i) {
+    const uint32_t tiles = rows[i + 1].first_tile - rows[i].first_tile;
+    if (tiles == 0 || tiles > kTilesOfWarp) found.push_back(i);
   }
-  size_t bytes = layout.segments.size() * sizeof(SegmentRow) + step.segment_limits.size() * sizeof(NormLimit) +
-                 layout.segments_by_block.size() * sizeof(uint32_t);
+  return found;
+}
+
+// Makes room in the table, in whole words.
+void add_bytes(Layout& layout, size_t bytes) {
   layout.table_bytes += static_cast<int64_t>((bytes + sizeof(uint64_t) - 1) & -sizeof(uint64_t));
+}
+
+// Returns the first tile of each tensor, and their entries; and one more.
+std::vector<TensorRow> rows_of_tensors(const Step& step, const Layout& layout) {
+  std::vector<TensorRow> rows;
+  uint32_t tile = 0, entry = 0, segment = 0;
+  for_each_entry(step, [&](const TensorEntry&, int64_t begin, int64_t numel) {
+    if (begin == 0) {
+      const size_t tensor = rows.size();
+      while (segment + 1 < step.segments.size() && step.segments[segment + 1].first_tensor <= tensor) ++segment;
+      rows.push_back({tile, entry, segment, 0});
+    }
+    tile += static_cast<uint32_t>(layout.tiles_of(numel));
+    ++entry;
+  });
+  rows.push_back({tile, entry, 0, 0});
+  return rows;
+}
+
+// Finds the tiles of each segment.
+void add_segments(const Step& step, const std::vector<TensorRow>& tensors, Layout& layout) {
+  layout.segments_are_tensors = true;
+  const auto count = static_cast<uint32_t>(step.tensors.size());
+  for (size_t i = 0; i < step.segments.size(); ++i) {
+    const Segment& segment = step.segments[i];
+    const uint32_t first = segment.first_tensor;
+    const uint32_t end = i + 1 < step.segments.size() ? step.segments[i + 1].first_tensor : count;
+    int64_t numel = 0;
+    for (uint32_t tensor = first; tensor < end; ++tensor) numel += step.tensors[tensor].numel;
+    layout.segments_are_tensors &= end - first < 2;
+    layout.segments.push_back({segment.history, smallest_norm(step.norm, numel), tensors[first].first_tile, first,
+                               segment.group, segment.number,
+                               first < count ? static_cast<uint32_t>(step.tensors[first].hyper) : 0, 0});
+  }
+  layout.segments.push_back({nullptr, 0, tensors.back().first_tile, count, 0, 0, 0, 0});
+  layout.segments_by_block = by_block(layout.segments);
+  add_bytes(layout, layout.segments.size() * sizeof(SegmentRow) + step.segment_limits.size() * sizeof(NormLimit) +
+                        step.segment_changes.size() * sizeof(ChangeLimits) +
+                        layout.segments_by_block.size() * sizeof(uint32_t));
+}
+
+void add_tensors(const Step& step, std::vector<TensorRow> tensors, Layout& layout) {
+  layout.tensors = std::move(tensors);
+  layout.tensors_by_block = by_block(layout.tensors);
+  for (ModelNorms* norms : step.model_norms) layout.groups.push_back({norms, 0, 0});
+  for (uint32_t i = 0; i + 1 < layout.tensors.size() && !layout.groups.empty(); ++i) {
+    GroupRow& group = layout.groups[step.segments[layout.tensors[i].segment].group];
+    if (group.end_tensor == 0) group.first_tensor = i;
+    group.end_tensor = i + 1;
+  }
+  layout.tensors_at = layout.table_bytes;
+  add_bytes(layout, layout.tensors.size() * sizeof(TensorRow) + layout.groups.size() * sizeof(GroupRow) +
+                        layout.tensors_by_block.size() * sizeof(uint32_t));
 }
 
 // Chooses the tile's size. Small tiles keep a whole GPU busy with a small model. The last block adds up one sum per
@@ -207,7 +267,7 @@ void add_segments(const Step& step, Layout& layout) {
 Layout layout_of(const Step& step) {
   constexpr int64_t kManyTiles = 1 << 15;
   constexpr int kLargestTileBits = 14;
-  Layout layout{{step.rule, states_of(step), dtypes_of(step), step.limits.measures_change}};
+  Layout layout{{step.rule, states_of(step), dtypes_of(step), beside_of(step)}};
   const bool narrow = std::all_of(step.tensors.begin(), step.tensors.end(),
                                   [](const TensorEntry& tensor) { return item_size(tensor.grad_dtype) == 2; });
   if (narrow) ++layout.tile_bits;  // as many bytes
@@ -222,7 +282,11 @@ Layout layout_of(const Step& step) {
   const size_t entry_bytes = with_kernel(
       layout.choice, [](auto kernel, auto dtypes) { return sizeof(Entry<decltype(kernel), decltype(dtypes)::value>); });
   layout.table_bytes = static_cast<int64_t>(step.hypers.size() * sizeof(Hyper) + layout.entries * entry_bytes);
-  if (!step.segments.empty()) add_segments(step, layout);
+  const bool measures_tensors = layout.choice.beside == Beside::deltas || layout.choice.beside == Beside::products;
+  if (step.segments.empty() && !measures_tensors) return layout;
+  std::vector<TensorRow> tensors = rows_of_tensors(step, layout);
+  if (!step.segments.empty()) add_segments(step, tensors, layout);
+  if (measures_tensors) add_tensors(step, std::move(tensors), layout);
   return layout;
 }
 
@@ -236,11 +300,22 @@ void write_table(const Step& step, const Layout& layout, unsigned char* bytes) {
       write_entry(tensor, begin, numel, tiles, *entry++);
       tiles += static_cast<uint32_t>(layout.tiles_of(numel));
     });
-    if (layout.segments.empty()) return;
-    auto* const rows = reinterpret_cast<SegmentRow*>(entry);
-    auto* const limits = reinterpret_cast<NormLimit*>(std::copy(layout.segments.begin(), layout.segments.end(), rows));
-    auto* const by_block = std::copy(step.segment_limits.begin(), step.segment_limits.end(), limits);
-    std::copy(layout.segments_by_block.begin(), layout.segments_by_block.end(), reinterpret_cast<uint32_t*>(by_block));
+    auto* behind = reinterpret_cast<unsigned char*>(entry);
+    const auto write = [&](const auto& rows) {
+      if (!rows.empty()) std::memcpy(behind, rows.data(), rows.size() * sizeof(rows[0]));
+      behind += rows.size() * sizeof(rows[0]);
+    };
+    if (!layout.segments.empty()) {
+      write(layout.segments);
+      write(step.segment_limits);
+      write(step.segment_changes);
+      write(layout.segments_by_block);
+    }
+    if (layout.tensors.empty()) return;
+    behind = bytes + layout.tensors_at;
+    write(layout.tensors);
+    write(layout.groups);
+    write(layout.tensors_by_block);
   });
 }
 
@@ -309,27 +384,29 @@ cudaError_t launch(const Layout& layout, Args& arguments, int device, cudaStream
     cudaGetLastError();
     header.slots = 0;
   }
-  const bool update = header.update;
-  if (header.measure && update) {
-    header.update = false;
-    const cudaError_t error = cudaLaunchKernel(kKernel, blocks, dim3(kThreads), pointers, sizeof(Shared), stream);
-    if (error != cudaSuccess) return error;
-    header.measure = false;
-    header.update = true;
-  }
-  return cudaLaunchKernel(kKernel, blocks, dim3(kThreads), pointers, sizeof(Shared), stream);
+  const auto launch_only = [&](bool measure, bool deltas, bool update) {
+    header.measure = measure;
+    header.measures_deltas = deltas;
+    header.update = update;
+    return cudaLaunchKernel(kKernel, blocks, dim3(kThreads), pointers, sizeof(Shared), stream);
+  };
+  if (!header.measure || !header.update) return launch_only(header.measure, false, header.update);
+  const bool deltas = header.measures_deltas;
+  cudaError_t error = launch_only(true, false, false);
+  if (error == cudaSuccess && deltas) error = launch_only(false, true, false);
+  return error == cudaSuccess ? launch_only(false, false, true) : error;
 }
 
 // Returns whether a kernel exists for the small table, too. Rarer dtypes take the longest to compile.
-constexpr bool has_small_table(DTypes dtypes, bool limits_change) {
-  return (dtypes == DTypes::float32 || dtypes == DTypes::bfloat16) && !limits_change;
+constexpr bool has_small_table(DTypes dtypes, Beside beside) {
+  return (dtypes == DTypes::float32 || dtypes == DTypes::bfloat16) && beside == Beside::nothing;
 }
 
 template <int kTableBytes>
 cudaError_t launch_with(const Layout& layout, Arguments<kTableBytes>& arguments, int device, cudaStream_t stream) {
   return with_kernel(layout.choice, [&](auto kernel, auto dtypes) {
     constexpr DTypes kDTypes = decltype(dtypes)::value;
-    if constexpr (kTableBytes == kSmallTable && !has_small_table(kDTypes, decltype(kernel)::kLimitsChange)) {
+    if constexpr (kTableBytes == kSmallTable && !has_small_table(kDTypes, decltype(kernel)::kBeside)) {
       return cudaErrorInvalidValue;
     } else {
       return launch<step_kernel<decltype(kernel), kDTypes, kTableBytes>>(layout, arguments, device, stream);
@@ -350,7 +427,10 @@ Header header_of(const Step& step, const Layout& layout) {
   header.measures = reinterpret_cast<double*>(step.measures);
   if (step.limits.measures_change) header.change_measures = header.measures + kParts * layout.tiles;
   if (step.limits.measures_params) header.param_measures = reinterpret_cast<double*>(step.param_measures);
+  header.tensor_measures = header.measures + kParts * layout.tiles;
+  header.tensor_outcomes = layout.tensors.empty() ? nullptr : step.tensor_outcomes;
   header.has_unmeasured_params = step.has_unmeasured_params;
+  header.levels = step.outcome ? &step.outcome->levels : nullptr;  // AMP may skip a step without a norm, too
   if (step.norm != Norm::none) {
     header.measure = step.passes != Passes::update;
     header.sums = header.measure ? &step.outcome->sums : step.sums;
@@ -360,6 +440,13 @@ Header header_of(const Step& step, const Layout& layout) {
   header.segments = static_cast<uint32_t>(step.segments.size());
   header.groups = static_cast<uint32_t>(step.segment_limits.size());
   header.segments_by_block = static_cast<uint32_t>(layout.segments_by_block.size());
+  header.limits_segments = !step.segment_changes.empty();
+  header.segments_are_tensors = layout.segments_are_tensors;
+  header.tensor_rows = static_cast<uint32_t>(layout.tensors.empty() ? 0 : layout.tensors.size() - 1);
+  header.tensors_by_block = static_cast<uint32_t>(layout.tensors_by_block.size());
+  header.tensors_at = static_cast<uint32_t>(layout.tensors_at);
+  header.deltas_at_once = measures_deltas_at_once(step);
+  header.measures_deltas = step.measures_deltas && !header.deltas_at_once && header.measure;
   header.segment_outcomes = step.segment_outcomes;
   header.segment_totals = header.measure ? step.segment_outcomes : step.segment_totals;
   header.clip_history = step.clip_history;
@@ -408,7 +495,7 @@ cudaError_t run_with(const Step& step, const Layout& layout, DeviceTable& table,
 cudaError_t run_on_current_device(const Step& step, DeviceTable& table, int device, cudaStream_t stream) {
   const Layout layout = layout_of(step);
   const bool fits_large = layout.table_bytes > kSmallTable && layout.table_bytes <= kLargeTable;
-  const bool has_small = has_small_table(layout.choice.dtypes, layout.choice.limits_change);
+  const bool has_small = has_small_table(layout.choice.dtypes, layout.choice.beside);
   return fits_large || !has_small ? run_with<kLargeTable>(step, layout, table, device, stream)
                                   : run_with<kSmallTable>(step, layout, table, device, stream);
 }
@@ -417,9 +504,11 @@ cudaError_t run_on_current_device(const Step& step, DeviceTable& table, int devi
 
 Needs needs(const Step& step) {
   const Layout layout = layout_of(step);
-  const int64_t measures = step.limits.measures_change ? 2 * layout.tiles : layout.tiles;
-  return {measures, layout.tiles, layout.places | uint64_t{1} << 63,
-          layout.table_bytes > kLargeTable ? layout.table_bytes : 0};
+  const int sums = with_kernel(layout.choice, [](auto kernel, auto) {
+    return std::max<int>(decltype(kernel)::kSums, decltype(kernel)::kLimitsChange);
+  });
+  return {(1 + sums) * layout.tiles, static_cast<int64_t>(step.tensors.size()), layout.tiles,
+          layout.places | uint64_t{1} << 63, layout.table_bytes > kLargeTable ? layout.table_bytes : 0};
 }
 
 std::vector<Measure> measures_by_tensor(const Step& step, const double* measures) {

@@ -23,8 +23,8 @@ __device__ __noinline__ Measure sum_over_warp(Norm norm, Measure sum) {
 // Sums one lane's share of the tiles up to `end`, `stride` apart. Several loads are under way at once. `volatile`, as
 // other blocks have written the measures. A 0 changes no sum and no maximum.
 template <bool kWide>
-__device__ __noinline__ Measure sum_of_lane(const Header& header, const double* measures, uint32_t first, uint32_t end,
-                                            uint32_t stride) {
+__device__ __noinline__ Measure sum_of_lane(const Header& header, Norm norm, const double* measures, uint32_t first,
+                                            uint32_t end, uint32_t stride) {
   constexpr int kAtOnce = 8;
   const volatile double* const medium = measures;
   const volatile double* const small = medium + header.tiles;
@@ -40,9 +40,23 @@ __device__ __noinline__ Measure sum_of_lane(const Header& header, const double* 
       loaded[k] = {kWide && inside ? small[tile] : 0, inside ? medium[tile] : 0, kWide && inside ? big[tile] : 0};
     }
 #pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) combine(header.norm, sum, loaded[k]);
+    for (int k = 0; k < kAtOnce; ++k) combine(norm, sum, loaded[k]);
   }
   return sum;
+}
+
+// Whether the tile that a warp has measured is the last of `count`, of which `measured` are. Then the measures of all
+// others can be read.
+__device__ __forceinline__ bool is_last_tile(uint32_t& measured, uint32_t count) {
+  bool last = false;
+  if (threadIdx.x % kWarp == 0) {
+    __threadfence();
+    last = atomicAdd(&measured, 1u) == count - 1;
+  }
+  if (!__shfl_sync(0xffffffffu, int{last}, 0)) return false;
+  __syncwarp();  // a shuffle orders no memory
+  __threadfence();
+  return true;
 }
 
 }  // namespace

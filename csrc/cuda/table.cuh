@@ -1,5 +1,6 @@
 // The arguments of a CUDA kernel: a header, the groups' hyperparameters, and one entry per tensor. Where segments have
-// norms of their own, a row for each of them, the groups' limits, and a list of the segments that a block sums.
+// norms of their own, a row for each of them, the groups' limits, and a list of the segments that a block sums. Where
+// more is measured of each tensor, the same for tensors.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -41,12 +42,22 @@ constexpr int length_of(uint32_t states) {
   return length;
 }
 
+// What a kernel measures besides the norm of gradients: for a limit on the change, see kLimitsChange in rule.h; what is
+// added, see kMeasuresDelta; or products, see kNeedsProducts.
+enum class Beside { nothing, change, deltas, products };
+
 // A kernel of a rule. The kernels of one rule differ in the number of state arrays that they have registers for, and in
-// whether they measure for a limit on the change, which takes registers, too.
-template <class R, int kStateArrays, bool kLimits>
+// what else they measure, which takes registers, too.
+template <class R, int kStateArrays, Beside kMeasured>
 struct Kernel {
   using Rule = R;
-  static constexpr bool kLimitsChange = kLimits;
+  static constexpr Beside kBeside = kMeasured;
+  static constexpr bool kLimitsChange = kBeside == Beside::change;
+  static constexpr bool kMeasuresDelta = kBeside == Beside::deltas;
+  static constexpr bool kMeasuresProducts = kBeside == Beside::products;
+  static constexpr bool kMeasuresTensors = kMeasuresDelta || kMeasuresProducts;
+  static constexpr int kSums = kMeasuresDelta ? 3 : kMeasuresProducts ? 2 : 0;  // of TensorOutcome
+  static constexpr bool kHasUnstepped = kLimitsChange || kMeasuresDelta;  // tensors without a gradient
   static constexpr int kStates = kStateArrays;
   static constexpr int kRoom = kStates > 0 ? kStates : 1;  // the length of an array of states
 
@@ -62,7 +73,7 @@ struct Kernel {
 
 // The dtypes that a kernel knows. float32 and bfloat16 are the dtypes that models are trained in. `mixed` is a mixture
 // of 16 bits and float32 within a tensor. `any` is everything else; it needs more registers, and all lanes of a warp
-// take the same branch. Rare rules have only `any`.
+// take the same branch. Rare rules have only `any`, and so has what measures tensors.
 enum class DTypes { float32, bfloat16, mixed, any };
 template <class K, DTypes kDTypes>
 constexpr bool kMixed = !K::Rule::kClipsInPlace && (kDTypes == DTypes::mixed || kDTypes == DTypes::any);
@@ -117,16 +128,35 @@ __device__ __forceinline__ DType grad_dtype_of(const Entry<K, kDTypes>& entry) {
   return entry.dtype;
 }
 
-// A segment: its tiles begin here, and end where those of the next one begin. One more row stands behind the last.
+// A segment: its tiles and tensors begin here, and end where those of the next one begin. One more row stands behind
+// the last.
 struct SegmentRow {
   History* history;  // as in Segment
+  double smallest_norm;  // of its parameters, as in Limits
   uint32_t first_tile;
+  uint32_t first_tensor;
   uint32_t group;
   uint32_t number;  // as in Segment
+  uint32_t hyper;  // that of its first tensor
   uint32_t unused;
 };
 
-// A warp sums the tiles of a segment with up to this many: each lane loads 8 at a time, four times.
+// A tensor of which more is measured, in the same way.
+struct TensorRow {
+  uint32_t first_tile;
+  uint32_t first_entry;
+  uint32_t segment;
+  uint32_t unused;
+};
+
+// The tensors of a group, and what the clip that their rule has of its own remembers; nullptr without one.
+struct GroupRow {
+  ModelNorms* norms;
+  uint32_t first_tensor;
+  uint32_t end_tensor;
+};
+
+// A warp sums the tiles of a segment, or a tensor, with up to this many: each lane loads 8 at a time, four times.
 constexpr uint32_t kTilesOfWarp = 1024;
 
 struct Header {
@@ -144,11 +174,16 @@ struct Header {
   double* measures;  // three per tile: all `medium`, then all `small`, then all `big`
   double* change_measures;  // the same, of the change that the gradients make; nullptr without a limit on it
   double* param_measures;  // the same, of the parameters; nullptr if their norm does not count
+  double* tensor_measures;  // the same, for each of the sums in TensorOutcome
   SegmentOutcome* segment_outcomes;
   const SegmentOutcome* segment_totals;  // those outcomes, or as in Step
+  TensorOutcome* tensor_outcomes;  // nullptr where no more is measured of tensors
   uint32_t segments;  // 0 without norms of segments
   uint32_t groups;  // number of limits
   uint32_t segments_by_block;  // the number of those that a block sums
+  uint32_t tensor_rows;
+  uint32_t tensors_by_block;
+  uint32_t tensors_at;  // where their rows are in the table, in bytes
   const Sums* sums;  // one per part of the step; nullptr without a norm
   const Levels* levels;  // of the rules among the limits
   History* clip_history;  // as in Step
@@ -156,7 +191,11 @@ struct Header {
   int32_t parts;
   Norm norm;
   bool measure;  // whether this launch measures
+  bool measures_deltas;  // whether it measures what is added, in a pass of its own
   bool update;  // whether it updates
+  bool deltas_at_once;  // what is added is measured beside the gradients
+  bool limits_segments;  // segments have limits on their change
+  bool segments_are_tensors;  // none has several
   bool skip_nonfinite;
   bool counts_skips;
   bool has_step_counts;

@@ -160,55 +160,102 @@ __device__ __forceinline__ Terms possible_terms(const Hyper& hyper, const EntryH
   return terms_of(hyper.terms, entry.is_first) & K::kPossible;
 }
 
-// The factor of a tile's gradients; and with kNeedsNorm the norm of the tensor's, after it.
-struct ScalingAndNorm : Scaling {
-  double norm;
+// The factor of a tile's gradients. Where the rule wants to know more of a tensor: what was measured of it, after that.
+struct Factors : Scaling {
+  TensorSums sums{};
+  double numel = 0;  // of the tensor
+  double lr_factor = 1;
+  DeltaParts measures = 0;  // if not 0, these are measured of what an update would add, and nothing is written
 };
-template <class R>
-using ScalingOf = std::conditional_t<R::kNeedsNorm, ScalingAndNorm, Scaling>;
+template <class K>
+using FactorsOf = std::conditional_t<K::Rule::kNeedsNorm || K::kMeasuresTensors, Factors, Scaling>;
 
 // Returns the rule's constants for a tensor, in the compute type.
-template <class R, class T, class OneEntry>
-__device__ __forceinline__ typename R::template Constants<T> constants_of(const Hyper& hyper, const OneEntry& entry,
-                                                                          const ScalingOf<R>& scaling) {
-  double norm = 0;
-  if constexpr (R::kNeedsNorm) norm = scaling.norm;
-  const auto constants = R::constants(hyper, hyper.of<R>(), lr_of(hyper), progress_of(entry, {norm}));
-  return converted<typename R::template Constants<T>>(constants);
+template <class K, class T, class OneEntry>
+__device__ __forceinline__ auto constants_of(const Hyper& hyper, const OneEntry& entry, const FactorsOf<K>& factors) {
+  using R = typename K::Rule;
+  TensorSums sums{};
+  double lr = !K::kMeasuresDelta || entry.grad ? lr_of(hyper) : 0;  // without a gradient, it may be on another device
+  if constexpr (R::kNeedsNorm) sums = factors.sums;
+  if constexpr (K::kMeasuresDelta) lr *= factors.lr_factor;
+  Progress progress;
+  if constexpr (R::kNeedsProducts) {
+    progress = progress_with_row(entry, sums, factors.numel);
+  } else {
+    progress = progress_of(entry, sums);
+  }
+  return converted<typename R::template Constants<T>>(R::constants(hyper, hyper.of<R>(), lr, progress));
 }
 
 // What an update tells of this lane's share of a tile. The parameters are measured for a limit on the change.
-template <bool kLimitsChange>
+template <Beside kMeasured>
 struct Updated {
   uint32_t clamped = 0;  // number of elements that the value clip changed
+};
+template <>
+struct Updated<Beside::change> {
+  uint32_t clamped = 0;
   Measure params{};
 };
 template <>
-struct Updated<false> {
+struct Updated<Beside::deltas> {
   uint32_t clamped = 0;
+  DeltaSums deltas{};
 };
+
+// What a tile's update reads: all, or what is needed to measure what it would add.
+template <class K>
+struct Reads {
+  uint32_t states;  // as bits
+  bool param;
+};
+template <class K>
+__device__ __forceinline__ Reads<K> reads_of(Terms terms, const FactorsOf<K>& factors) {
+  using R = typename K::Rule;
+  if constexpr (K::kMeasuresDelta) {
+    const DeltaParts parts = factors.measures;
+    if (parts) {
+      const bool sees_grads = parts & (kDelta | kRelative);
+      const uint32_t wanted = parts & kDelta ? ~0u : ~1u;  // relative gradients follow from the second average alone
+      return {sees_grads ? R::reads(terms) & wanted : 0, parts & kParam || (sees_grads && R::delta_reads_param(terms))};
+    }
+  }
+  return {R::reads(terms), !R::kClipsInPlace};
+}
+
+// Measures what the update of one element would add.
+template <class R, bool kFloat64, class T, class Constants>
+__device__ __forceinline__ void measure_delta(DeltaSums& sums, DeltaParts parts, Terms terms,
+                                              const Constants& constants, T param, T d, T* states) {
+  const T delta = R::delta(terms, constants, param, d, states);
+  const auto add = [](Measure& sum, T x) { measure<Norm::two, kFloat64>(sum.small, sum.medium, sum.big, double{x}); };
+  if (parts & kDelta) add(sums.delta, delta);
+  if (parts & kRelative) add(sums.relative, R::relative(constants, d, states));
+  if (parts & kParam) add(sums.param, param);
+}
 
 // Updates a tile.
 template <class K, class Stored, class OneEntry>
-__device__ __noinline__ Updated<K::kLimitsChange> update_tile(const Header& header, const Hyper& hyper,
-                                                              const OneEntry& entry, int64_t begin, int size,
-                                                              ScalingOf<typename K::Rule> scaling, const uint4* slot) {
+__device__ __noinline__ Updated<K::kBeside> update_tile(const Header& header, const Hyper& hyper, const OneEntry& entry,
+                                                        int64_t begin, int size, FactorsOf<K> factors,
+                                                        const uint4* slot) {
   using T = ComputeType<Stored>;
   using R = typename K::Rule;
   constexpr bool kReadsParam = !R::kClipsInPlace;
   constexpr int kStates = K::kStates, kRoom = K::kRoom;
   constexpr int kAtOnce = kInFlight<1 + kReadsParam + kStates>;
-  const Clip<T> clip = clip_of<T>(hyper, header.asked, scaling);
-  const auto constants = constants_of<R, T>(hyper, entry, scaling);
+  const Clip<T> clip = clip_of<T>(hyper, header.asked, factors);
+  const auto constants = constants_of<K, T>(hyper, entry, factors);
   const Terms terms = possible_terms<K>(hyper, entry);
-  const uint32_t reads = R::reads(terms), writes = R::writes(terms);  // groups differ in these
+  const Reads<K> reads = reads_of<K>(terms, factors);
+  const uint32_t writes = R::writes(terms);  // groups differ in these
 
   auto* const params = static_cast<Stored*>(entry.param) + begin;
   const auto* const grads = static_cast<const Stored*>(entry.grad) + begin;
   Stored* states_at[kRoom];  // in registers: if not, the compiler looks them up for each word
 #pragma unroll
   for (int s = 0; s < kStates; ++s) states_at[s] = static_cast<Stored*>(entry.states[s]) + begin;
-  Updated<K::kLimitsChange> updated;
+  Updated<K::kBeside> updated;
   const Norm norm = header.norm;
 
   for_tile<Stored, kAtOnce>(entry.aligned, size, [&](auto values, int offset, int first, int count) {
@@ -219,13 +266,21 @@ __device__ __noinline__ Updated<K::kLimitsChange> update_tile(const Header& head
     auto* const param_words = reinterpret_cast<Word*>(params + offset);
     const auto state_words = [&](int s) { return reinterpret_cast<Word*>(states_at[s] + offset); };
     Word p[kAtOnce], g[kAtOnce], state_in[kRoom][kAtOnce]{};  // zeros in the place of states that a group lacks
-    if constexpr (kReadsParam) for_words<kAtOnce>(first, count, [&](int k, int i) { p[k] = __ldcs(param_words + i); });
+    if constexpr (K::kMeasuresDelta) {  // not all is read
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) p[k] = g[k] = Word{};
+    }
+    if (kReadsParam && (!K::kMeasuresDelta || reads.param)) {
+      for_words<kAtOnce>(first, count, [&](int k, int i) { p[k] = __ldcs(param_words + i); });
+    }
 #pragma unroll
     for (int s = 0; s < kStates; ++s) {
-      if (!has(reads, s)) continue;
+      if (!has(reads.states, s)) continue;
       for_words<kAtOnce>(first, count, [&](int k, int i) { state_in[s][k] = __ldcs(state_words(s) + i); });
     }
-    if (slot && kSize > 1) {
+    if (K::kMeasuresDelta && !entry.grad) {
+      // Its parameters alone are measured.
+    } else if (slot && kSize > 1) {
       for_words<kAtOnce>(first, count, [&](int k, int i) { g[k] = reinterpret_cast<const Word*>(slot)[i]; });
     } else {
       for_words<kAtOnce>(first, count, [&](int k, int i) { g[k] = __ldcs(grad_words + i); });
@@ -247,6 +302,13 @@ __device__ __noinline__ Updated<K::kLimitsChange> update_tile(const Header& head
         }
 #pragma unroll
         for (int s = 0; s < kStates; ++s) state[s] = load(states[s].values[j]);
+        if constexpr (K::kMeasuresDelta) {
+          if (factors.measures) {
+            constexpr bool kFloat64 = sizeof(Stored) == sizeof(double);
+            measure_delta<R, kFloat64>(updated.deltas, factors.measures, terms, constants, x, d, state);
+            continue;
+          }
+        }
         R::update(terms, constants, x, d, state);
         store(param.values[j], x);
         if constexpr (K::kLimitsChange) {
@@ -254,6 +316,9 @@ __device__ __noinline__ Updated<K::kLimitsChange> update_tile(const Header& head
         }
 #pragma unroll
         for (int s = 0; s < kStates; ++s) store(states[s].values[j], state[s]);
+      }
+      if constexpr (K::kMeasuresDelta) {
+        if (factors.measures) return;
       }
       __stcs(param_words + i, param.word());
 #pragma unroll

@@ -97,7 +97,10 @@ std::optional<NotCovered> Engine::step(PyObject* groups, PyObject* state, PyObje
   if (something_watches_operations()) walk_.not_covered(Reason("watched"));
   for (size_t i = 0; i < groups_.size(); ++i) walk_.add_group(groups_[i], static_cast<Py_ssize_t>(i));
   const NormClip norm_clip = groups_.empty() ? NormClip{} : groups_.front().norm_clip;
-  if (walk_.shards().beyond() && norm_clip.is_local()) walk_.not_covered(Reason("no_kernels_over_ranks"));
+  if (norm_clip.is_local() || needs_products(rule_)) {
+    if (walk_.shards().beyond()) walk_.not_covered(Reason("no_kernels_over_ranks"));
+    if (walk_.devices() > 1) walk_.not_covered(Reason("no_kernels_over_devices"));
+  }
   if (walk_.shards().beyond() && norm_clip.measures()) walk_.await_others();
   // Empty tensors share no memory.
   if (!walk_.reason() && (walk_.shares_memory() || states.makes_twice())) walk_.not_covered(Reason("shared_memory"));

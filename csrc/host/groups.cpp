@@ -255,8 +255,7 @@ void add_change_limits(const ChangeLimits& limits, const Name& name, const std::
   }
   group.measures_deltas |= !by_gradient;
   if (clip.scope != Scope::global) {
-    static_cast<ChangeLimits&>(group.segment_change) = limits;
-    if (by_gradient) group.segment_change.of_norm = change_of(rule, group.hyper, group.hyper.lr);
+    group.segment_change = limits;
   } else {
     (by_gradient ? static_cast<ChangeLimits&>(clip.limits) : clip.limits.on_delta) = limits;
   }

@@ -26,7 +26,7 @@ struct NormClip {
   Scope segment_scope() const { return needs_norms ? Scope::parameter : scope; }
   // Whether the norm of parameters counts also where they have no gradient in this step.
   bool counts_unstepped() const { return limits.counts_params() && scope != Scope::parameter; }
-  // There is no kernel for it on a GPU yet, and none over ranks.
+  // No kernel measures it over several devices, or ranks.
   bool is_local() const { return measures_deltas || limits_segments; }
   bool measures() const { return norm != Norm::none || skip_nonfinite || needs_norms; }
 
@@ -46,7 +46,7 @@ struct Group {
   Hyper hyper;
   NormClip norm_clip;
   bool measures_deltas = false;  // of this group
-  SegmentChange
+  ChangeLimits
       segment_change;  // the limits on the change of what has a norm of its own; with a Scope other than global
   NormLimit segment_limit;  // of the group's gradients, or of each of them; with a Scope other than global
   bool norm_replicated;  // all ranks of a norm_process_group have its parameters

@@ -163,9 +163,12 @@ void Part::prepare(const NormClip& norm_clip, const Amp& amp, bool counts_skips)
   step.outcome = nullptr;
   step.measures = step.param_measures = nullptr;
   step.deltas = nullptr;
+  step.products = nullptr;
+  step.tensor_outcomes = nullptr;
+  step.measures_deltas = norm_clip.measures_deltas;
   step.clamped = nullptr;
   // On the CPU, a tensor's place among the chunks says all of the layout.
-  const cuda::Needs needs = device.is_cuda() ? prepare_gpu() : cuda::Needs{step.chunks, step.chunks, 1, 0};
+  const cuda::Needs needs = device.is_cuda() ? prepare_gpu() : cuda::Needs{step.chunks, 0, step.chunks, 1, 0};
   if (step.clampable > 0 && !clips_in_place(step.rule)) {
     if (!clamped_.defined()) clamped_ = at::empty({device.is_cuda() ? cuda::kMaxBlocks : 1}, doubles_on(device));
     step.clamped = static_cast<double*>(clamped_.mutable_data_ptr());
@@ -183,10 +186,18 @@ void Part::prepare(const NormClip& norm_clip, const Amp& amp, bool counts_skips)
     measures = at::empty({needs.measures * kDoubles}, doubles_on(device));
   }
   step.measures = static_cast<Measure*>(measures.mutable_data_ptr());
-  // On the CPU alone.
-  if (needs_products(step.rule)) step.products = static_cast<Products*>(room_by_chunk(products_, sizeof(Products)));
-  if (norm_clip.measures_deltas) step.deltas = static_cast<DeltaSums*>(room_by_chunk(deltas_, sizeof(DeltaSums)));
-  if (!step.segments.empty()) prepare_segments();
+  const bool products = needs_products(step.rule);
+  if (device.is_cpu()) {
+    if (products) step.products = static_cast<Products*>(room_by_chunk(products_, sizeof(Products)));
+    if (step.measures_deltas) step.deltas = static_cast<DeltaSums*>(room_by_chunk(deltas_, sizeof(DeltaSums)));
+  } else if (products || step.measures_deltas) {
+    step.tensor_outcomes =
+        static_cast<TensorOutcome*>(kept_room(tensor_outcomes_, needs.tensor_outcomes, sizeof(TensorOutcome)));
+  }
+  if (!step.segments.empty()) {
+    const auto count = static_cast<int64_t>(step.segments.size());
+    step.segment_outcomes = static_cast<SegmentOutcome*>(kept_room(segment_outcomes_, count, sizeof(SegmentOutcome)));
+  }
   if (step.limits.measures_params) prepare_param_measures(needs);
 }
 
@@ -212,14 +223,15 @@ void Part::prepare_param_measures(const cuda::Needs& needs) {
   step.has_unmeasured_params = true;
 }
 
-void Part::prepare_segments() {
-  const auto size = static_cast<int64_t>(step.segments.size()) * kDoublesOfSegment;
-  if (!segment_outcomes_.defined() || segment_outcomes_.numel() < size) {
+// Memory for `count` outcomes, which are kept until the next step, and begin as zeros.
+void* Part::kept_room(at::Tensor& memory, int64_t count, size_t bytes) {
+  const int64_t size = count * place_of(bytes);
+  if (!memory.defined() || memory.numel() < size) {
     if (capturing_) raise_capturing();
-    if (segment_outcomes_.defined()) outgrown_.push_back(segment_outcomes_);
-    segment_outcomes_ = at::zeros({size}, doubles_on(device));
+    if (memory.defined()) outgrown_.push_back(memory);
+    memory = at::zeros({size}, doubles_on(device));
   }
-  step.segment_outcomes = static_cast<SegmentOutcome*>(segment_outcomes_.mutable_data_ptr());
+  return memory.mutable_data_ptr();
 }
 
 bool Part::is_capturing() const {

@@ -82,8 +82,8 @@ class Part {
  private:
   cuda::Needs prepare_gpu();
   void prepare_param_measures(const cuda::Needs& needs);
-  void prepare_segments();
   void* room_by_chunk(at::Tensor& memory, size_t bytes) const;
+  void* kept_room(at::Tensor& memory, int64_t count, size_t bytes);
   at::Tensor of_stepped_segments(size_t offset) const;
   void run_on_cpu();
   void run_on_gpu();
@@ -98,7 +98,8 @@ class Part {
   at::Tensor products_;
   at::Tensor deltas_;
   uint64_t layout_ = 0, measured_layout_ = 0;
-  at::Tensor segment_outcomes_;  // as float64
+  at::Tensor tensor_outcomes_;   // as float64
+  at::Tensor segment_outcomes_;  // the same
   at::Tensor segment_totals_;
   at::Tensor segment_numbers_;
   std::vector<int64_t> numbers_;  // that `segment_numbers_` has

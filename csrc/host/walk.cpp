@@ -45,10 +45,7 @@ template <class Part>
 }  // namespace
 
 Walk::Walk(Rules::Id rule, Ranks ranks)
-    : rule_(rule),
-      runs_on_gpu_(runs_on_gpu(rule)),
-      in_place_(clips_in_place(rule)),
-      shards_(borrowed_, std::move(ranks)) {}
+    : rule_(rule), in_place_(clips_in_place(rule)), shards_(borrowed_, std::move(ranks)) {}
 
 void Walk::begin() {
   for (auto& part : parts_) part.clear();
@@ -412,10 +409,6 @@ void Walk::add_covered(const Group& group, const StateNames& names, const Place&
   }
   if (group.lr_tensor.object && THPVariable_Unpack(group.lr_tensor.object).device() != param.device()) {
     not_covered({"other_device_than_lr", place, "", {param, THPVariable_Unpack(group.lr_tensor.object)}});
-    return check_memory(param, grad, names, states, place);
-  }
-  if ((!runs_on_gpu_ || group.norm_clip.is_local()) && param.is_cuda()) {
-    not_covered({"no_gpu_kernels", place, "", {param}});
     return check_memory(param, grad, names, states, place);
   }
   if (grad.numel() > 0 || states.step) {

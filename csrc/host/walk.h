@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <Python.h>
 
+#include <algorithm>
 #include <optional>
 #include <unordered_set>
 #include <vector>
@@ -46,6 +47,9 @@ class Walk {
   bool shares_memory();
 
   std::vector<Part>& parts() { return parts_; }
+  int64_t devices() const {
+    return std::count_if(parts_.begin(), parts_.end(), [](const Part& part) { return part.in_use(); });
+  }
   const std::vector<Part>& parts() const { return parts_; }
   Shards& shards() { return shards_; }
   const Shards& shards() const { return shards_; }
@@ -97,7 +101,6 @@ class Walk {
   [[gnu::noinline]] Part& part_of(c10::Device device, PyObject* reduction);
 
   const Rules::Id rule_;
-  const bool runs_on_gpu_;
   const bool in_place_;  // the rule has no parameters: gradients are clipped
   std::vector<Part> parts_;
   Part* part_ = nullptr;             // the last one

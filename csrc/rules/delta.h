@@ -12,6 +12,11 @@ constexpr DeltaParts kDelta = 1;  // what is added
 constexpr DeltaParts kRelative = 2;  // each gradient over the root of its average square
 constexpr DeltaParts kParam = 4;
 
+// Returns what limits on it need.
+FASTCLIP_HD DeltaParts parts_of(const ChangeLimits& limits) {
+  return (limits.measures_change ? kDelta : 0) | (limits.measures_params ? kParam : 0);
+}
+
 struct DeltaSums {
   Measure delta;
   Measure relative;
@@ -37,6 +42,16 @@ FASTCLIP_HD DeltaNorms norms_of(const DeltaSums& sums) {
 // Returns min(1, max_rms / root mean square), for `numel` numbers of this norm.
 FASTCLIP_HD double factor_to_rms(double max_rms, double norm, double numel) {
   return scaling_to(max_rms, numel > 0 ? norm / sqrt(numel) : 0).product();
+}
+
+// Returns the factor of learning rates to the limits on what is added, of which this is measured, and sets `change` to
+// what is then added. `smallest` as in scaling_of_change.
+FASTCLIP_HD double limit_deltas(const ChangeLimits& limits, const Measure& delta, const Measure& params,
+                                double smallest, double& change) {
+  const double norm = total_norm(Norm::two, delta);
+  const double factor = scaling_of_change(limits, norm, total_norm(Norm::two, params), smallest).product();
+  change = norm * factor;
+  return factor;
 }
 
 // Returns a gradient over the root of its average square, which is corrected by the square of `correction_root`; or

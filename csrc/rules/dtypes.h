@@ -18,7 +18,9 @@ namespace fastclip {
 
 enum class DType : uint8_t { float32, float64, bfloat16, float16 };
 constexpr int kNumDTypes = 4;
-constexpr int item_size(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+FASTCLIP_HD constexpr int item_size(DType dtype) {
+  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+}
 
 struct BFloat16 {
   uint16_t bits;

@@ -18,7 +18,7 @@ struct LAMB {
   static constexpr bool kNeedsNorm = false;
   static constexpr bool kNeedsProducts = false;
   static constexpr bool kMeasuresDelta = true;
-  static constexpr std::array<int, 0> kKernels = {};
+  static constexpr int kKernels[] = {2};
   static constexpr bool kIsCommon = false;
 
   struct Settings {

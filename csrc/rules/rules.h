@@ -147,10 +147,6 @@ inline double lr_factor_of(Rules::Id rule, const Hyper& hyper, double numel, con
   });
 }
 
-inline bool runs_on_gpu(Rules::Id rule) {
-  return Rules::visit(rule, [](auto tag) { return std::size(decltype(tag)::Rule::kKernels) > 0; });
-}
-
 // Returns the length of the row of numbers that a rule keeps for each parameter; a scalar is one of 1.
 inline int64_t length_of_row(Rules::Id rule, const Hyper& hyper) {
   return Rules::visit(rule, [&](auto tag) -> int64_t {

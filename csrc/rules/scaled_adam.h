@@ -19,7 +19,7 @@ struct ScaledAdam {
   static constexpr bool kNeedsNorm = true;
   static constexpr bool kNeedsProducts = true;
   static constexpr bool kMeasuresDelta = false;
-  static constexpr std::array<int, 0> kKernels = {};
+  static constexpr int kKernels[] = {2};
   static constexpr bool kIsCommon = false;
 
   struct Settings {
@@ -58,7 +58,7 @@ struct ScaledAdam {
   FASTCLIP_HD static constexpr uint32_t reads(Terms) { return 3; }
   FASTCLIP_HD static constexpr uint32_t writes(Terms) { return 3; }
 
-  static WeightedClip clip(const Settings& settings) {
+  FASTCLIP_HD static WeightedClip clip(const Settings& settings) {
     return {settings.clipping_scale, static_cast<int32_t>(settings.clipping_update_period)};
   }
   // Of a tensor's norm in that of its group. Steps are as large.

@@ -16,14 +16,10 @@ struct SegmentOutcome {
   double total_norm;  // over all devices
   double max_norm;    // the value of the limit
   double coefficient;
-  double change;  // after the limits on it; on the CPU alone
+  double change;  // after the limits on it
+  Measure params;  // the norm of its parameters, with a limit that is relative to it
   uint32_t measured;  // on a GPU: its tiles that are measured; 0 between steps
   uint32_t unused;
-};
-
-// The limits on the change of a segment.
-struct SegmentChange : ChangeLimits {
-  double of_norm = 0;  // the change that a gradient of norm 1 makes in the end, with kLimitsChange
 };
 
 // What follows from a segment's norm.
@@ -31,13 +27,24 @@ struct SegmentDecision {
   double total_norm;
   double max_norm;
   Scaling scaling;
+  double change;  // that the scaled gradients make in the end, with kLimitsChange
 };
 
 // Decides for a segment, by its sum over all devices.
 FASTCLIP_HD SegmentDecision decide_for(Norm norm, const NormLimit& limit, Level level, const Measure& sum) {
   const double size = total_norm(norm, sum);
   const double max_norm = value_of(limit, level, size);
-  return {size, max_norm, scaling_of(size, max_norm)};
+  return {size, max_norm, scaling_of(size, max_norm), 0};
+}
+
+// Scales it down to the limits on its change, too. `of_norm` is the change that a gradient of norm 1 makes in the end,
+// `params` the norm of the parameters, and `smallest` as in scaling_of_change.
+FASTCLIP_HD void limit_change(const ChangeLimits& limits, double of_norm, double params, double smallest,
+                              SegmentDecision& decision) {
+  if (!limits.measures_change) return;
+  const double change = of_norm == 0 ? 0 : of_norm * decision.total_norm;  // 0, also of an inf
+  decision.scaling = smaller(decision.scaling, scaling_of_change(limits, change, params, smallest));
+  decision.change = change * decision.scaling.product();
 }
 
 FASTCLIP_HD void record(SegmentOutcome& outcome, const SegmentDecision& decision) {

@@ -16,6 +16,15 @@ from tests.support.cases import CLIPS, RULES, SHAPES
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 PLAIN, MOMENTUM, NESTEROV = RULES[0], RULES[5], RULES[15]
 ADAMW, AMSGRAD = {"optimizer": "AdamW"}, {"optimizer": "Adam", "amsgrad": True, "weight_decay": 0.01}
+# What measures each tensor before its update: a last bit of the sums may differ.
+MEASURING = {
+    "ScaledAdam": {"optimizer": "ScaledAdam", "max_norm": 2.0},
+    "LAMB": {"optimizer": "LAMB", "max_grad_norm": 1.0},
+    "max_update_rms": {**ADAMW, "max_update_rms": 1.0, "max_norm": 1e9},
+    "max_change": {**ADAMW, "max_change": 0.1, "max_norm": 1.0},
+    "max_relative_change of each": {**ADAMW, "max_relative_change": 0.01, "norm_scope": "parameter", "max_norm": 1.0},
+    "max_change of each": {**MOMENTUM, "max_change": 0.1, "norm_scope": "parameter", "max_norm": 1.0},
+}
 STEPS = 3
 # Where a norm is summed in another order, the last bit of a coefficient may differ.
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12, torch.bfloat16: 2**-7, torch.float16: 2**-10}
@@ -28,6 +37,9 @@ def cases(small):
             words = ", ".join(f"{key} {value}" for key, value in rule.items() if value)
             name = f"{str(dtype).removeprefix('torch.')}, {clip}, {words or 'plain'}"
             yield name, [(shape, dtype) for shape in SHAPES], {**rule, **CLIPS[clip]}
+    for dtype, (name, settings) in itertools.product(DTYPES, MEASURING.items()):
+        if not small or dtype is torch.float32:
+            yield f"{str(dtype).removeprefix('torch.')}, {name}", [(shape, dtype) for shape in SHAPES], settings
     mixed = list(itertools.product(SHAPES, DTYPES))
     for clip in ("value and norm",) if small else ("value", "norm", "inf norm", "value and norm"):
         yield f"mixed dtypes, {clip}", mixed, {**MOMENTUM, **CLIPS[clip]}
@@ -77,7 +89,7 @@ def difference(tensors, settings, device):
             b.grad = views(a.grad, device)
         for optimizer in optimizers:
             optimizer.step()
-    norm = "max_norm" in settings
+    norm = not {"max_norm", "max_grad_norm"}.isdisjoint(settings)
     if norm:
         a, b = (float(optimizer.total_norm) for optimizer in optimizers)
         if abs(a - b) > 1e-9 * abs(a):

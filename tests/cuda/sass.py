@@ -113,26 +113,29 @@ def constant(name):
 
 @functools.cache
 def headers():
-    """Each rule of rules.h that has a kernel: the text of its header."""
+    """Each rule of rules.h: the text of its header."""
     names = re.search(r"using Rules = RuleList<([^>]*)>", source("rules/rules.h"))[1].replace(" ", "").split(",")
     texts = [path.read_text() for path in sorted((CSRC / "rules").glob("*.h"))]
-    found = {name: next(text for text in texts if f"struct {name} {{" in text) for name in names}
-    return {name: text for name, text in found.items() if "kKernels = {};" not in text}
+    return {name: next(text for text in texts if f"struct {name} {{" in text) for name in names}
 
 
 def says(rule, member, pattern):
     return re.search(rf"constexpr \w+ {member}(?:\[\])? = {pattern};", headers()[rule])[1]
 
 
-LIMITING = " limiting"
+BESIDE = {"nothing": "", "change": " limiting", "deltas": " measuring deltas", "products": " measuring products"}
+LIMITING = BESIDE["change"]
+OF_TENSORS = (BESIDE["deltas"], BESIDE["products"])
 
 
 def variants(rule):
-    """A rule's kernels, by how many state arrays they have: "SGD 0", "SGD 1"; and the one that limits the
-    change, too, which is the largest: "SGD 1 limiting"."""
+    """A rule's kernels, by how many state arrays they have: "SGD 0", "SGD 1"; and the one that measures
+    more, which is the largest: "SGD 1 limiting". A rare rule has that one alone, if it measures tensors."""
     plain = [f"{rule} {states}" for states in says(rule, "kKernels", r"\{([\d, ]*)\}").split(", ")]
-    limits = says(rule, "kLimitsChange", "(true|false)") == "true"
-    return plain + [variant + LIMITING for variant in plain[-1:] if limits]
+    members = {"kLimitsChange": "change", "kMeasuresDelta": "deltas", "kNeedsProducts": "products"}
+    more = [BESIDE[what] for member, what in members.items() if says(rule, member, "(true|false)") == "true"]
+    found = plain + [plain[-1] + what for what in more]
+    return found if is_common(rule) or not more else found[-1:]
 
 
 def is_common(rule):
@@ -168,6 +171,10 @@ class Kernel:
     @property
     def rule(self):
         return self.variant.split()[0]
+
+    @property
+    def measures_tensors(self):
+        return self.variant.endswith(OF_TENSORS)
 
     @property
     def clips_in_place(self):
@@ -236,7 +243,7 @@ class Function:
 
 
 DTYPES = {"f": "float32", "d": "float64", "BFloat16": "bfloat16", "Float16": "float16"}
-VARIANT = r"KernelI\w*?_\d+([A-Za-z]+)ELi(\d)ELb([01])EEE"
+VARIANT = r"KernelI\w*?_\d+([A-Za-z]+)ELi(\d)ELN\w*?BesideE(\d)EEE"
 DTYPE = r"(?:NS\d*_\d)?(BFloat16|Float16|f|d)(?:E|NS)"
 KERNEL = re.compile(rf"step_kernelI\w*?{VARIANT}\w*?DTypesE(\d)ELi(\d+)E")
 UPDATE_TILE = re.compile(rf"\$.*\$_.*update_tileI\w*?{VARIANT}{DTYPE}")
@@ -252,7 +259,7 @@ def kernel_of(symbol):
 
 
 def variant_of(match):
-    return f"{match[1]} {match[2]}" + LIMITING * int(match[3])
+    return f"{match[1]} {match[2]}" + BESIDE[enumerators("Beside")[int(match[3])]]
 
 
 def tile_of(symbol):

@@ -15,7 +15,8 @@ def emulated(tmp_path_factory):
 
 
 STEP_TESTS = ["step/test_step", "step/test_norm", "step/test_adam", "step/test_precision"]
-TWO_LAUNCHES = ["step/test_norm", "step/test_skip_nonfinite", "cuda/on_cpu/two_launches"]
+TWO_LAUNCHES = ["step/test_norm", "step/test_skip_nonfinite", "step/test_scaled_adam", "cuda/on_cpu/two_launches"]
+RANDOM = [*STEP_TESTS, "step/test_scaled_adam", "step/test_lamb"]
 ALL_TESTS = [
     *STEP_TESTS,
     "step/test_clip_grad",
@@ -26,6 +27,10 @@ ALL_TESTS = [
     "step/test_norm_rules",
     "step/test_norm_scope",
     "step/test_novograd",
+    "step/test_change_scope",
+    "step/test_deltas",
+    "step/test_lamb",
+    "step/test_scaled_adam",
     "step/test_norm_diagnostics",
     "drop_in/test_histories",
     "drop_in/test_drop_in",
@@ -52,7 +57,7 @@ NOT_EMULATED = [
     [
         pytest.param("in order", 1, ALL_TESTS, id="in order"),
         pytest.param("reversed", 1, STEP_TESTS, id="reversed", marks=pytest.mark.thorough),
-        pytest.param("random", 1, STEP_TESTS, id="random"),
+        pytest.param("random", 1, RANDOM, id="random"),
         pytest.param("reversed", 0, TWO_LAUNCHES, id="two launches"),
     ],
 )

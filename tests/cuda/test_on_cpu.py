@@ -73,11 +73,13 @@ def test_no_access_out_of_bounds_and_no_undefined_behaviour(check_program, tmp_p
         )
 
 
-def test_no_race_between_threads(check_program, tmp_path):
+@pytest.mark.parametrize("steps", [16, pytest.param(150, marks=pytest.mark.thorough)])
+def test_no_race_between_threads(steps, check_program, tmp_path):
     """Each CUDA thread is a thread of ThreadSanitizer's: it sees a race whatever order they happened to run in."""
     program = check_program("tsan", build.copied(tmp_path, few_rules=True))
-    result = run(program, 1, DEVICES["little shared memory"], 8, 0)
-    assert result.returncode == 0 and result.stdout == "8 steps, 0 different\n", result.stdout + result.stderr[-4000:]
+    result = run(program, SCHEDULES["random"], DEVICES["little shared memory"], steps, 0)
+    good = f"{steps} steps, 0 different\n"
+    assert result.returncode == 0 and result.stdout == good, result.stdout + result.stderr[-4000:]
 
 
 # (file, what is right, what is planted, sanitizer, arguments of check_step)
@@ -149,8 +151,8 @@ BUGS = {
     "steps of a skipped step": (
         "cuda/kernels.cuh",
         "    if (decision.skip) return;\n",
-        "    if (decision.skip) count_steps<K, kDTypes>(arguments, segments);\n    if (decision.skip) return;\n",
-        STEPS,
+        "    if (decision.skip) count_steps<K, kDTypes>(arguments, segments, tensors);\n    if (decision.skip) return;\n",
+        (0, 0, 400),
     ),
     "count of finished blocks not reset": (
         "cuda/kernels.cuh",
@@ -210,8 +212,8 @@ BUGS = {
     ),
     "a segment summed before its last tile is measured": (
         "cuda/segments.cuh",
-        "header.measures, first + lane, end, kWarp",
-        "header.measures, first + lane, end - 1, kWarp",
+        "measures, first + lane, end, kWarp));\n  };",
+        "measures, first + lane, end - 1, kWarp));\n  };",
         STEPS,
     ),
     "count of a segment's tiles not reset": ("cuda/segments.cuh", "atomicExch(&outcome.measured, 0u);", "", STEPS),
@@ -223,8 +225,8 @@ BUGS = {
     ),
     "one factor for all segments": (
         "cuda/kernels.cuh",
-        "scaling_of_tile<typename K::Rule>(header, segments, tile, scaling);",
-        "scaling_of_tile<typename K::Rule>(header, segments, 0, scaling);",
+        "auto factors = factors_of_tile<K>(header, segments, tile, scaling);",
+        "auto factors = factors_of_tile<K>(header, segments, 0, scaling);",
         STEPS,
     ),
     "the level of a segment after its norm": (
@@ -265,9 +267,88 @@ BUGS = {
     ),
     "a tensor without a gradient is updated": (
         "cuda/kernels.cuh",
-        "if (K::kLimitsChange && !entry.grad) return;",
+        "if (K::kHasUnstepped && !entry.grad) return;",
         "",
         STEPS,
+    ),
+    "tensors of many tiles, or none, left out": (
+        "cuda/kernels.cuh",
+        "i < header.tensors_by_block",
+        "i < 0",
+        (0, 0, 200),
+    ),
+    "count of a tensor's tiles not reset": ("cuda/tensors.cuh", "atomicExch(&outcome.measured, 0u);", "", STEPS),
+    "a head taken for its whole tensor": (
+        "cuda/tensors.cuh",
+        "i < (&row + 1)->first_entry",
+        "i < row.first_entry + 1",
+        (0, 0, 400),
+    ),
+    "factors of learning rates used before all are written": (
+        "cuda/kernels.cuh",
+        "change;\n  }\n  __syncthreads();  // all factors are written\n",
+        "change;\n  }\n",
+        (2, 0, 1500, 800),
+    ),
+    "factors of a rule's clip used before all are written": (
+        "cuda/kernels.cuh",
+        "shared().factor;\n    }\n  }\n  __syncthreads();  // all factors are written\n",
+        "shared().factor;\n    }\n  }\n",
+        (2, 0, 1500),
+    ),
+    "what is added used before all have met": (
+        "cuda/kernels.cuh",
+        "__syncthreads();  // the others wait for thread 0",
+        "",
+        (1, 0, 400),
+    ),
+    "one factor of the learning rate for all tensors": (
+        "cuda/kernels.cuh",
+        "add_tensor(header, table, tensors, tensor_of(header, tensors.rows, tile), factors);",
+        "add_tensor(header, table, tensors, 0, factors);",
+        (0, 0, 200),
+    ),
+    "what is added measured before the clip": (
+        "cuda/kernels.cuh",
+        "factors_of_tile<K>(header, segments, tile, scaling),",
+        "{},",
+        (0, 0, 200),
+    ),
+    "a decay that is not seen in what is added": (
+        "cuda/tiles.cuh",
+        "(sees_grads && R::delta_reads_param(terms))",
+        "false",
+        (0, 0, 600),
+    ),
+    "products of gradients before their clip": (
+        "cuda/tensors.cuh",
+        "outcome.sums[0].medium * factors.product();",
+        "outcome.sums[0].medium;",
+        (0, 0, 400),
+    ),
+    "a rule's clip of the first group for all": (
+        "cuda/kernels.cuh",
+        "clipped = tensors.groups[group];",
+        "clipped = tensors.groups[0];",
+        (0, 0, 400),
+    ),
+    "a rule's clip remembers a skipped step": (
+        "cuda/kernels.cuh",
+        "  if (skip) return;\n",
+        "",
+        (0, 0, 400),
+    ),
+    "limits on the change of the first group for all": (
+        "cuda/segments.cuh",
+        "limit_change(segments.changes[row.group]",
+        "limit_change(segments.changes[0]",
+        (0, 0, 400),
+    ),
+    "AMP skips a step without a norm": (
+        "cuda/step.cu",
+        "header.levels = step.outcome ? &step.outcome->levels : nullptr;",
+        "",
+        (0, 0, 400),
     ),
     "table not uploaded again": (
         "cuda/step.cu",
@@ -288,6 +369,8 @@ EACH_TIME = {
     "a norm remembered before all have read",
     "a segment summed before its last tile is measured",
     "parameters measured before they are rounded",
+    "factors of learning rates used before all are written",
+    "products of gradients before their clip",
     "table not uploaded again",
 }
 

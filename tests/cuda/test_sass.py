@@ -15,9 +15,10 @@ pytestmark = pytest.mark.skipif(
     bool(sass.missing("nvdisasm", "cuobjdump")), reason=sass.missing("nvdisasm", "cuobjdump") or "-"
 )
 
+VARIANTS = [variant for rule in sass.headers() for variant in sass.variants(rule)]
+OF_TENSORS = [variant for variant in VARIANTS if variant.endswith(sass.OF_TENSORS)]
 COMMON, RARE = (
-    [variant for rule in sass.headers() if sass.is_common(rule) == common for variant in sass.variants(rule)]
-    for common in (True, False)
+    [v for v in VARIANTS if sass.is_common(v.split()[0]) == common and v not in OF_TENSORS] for common in (True, False)
 )
 NORMS = ("two", "inf")
 TILES = [sass.Tile("update", variant, dtype) for variant in COMMON for dtype in sass.DTYPES.values()]
@@ -192,7 +193,7 @@ def test_registers_leave_room_for_blocks(architecture):
     # float32 and bfloat16 with both sizes of the table; gradients to be clipped are no mixture.
     # Those that limit the change have the large one only.
     limiting = [variant for variant in COMMON if variant.endswith(sass.LIMITING)]
-    assert len(usage) == len(COMMON) * 2 * 2 - len(limiting) * 2 + (len(COMMON) - 1) * 2 + 1 + len(RARE)
+    assert len(usage) == len(COMMON) * 2 * 2 - len(limiting) * 2 + (len(COMMON) - 1) * 2 + 1 + len(RARE + OF_TENSORS)
     for kernel, used in usage.items():
         blocks = sass.blocks_per_multiprocessor(used["REG"])
         assert blocks >= (1 if kernel.dtypes == "any" else 2), f"{kernel}: {used['REG']} registers"
@@ -202,6 +203,7 @@ def test_tiles_are_functions_of_their_own(architecture):
     """Each kernel has a copy of those it can call, and no 128-bit access to global memory outside them."""
     functions = sass.functions_of(architecture)
     rare = [sass.Tile("update", variant, dtype) for variant in RARE for dtype in sass.DTYPES.values()]
+    rare += [sass.Tile("update", variant, "float64") for variant in OF_TENSORS]  # and mixed ones, for all else
     for kernel in sass.usage_of(sass.compiled(architecture)):
         dtypes = sass.DTYPES.values() if kernel.dtypes == "any" else [kernel.dtypes]
         wanted = {t for t in TILES + rare if t.dtype in dtypes and t.variant in (kernel.variant, *NORMS)}
@@ -271,7 +273,7 @@ ONE_KERNEL = """
 #include "cuda/kernels.cuh"
 namespace fastclip::cuda {
 namespace {
-template __global__ void step_kernel<Kernel<SGD, 0, false>, DTypes::DTYPES, kSmallTable>(
+template __global__ void step_kernel<Kernel<SGD, 0, Beside::nothing>, DTypes::DTYPES, kSmallTable>(
     const __grid_constant__ Arguments<kSmallTable>);
 }
 }

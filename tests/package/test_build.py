@@ -84,8 +84,7 @@ def test_the_cuda_half_was_built_and_linked():
 def test_kernels_keep_their_registers():
     """For every architecture that fastclip is built for: setup.py lets no warning pass, and what spills has a stack.
     What else their code must be: test_sass.py."""
-    known = run(nvcc, "--list-gpu-arch").stdout
-    architectures = [a for a in nvcc_of.ARCHITECTURES if f"compute_{a.replace('.', '')}\n" in known]
+    architectures = [a.removesuffix("+PTX") for a in nvcc_of.cuda_architectures(nvcc)]
     assert architectures and "-Werror=all-warnings" in nvcc_of.NVCC_FLAGS
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for usage in pool.map(lambda architecture: usage_of(compiled(architecture)), architectures):
@@ -105,6 +104,10 @@ def test_cuda_architectures(monkeypatch):
     found = nvcc_of.cuda_architectures(nvcc)
     assert {"8.0", "9.0"} <= {a.removesuffix("+PTX") for a in found}
     assert [a for a in found if a.endswith("+PTX")] == [found[-1]]
+    monkeypatch.setattr(nvcc_of.platform, "machine", lambda: "x86_64")
+    of_x86 = nvcc_of.cuda_architectures(nvcc)
+    monkeypatch.setattr(nvcc_of.platform, "machine", lambda: "aarch64")
+    assert set(nvcc_of.cuda_architectures(nvcc)) - set(of_x86) <= nvcc_of.JETSON and not set(of_x86) & nvcc_of.JETSON
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
     narrowed = nvcc_of.cuda_architectures(nvcc)
     assert narrowed == ["8.0", "9.0+PTX"]

@@ -158,6 +158,20 @@ def test_an_inf_that_changes_nothing_limits_nothing(limit, frozen, scope):
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0, equal_nan=True)
 
 
+@every_scope
+@pytest.mark.parametrize("limits", [{"max_change": 0.01}, {"max_relative_change": R}], ids=str)
+def test_only_an_empty_parameter_has_a_gradient(limits, scope):
+    """A step of no elements; the next one is an ordinary one."""
+    empty, other = torch.zeros(0, requires_grad=True), torch.ones(5, requires_grad=True)
+    optimizer = fastclip.SGD([empty, other], lr=0.1, norm_scope=scope, **limits)
+    empty.grad = torch.zeros(0)
+    optimizer.step()
+    assert optimizer.clip_stats().change == 0 and torch.equal(other, torch.ones(5))
+    other.grad = torch.ones(5)
+    optimizer.step()
+    assert 0 < optimizer.clip_stats().change <= 0.01 * 1.0001
+
+
 def test_a_written_parameter_is_measured_anew():
     optimizer, params = make(norm_scope="parameter", max_relative_change=R)
     give_grads(params)

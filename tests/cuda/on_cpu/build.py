@@ -20,9 +20,9 @@ SANITIZERS = {
     # A flag that is read in a loop until another thread has set it is volatile, and no race.
     "tsan": ["-O1", "-g1", "-fsanitize=thread", "--param", "tsan-distinguish-volatile=1"],
 }
-# Enough for one kernel of each kind: with 0 to 3 states, a scalar, norms of tensors, a limit on the change. What the
-# other rules have is arithmetic, and takes as long to compile.
-FEW_RULES = "RuleList<SGD, Adam, NAdam, NovoGrad, ClipGrad>"
+# Enough for one kernel of each kind: with 0 to 3 states, a scalar, norms of tensors, limits on the change, what is
+# added, products. What the other rules have is arithmetic, and takes as long to compile.
+FEW_RULES = "RuleList<SGD, Adam, NAdam, NovoGrad, ScaledAdam, ClipGrad>"
 
 
 def copied(folder, few_rules=False):
@@ -31,6 +31,8 @@ def copied(folder, few_rules=False):
     csrc = shutil.copytree(CSRC, folder / "csrc")
     for name in ("cuda/table.cuh", "cuda/kernels.cuh"):
         _replace(csrc / name, r"const __grid_constant__ (\w+(?:<\w+>)?) ", r"const \1& ")
+    # Tensors of more tiles than a warp sums are here, too.
+    _replace(csrc / "cuda/table.cuh", r"(?<=constexpr uint32_t kTilesOfWarp = )1024(?=;)", "16")
     if few_rules:
         _replace(csrc / "rules/rules.h", r"(?<=^using Rules = )RuleList<[^>]*>", FEW_RULES)
     return csrc
@@ -68,7 +70,7 @@ def package(folder):
     csrc = copied(folder / "build")
     kernels = (csrc / "cuda/step.cu", HERE / "cuda_on_cpu.cpp", HERE / "step_cpu.cpp")
     made = objects(folder / "build", "plain", *kernels, csrc=csrc)
-    for name in ("fastclip", "tests"):
+    for name in ("fastclip", "tests", "benchmarks"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("libfastclip.so", "__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)
     library = folder / "fastclip" / "libfastclip.so"

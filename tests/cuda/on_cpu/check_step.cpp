@@ -28,8 +28,10 @@ void one_thread(int count, void (*work)(void*), void* context) {
 // The arrays of all tensors, each kind in one piece of memory with gaps that nobody may write to.
 enum Kind { kParams, kRounded, kGrads, kStates, kKinds = kStates + kMaxStates };
 struct Memory {
-  std::vector<double> of[kKinds], steps, scalars, clip_history, skip_history;
+  std::vector<double> of[kKinds], steps, clip_history, skip_history;
+  std::vector<std::vector<double>> scalars;  // of each tensor: one, or a row
   std::vector<std::vector<double>> segment_histories;  // empty where a segment's limit is no rule
+  std::vector<std::vector<double>> model_norms;  // of each group; empty where the rule has no clip of its own
 };
 
 DType dtype_of(const TensorEntry& tensor, int kind) {
@@ -89,7 +91,6 @@ Rules::Id random_rule(std::mt19937_64& random) {
   std::vector<Rules::Id> common, rare;
   Rules::each([&](auto tag) {
     using R = typename decltype(tag)::Rule;
-    if (!runs_on_gpu(Rules::id_of<R>())) return;
     auto& ids = R::kIsCommon ? common : rare;
     ids.insert(ids.end(), R::kClipsInPlace ? 1 : 2, Rules::id_of<R>());
   });
@@ -99,13 +100,13 @@ Rules::Id random_rule(std::mt19937_64& random) {
 
 // What check_step has to know of a rule.
 struct Traits {
-  bool in_place, counts_steps, filled_by_first_step, has_scalar, limits_change;
+  bool in_place, counts_steps, filled_by_first_step, has_scalar, limits_change, products, deltas;
 };
 Traits traits_of(Rules::Id rule) {
   return Rules::visit(rule, [](auto tag) {
     using R = typename decltype(tag)::Rule;
-    return Traits{R::kClipsInPlace, R::kCountsSteps, R::kFilledByFirstStep, R::kScalar.name != nullptr,
-                  R::kLimitsChange};
+    return Traits{R::kClipsInPlace, R::kCountsSteps,   R::kFilledByFirstStep, R::kScalar.name != nullptr,
+                  R::kLimitsChange, R::kNeedsProducts, R::kMeasuresDelta};
   });
 }
 uint32_t states_of(Rules::Id rule, Terms terms) {
@@ -117,6 +118,10 @@ bool is_momentum(Rules::Id rule, size_t state) {
     constexpr auto states = decltype(tag)::Rule::kStates;
     return state < states.size() && states.begin()[state].is_momentum;
   });
+}
+
+void* number_of_row(std::vector<double>& row, size_t i, const TensorEntry& tensor) {
+  return reinterpret_cast<char*>(row.data()) + i * (tensor.scalar_is_float64 ? sizeof(double) : sizeof(float));
 }
 
 struct Case {
@@ -140,6 +145,7 @@ struct Case {
     const DType one = static_cast<DType>(random() % kNumDTypes);
     step.norm = draw(Norm::none, Norm::two, Norm::inf);
     step.limits.max_norm.ceiling = step.norm == Norm::none ? 0 : draw(0.5, 3.0, 1e9, HUGE_VAL);
+    if (step.norm != Norm::none) step.limits.max_norm.kind = NormLimit::Kind::number;
     step.skip_nonfinite = step.norm != Norm::none && random() % 3 == 0;
     if (step.norm != Norm::none && traits.limits_change && random() % 2) {
       step.limits.measures_change = true;
@@ -220,9 +226,10 @@ struct Case {
       const float counted = random() % 1000;
       double& kept = cpu.steps.emplace_back(counted);
       if (!tensor.step_is_float64) memcpy(&kept, &counted, sizeof(counted));
-      const float number = 0.25f + random() % 100 / 200.0f;
-      double& scalar = cpu.scalars.emplace_back(number);
-      if (!tensor.scalar_is_float64) memcpy(&scalar, &number, sizeof(number));
+      std::vector<double>& row = cpu.scalars.emplace_back(length_of_row(step.rule, step.hypers[tensor.hyper]));
+      for (size_t i = 0; i < row.size(); ++i) {
+        store_number(number_of_row(row, i, tensor), tensor.scalar_is_float64, 0.25f + random() % 100 / 200.0f);
+      }
     }
     if (random() % (step.skip_nonfinite ? 2 : 8) == 0) {  // somewhere a NaN
       const auto which = random() % tensors;
@@ -238,6 +245,8 @@ struct Case {
       step.skip_nonfinite = true;
     }
     std::mt19937_64 scopes(seed + 77);  // of its own, so that all else is as without segments
+    if (traits.deltas) measure_deltas(scopes);
+    if (traits.products) add_model_norms(scopes);
     const bool scoped = step.norm != Norm::none && !traits.in_place && !step.limits.measures_change;
     if (needs_norm(step.rule)) {
       add_norms_of_tensors();
@@ -245,6 +254,10 @@ struct Case {
       add_segments(scopes);
     }
     exact = step.norm != Norm::two;
+    if (scopes() % 12 == 0) {  // AMP skips the step
+      static const float overflow = 1;
+      step.found_inf = &overflow;
+    }
     gpu = cpu;
     place(cpu);
   }
@@ -259,6 +272,42 @@ struct Case {
       cpu.segment_histories.emplace_back();
     }
     step.segment_limits.resize(step.hypers.size());
+  }
+
+  // Limits on what is added, and what the rule itself has to know of it; with a norm clip, or before.
+  void measure_deltas(std::mt19937_64& some) {
+    const bool limits = some() % 3;
+    step.measures_deltas = limits;
+    for (const Hyper& hyper : step.hypers) step.measures_deltas |= measured_of(step.rule, hyper) != 0;
+    if (!step.measures_deltas) return;
+    step.norm = Norm::two;
+    if (!step.limits.max_norm.is_rule() && some() % 2) step.limits.max_norm = {};
+    if (limits) step.limits.on_delta = random_limits(some);
+    step.limits.smallest_norm = some() % 2 ? 100.0 : 0.0;
+    for (size_t i = 0; step.limits.on_delta.measures_params && i < has_grad.size(); ++i) has_grad[i] = some() % 6;
+  }
+
+  ChangeLimits random_limits(std::mt19937_64& some) {
+    ChangeLimits limits;
+    limits.measures_change = true;
+    limits.measures_params = some() % 2;
+    limits.max_change = some() % 2 ? 0.05 : HUGE_VAL;
+    limits.max_relative_change = limits.measures_params && some() % 3 ? 0.01 : HUGE_VAL;
+    return limits;
+  }
+
+  // What the clip of a rule remembers; some groups have none.
+  void add_model_norms(std::mt19937_64& some) {
+    std::lognormal_distribution<double> norm(1.0, 1.0);
+    for (const Hyper& hyper : step.hypers) {
+      const WeightedClip clip = weighted_clip_of(step.rule, hyper);
+      std::vector<double>& memory = cpu.model_norms.emplace_back();
+      if (!clip.is_set()) continue;
+      memory.resize(doubles_of_norms(clip));
+      for (double& number : memory) number = norm(some);
+    }
+    step.model_norms.resize(step.hypers.size());
+    step.skip_nonfinite = true;
   }
 
   // Norms of groups, or of tensors, in place of that of all. Some segments have no tensor.
@@ -281,6 +330,16 @@ struct Case {
         limit = random_rule_of_norms(unused);
       }
     }
+    const bool can_limit_change = step.measures_deltas || traits.limits_change;
+    step.limits.on_delta = {};
+    for (size_t group = 0; can_limit_change && scopes() % 2 && group < step.hypers.size(); ++group) {
+      ChangeLimits& limits = step.segment_changes.emplace_back();
+      if (scopes() % 4) limits = random_limits(scopes);
+      (step.measures_deltas ? step.limits.on_delta : step.limits).measures_params |= limits.measures_params;
+    }
+    step.segment_changes.resize(step.segment_changes.empty() ? 0 : step.hypers.size());
+    const bool unstepped = step.limits.measures_params || step.limits.on_delta.measures_params;
+    for (size_t i = 0; i < has_grad.size(); ++i) has_grad[i] = !unstepped || scopes() % 6;
     for (const Segment& segment : step.segments) {
       const NormLimit& limit = step.segment_limits[segment.group];
       std::vector<double>& history = cpu.segment_histories.emplace_back();
@@ -326,6 +385,10 @@ struct Case {
     step.clip_history = history(memory.clip_history);
     step.skip_history = history(memory.skip_history);
     for (size_t i = 0; i < step.segments.size(); ++i) step.segments[i].history = history(memory.segment_histories[i]);
+    for (size_t i = 0; i < step.model_norms.size(); ++i) {
+      std::vector<double>& doubles = memory.model_norms[i];
+      step.model_norms[i] = doubles.empty() ? nullptr : reinterpret_cast<ModelNorms*>(doubles.data());
+    }
     for (size_t i = 0; i < step.tensors.size(); ++i) {
       TensorEntry& tensor = step.tensors[i];
       const auto array = [&](int kind) { return reinterpret_cast<char*>(memory.of[kind].data()) + at(i, kind); };
@@ -338,7 +401,7 @@ struct Case {
       for (int s = 0; s < kMaxStates; ++s) tensor.states[s] = states >> s & 1 ? array(kStates + s) : nullptr;
       const bool counts = traits.counts_steps || (!tensor.uniform && step.hypers[tensor.hyper].stochastic_rounding);
       tensor.step = counts ? &memory.steps[i] : nullptr;
-      tensor.scalar = traits.has_scalar ? &memory.scalars[i] : nullptr;
+      tensor.scalar = traits.has_scalar ? memory.scalars[i].data() : nullptr;
       if (!has_grad[i]) tensor.step = tensor.rounded = tensor.states[0] = nullptr;
       step.has_step_counts |= tensor.step != nullptr;
     }
@@ -351,6 +414,7 @@ struct Device {
   Outcome outcome{};
   std::vector<Measure> measures, param_measures;
   std::vector<SegmentOutcome> segment_outcomes, segment_totals;
+  std::vector<TensorOutcome> tensor_outcomes;
   std::vector<double> counts = std::vector<double>(cuda::kMaxBlocks, std::nan(""));
   std::vector<unsigned char> table_memory;
   cuda::DeviceTable table;
@@ -381,6 +445,8 @@ struct Device {
     measures.resize(std::max<int64_t>(needs.measures, step.chunks));
     param_measures.resize(std::max<int64_t>(needs.param_measures, step.chunks));
     step.param_measures = param_measures.data();
+    tensor_outcomes.resize(needs.tensor_outcomes);
+    step.tensor_outcomes = tensor_outcomes.data();
     table_memory.resize(needs.table_bytes);
     table.memory = table_memory.data();
     step.outcome = &outcome;
@@ -444,15 +510,23 @@ bool same_scalars(const Case& c) {
   if (!needs_norm(c.step.rule)) return c.gpu.scalars == c.cpu.scalars;
   bool good = true;
   for (size_t i = 0; i < c.step.tensors.size(); ++i) {
-    const bool wide = c.step.tensors[i].scalar_is_float64;
-    const double a = number_at(&c.gpu.scalars[i], wide), b = number_at(&c.cpu.scalars[i], wide);
-    good &= same(a, b, false, wide ? 1e-12 : 2e-7);
+    const TensorEntry& tensor = c.step.tensors[i];
+    const bool wide = tensor.scalar_is_float64;
+    auto of_gpu = c.gpu.scalars[i], of_cpu = c.cpu.scalars[i];
+    for (size_t j = 0; j < of_cpu.size(); ++j) {
+      const double a = number_at(number_of_row(of_gpu, j, tensor), wide);
+      const double b = number_at(number_of_row(of_cpu, j, tensor), wide);
+      good &=
+          same(a, b, false, wide ? 1e-12 : 2e-7) || std::fabs(a - b) < (wide ? 1e-11 : 1e-6);  // a sum may be near 0
+    }
   }
   return good;
 }
 
-// A CPU sums parameters of float32 in float32.
-double tolerance_of_params(const Case& c) { return c.step.limits.measures_params ? 1e-6 : 1e-13; }
+// A CPU sums parameters of float32 in float32. What is added has the roundings of the norm's coefficient.
+double tolerance_of_params(const Case& c) {
+  return c.step.limits.measures_params || c.step.measures_deltas ? 1e-6 : 1e-13;
+}
 
 // What a device has recorded of its segments.
 bool same_segments(const Case& c, const Device& device, const std::vector<SegmentOutcome>& expected) {
@@ -462,8 +536,12 @@ bool same_segments(const Case& c, const Device& device, const std::vector<Segmen
     if (!found) continue;
     good &= found->measured == 0 && same(found->total_norm, expected[i].total_norm, c.exact) &&
             same(found->max_norm, expected[i].max_norm, c.exact) &&
-            same(found->coefficient, expected[i].coefficient, c.exact);
+            same(found->coefficient, expected[i].coefficient, c.exact, tolerance_of_params(c));
+    if (!c.step.segment_changes.empty()) {
+      good &= same(found->change, expected[i].change, false, std::max(1e-12, tolerance_of_params(c)));
+    }
   }
+  for (const TensorOutcome& tensor : device.tensor_outcomes) good &= tensor.measured == 0;
   return good;
 }
 
@@ -503,6 +581,10 @@ bool check(uint64_t seed) {
   c.step.param_measures = param_measures.data();
   std::vector<SegmentOutcome> segments(c.step.segments.size());
   c.step.segment_outcomes = segments.data();
+  std::vector<DeltaSums> deltas(c.step.chunks);
+  std::vector<Products> products(c.step.chunks);
+  c.step.deltas = deltas.data();
+  c.step.products = products.data();
   if (!c.traits.in_place && seed % 4 != 0) c.step.clamped = &expected_clamped;
   cpu::run(c.step, cpu::ThreadPool{1, one_thread});
 
@@ -511,7 +593,8 @@ bool check(uint64_t seed) {
   bool good = true;
   Outcome outcome;
   double clamped = 0;
-  if (c.step.norm != Norm::none && tensors > 1 && seed % 3 == 0) {  // as two devices, with one norm
+  const bool alone = c.step.measures_deltas || c.traits.products || !c.step.segment_changes.empty();
+  if (c.step.norm != Norm::none && tensors > 1 && seed % 3 == 0 && !alone) {  // as two devices, with one norm
     Device first(c.step, 0, tensors / 2), second(c.step, tensors / 2, tensors);
     second.on_cpu = seed % 2;
     good &= first.run(Passes::measure) && second.run(Passes::measure);
@@ -553,6 +636,9 @@ bool check(uint64_t seed) {
           same_histories(c.gpu.skip_history, c.cpu.skip_history);
   for (size_t i = 0; i < c.step.segments.size(); ++i) {
     good &= same_histories(c.gpu.segment_histories[i], c.cpu.segment_histories[i]);
+  }
+  for (size_t i = 0; i < c.step.model_norms.size(); ++i) {
+    good &= same_histories(c.gpu.model_norms[i], c.cpu.model_norms[i]);
   }
   good &= c.gpu.steps == c.cpu.steps && same_scalars(c);
   for (int kind = 0; kind < kKinds; ++kind) good &= same_memory(c, kind);

@@ -199,6 +199,38 @@ def test_only_what_was_written_to_is_measured_anew():
     assert counted.bytes_read - expected.bytes_read == 4 * params[1].numel() and counted.launches == 1
 
 
+# What each measures before an update, in arrays besides the gradient, which stays on the chip.
+MEASURED = {
+    "max_update_rms": ({**ADAM, "max_update_rms": 1.0}, 1),
+    "max_change": ({**ADAM, "max_change": 0.1}, 2),
+    "max_relative_change": ({**ADAM, "max_relative_change": 0.1}, 3),
+    "max_change and max_norm": ({**ADAM, **NORM, "max_change": 0.1}, 2),
+    "max_change of each": ({**ADAM, **NORM, "max_change": 0.1, "norm_scope": "parameter"}, 2),
+    "LAMB": ({"cls": fastclip.LAMB}, 3),
+    "ScaledAdam": ({"cls": fastclip.ScaledAdam}, 1),
+}
+
+
+@pytest.mark.parametrize(("settings", "arrays"), MEASURED.values(), ids=MEASURED)
+def test_what_is_measured_of_tensors_is_read_once_more(settings, arrays):
+    """4 to 12 bytes beside Adam's 28: the average squares for max_update_rms, or the parameters for ScaledAdam, to all
+    three. One launch, and nothing waits."""
+    optimizer, _, numel = stepped(SHAPES[1:], steps=2, **settings)
+    counted = emulator.count(optimizer.step)
+    tails = 2 * sum(torch.Size(shape).numel() % 4 for shape in SHAPES[1:])  # of gradients, which are not kept
+    assert (counted.bytes_read, counted.bytes_written) == (4 * ((4 + arrays) * numel + tails), 4 * 3 * numel)
+    assert (counted.launches, counted.cooperative_launches, counted.copies, counted.synchronizations) == (1, 1, 0, 0)
+
+
+@pytest.mark.parametrize("scope", ["group", "parameter"])
+def test_a_limit_on_the_change_of_segments_costs_what_their_norms_cost(scope):
+    scoped = stepped(SHAPES, steps=2, **NORM, norm_scope=scope)
+    limited = stepped(SHAPES, steps=2, **CHANGE, norm_scope=scope)
+    expected, counted = (emulator.count(optimizer.step) for optimizer, *_ in (scoped, limited))
+    assert (counted.bytes_read, counted.bytes_written) == (expected.bytes_read, expected.bytes_written)
+    assert (counted.launches, counted.cooperative_launches) == (1, 1)
+
+
 @pytest.mark.parametrize(("settings", "read", "written"), [({}, 3, 1), (ADAM, 5, 3)], ids=["plain", "adam"])
 def test_beyond_that_only_the_rest_is_read_again(settings, read, written):
     """16 bytes per parameter, 32 for Adam, less what shared memory keeps, which is nearly all there is of it."""

@@ -14,7 +14,8 @@ namespace {
 constexpr size_t kCanaryBytes = 1 << 10;  // behind the shared memory of a block, where its mistakes most likely write
 }  // namespace
 
-__attribute__((visibility("default"))) uint4 dynamic_shared_memory[(cuda_on_cpu::kSharedCapacity + kCanaryBytes) / sizeof(uint4)];
+__attribute__((
+    visibility("default"))) uint4 dynamic_shared_memory[(cuda_on_cpu::kSharedCapacity + kCanaryBytes) / sizeof(uint4)];
 
 namespace cuda_on_cpu {
 namespace {
@@ -249,8 +250,9 @@ class Scheduler {
         return block.alive == 0;
       case Op::fail:
         if (is_shared(request.accessed)) {
-          fail(cudaErrorInvalidAddressSpace, "thread %u of block %u: %p is shared memory, and no global access finds it",
-               thread, block.index, request.accessed);
+          fail(cudaErrorInvalidAddressSpace,
+               "thread %u of block %u: %p is shared memory, and no global access finds it", thread, block.index,
+               request.accessed);
         }
         fail(cudaErrorMisalignedAddress, "thread %u of block %u: misaligned address %p for %d bytes", thread,
              block.index, request.accessed, static_cast<int>(request.value));

@@ -57,6 +57,11 @@ void run(const Step& step, const ThreadPool&) {
   std::vector<Measure> measures(step.norm == Norm::none ? 0 : needs.measures);
   on_device.measures = measures.data();
   keep_param_measures(on_device, needs);
+  static std::vector<TensorOutcome> tensor_outcomes;  // each step leaves what the next one finds
+  if (static_cast<size_t>(needs.tensor_outcomes) > tensor_outcomes.size()) {
+    tensor_outcomes.resize(needs.tensor_outcomes);
+  }
+  on_device.tensor_outcomes = tensor_outcomes.data();
   std::vector<double> clamped(cuda::kMaxBlocks, std::nan(""));
   if (step.clamped) on_device.clamped = clamped.data();
   static std::vector<unsigned char> memory;
