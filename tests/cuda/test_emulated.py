@@ -28,7 +28,6 @@ ALL_TESTS = [
     "step/test_norm_scope",
     "step/test_novograd",
     "step/test_change_scope",
-    "step/test_deltas",
     "step/test_lamb",
     "step/test_scaled_adam",
     "step/test_norm_diagnostics",
@@ -56,7 +55,7 @@ NOT_EMULATED = [
     ("schedule", "cooperative", "files"),
     [
         pytest.param("in order", 1, ALL_TESTS, id="in order"),
-        pytest.param("reversed", 1, STEP_TESTS, id="reversed", marks=pytest.mark.thorough),
+        pytest.param("reversed", 1, [*STEP_TESTS, "step/test_deltas"], id="reversed", marks=pytest.mark.thorough),
         pytest.param("random", 1, RANDOM, id="random"),
         pytest.param("reversed", 0, TWO_LAUNCHES, id="two launches"),
     ],

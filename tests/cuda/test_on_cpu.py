@@ -151,7 +151,7 @@ BUGS = {
     "steps of a skipped step": (
         "cuda/kernels.cuh",
         "    if (decision.skip) return;\n",
-        "    if (decision.skip) count_steps<K, kDTypes>(arguments, segments, tensors);\n    if (decision.skip) return;\n",
+        "    if (decision.skip) return count_steps<K, kDTypes>(arguments, segments, tensors);\n",
         (0, 0, 400),
     ),
     "count of finished blocks not reset": (
@@ -369,7 +369,6 @@ EACH_TIME = {
     "a norm remembered before all have read",
     "a segment summed before its last tile is measured",
     "parameters measured before they are rounded",
-    "factors of learning rates used before all are written",
     "products of gradients before their clip",
     "table not uploaded again",
 }
