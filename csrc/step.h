@@ -172,6 +172,20 @@ struct Step {
   bool counts_skips = true;  // exactly one part of a step counts skipped steps
 };
 
+// Returns the tensor behind the last one of a segment.
+inline size_t end_of_segment(const Step& step, size_t segment) {
+  return segment + 1 < step.segments.size() ? step.segments[segment + 1].first_tensor : step.tensors.size();
+}
+
+// Returns Limits::smallest_norm of a segment.
+inline double smallest_norm_of(const Step& step, size_t segment) {
+  int64_t numel = 0;
+  for (size_t i = step.segments[segment].first_tensor; i < end_of_segment(step, segment); ++i) {
+    numel += step.tensors[i].numel;
+  }
+  return smallest_norm(step.norm, numel);
+}
+
 // Whether the gradients that the rule sees are known before their norm is: then what is added is measured beside it.
 inline bool measures_deltas_at_once(const Step& step) {
   bool clips = step.limits.max_norm.is_set();

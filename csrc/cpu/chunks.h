@@ -89,11 +89,6 @@ void for_chunks_of_tensors(const Step& step, size_t first, size_t end, const Bod
   for (int64_t chunk = first_chunk(first); chunk < first_chunk(end); ++chunk) body(chunk);
 }
 
-// Returns the tensor behind the last one of a segment.
-size_t end_of_segment(const Step& step, size_t segment) {
-  return segment + 1 < step.segments.size() ? step.segments[segment + 1].first_tensor : step.tensors.size();
-}
-
 // Calls body(tensor, first element, number of elements, place of the chunk) for each chunk of a tensor's share.
 template <class Body>
 void for_each_chunk_of(const TensorEntry& tensor, int64_t begin, int64_t size, const Body& body) {

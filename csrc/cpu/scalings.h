@@ -93,14 +93,6 @@ class Scalings {
     double lr_factor = 1;
   };
 
-  static double smallest_norm_of(const Step& step, size_t segment) {
-    int64_t numel = 0;
-    for (size_t i = step.segments[segment].first_tensor; i < end_of_segment(step, segment); ++i) {
-      numel += step.tensors[i].numel;
-    }
-    return smallest_norm(step.norm, numel);
-  }
-
   // Limits what the step adds to the tensors from `first` to `end`. Returns its norm.
   double limit(const std::vector<DeltaSums>& sums, const ChangeLimits& limits, size_t first, size_t end,
                double smallest) {

@@ -161,6 +161,15 @@ __device__ __noinline__ void limit_deltas_of_segments(const Header& header, Segm
   __syncthreads();  // all factors are written
 }
 
+// What is left to one block when all tiles have been measured for what an update would add.
+template <class K, DTypes kDTypes>
+__device__ __forceinline__ void finish_deltas(const Header& header, const Table<K, kDTypes>& table, Segments segments,
+                                              Tensors tensors) {
+  sum_large_tensors(header, table, segments, tensors);
+  __syncthreads();  // all is summed
+  limit_deltas_of_segments(header, segments);
+}
+
 // Applies the clip that a rule has of its own to each group, in one block; by the norms after all other clips.
 template <class K, DTypes kDTypes>
 __device__ __noinline__ void clip_groups(const Header& header, const Table<K, kDTypes>& table, Segments segments,
@@ -257,11 +266,7 @@ __device__ __forceinline__ void meet_and_sum(const Header& header, const Table<K
       clip_groups(header, table, segments, tensors);
     }
     if constexpr (K::kMeasuresDelta) {
-      if (header.deltas_at_once) {
-        sum_large_tensors(header, table, segments, tensors);
-        __syncthreads();  // all is summed
-        limit_deltas_of_segments(header, segments);
-      }
+      if (header.deltas_at_once) finish_deltas(header, table, segments, tensors);
     }
   });
 }
@@ -486,11 +491,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks(kDTypes))
                                                            size, factors_of_tile<K>(header, segments, tile, scaling),
                                                            slot);
                                 });
-      meet(header, header.update, [&] {
-        sum_large_tensors(header, table, segments, tensors);
-        __syncthreads();  // all is summed
-        limit_deltas_of_segments(header, segments);
-      });
+      meet(header, header.update, [&] { finish_deltas(header, table, segments, tensors); });
       __syncthreads();  // the others wait for thread 0
       if (!header.update) return;
     }

@@ -233,11 +233,8 @@ void add_segments(const Step& step, const std::vector<TensorRow>& tensors, Layou
   for (size_t i = 0; i < step.segments.size(); ++i) {
     const Segment& segment = step.segments[i];
     const uint32_t first = segment.first_tensor;
-    const uint32_t end = i + 1 < step.segments.size() ? step.segments[i + 1].first_tensor : count;
-    int64_t numel = 0;
-    for (uint32_t tensor = first; tensor < end; ++tensor) numel += step.tensors[tensor].numel;
-    layout.segments_are_tensors &= end - first < 2;
-    layout.segments.push_back({segment.history, smallest_norm(step.norm, numel), tensors[first].first_tile, first,
+    layout.segments_are_tensors &= end_of_segment(step, i) - first < 2;
+    layout.segments.push_back({segment.history, smallest_norm_of(step, i), tensors[first].first_tile, first,
                                segment.group, segment.number,
                                first < count ? static_cast<uint32_t>(step.tensors[first].hyper) : 0, 0});
   }
