@@ -5,7 +5,7 @@
 namespace fastclip::cpu {
 namespace {
 
-FASTCLIP_INSTRUCTION_SET(Avx2, F16c, __attribute__((target("avx2,fma,f16c"))))
+FASTCLIP_INSTRUCTION_SET(Avx2, Avx2Narrow, FASTCLIP_AVX2)
 
 }  // namespace
 

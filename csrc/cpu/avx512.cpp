@@ -5,8 +5,7 @@
 namespace fastclip::cpu {
 namespace {
 
-FASTCLIP_INSTRUCTION_SET(Avx512, Avx512Halves,
-                         __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c" FASTCLIP_WIDEST))))
+FASTCLIP_INSTRUCTION_SET(Avx512, Avx512Narrow, FASTCLIP_AVX512)
 
 }  // namespace
 

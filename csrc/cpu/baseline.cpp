@@ -4,7 +4,7 @@
 namespace fastclip::cpu {
 namespace {
 
-FASTCLIP_INSTRUCTION_SET(Baseline, BaselineHalves, )
+FASTCLIP_INSTRUCTION_SET(Baseline, BaselineNarrow, )
 
 }  // namespace
 

@@ -1,10 +1,13 @@
 // The instruction set that runs.
 #pragma once
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 
-#include "halves.h"
 #include "loop_table.h"
 
 namespace fastclip::cpu {
@@ -15,6 +18,14 @@ struct InstructionSet {
   bool supported;
   const LoopTable& loops;
 };
+
+#if defined(__x86_64__)
+// Not every compiler's __builtin_cpu_supports knows it.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
 
 #if defined(__aarch64__)
 constexpr const char* kBaseline = "NEON";
@@ -28,9 +39,9 @@ const InstructionSet& instruction_set() {
 #if defined(__x86_64__)
       {"AVX512",
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl") && F16c::supported(),
+           __builtin_cpu_supports("avx512vl") && has_f16c(),
        avx512_loops()},
-      {"AVX2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && F16c::supported(), avx2_loops()},
+      {"AVX2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(), avx2_loops()},
 #endif
       {kBaseline, true, baseline_loops()},
   };

@@ -9,29 +9,30 @@ namespace fastclip::cpu {
 namespace {
 
 // The entry points of one instruction set. The loops of loops.h are inlined into them, and so compiled for its target.
-#define FASTCLIP_INSTRUCTION_SET(NAME, HALVES, TARGET)                                                                 \
+#define FASTCLIP_INSTRUCTION_SET(NAME, NARROW, TARGET)                                                                 \
   struct NAME {                                                                                                        \
-    using Halves = HALVES;                                                                                             \
+    using Narrow = NARROW;                                                                                             \
     template <class Stored>                                                                                            \
-    TARGET static void read_as(const void* from, int64_t at, int64_t size, float* to) {                                \
-      size == kBlock ? read_block<Stored>(from, at, kBlock, to) : read_block<Stored>(from, at, size, to);              \
+    TARGET static void read(const Stored* from, int64_t size, float* to) {                                             \
+      read_many(Narrow(), from, size, to);                                                                             \
     }                                                                                                                  \
     template <class Stored>                                                                                            \
-    TARGET static void write_as(void* to, int64_t at, int64_t size, const float* from) {                               \
-      size == kBlock ? write_block<Stored>(to, at, kBlock, from) : write_block<Stored>(to, at, size, from);            \
+    TARGET static void write(Stored* to, int64_t size, const float* from) {                                            \
+      write_many(Narrow(), to, size, from);                                                                            \
     }                                                                                                                  \
     template <class Stored>                                                                                            \
-    TARGET static void round_as(void* to, int64_t at, int64_t size, const float* from, uint32_t key) {                 \
-      size == kBlock ? round_block<Stored>(to, at, kBlock, from, key) : round_block<Stored>(to, at, size, from, key);  \
+    TARGET static void round(Stored* to, int64_t size, const float* from, uint32_t key, uint32_t at) {                 \
+      round_many(Narrow(), to, size, from, key, at);                                                                   \
     }                                                                                                                  \
     template <Storage kStorage, class R, Terms kTerms>                                                                 \
     TARGET static Updated update(const TensorEntry& t, int64_t begin, int64_t size, const Constants& c) {              \
       if constexpr (kStorage == Storage::staged) return update_staged<NAME, R, kTerms>(t, begin, size, c);             \
-      using T = std::conditional_t<kStorage == Storage::float64, double, float>;                                       \
-      return update_uniform<T, R, kTerms>(t, begin, size, c);                                                          \
+      if constexpr (kStorage == Storage::float32) return update_uniform<float, R, kTerms>(t, begin, size, c);          \
+      if constexpr (kStorage == Storage::float64) return update_uniform<double, R, kTerms>(t, begin, size, c);         \
+      if constexpr (is_narrow(kStorage)) return update_narrow<NAME, kStorage, R, kTerms>(t, begin, size, c);           \
     }                                                                                                                  \
     template <class Stored, Norm kNorm, Seen kSeen>                                                                    \
-    TARGET static void measure(const TensorEntry& t, int64_t begin, int64_t size, const Clip<double>& c, Measure& m) { \
+    TARGET static void measure(const TensorEntry& t, int64_t begin, int64_t size, const Clip<double>& c, Measure* m) { \
       measure_loop<NAME, Stored, kNorm, kSeen>(t, begin, size, c, m);                                                  \
     }                                                                                                                  \
     template <class T>                                                                                                 \
@@ -65,7 +66,9 @@ constexpr void fill_updates(LoopTable& table) {
   Rules::each([&](auto tag) {
     using R = typename decltype(tag)::Rule;
     UpdateLoop* const loops = table.updates[static_cast<int>(kStorage)] + kFirstLoop[Rules::id_of<R>().index()];
-    fill_rule<Set, kStorage, R>(loops, std::make_integer_sequence<uint32_t, 1 << R::kSwitches>{});
+    constexpr bool kStaged = is_narrow(kStorage) && !Set::Narrow::kInRegisters;
+    fill_rule<Set, kStaged ? Storage::staged : kStorage, R>(loops,
+                                                            std::make_integer_sequence<uint32_t, 1 << R::kSwitches>{});
   });
 }
 
@@ -109,6 +112,8 @@ constexpr LoopTable make_loops() {
   LoopTable table{};
   fill_updates<Set, Storage::float32>(table);
   fill_updates<Set, Storage::float64>(table);
+  fill_updates<Set, Storage::bfloat16>(table);
+  fill_updates<Set, Storage::float16>(table);
   fill_updates<Set, Storage::staged>(table);
   fill_dtype<Set, float>(table, DType::float32);
   fill_dtype<Set, double>(table, DType::float64);

@@ -30,7 +30,7 @@ struct Updated {
 enum class Seen { raw, clipped, clipped_or_nonfinite };
 
 using UpdateLoop = Updated (*)(const TensorEntry&, int64_t begin, int64_t size, const Constants&);
-using MeasureLoop = void (*)(const TensorEntry&, int64_t begin, int64_t size, const Clip<double>&, Measure&);
+using MeasureLoop = void (*)(const TensorEntry&, int64_t begin, int64_t size, const Clip<double>&, Measure* of_chunks);
 using ParamsLoop = Measure (*)(const TensorEntry&, int64_t begin, int64_t size, Norm);
 
 // What a rule with kMeasuresDelta says of a set of terms: how a block is computed, and of what. Either result may be
@@ -48,14 +48,20 @@ using DeltaLoop = DeltaSums (*)(const TensorEntry&, int64_t begin, int64_t size,
                                 const Delta&);
 using ProductsLoop = Products (*)(const TensorEntry&, int64_t begin, int64_t size, const Clip<double>&);
 
-// The storage of a tensor's arrays. staged: 16-bit or mixed arrays, which go through float32 block by block.
-enum class Storage { float32, float64, staged };
-constexpr int kNumStorages = 3;
+// The storage of a tensor's arrays: all of one dtype, or staged. Those of several dtypes, or of 16 bits that are
+// rounded at random, go through float32 block by block.
+enum class Storage { float32, float64, bfloat16, float16, staged };
+constexpr int kNumStorages = 5;
+constexpr bool is_narrow(Storage storage) { return storage == Storage::bfloat16 || storage == Storage::float16; }
 inline Storage storage_of(const TensorEntry& tensor) {
   if (!tensor.uniform) return Storage::staged;
-  return tensor.dtype == DType::float32   ? Storage::float32
-         : tensor.dtype == DType::float64 ? Storage::float64
-                                          : Storage::staged;
+  switch (tensor.dtype) {
+    case DType::float32: return Storage::float32;
+    case DType::float64: return Storage::float64;
+    case DType::bfloat16: return Storage::bfloat16;
+    case DType::float16: return Storage::float16;
+  }
+  return Storage::staged;
 }
 
 // Each rule has a row of loops, one for each value of its terms; rows lie one after the other.

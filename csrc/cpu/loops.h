@@ -4,21 +4,19 @@
 #include <cstring>
 #include <type_traits>
 
-#include "halves.h"
 #include "loop_table.h"
+#include "machine.h"
+#include "narrow.h"
 
 // Makes it an error if the compiler ignores a target or a pragma: the loops would be correct, but slow.
 #pragma GCC diagnostic error "-Wattributes"
 #pragma GCC diagnostic error "-Wunknown-pragmas"
 
-// Tells the compiler that the arrays of a tensor do not overlap, and to use the widest registers, which clang does
-// unasked.
+// Tells the compiler that the arrays of a tensor do not overlap.
 #if defined(__clang__)
 #define FASTCLIP_IVDEP _Pragma("clang loop vectorize(assume_safety)")
-#define FASTCLIP_WIDEST
 #else
 #define FASTCLIP_IVDEP _Pragma("GCC ivdep")
-#define FASTCLIP_WIDEST ",prefer-vector-width=512"
 #endif
 
 namespace fastclip::cpu {
@@ -31,27 +29,26 @@ FASTCLIP_HD typename R::template Constants<T> constants_as(const Constants& cons
   return converted<typename R::template Constants<T>>(rule_constants);
 }
 
-// The distance at which memory is prefetched. The hardware prefetcher stops at each page and does not look far enough
-// ahead: one core then reads one stream at about 60 % of its bandwidth. Prefetching this far ahead brings the rest.
-constexpr int64_t kPrefetchBytes = 4096;
 constexpr int64_t kCacheLine = 64;
 
 // Prefetches `count` elements, `bytes_ahead` ahead of `from`.
 template <class Stored>
-FASTCLIP_HD void prefetch(const Stored* from, int64_t count, int64_t bytes_ahead = kPrefetchBytes) {
+FASTCLIP_HD void prefetch(const Stored* from, int64_t count, int64_t bytes_ahead) {
   const char* ahead = reinterpret_cast<const char*>(from) + bytes_ahead;
   for (int64_t byte = 0; byte < count * int64_t{sizeof(Stored)}; byte += kCacheLine) __builtin_prefetch(ahead + byte);
 }
 
 // Many sums, added up in a fixed order: the number of lanes is the same on every instruction set, and so are the bits.
-template <Norm kNorm, bool kFloat64, int kLanes>
+template <Norm kNorm, class T, int kLanes, bool kFma = false>
 struct LaneSums {
+  static constexpr bool kFloat64 = std::is_same_v<T, double>;
   static constexpr int kWide = kFloat64 && kNorm == Norm::two ? kLanes : 1;  // lanes of the two sums of float64 alone
-  double small[kWide] = {}, medium[kLanes] = {}, big[kWide] = {};
+  using Sum = std::conditional_t<kNorm == Norm::inf, T, double>;
+  double small[kWide] = {}, big[kWide] = {};
+  Sum medium[kLanes] = {};
 
-  template <class T>
   FASTCLIP_HD void add(int lane, T x) {
-    measure<kNorm, kFloat64>(small[lane % kWide], medium[lane], big[lane % kWide], double{x});
+    measure<kNorm, kFloat64, kFma>(small[lane % kWide], medium[lane], big[lane % kWide], Sum{x});
   }
 
   FASTCLIP_HD Measure total() {
@@ -73,17 +70,16 @@ struct LaneSums {
 // keep a running total in memory.
 constexpr int64_t kBlock = 128;
 
-// Updates `size` elements of arrays in the compute type. Returns how many of them the value clip changed.
-template <class T, class R, Terms kTerms>
-FASTCLIP_HD int64_t update_block(T* params, const T* grads, T* const* states, int64_t size, const Clip<T>& clip,
-                                 const typename R::template Constants<T>& constants) {
-  using Count = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+// Updates `size` elements of arrays in the compute type. count(i) is where an element is counted that the value clip
+// changes.
+template <class T, class R, Terms kTerms, class Counts>
+FASTCLIP_HD void update_elements(T* params, const T* grads, T* const* states, int64_t size, const Clip<T>& clip,
+                                 const typename R::template Constants<T>& constants, const Counts& count) {
   constexpr uint32_t kReads = R::reads(kTerms), kWrites = R::writes(kTerms);
   T* const s0 = states[0];
   T* const s1 = states[1];
   T* const s2 = states[2];
   static_assert(kMaxStates == 3);
-  Count clamped = 0;
   FASTCLIP_IVDEP
   for (int64_t i = 0; i < size; ++i) {
     T param{};
@@ -92,13 +88,23 @@ FASTCLIP_HD int64_t update_block(T* params, const T* grads, T* const* states, in
     if constexpr (has(kReads, 0)) state[0] = s0[i];
     if constexpr (has(kReads, 1)) state[1] = s1[i];
     if constexpr (has(kReads, 2)) state[2] = s2[i];
-    clamped += clip.clamps(grads[i]);
+    count(i) += clip.clamps(grads[i]);
     R::update(kTerms, constants, param, clip(grads[i]), state);
     params[i] = param;
     if constexpr (has(kWrites, 0)) s0[i] = state[0];
     if constexpr (has(kWrites, 1)) s1[i] = state[1];
     if constexpr (has(kWrites, 2)) s2[i] = state[2];
   }
+}
+
+// Does the same, and returns how many elements the value clip changed.
+template <class T, class R, Terms kTerms>
+FASTCLIP_HD int64_t update_block(T* params, const T* grads, T* const* states, int64_t size, const Clip<T>& clip,
+                                 const typename R::template Constants<T>& constants) {
+  using Count = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+  Count clamped = 0;
+  update_elements<T, R, kTerms>(params, grads, states, size, clip, constants,
+                                [&](int64_t) __attribute__((always_inline)) -> Count& { return clamped; });
   return clamped;
 }
 
@@ -150,7 +156,7 @@ class ParamSums {
 
   const Norm norm_;
   T sums_[kLanes];
-  LaneSums<Norm::two, std::is_same_v<T, double>, kWideLanes> wide_;
+  LaneSums<Norm::two, T, kWideLanes> wide_;
 };
 
 // Updates elements [begin, begin + size) of a tensor whose arrays all have the compute type. Where parameters are
@@ -158,6 +164,7 @@ class ParamSums {
 template <class T, class R, Terms kTerms>
 FASTCLIP_HD Updated update_uniform(const TensorEntry& tensor, int64_t begin, int64_t size, const Constants& all) {
   constexpr uint32_t kWrites = R::writes(kTerms);
+  const int64_t bytes_ahead = kMachine.bytes_ahead;
   const auto clip = converted<Clip<T>>(all.clip);
   const auto constants = constants_as<R, T>(all);
   auto* const params = static_cast<T*>(tensor.param) + begin;
@@ -179,10 +186,10 @@ FASTCLIP_HD Updated update_uniform(const TensorEntry& tensor, int64_t begin, int
   for (; i + kBlock <= size; i += kBlock) {
     T* moved[kMaxStates];
     at(i, moved);
-    if constexpr (!R::kClipsInPlace) prefetch(params + i, kBlock);
-    prefetch(grads + i, kBlock);
+    if constexpr (!R::kClipsInPlace) prefetch(params + i, kBlock, bytes_ahead);
+    prefetch(grads + i, kBlock, bytes_ahead);
     for (int s = 0; s < kMaxStates; ++s) {
-      if (has(kWrites, s)) prefetch(moved[s], kBlock);
+      if (has(kWrites, s)) prefetch(moved[s], kBlock, bytes_ahead);
     }
     update(i, moved, kBlock);
   }
@@ -195,41 +202,119 @@ FASTCLIP_HD Updated update_uniform(const TensorEntry& tensor, int64_t begin, int
   return updated;
 }
 
-// Reads, writes or rounds a block of an array of float32 or a narrower dtype; the block is float32.
-template <class Stored>
-FASTCLIP_HD void read_block(const void* from, int64_t at, int64_t size, float* to) {
-  const auto* const values = static_cast<const Stored*>(from) + at;
-  for (int64_t i = 0; i < size; ++i) to[i] = load(values[i]);
+// Reads, writes or rounds some elements of an array of float32 or a narrower dtype.
+inline void copy_floats(float* to, const float* from, int64_t size) {
+  size == kBlock ? memcpy(to, from, kBlock * sizeof(float)) : memcpy(to, from, size * sizeof(float));
 }
-template <class Stored>
-FASTCLIP_HD void write_block(void* to, int64_t at, int64_t size, const float* from) {
-  auto* const values = static_cast<Stored*>(to) + at;
-  for (int64_t i = 0; i < size; ++i) store(values[i], from[i]);
-}
-template <class Stored>
-FASTCLIP_HD void round_block(void* to, int64_t at, int64_t size, const float* from, uint32_t key) {
-  auto* const values = static_cast<Stored*>(to) + at;
-  const auto first = static_cast<uint32_t>(at);
-  for (uint32_t i = 0; i < size; ++i) store(values[i], from[i], noise(key, first + i));
-}
-
 template <class Set>
 void read_any(DType dtype, const void* from, int64_t at, int64_t size, float* to) {
-  if (dtype == DType::float32) return Set::template read_as<float>(from, at, size, to);
-  if (dtype == DType::bfloat16) return Set::template read_as<BFloat16>(from, at, size, to);
-  Set::Halves::read(static_cast<const Float16*>(from) + at, size, to);
+  if (dtype == DType::float32) return copy_floats(to, static_cast<const float*>(from) + at, size);
+  if (dtype == DType::bfloat16) return Set::read(static_cast<const BFloat16*>(from) + at, size, to);
+  Set::read(static_cast<const Float16*>(from) + at, size, to);
 }
 template <class Set>
 void write_any(DType dtype, void* to, int64_t at, int64_t size, const float* from) {
-  if (dtype == DType::float32) return Set::template write_as<float>(to, at, size, from);
-  if (dtype == DType::bfloat16) return Set::template write_as<BFloat16>(to, at, size, from);
-  Set::Halves::write(static_cast<Float16*>(to) + at, size, from);
+  if (dtype == DType::float32) return copy_floats(static_cast<float*>(to) + at, from, size);
+  if (dtype == DType::bfloat16) return Set::write(static_cast<BFloat16*>(to) + at, size, from);
+  Set::write(static_cast<Float16*>(to) + at, size, from);
 }
 template <class Set>
 void round_any(DType dtype, void* to, int64_t at, int64_t size, const float* from, uint32_t key) {
-  if (dtype == DType::float32) return Set::template write_as<float>(to, at, size, from);
-  if (dtype == DType::bfloat16) return Set::template round_as<BFloat16>(to, at, size, from, key);
-  Set::template round_as<Float16>(to, at, size, from, key);
+  if (dtype == DType::float32) return copy_floats(static_cast<float*>(to) + at, from, size);
+  const auto place = static_cast<uint32_t>(at);
+  if (dtype == DType::bfloat16) return Set::round(static_cast<BFloat16*>(to) + at, size, from, key, place);
+  Set::round(static_cast<Float16*>(to) + at, size, from, key, place);
+}
+
+// A tensor of one run, of which the first elements are a copy of another's last ones.
+template <class Stored>
+class LastRun {
+ public:
+  [[gnu::noinline]] LastRun(const TensorEntry& of, uint32_t states, int64_t begin, int64_t count)
+      : of_(of), run_(of), states_(states), offset_(begin * sizeof(Stored)), bytes_(count * sizeof(Stored)) {
+    for (Stored& grad : grads_) store(grad, NAN);  // no clip changes a NaN, or counts it
+    memcpy(grads_, static_cast<const char*>(of.grad) + offset_, bytes_);
+    memcpy(params_, static_cast<const char*>(of.param) + offset_, bytes_);
+    run_.param = params_, run_.grad = grads_;
+    for (int s = 0; s < kMaxStates; ++s) {
+      if (!has(states, s)) continue;
+      memcpy(rows_[s], static_cast<const char*>(of.states[s]) + offset_, bytes_);
+      run_.states[s] = rows_[s];
+    }
+  }
+  const TensorEntry& run() const { return run_; }
+  [[gnu::noinline]] void give_back() const {
+    memcpy(static_cast<char*>(of_.param) + offset_, params_, bytes_);
+    for (int s = 0; s < kMaxStates; ++s) {
+      if (has(states_, s)) memcpy(static_cast<char*>(of_.states[s]) + offset_, rows_[s], bytes_);
+    }
+  }
+
+ private:
+  const TensorEntry& of_;
+  TensorEntry run_;
+  const uint32_t states_;
+  const int64_t offset_, bytes_;
+  Stored params_[kRun] = {}, grads_[kRun], rows_[kMaxStates][kRun] = {};
+};
+
+// Updates a tensor whose arrays are all of one 16-bit dtype: a run of each is brought to float32, updated and rounded
+// in registers.
+template <class Set, Storage kStorage, class R, Terms kTerms>
+FASTCLIP_HD Updated update_narrow(const TensorEntry& tensor, int64_t begin, int64_t size, const Constants& all) {
+  using Stored = std::conditional_t<kStorage == Storage::bfloat16, BFloat16, Float16>;
+  constexpr uint32_t kReads = R::reads(kTerms), kWrites = R::writes(kTerms);
+  const int64_t bytes_ahead = kMachine.bytes_ahead;
+  const auto clip = converted<Clip<float>>(all.clip);
+  const auto constants = constants_as<R, float>(all);
+  const typename Set::Narrow narrow;
+  auto* const params = static_cast<Stored*>(tensor.param) + begin;
+  const auto* const grads = static_cast<const Stored*>(tensor.grad) + begin;
+  Stored* states[kMaxStates];
+  for (int s = 0; s < kMaxStates; ++s)
+    states[s] = static_cast<Stored*>(tensor.states[s]) + (has(kWrites, s) ? begin : 0);
+  const bool measures = R::kLimitsChange && all.params_norm != Norm::none;
+  ParamSums<float> sums(all.params_norm);
+  int32_t clamped[kRun] = {};
+  alignas(kCacheLine) float param[kRun], grad[kRun], state[kMaxStates][kRun];
+  int64_t i = 0;
+  for (; i + kRun <= size; i += kRun) {
+    if constexpr (!R::kClipsInPlace) {
+      prefetch(params + i, kRun, bytes_ahead);
+      narrow.read(params + i, param);
+    }
+    prefetch(grads + i, kRun, bytes_ahead);
+    narrow.read(grads + i, grad);
+    for (int s = 0; s < kMaxStates; ++s) {
+      if (has(kWrites, s)) prefetch(states[s] + i, kRun, bytes_ahead);
+      if (has(kReads, s)) narrow.read(states[s] + i, state[s]);
+    }
+    float* const rows[kMaxStates] = {state[0], state[1], state[2]};
+    update_elements<float, R, kTerms>(param, grad, rows, kRun, clip, constants,
+                                      [&](int64_t lane)
+                                          __attribute__((always_inline)) -> int32_t& { return clamped[lane]; });
+    narrow.write(params + i, param);
+    for (int s = 0; s < kMaxStates; ++s) {
+      if (has(kWrites, s)) narrow.write(states[s] + i, state[s]);
+    }
+    if (measures) {
+      narrow.read(params + i, param);  // as they were rounded
+      sums.add(param, kRun);
+    }
+  }
+  Updated updated;
+  for (const int32_t count : clamped) updated.clamped += count;
+  if (i < size) {
+    const LastRun<Stored> last(tensor, kWrites, begin + i, size - i);
+    updated.clamped += Set::template update<kStorage, R, kTerms>(last.run(), 0, kRun, all).clamped;
+    last.give_back();
+    if (measures) {
+      read_many(narrow, params + i, size - i, param);
+      sums.add(param, size - i);
+    }
+  }
+  if (measures) updated.params = sums.total();
+  return updated;
 }
 
 // Does the same for a tensor with 16-bit arrays, or with a mixture of these and float32. It brings one block at a time
@@ -296,7 +381,7 @@ template <class Set, class T>
 FASTCLIP_HD const T* block_of(DType dtype, const void* from, int64_t at, int64_t count, T* room) {
   const bool is_there = dtype == (std::is_same_v<T, double> ? DType::float64 : DType::float32);
   const int64_t item = item_size(dtype);
-  prefetch(static_cast<const char*>(from) + at * item, kBlock * item);
+  prefetch(static_cast<const char*>(from) + at * item, kBlock * item, kMachine.bytes_ahead);
   if (is_there && count == kBlock) return static_cast<const T*>(from) + at;
   if constexpr (std::is_same_v<T, double>) {
     memcpy(room, static_cast<const double*>(from) + at, count * sizeof(double));
@@ -309,7 +394,7 @@ FASTCLIP_HD const T* block_of(DType dtype, const void* from, int64_t at, int64_t
 
 // The lanes in which a chunk is summed, here and below.
 constexpr int kLanes = 32;
-static_assert(kBlock % kLanes == 0);
+static_assert(kBlock % kLanes == 0 && kRun == kLanes);
 
 // What a block's update adds to the parameters, and the relative gradients; where they are wanted.
 template <class T, class R, Terms kTerms>
@@ -344,7 +429,7 @@ FASTCLIP_HD DeltaSums measure_deltas(const TensorEntry& tensor, int64_t begin, i
   const bool reads_first = parts & kDelta;  // relative gradients follow from the second average alone
   alignas(kCacheLine) T param[kBlock] = {}, grad[kBlock], state[kMaxStates][kBlock] = {}, added[kBlock],
                         relative[kBlock];
-  LaneSums<Norm::two, kFloat64, kLanes> of_deltas, of_relative, of_params;
+  LaneSums<Norm::two, T, kLanes> of_deltas, of_relative, of_params;
   const auto add = [](auto& sums, const T* values) __attribute__((always_inline)) {
     for (int64_t i = 0; i < kBlock; i += kLanes) {
       for (int lane = 0; lane < kLanes; ++lane) sums.add(lane, values[i + lane]);
@@ -402,45 +487,57 @@ FASTCLIP_HD Products measure_products(const TensorEntry& tensor, int64_t begin, 
   return {with_grad[0], squared[0]};
 }
 
-// The number of streams in which a whole chunk is read: one core keeps more lines in flight over several pages.
-constexpr int kStreams = 4;
+// Adds kLanes gradients to the sums of a chunk.
+template <class Set, Seen kSeen, class Stored, class Sums, class T>
+FASTCLIP_HD void add_lanes(const typename Set::Narrow& narrow, const Stored* from, const Clip<T>& clip, Sums& sums) {
+  const auto seen = [&](T x) __attribute__((always_inline)) {
+    return kSeen == Seen::raw ? x : clip.measured(x, kSeen == Seen::clipped_or_nonfinite);
+  };
+  if constexpr (sizeof(Stored) == 2) {
+    T x[kLanes];
+    narrow.read(from, x);
+    for (int lane = 0; lane < kLanes; ++lane) sums.add(lane, seen(x[lane]));
+  } else {
+    for (int lane = 0; lane < kLanes; ++lane) sums.add(lane, seen(load(from[lane])));
+  }
+}
 
+// Measures the gradients of each chunk. kStreams chunks are read side by side where memory likes that.
 template <class Set, class Stored, Norm kNorm, Seen kSeen>
 FASTCLIP_HD void measure_loop(const TensorEntry& tensor, int64_t begin, int64_t size, const Clip<double>& group_clip,
-                              Measure& result) {
+                              Measure* results) {
   using T = ComputeType<Stored>;
-  constexpr bool kFloat64 = std::is_same_v<Stored, double>;
+  using Sums = LaneSums<kNorm, T, kLanes, Set::Narrow::kHasFma>;
   const auto clip = converted<Clip<T>>(group_clip);
-  const auto* const grads = static_cast<const Stored*>(tensor.grad) + begin;
-  LaneSums<kNorm, kFloat64, kLanes> sums;
-  const auto add = [&](const Stored* from) __attribute__((always_inline)) {
-    T x[kLanes];
-    constexpr bool kHalves = std::is_same_v<Stored, Float16>;
-    if constexpr (kHalves) Set::Halves::read(from, kLanes, x);
-    for (int lane = 0; lane < kLanes; ++lane) {
-      if constexpr (!kHalves) x[lane] = load(from[lane]);
-      if constexpr (kSeen != Seen::raw) x[lane] = clip.measured(x[lane], kSeen == Seen::clipped_or_nonfinite);
-    }
-    for (int lane = 0; lane < kLanes; ++lane) sums.add(lane, x[lane]);
-  };
-  int64_t i = 0;
-  if (size == kChunk) {
-    constexpr int64_t kStream = kChunk / kStreams;
-    for (; i < kStream; i += kLanes) {
+  const auto* grads = static_cast<const Stored*>(tensor.grad) + begin;
+  const typename Set::Narrow narrow;
+  const bool reads_streams = kSeen == Seen::raw && kMachine.reads_streams;
+  for (; reads_streams && size >= kStreams * kChunk; size -= kStreams * kChunk) {
+    Sums sums[kStreams];
+    for (int64_t i = 0; i < kChunk; i += kLanes) {
       for (int stream = 0; stream < kStreams; ++stream) {
-        const Stored* const from = grads + stream * kStream + i;
-        prefetch(from, kLanes, kChunk * sizeof(Stored));  // the same place of the next chunk
-        add(from);
+        const Stored* const from = grads + stream * kChunk + i;
+        prefetch(from, kLanes, kStreams * kChunk * sizeof(Stored));  // the same place of the next chunks
+        add_lanes<Set, kSeen>(narrow, from, clip, sums[stream]);
       }
     }
-    i = kChunk;
+    for (Sums& sum : sums) *results++ = sum.total();
+    grads += kStreams * kChunk;
   }
-  for (; i + kLanes <= size; i += kLanes) add(grads + i);
-  for (int lane = 0; i < size; ++i, ++lane) {
-    const T x = clip.measured(load(grads[i]), kSeen == Seen::clipped_or_nonfinite);
-    sums.add(lane, x);
+  for (; size > 0; size -= kChunk) {
+    Sums sums;
+    const int64_t count = size < kChunk ? size : kChunk;
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+      prefetch(grads + i, kLanes, kMachine.bytes_ahead);
+      add_lanes<Set, kSeen>(narrow, grads + i, clip, sums);
+    }
+    for (int lane = 0; i < count; ++i, ++lane) {
+      sums.add(lane, clip.measured(load(grads[i]), kSeen == Seen::clipped_or_nonfinite));
+    }
+    *results++ = sums.total();
+    grads += count;
   }
-  result = sums.total();
 }
 
 }  // namespace

@@ -144,8 +144,11 @@ void measure_all(const Step& step, const ThreadPool& pool, const LoopTable& loop
       }
       const ProductsLoop products = loops.products[tensor.dtype == DType::float64];
       const MeasureLoop loop = loops.measures[static_cast<int>(tensor.grad_dtype)][inf][static_cast<int>(seen)];
+      if (!multiplies && !looks_at_deltas) {
+        return loop(tensor, begin, size, clip, &step.measures[tensor.first_chunk + begin / kChunk]);
+      }
       for_each_chunk_of(tensor, begin, size, [&](int64_t first, int64_t count, int64_t place) {
-        loop(tensor, first, count, clip, step.measures[place]);
+        loop(tensor, first, count, clip, &step.measures[place]);
         if (multiplies) step.products[place] = products(tensor, first, count, clip);
         if (looks_at_deltas) deltas.measure(tensor, first, count, place);
       });

@@ -31,8 +31,8 @@ FASTCLIP_HD T larger(T a, T b) {
 }
 
 // Adds x to the parts of a Measure, which are passed one by one: a CPU keeps many sums in three arrays. Sum is double;
-// for the inf norm it may be the type of the gradients.
-template <Norm kNorm, bool kFloat64, class Sum>
+// for the inf norm it may be the type of the gradients. kFma: the CPU has an instruction for it.
+template <Norm kNorm, bool kFloat64, bool kFma = false, class Sum>
 FASTCLIP_HD void measure(double& small, Sum& medium, double& big, Sum x) {
   const Sum magnitude = fabs(x);
   if constexpr (kNorm == Norm::inf) {
@@ -49,7 +49,7 @@ FASTCLIP_HD void measure(double& small, Sum& medium, double& big, Sum x) {
 #if defined(__CUDA_ARCH__)
     medium = fma(x, x, medium);
 #else
-    medium += x * x;
+    medium = kFma ? std::fma(x, x, medium) : medium + x * x;
 #endif
   }
 }

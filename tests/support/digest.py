@@ -32,7 +32,7 @@ CLIPS = (
     {"max_norm": 0.1, "norm_type": float("inf")},
     {"clip_value": 0.3, "max_norm": 1.0},
 )
-SIZES = (1, 17, 100, 5003)
+SIZES = (1, 17, 100, 20_003)  # in runs, in chunks, and in chunks that are read side by side
 
 
 def of_rule(name, settings):
