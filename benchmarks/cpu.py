@@ -10,8 +10,9 @@ from tqdm import tqdm
 
 from .core import agreement, memory, record, rows, timing
 from .core.contenders import CLIPS, RULES, Contender
+from .core.limit import Limit
 from .core.models import MODELS
-from .core.problem import Probe, Problem
+from .core.problem import Problem
 from .report import cpu as report
 
 DEFAULT = ["dnn", "gru-ctc", "tiny-600", "conformer-s", "conformer-m", "dense-100m"]
@@ -111,7 +112,7 @@ def timed_rows(problem, clip, rule, thread_counts, rounds, on_round=None):
     single_elements = Problem("host", [(1,)] * len(problem.params)).copies["fastclip"]
     actors["host"] = Contender("fastclip", single_elements, CLIPS[clip], rule).step
     if problem.numel >= rows.LARGE:
-        actors["add_"] = Probe(problem.numel).step
+        actors["limit"] = limit_of(contenders["fastclip"], clip)
     found = []
     for threads in thread_counts:
         torch.set_num_threads(threads)
@@ -121,6 +122,14 @@ def timed_rows(problem, clip, rule, thread_counts, rounds, on_round=None):
         found.append(row | evaluate(row, timing.rounds(timers, rounds, on_round)))
     rows.require_normal(contenders, row)
     return found
+
+
+def limit_of(contender, clip):
+    """Returns what takes as long as memory takes for a step of a contender."""
+    contender.step()  # makes the states
+    states = [[contender.optimizer.state[p][name] for name in contender.rule.states] for p in contender.params]
+    limit = Limit(contender.params, states)
+    return limit.norm_and_update if clip == "norm" else limit.update
 
 
 def blocks(actors, numel):
@@ -134,16 +143,16 @@ def blocks(actors, numel):
 
 
 def evaluate(row, samples):
-    """Times, speed-ups and the part of the floor."""
+    """Times, speed-ups and the part of the limit."""
     own = samples["fastclip"]
     found = {
-        "us_per_step": rows.microseconds({name: values for name, values in samples.items() if name != "add_"}),
+        "us_per_step": rows.microseconds(samples),
         **rows.speed_ups(samples),
         "host_ns_per_tensor": rows.described(rows.scaled(1e9 / row["tensors"], samples["host"])),
     }
-    if "add_" in samples:
-        in_add = [row["parameters"] * Probe.BYTES / seconds for seconds in samples["add_"]]
-        found["gb_per_s"] = rows.described(rows.scaled(1e-9, in_add))
-        found["floor_bytes_per_parameter"] = rows.floor_bytes(row)
-        found["of_floor"] = rows.share_of_floor(row["parameters"] * found["floor_bytes_per_parameter"], in_add, own)
+    if "limit" in samples:
+        found["bytes_per_parameter"] = rows.least_bytes(row)
+        moved = row["parameters"] * found["bytes_per_parameter"]
+        found["limit_gb_per_s"] = rows.described([1e-9 * moved / seconds for seconds in samples["limit"]])
+        found["of_limit"] = rows.described(timing.ratios(samples["limit"], own))
     return found

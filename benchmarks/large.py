@@ -16,15 +16,14 @@ from tqdm import tqdm
 
 from .core import memory, record, timing
 from .core.contenders import RULES, Rule
+from .core.limit import Limit
 from .core.models import MODELS, count
-from .core.problem import Probe
 from .core.rows import digits
 from .report import tensors as report
 
 ADAMW, SGD, MOMENTUM = RULES["adamw"][0], *RULES["sgd"]
 LR = 0.1  # moves parameters by more than bfloat16 rounds away
 PER_TENSOR = 16  # samples; the first and the last element among them
-PROBE = 50_000_000  # elements
 
 
 @dataclass(frozen=True)
@@ -43,10 +42,6 @@ class Case:
     def bytes(self):
         """Returns the memory of parameters, gradients and states."""
         return count(self.shapes()) * self.dtype.itemsize * (2 + len(self.rule.states))
-
-    def moved(self):
-        """Returns the bytes that a step with a norm clip has to move."""
-        return count(self.shapes()) * self.dtype.itemsize * self.rule.elements("norm")
 
 
 RUNS = [
@@ -67,7 +62,7 @@ def main(arguments=None):
     """Returns the exit code: 1 where a sample is wrong, 2 where memory is short."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
-    need, free = max(case.bytes() for case in RUNS) + PROBE * 8, memory.available()
+    need, free = max(case.bytes() for case in RUNS), memory.available()
     if free is not None and free < need:
         print(f"Nothing was run: {memory.gib(need)} of memory needed, {memory.gib(free)} available.", file=sys.stderr)
         return 2
@@ -116,13 +111,11 @@ def run(case, rounds):
     }
     if row["norm_deviation"] > 1e-6:
         raise Wrong(f"{case.title()}: the norm is off by {row['norm_deviation']:.2g}")
-    probe = Probe(PROBE)
-    actors = {"step": optimizer.step, "add_": probe.step}
+    limit = Limit(params, [[optimizer.state[p][name] for name in case.rule.states] for p in params])
+    actors = {"step": optimizer.step, "limit": limit.norm_and_update}
     times = timing.rounds({name: timing.Timer(step) for name, step in actors.items()}, rounds)
-    seconds, probe_seconds = (statistics.median(times[name]) for name in actors)
-    speed = PROBE * Probe.BYTES / probe_seconds
-    row |= {"threads": torch.get_num_threads(), "ms": digits(seconds * 1e3), "gb_per_s": digits(speed * 1e-9)}
-    return row | {"floor_ms": digits(case.moved() / speed * 1e3)}
+    row |= {"threads": torch.get_num_threads(), "ms": digits(statistics.median(times["step"]) * 1e3)}
+    return row | {"of_limit": digits(statistics.median(timing.ratios(times["limit"], times["step"])))}
 
 
 def repeated(shape, dtype, scale, seed):

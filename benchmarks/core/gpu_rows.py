@@ -71,7 +71,7 @@ def evaluate(row, samples, copied):
     steps, on_device, on_host = of("step"), of("device"), of("host")
     own = on_device["fastclip"]
     speeds = [copied / seconds for seconds in samples["copy", ""]]
-    floor = rows.floor_bytes(row, itemsize(row))
+    floor = rows.least_bytes(row, itemsize(row))
     found = {
         "us_per_step": rows.microseconds(steps),
         "device_us": rows.microseconds(on_device),

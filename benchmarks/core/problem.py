@@ -42,18 +42,6 @@ class Problem:
             torch.mul(grad, factor, out=p.grad)
 
 
-class Probe:
-    """Measures the memory's speed by torch's add_ over the same number of elements as the model."""
-
-    BYTES = 12  # per element: two are read, one is written
-
-    def __init__(self, numel):
-        self.target, self.source = torch.zeros(numel), torch.ones(numel)
-
-    def step(self):
-        self.target.add_(self.source, alpha=1e-6)
-
-
 def is_normal(tensors, elements=2**16):
     """Returns whether the first elements are 0 or normal: denormals, infinities and NaN have timings of their own."""
     tiny = torch.finfo(torch.float32).tiny

@@ -66,7 +66,7 @@ def speed_ups(samples):
     }
 
 
-def floor_bytes(row, itemsize=4):
+def least_bytes(row, itemsize=4):
     """Returns the bytes per parameter that a step has to move."""
     return rule_of(row).elements(row["clip"]) * itemsize
 

@@ -2,7 +2,11 @@
 
 from .formats import columns, commit, deviations, duration, models, percent, rounded, rule, spread, table, times
 
-HEADER = ["µs per step", "vs loop", "vs best of torch", "of the floor"]
+HEADER = ["µs per step", "vs loop", "vs best of torch"]
+WHAT = {
+    "of the limit": "Limit: the time that memory takes for the same arrays and nothing else, in the same round.",
+    "of the floor": "Floor: the bytes that a step has to move, at the speed of torch's `add_` in the same round.",
+}
 PANELS = {"vs_loop": "over the Python loop", "vs_best_of_torch": "over the best of torch"}
 
 # The rows of the README's table: model, its title, rule, clip, and what the rule and the clip are called.
@@ -16,7 +20,7 @@ SPEED = [
 
 def markdown(results):
     """One line on the circumstances, one on the models, then a table for each number of threads."""
-    header = ["model", "clip", kind_of_rule(results), *HEADER]
+    header = ["model", "clip", kind_of_rule(results), *HEADER, of_what(results)]
     parts = [circumstances(results), models(results)]
     for threads in sorted({row["threads"] for row in results["cases"]}):
         rows = [table_row(row) for row in results["cases"] if row["threads"] == threads]
@@ -75,10 +79,12 @@ def size(results, model):
 
 
 def circumstances(results):
-    return (
-        f"{machine(results)} Medians (10th–90th percentile of the rounds). "
-        "Floor: the bytes that a step has to move, at the speed of torch's `add_` in the same round."
-    )
+    return f"{machine(results)} Medians (10th–90th percentile of the rounds). {WHAT[of_what(results)]}"
+
+
+def of_what(results):
+    """Returns the title of the last column: older results have a floor."""
+    return "of the floor" if any("of_floor" in row for row in results["cases"]) else "of the limit"
 
 
 def machine(results):
@@ -91,6 +97,7 @@ def machine(results):
 
 
 def table_row(row):
+    share = row.get("of_limit") or row.get("of_floor")
     return [
         row["model"],
         f"{row['clip']} {row['limit']:g}",
@@ -98,20 +105,20 @@ def table_row(row):
         spread(row["us_per_step"]["fastclip"], duration),
         spread(row["vs_loop"], times, "×"),
         f"{spread(row['vs_best_of_torch'], times, '×')} {row['best_of_torch']}",
-        spread(row["of_floor"], percent, " %") if "of_floor" in row else "",
+        spread(share, percent, " %") if share else "",
     ]
 
 
 def console(results):
     """Returns all contenders' times in µs per step, for a terminal."""
     titles = ["model", "clip", "rule", "thr.", "loop", "foreach", "fused", "fastclip µs", "vs loop", "vs best of torch"]
-    lines = [titles + ["host µs", "ns/tensor", "GB/s", "of the floor"]]
+    lines = [titles + ["host µs", "ns/tensor", "limit GB/s", of_what(results)]]
     for row in results["cases"]:
         own = table_row(row)
         timed = row["us_per_step"]
         of_torch = [duration(timed[name]["median"]) if name in timed else "" for name in ("loop", "foreach", "fused")]
         host = [duration(timed["host"]["median"]), duration(row["host_ns_per_tensor"]["median"])]
-        speed = [f"{row['gb_per_s']['median']:.1f}" if "gb_per_s" in row else ""]
+        speed = [f"{row['limit_gb_per_s']['median']:.1f}" if "limit_gb_per_s" in row else ""]
         lines.append([*own[:3], str(row["threads"]), *of_torch, *own[3:6], *host, *speed, own[6]])
     return "\n".join([circumstances(results), "", columns(lines), "", deviations(results)])
 

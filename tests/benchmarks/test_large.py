@@ -18,7 +18,6 @@ from benchmarks.report import documents as report  # noqa: E402
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     monkeypatch.setattr(timing, "BLOCK_SECONDS", 1e-6)
-    monkeypatch.setattr(large, "PROBE", 1000)
     cases = [replace(case, model="dnn") for case in large.RUNS]
     monkeypatch.setattr(large, "RUNS", cases)
 
@@ -65,10 +64,8 @@ def test_too_little_memory_is_said_before_anything_runs(monkeypatch, tmp_path, c
 
 def test_bytes_by_hand():
     case = large.Case("dnn", torch.bfloat16, large.ADAMW)
-    # A parameter, a gradient and two averages are held; all are read, all but the gradient written, and it read twice.
+    # A parameter, a gradient and two averages are held.
     assert case.bytes() == 2 * 4 * count(MODELS["dnn"])
-    assert case.moved() == 2 * (4 + 3 + 1) * count(MODELS["dnn"])
-    assert large.Case("dnn", torch.float32, large.SGD).moved() == 4 * (2 + 1 + 1) * count(MODELS["dnn"])
 
 
 @pytest.mark.parametrize("devices", [1, 3, 8, 64, 1024])
