@@ -42,7 +42,7 @@ CXX_FLAGS = [
     "-fno-math-errno",
 ]
 # Compiled to be small, as a wheel has it for each torch: what runs once a step, and not for each tensor.
-ONCE_A_STEP = ("bindings", "engine", "histories", "norm_limits", "reasons", "self_check", "shards")
+ONCE_A_STEP = ("bindings", "engine", "histories", "huge_pages", "norm_limits", "reasons", "self_check", "shards")
 IS_MACOS = sys.platform == "darwin"
 if IS_MACOS:
     LIBRARY = ["-dynamiclib", "-install_name", "@rpath/libfastclip.so"]

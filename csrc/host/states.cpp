@@ -3,7 +3,6 @@
 
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/full.h>
-#include <ATen/ops/zeros_like.h>
 #include <c10/core/DefaultDtype.h>
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -11,6 +10,8 @@
 #include <array>
 #include <tuple>
 #include <utility>
+
+#include "huge_pages.h"
 
 namespace fastclip {
 namespace {
@@ -221,18 +222,22 @@ void States::make_missing(Rules::Id rule, const Group& group, const at::Tensor& 
     if (group.hyper.weight_decay != 0) dtype = c10::promoteTypes(dtype, param.scalar_type());
     if (s == names.momentum && group.momentum_dtype) dtype = *group.momentum_dtype;
     const auto options = like.options().dtype(dtype);
-    at::Tensor made = names.filled_by_first_step ? at::empty_like(like, options) : at::zeros_like(like, options);
+    at::Tensor made = at::empty_like(like, options);
+    ask_for_huge_pages(made);
     const double value = Rules::visit(rule, [&](auto tag) {
       using R = typename decltype(tag)::Rule;
       return R::new_value(group.hyper.of<R>());
     });
-    if (value != 0) made.fill_(value);
+    if (!names.filled_by_first_step || value != 0) value != 0 ? made.fill_(value) : made.zero_();
     states.arrays[s] = make(place, *names.arrays[s], std::move(made));
   }
   if (!has_master) {
     states.master = nullptr;
   } else if (!states.master) {
-    states.master = make(place, *names.master, param.detach().to(at::kFloat));
+    const at::Tensor rounded = param.detach();
+    at::Tensor made = at::empty_like(rounded, rounded.options().dtype(at::kFloat));
+    ask_for_huge_pages(made);
+    states.master = make(place, *names.master, made.copy_(rounded));
     states.master_is_new = true;
   }
 }
