@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from . import cpu, gpu, tensors
+from . import cpu, gpu, peers, tensors
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -48,6 +48,8 @@ def committed():
 def reporter(results):
     if "gpu" in results:
         return gpu
+    if results.get("kind") == "peers":
+        return peers
     return tensors if "kind" in results else cpu
 
 

@@ -1,0 +1,90 @@
+"""Optimizers of others that step on a CPU, and how each is made.
+
+`pip install '.[peers]'` installs what PyPI has of them. A peer that is missing, or does not run here, is left out, with
+the reason.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+import fastclip
+
+RULES = ("SGD, momentum 0.9", "AdamW", "Lion")
+SETTINGS = {
+    "SGD, momentum 0.9": {"lr": 0.01, "momentum": 0.9},
+    "AdamW": {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01},
+    "Lion": {"lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.01},
+}
+OURS = {"SGD, momentum 0.9": fastclip.SGD, "AdamW": fastclip.AdamW, "Lion": fastclip.Lion}
+
+
+@dataclass(frozen=True)
+class Peer:
+    """An optimizer of somebody else.
+
+    Attributes:
+        package: its name on PyPI, or None for torch.
+        make: from a rule, parameters and settings to an optimizer. It imports what it needs. KeyError: no such rule.
+    """
+
+    package: str | None
+    make: Callable
+
+
+def torch_fused(rule, params, settings):
+    kind = {"SGD, momentum 0.9": torch.optim.SGD, "AdamW": torch.optim.AdamW}[rule]
+    return kind(params, **settings, fused=True)
+
+
+def deepspeed(rule, params, settings):
+    {"AdamW": None}[rule]
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    return DeepSpeedCPUAdam(params, **settings, adamw_mode=True)
+
+
+def optimi(rule, params, settings):
+    import optimi
+
+    kind = {"SGD, momentum 0.9": optimi.SGD, "AdamW": optimi.AdamW, "Lion": optimi.Lion}[rule]
+    return kind(params, **settings)
+
+
+def bitsandbytes(rule, params, settings):
+    import bitsandbytes
+
+    names = {"SGD, momentum 0.9": "SGD32bit", "AdamW": "AdamW32bit", "Lion": "Lion32bit"}
+    return getattr(bitsandbytes.optim, names[rule])(params, **settings)
+
+
+def lion_pytorch(rule, params, settings):
+    {"Lion": None}[rule]
+    import lion_pytorch
+
+    return lion_pytorch.Lion(params, **settings)
+
+
+PEERS = {
+    "torch, fused": Peer(None, torch_fused),
+    "DeepSpeed CPUAdam": Peer("deepspeed", deepspeed),
+    "torch-optimi": Peer("torch-optimi", optimi),
+    "bitsandbytes": Peer("bitsandbytes", bitsandbytes),
+    "lion-pytorch": Peer("lion-pytorch", lion_pytorch),
+}
+
+
+def unusable(name, rule):
+    """Returns why a peer cannot be timed here, in one line; None if it can, and '' if it has no such rule."""
+    p = torch.nn.Parameter(torch.ones(64))
+    p.grad = torch.ones(64)
+    try:
+        PEERS[name].make(rule, [p], SETTINGS[rule]).step()
+    except KeyError:
+        return ""
+    except ImportError as error:
+        return f"{error}; pip install {PEERS[name].package}"
+    except Exception as error:  # whatever a package raises that was not made for this machine
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    return None

@@ -1,0 +1,120 @@
+"""python -m benchmarks peers: a step with a norm clip, and one without a clip, beside the optimizers of others.
+
+Those that are there are compared with fastclip first. What disagrees, or does not run, is said and left out.
+"""
+
+import itertools
+import math
+import sys
+from importlib import metadata
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
+
+from .core import agreement, command, record, rows, timing
+from .core.models import MODELS
+from .core.peers import OURS, PEERS, RULES, SETTINGS, unusable
+from .core.problem import Problem
+from .report import peers as report
+
+CLIPS = {"none": None, "norm": 1.0}
+OWN = "fastclip"
+LARGEST_DEVIATION = 5e-3  # torch's norm is off by up to 2e-3 in large models
+
+
+def main(arguments=None):
+    """Returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = command.parse("peers", __doc__, arguments, rounds=15, models=("tiny-600", "conformer-m", "dense-100m"))
+    found = record.describe(arguments, "python -m benchmarks peers") | {"kind": "peers", "cases": []}
+    usable, found["left_out"] = usable_peers()
+    names = {name for peers in usable.values() for name in peers}
+    found["peers"] = {name: version_of(PEERS[name].package) for name in PEERS if name in names}
+    for model, rule, clip in tqdm(list(itertools.product(options.model, RULES, CLIPS)), unit="case"):
+        found["cases"] += measure(model, rule, clip, usable[rule], options, found["left_out"])
+    for name, why in found["left_out"].items():
+        print(f"Left out: {name}: {why}", file=sys.stderr)
+    return command.finish(found, report, options.out)
+
+
+def usable_peers():
+    """The peers of each rule, and why others are left out."""
+    usable, left_out = {rule: [] for rule in RULES}, {}
+    for rule, name in itertools.product(RULES, PEERS):
+        why = unusable(name, rule)
+        if why is None:
+            usable[rule].append(name)
+        elif why:
+            left_out[name] = why
+    return usable, left_out
+
+
+def version_of(package):
+    return torch.__version__ if package is None else metadata.version(package)
+
+
+def measure(model, rule, clip, peers, options, left_out):
+    """A row for each number of threads."""
+    problem = Problem(model, MODELS[model], contenders=())
+    deviations = {name: deviation(problem, rule, clip, name) for name in peers}
+    for name in [name for name, value in deviations.items() if not value <= LARGEST_DEVIATION]:
+        left_out[f"{name}, {rule}, clip {clip}, {model}"] = f"differs from fastclip by {deviations.pop(name):.2g}"
+    steps = {name: step_of(name, rule, clip, problem.copy()) for name in (OWN, *deviations)}
+    found = []
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        same = max(timing.steps_per_block(step) for step in steps.values())
+        timers = {name: timing.Timer(step, steps=same) for name, step in steps.items()}
+        samples = timing.rounds(timers, options.rounds)
+        found.append(
+            {
+                "model": model,
+                "tensors": len(problem.params),
+                "parameters": problem.numel,
+                "rule": rule,
+                "clip": clip,
+                "threads": threads,
+                "us_per_step": rows.microseconds(samples),
+                "speed_up": {name: rows.described(timing.ratios(samples[name], samples[OWN])) for name in deviations},
+                "deviation": deviations,
+            }
+        )
+    return found
+
+
+def step_of(name, rule, clip, params):
+    """Returns a function that clips, if so, and steps."""
+    limit = CLIPS[clip]
+    if name == OWN:
+        return OURS[rule](params, **SETTINGS[rule], max_norm=limit).step
+    optimizer = PEERS[name].make(rule, params, SETTINGS[rule])
+    if limit is None:
+        return optimizer.step
+
+    def step():
+        clip_grad_norm_(params, limit)
+        optimizer.step()
+
+    return step
+
+
+def deviation(problem, rule, clip, name):
+    """Returns how far a peer is from fastclip after three steps: the norm of the difference, over that of the change.
+
+    A largest element would say nothing of Lion: where a momentum is almost 0, its sign is a matter of rounding.
+    """
+    results = []
+    for contender in (name, OWN):
+        params = problem.copy()
+        step = step_of(contender, rule, clip, params)
+        for factor in agreement.FACTORS:
+            problem.reset_grads(params, factor)
+            step()
+        results.append(params)
+    apart = norm(p.detach() - q.detach() for p, q in zip(*results, strict=True))
+    return rows.digits(apart / norm(q.detach() - start for q, start in zip(results[1], problem.params, strict=True)))
+
+
+def norm(tensors):
+    return math.sqrt(sum(torch.linalg.vector_norm(t, dtype=torch.float64).item() ** 2 for t in tensors))
