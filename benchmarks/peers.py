@@ -16,6 +16,7 @@ from .core import agreement, command, record, rows, timing
 from .core.models import MODELS
 from .core.peers import OURS, PEERS, RULES, SETTINGS, unusable
 from .core.problem import Problem
+from .cpu import blocks
 from .report import peers as report
 
 CLIPS = {"none": None, "norm": 1.0}
@@ -64,8 +65,8 @@ def measure(model, rule, clip, peers, options, left_out):
     found = []
     for threads in options.threads:
         torch.set_num_threads(threads)
-        same = max(timing.steps_per_block(step) for step in steps.values())
-        timers = {name: timing.Timer(step, steps=same) for name, step in steps.items()}
+        counts = blocks(steps, problem.numel)
+        timers = {name: timing.Timer(step, steps=counts[name]) for name, step in steps.items()}
         samples = timing.rounds(timers, options.rounds)
         found.append(
             {
