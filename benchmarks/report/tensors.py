@@ -21,6 +21,7 @@ LARGE_HEADER = [
     "GiB",
     "samples",
     "ms per step",
+    "of the limit",
 ]
 
 
@@ -150,10 +151,6 @@ def growth(results):
     return f"Each of {max(medians):,} tensors costs {min(ratios):.1f} to {max(ratios):.1f} times each of 1,000."
 
 
-def share_of(row):
-    return row["of_limit"] if "of_limit" in row else row["floor_ms"] / row["ms"]
-
-
 def large(results):
     """Returns a row for each case; a norm clip in all."""
     threads = {row["threads"] for row in results["cases"]}
@@ -168,10 +165,9 @@ def large(results):
             f"{row['gib']:.2g}",
             f"{row['samples']:,}",
             duration(row["ms"]),
-            f"{100 * share_of(row):.0f} %",
+            f"{100 * row['of_limit']:.0f} %",
         ]
         for row in results["cases"]
     ]
     where = f"{machine(results)} Threads: {', '.join(map(str, sorted(threads)))}. Norm clip; medians."
-    last = "of the floor" if "floor_ms" in results["cases"][0] else "of the limit"  # older results have a floor
-    return f"{where}\n\n{table([[*LARGE_HEADER, last], *body], words=4)}"
+    return f"{where}\n\n{table([LARGE_HEADER, *body], words=4)}"
