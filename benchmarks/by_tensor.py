@@ -6,13 +6,13 @@ All take the same gradients, none of which a limit changes.
 import sys
 
 import torch
-from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 import fastclip
 from fastclip.settings import LIMITS
 
 from .core import agreement, command, record, rows, timing
+from .core.contenders import with_norm_clip
 from .core.models import MODELS
 from .core.problem import Problem
 from .core.stacked import StackedScaledAdam
@@ -87,16 +87,8 @@ def all_timers(problem):
     for name, make in OTHERS.items():
         params = problem.copy()
         optimizer = make(params)
-        steps[name] = with_clip(optimizer, params) if name == FUSED else optimizer.step
+        steps[name] = with_norm_clip(optimizer, params, 1e9) if name == FUSED else optimizer.step
     return steps
-
-
-def with_clip(optimizer, params):
-    def step():
-        clip_grad_norm_(params, 1e9)
-        optimizer.step()
-
-    return step
 
 
 def timer(step):

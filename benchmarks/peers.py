@@ -9,10 +9,10 @@ import sys
 from importlib import metadata
 
 import torch
-from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from .core import agreement, command, record, rows, timing
+from .core.contenders import with_norm_clip
 from .core.models import MODELS
 from .core.peers import OURS, PEERS, RULES, SETTINGS, unusable
 from .core.problem import Problem
@@ -42,12 +42,12 @@ def main(arguments=None):
 def usable_peers():
     """The peers of each rule, and why others are left out."""
     usable, left_out = {rule: [] for rule in RULES}, {}
-    for rule, name in itertools.product(RULES, PEERS):
-        why = unusable(name, rule)
-        if why is None:
-            usable[rule].append(name)
-        elif why:
-            left_out[name] = why
+    for name, peer in PEERS.items():
+        for rule in peer.rules:
+            if why := unusable(name, rule):
+                left_out[name] = why
+            else:
+                usable[rule].append(name)
     return usable, left_out
 
 
@@ -90,14 +90,7 @@ def step_of(name, rule, clip, params):
     if name == OWN:
         return OURS[rule](params, **SETTINGS[rule], max_norm=limit).step
     optimizer = PEERS[name].make(rule, params, SETTINGS[rule])
-    if limit is None:
-        return optimizer.step
-
-    def step():
-        clip_grad_norm_(params, limit)
-        optimizer.step()
-
-    return step
+    return optimizer.step if limit is None else with_norm_clip(optimizer, params, limit)
 
 
 def deviation(problem, rule, clip, name):

@@ -136,6 +136,16 @@ def one_pass(params, clip, rule):
     return optimizer, optimizer.step
 
 
+def with_norm_clip(optimizer, params, limit):
+    """Returns the step of an optimizer that does not clip, after torch's norm clip."""
+
+    def step():
+        clip_grad_norm_(params, limit)
+        optimizer.step()
+
+    return step
+
+
 CONTENDERS = {"loop": loop, "foreach": foreach, "fused": fused, "fastclip": one_pass}
 OF_TORCH = ("loop", "foreach", "fused")
 

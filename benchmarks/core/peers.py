@@ -26,11 +26,13 @@ class Peer:
 
     Attributes:
         package: its name on PyPI, or None for torch.
-        make: from a rule, parameters and settings to an optimizer. It imports what it needs. KeyError: no such rule.
+        make: from a rule, parameters and settings to an optimizer. It imports what it needs.
+        rules: those that it has.
     """
 
     package: str | None
     make: Callable
+    rules: tuple = RULES
 
 
 def torch_fused(rule, params, settings):
@@ -39,7 +41,6 @@ def torch_fused(rule, params, settings):
 
 
 def deepspeed(rule, params, settings):
-    {"AdamW": None}[rule]
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     return DeepSpeedCPUAdam(params, **settings, adamw_mode=True)
@@ -60,29 +61,26 @@ def bitsandbytes(rule, params, settings):
 
 
 def lion_pytorch(rule, params, settings):
-    {"Lion": None}[rule]
     import lion_pytorch
 
     return lion_pytorch.Lion(params, **settings)
 
 
 PEERS = {
-    "torch, fused": Peer(None, torch_fused),
-    "DeepSpeed CPUAdam": Peer("deepspeed", deepspeed),
+    "torch, fused": Peer(None, torch_fused, RULES[:2]),
+    "DeepSpeed CPUAdam": Peer("deepspeed", deepspeed, ("AdamW",)),
     "torch-optimi": Peer("torch-optimi", optimi),
     "bitsandbytes": Peer("bitsandbytes", bitsandbytes),
-    "lion-pytorch": Peer("lion-pytorch", lion_pytorch),
+    "lion-pytorch": Peer("lion-pytorch", lion_pytorch, ("Lion",)),
 }
 
 
 def unusable(name, rule):
-    """Returns why a peer cannot be timed here, in one line; None if it can, and '' if it has no such rule."""
+    """Returns why a peer cannot be timed here, in one line; None if it can."""
     p = torch.nn.Parameter(torch.ones(64))
     p.grad = torch.ones(64)
     try:
         PEERS[name].make(rule, [p], SETTINGS[rule]).step()
-    except KeyError:
-        return ""
     except ImportError as error:
         return f"{error}; pip install {PEERS[name].package}"
     except Exception as error:  # whatever a package raises that was not made for this machine

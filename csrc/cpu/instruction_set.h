@@ -3,12 +3,13 @@
 
 #include <utility>
 
-#include "loops.h"
+#include "measure_loops.h"
 
 namespace fastclip::cpu {
 namespace {
 
-// The entry points of one instruction set. The loops of loops.h are inlined into them, and so compiled for its target.
+// The entry points of one instruction set. The loops of loops.h and measure_loops.h are inlined into them, and so
+// compiled for its target.
 #define FASTCLIP_INSTRUCTION_SET(NAME, NARROW, TARGET)                                                                 \
   struct NAME {                                                                                                        \
     using Narrow = NARROW;                                                                                             \

@@ -1,5 +1,7 @@
 #include "huge_pages.h"
 
+#include <ATen/ops/empty_like.h>
+
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -10,8 +12,10 @@
 #endif
 
 namespace fastclip {
+namespace {
 
-void ask_for_huge_pages(const at::Tensor& made) {
+// Nobody has written to the tensor yet.
+void ask_for_huge_pages([[maybe_unused]] const at::Tensor& made) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr size_t kLeast = 4 << 20;  // holds a huge page of 2 MiB, wherever it begins
   static const bool wanted = [] {
@@ -25,6 +29,14 @@ void ask_for_huge_pages(const at::Tensor& made) {
   // A wish: a system without huge pages says no, and nothing is lost.
   if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
+}
+
+}  // namespace
+
+at::Tensor empty_in_huge_pages(const at::Tensor& like, at::ScalarType dtype) {
+  const at::Tensor made = at::empty_like(like, like.options().dtype(dtype));
+  ask_for_huge_pages(made);
+  return made;
 }
 
 }  // namespace fastclip

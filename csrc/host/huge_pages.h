@@ -5,7 +5,8 @@
 
 namespace fastclip {
 
-// Asks for huge pages for a new tensor that nobody has written to yet. FASTCLIP_HUGE_PAGES=0 leaves it out.
-void ask_for_huge_pages(const at::Tensor& made);
+// Returns new memory laid out like `like`. Huge pages are asked for if it is large; FASTCLIP_HUGE_PAGES=0 leaves that
+// out.
+at::Tensor empty_in_huge_pages(const at::Tensor& like, at::ScalarType dtype);
 
 }  // namespace fastclip

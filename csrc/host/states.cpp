@@ -1,7 +1,6 @@
 // The states of each parameter: the tensors in optimizer.state[param], under torch's names.
 #include "states.h"
 
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/full.h>
 #include <c10/core/DefaultDtype.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -221,23 +220,20 @@ void States::make_missing(Rules::Id rule, const Group& group, const at::Tensor& 
     // As torch's weight decay promotes a gradient of another dtype than its parameter.
     if (group.hyper.weight_decay != 0) dtype = c10::promoteTypes(dtype, param.scalar_type());
     if (s == names.momentum && group.momentum_dtype) dtype = *group.momentum_dtype;
-    const auto options = like.options().dtype(dtype);
-    at::Tensor made = at::empty_like(like, options);
-    ask_for_huge_pages(made);
-    const double value = Rules::visit(rule, [&](auto tag) {
-      using R = typename decltype(tag)::Rule;
-      return R::new_value(group.hyper.of<R>());
-    });
-    if (!names.filled_by_first_step || value != 0) value != 0 ? made.fill_(value) : made.zero_();
+    at::Tensor made = empty_in_huge_pages(like, dtype);
+    if (!names.filled_by_first_step) {
+      made.fill_(Rules::visit(rule, [&](auto tag) {
+        using R = typename decltype(tag)::Rule;
+        return R::new_value(group.hyper.of<R>());
+      }));
+    }
     states.arrays[s] = make(place, *names.arrays[s], std::move(made));
   }
   if (!has_master) {
     states.master = nullptr;
   } else if (!states.master) {
     const at::Tensor rounded = param.detach();
-    at::Tensor made = at::empty_like(rounded, rounded.options().dtype(at::kFloat));
-    ask_for_huge_pages(made);
-    states.master = make(place, *names.master, made.copy_(rounded));
+    states.master = make(place, *names.master, empty_in_huge_pages(rounded, at::kFloat).copy_(rounded));
     states.master_is_new = true;
   }
 }

@@ -36,9 +36,7 @@ def test_a_peer_that_disagrees_is_left_out_and_said(alone, monkeypatch, tmp_path
     def half_as_far(rule, params, settings):
         return torch.optim.SGD(params, **settings | {"lr": settings["lr"] / 2})
 
-    monkeypatch.setitem(
-        PEERS, "half", Peer(None, lambda rule, *rest: {"SGD, momentum 0.9": half_as_far}[rule](rule, *rest))
-    )
+    monkeypatch.setitem(PEERS, "half", Peer(None, half_as_far, ("SGD, momentum 0.9",)))
     found = run(tmp_path)
     assert not any("half" in row["speed_up"] for row in found["cases"])
     assert "Left out: half, SGD, momentum 0.9, clip none, dnn: differs from fastclip by 0.5" in capsys.readouterr().err
