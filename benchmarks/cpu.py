@@ -8,10 +8,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .core import agreement, memory, record, rows, timing
+from .core import agreement, limit, memory, record, rows, timing
 from .core.contenders import CLIPS, RULES, Contender
-from .core.limit import Limit
-from .core.models import MODELS
+from .core.models import MODELS, count
 from .core.problem import Problem
 from .report import cpu as report
 
@@ -22,7 +21,7 @@ MODEL_HELP = f"default: {', '.join(DEFAULT)}; others: {', '.join(model for model
 
 
 def main(arguments=None):
-    """Returns the exit code: 1 where contenders disagree, 2 where memory is short; nothing is timed then."""
+    """Returns the exit code: 1 where contenders disagree, 2 where memory or a compiler is missing."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
     states = max(1, *(len(rule.states) for rule in options.rules))
@@ -35,6 +34,12 @@ def main(arguments=None):
     if load > 0.5:
         print(f"Load average {load}: other processes are at work, which all-thread times suffer from.", file=sys.stderr)
     torch.set_num_threads(options.threads[0])
+    try:
+        if any(count(MODELS[model]) >= rows.LARGE for model in options.model):
+            limit.require(max(options.threads))
+    except RuntimeError as error:
+        print(f"Nothing was measured: {error}.", file=sys.stderr)
+        return 2
     problems = [Problem(model, MODELS[model]) for model in options.model]
     try:
         found["agreement"] = check(problems, options.rules, options.threads)
@@ -91,13 +96,13 @@ def check(problems, rules, threads):
 
 def measure(problems, rules, threads, rounds):
     """Rows of all cases."""
-    count = {problem.model: max(1, rounds // 2) if problem.numel >= rows.LARGE else rounds for problem in problems}
-    total = sum(count.values()) * len(CLIPS) * len(rules) * len(threads)
+    rounds_of = {problem.model: max(1, rounds // 2) if problem.numel >= rows.LARGE else rounds for problem in problems}
+    total = sum(rounds_of.values()) * len(CLIPS) * len(rules) * len(threads)
     found = []
     with tqdm(total=total, desc="timing", unit="round") as progress:
         for problem, clip, rule in itertools.product(problems, CLIPS, rules):
             progress.set_postfix_str(f"{problem.model} {clip} {rule.title}")
-            found += timed_rows(problem, clip, rule, threads, count[problem.model], progress.update)
+            found += timed_rows(problem, clip, rule, threads, rounds_of[problem.model], progress.update)
     return found
 
 
@@ -128,8 +133,8 @@ def limit_of(contender, clip):
     """Returns what takes as long as memory takes for a step of a contender."""
     contender.step()  # makes the states
     states = [[contender.optimizer.state[p][name] for name in contender.rule.states] for p in contender.params]
-    limit = Limit(contender.params, states)
-    return limit.norm_and_update if clip == "norm" else limit.update
+    own = limit.Limit(contender.params, states)
+    return own.norm_and_update if clip == "norm" else own.update
 
 
 def blocks(actors, numel):

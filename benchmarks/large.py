@@ -14,9 +14,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .core import memory, record, timing
+from .core import limit, memory, record, timing
 from .core.contenders import RULES, Rule
-from .core.limit import Limit
 from .core.models import MODELS, count
 from .core.rows import digits
 from .report import tensors as report
@@ -59,12 +58,17 @@ class Wrong(Exception):
 
 
 def main(arguments=None):
-    """Returns the exit code: 1 where a sample is wrong, 2 where memory is short."""
+    """Returns the exit code: 1 where a sample is wrong, 2 where memory or a compiler is missing."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
     need, free = max(case.bytes() for case in RUNS), memory.available()
     if free is not None and free < need:
         print(f"Nothing was run: {memory.gib(need)} of memory needed, {memory.gib(free)} available.", file=sys.stderr)
+        return 2
+    try:
+        limit.require(options.threads)
+    except RuntimeError as error:
+        print(f"Nothing was run: {error}.", file=sys.stderr)
         return 2
     torch.set_num_threads(options.threads)
     found = record.describe(arguments, "python -m benchmarks large") | {"kind": "large", "cases": []}
@@ -111,8 +115,8 @@ def run(case, rounds):
     }
     if row["norm_deviation"] > 1e-6:
         raise Wrong(f"{case.title()}: the norm is off by {row['norm_deviation']:.2g}")
-    limit = Limit(params, [[optimizer.state[p][name] for name in case.rule.states] for p in params])
-    actors = {"step": optimizer.step, "limit": limit.norm_and_update}
+    own = limit.Limit(params, [[optimizer.state[p][name] for name in case.rule.states] for p in params])
+    actors = {"step": optimizer.step, "limit": own.norm_and_update}
     times = timing.rounds({name: timing.Timer(step) for name, step in actors.items()}, rounds)
     row |= {"threads": torch.get_num_threads(), "ms": digits(statistics.median(times["step"]) * 1e3)}
     return row | {"of_limit": digits(statistics.median(timing.ratios(times["limit"], times["step"])))}

@@ -83,6 +83,14 @@ class Limit:
         return compiled(target).pass_seconds(self.tensors, *arguments, parallel)
 
 
+def require(threads):
+    """Compiles limit.cpp; raises RuntimeError where a limit on a number of threads cannot be measured."""
+    for target in TARGETS:
+        compiled(target)
+    if threads > 1:
+        threads_of_torch()
+
+
 def as_tensor(read, written):
     arrays = [read, *written]
     if len(written) > MOST_WRITTEN:

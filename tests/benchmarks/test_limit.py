@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from benchmarks.core import limit
+from benchmarks import cpu, large
+from benchmarks.core import limit, memory
 
 SIZES = (1, 127, 128, 3 * 2**20 + 5)  # below a block, a block, and in pieces
 
@@ -67,3 +68,15 @@ def test_a_missing_compiler_is_said(monkeypatch):
     with pytest.raises(RuntimeError, match="needs a C"):
         limit.compiled(limit.TARGETS[0])
     limit.compiled.cache_clear()
+
+
+@pytest.mark.parametrize("command", [cpu.main, large.main], ids=["cpu", "large"])
+def test_a_missing_compiler_is_told_before_anything_is_timed(command, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(memory, "available", lambda: None)
+    limit.compiled.cache_clear()
+    options = ["--model", "dense-100m"] if command is cpu.main else []
+    assert command([*options, "--out", str(tmp_path)]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("Nothing was ") and "needs a C++ compiler" in told and "no-such-compiler" in told
+    assert not list(tmp_path.iterdir())
