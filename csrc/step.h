@@ -2,10 +2,12 @@
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <vector>
 
 #include "rules/clip.h"
 #include "rules/decision.h"
+#include "rules/quantized.h"
 #include "rules/rules.h"
 #include "rules/segment.h"
 
@@ -19,6 +21,12 @@ namespace fastclip {
 // So the norm has the same bits on any number of threads. A GPU's unit is the tile, see cuda/table.cuh.
 constexpr int64_t kChunk = 4096;
 
+// What belongs to the states of a tensor that are kept in 8 bits: the scale of each block, see rules/quantized.h.
+struct StateScales {
+  float* of[kMaxStates];
+  bool is_signed[kMaxStates];
+};
+
 // One tensor. All its arrays have the same element order in memory.
 struct TensorEntry {
   void* param;    // the array that the rule updates: the parameter, its master weights, or the gradient itself
@@ -27,6 +35,7 @@ struct TensorEntry {
   void* states[kMaxStates];  // nullptr where the rule, or the group, has no such state
   void* step;                // the tensor's count of steps, or nullptr. The step reads it and counts it up
   void* scalar;              // the rule's number, or row of them, or nullptr. The step reads and replaces it
+  const StateScales* scales;  // the states are codes, with these scales; nullptr where they are numbers
   int64_t numel;
   int64_t first_chunk;
   int32_t hyper;   // its row in Step::hypers
@@ -42,7 +51,7 @@ struct TensorEntry {
   bool param_is_measured : 1;  // its part of Step::param_measures is right
 };
 
-static_assert(sizeof(TensorEntry) == 96, "a step walks over all of them, up to three times");
+static_assert(sizeof(TensorEntry) == 104, "a step walks over all of them, up to three times");
 
 // Reads a number that a tensor keeps in float32 or float64, as torch keeps its count of steps.
 FASTCLIP_HD double number_at(const void* number, bool is_float64) {
@@ -133,6 +142,7 @@ struct Step {
   bool skip_nonfinite = false;  // change nothing if the measure met an inf or NaN
   std::vector<TensorEntry> tensors;
   std::vector<Hyper> hypers;
+  std::deque<StateScales> scales;  // what tensors point to
   int64_t chunks = 0;
   int64_t elements = 0;
   int64_t clampable = 0;      // number of elements under a value clip

@@ -7,6 +7,7 @@ from .adagrad import Adagrad
 from .adam import Adam, AdamW
 from .clip_grad import clip_grad_norm_, clip_grad_value_
 from .clip_stats import ClipStats
+from .dequantized import dequantized
 from .in_backward import step_in_backward
 from .lamb import LAMB
 from .lion import Lion
@@ -41,6 +42,7 @@ __all__ = [
     "clip_grad_norm_",
     "clip_grad_value_",
     "clipped_accumulation",
+    "dequantized",
     "patch",
     "step_in_backward",
 ]

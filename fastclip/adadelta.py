@@ -27,6 +27,7 @@ class Adadelta(ClippedOptimizer, torch.optim.Adadelta):
         clip_value, max_norm, skip_norm, norm_type, skip_nonfinite: as in `fastclip.SGD`.
         master_weights, stochastic_rounding, rounding_seed: as in `fastclip.SGD`.
         momentum_dtype (torch.dtype, optional): refused, as Adadelta keeps no momentum.
+        state_bits (int): 32; 8 is refused.
 
     Raises:
         As `fastclip.Adam`.

@@ -32,6 +32,7 @@ class Adagrad(ClippedOptimizer, torch.optim.Adagrad):
         clip_value, max_norm, skip_norm, norm_type, skip_nonfinite: as in `fastclip.SGD`.
         master_weights, stochastic_rounding, rounding_seed: as in `fastclip.SGD`.
         momentum_dtype (torch.dtype, optional): refused, as Adagrad keeps no momentum.
+        state_bits (int): 32; 8 is refused.
 
     Raises:
         As `fastclip.Adam`. Sparse gradients are taken, in plain torch.

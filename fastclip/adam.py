@@ -37,6 +37,7 @@ class Adam(ClippedOptimizer, torch.optim.Adam):
             it. 1.0 is StableAdamW (Wortsman et al., 2023, https://arxiv.org/abs/2304.13013).
         master_weights, stochastic_rounding, rounding_seed: as in `fastclip.SGD`.
         momentum_dtype (torch.dtype, optional): of `exp_avg`; the squares stay in the parameter's dtype, or in float32.
+        state_bits (int): 8 keeps the averages of large parameters in 8 bits, as in `fastclip.SGD`.
 
     Raises:
         ValueError: a negative or NaN threshold, low > high, another norm type, one but 2 beside a limit on what is
@@ -109,6 +110,7 @@ class AdamW(Adam, torch.optim.AdamW):
         max_change, max_relative_change, max_update_rms: as in `fastclip.Adam`.
         master_weights, stochastic_rounding, rounding_seed: as in `fastclip.SGD`.
         momentum_dtype (torch.dtype, optional): of `exp_avg`; the squares stay in the parameter's dtype, or in float32.
+        state_bits (int): 8 keeps the averages of large parameters in 8 bits, as in `fastclip.SGD`.
 
     Raises:
         As `fastclip.Adam`.

@@ -4,7 +4,9 @@ from contextlib import contextmanager
 
 import torch
 
+from .plain import quantized
 from .plain.history import HISTORIES, NUMBERS, adopted
+from .plain.quantized import CODES, SCALES
 from .plain.rounding import state_dtype
 from .plain.weighted_clip import MODEL_NORMS
 from .settings import OWN_SETTINGS
@@ -44,6 +46,9 @@ def restore_dtypes(optimizer, rule, state_dict):
             if name == MODEL_NORMS and isinstance(value, torch.Tensor):
                 loaded[name] = value.to(loaded[name].device, torch.float64)
                 continue
+            if name.endswith((CODES, SCALES)) and isinstance(value, torch.Tensor):
+                loaded[name] = value.to(loaded[name].device)
+                continue
             if name in HISTORIES and isinstance(value, torch.Tensor):
                 window = max(value.numel() - NUMBERS, 0) // 2
                 loaded[name] = adopted(value, window, loaded[name].device)
@@ -54,6 +59,7 @@ def restore_dtypes(optimizer, rule, state_dict):
                 dtype = torch.float32 if is_number and dtype.itemsize < 4 else dtype  # an average would stand still
                 if loaded[name].dtype != dtype:
                     loaded[name] = value.to(device=loaded[name].device, dtype=dtype)
+        quantized.adapt(rule, group, param, loaded)
 
 
 def is_flat_loader(frame):

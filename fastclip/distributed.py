@@ -257,7 +257,10 @@ def step_on_shards(step, numbers, groups, state, *asked):
         raise TypeError("a step over DTensors can't be differentiable")
     named = [(param, name_of(group, i, j)) for i, group in enumerate(groups) for j, param in enumerate(group["params"])]
     with local_shards(named) as (local, reductions):
-        local_groups = [{**group, "params": [local[param] for param in group["params"]]} for group in groups]
+        wholes = {shard: param for param, shard in local.items()}
+        local_groups = [
+            {**group, "params": [local[param] for param in group["params"]], "wholes": wholes} for group in groups
+        ]
         local_state = defaultdict(dict)
         for param in local.keys() & state.keys():
             local_state[local[param]] = {name: local_of(value) for name, value in state[param].items()}
@@ -271,9 +274,12 @@ def step_on_shards(step, numbers, groups, state, *asked):
 
 
 def placed_as(param, value):
-    """Returns a DTensor of each rank's `value`, placed as the parameter; `value` itself if the parameter is no
-    DTensor."""
+    """Returns a DTensor of each rank's `value`, placed as the parameter: of its shape, or with as many rows. `value`
+    itself if the parameter is no DTensor."""
     if not is_dtensor(param):
         return value
     whole = {"shape": param.shape, "stride": param.stride()}
+    if value.shape != local_of(param).shape:
+        row = value.shape[1]
+        whole = {"shape": torch.Size((param.shape[0], row)), "stride": (row, 1)}
     return type(param).from_local(value, param.device_mesh, param.placements, run_check=False, **whole)

@@ -43,6 +43,7 @@ class LAMB(ClippedOptimizer):
         max_change, max_relative_change, max_update_rms: as in `fastclip.Adam`.
         master_weights, stochastic_rounding, rounding_seed: as in `fastclip.SGD`.
         momentum_dtype (torch.dtype, optional): of the average of gradients.
+        state_bits (int): 32; 8 is refused.
 
     Raises:
         ValueError: a negative lr, eps or weight_decay, betas outside of [0, 1), amsgrad; and as `fastclip.Adam`.

@@ -34,6 +34,7 @@ class Lion(ClippedOptimizer):
             direction through the average only.
         master_weights, stochastic_rounding, rounding_seed: as in `fastclip.SGD`.
         momentum_dtype (torch.dtype, optional): of `exp_avg`, all the state there is.
+        state_bits (int): 8 keeps the averages of large parameters in 8 bits, as in `fastclip.SGD`.
 
     Raises:
         ValueError: a negative lr or weight_decay, betas outside of [0, 1); and as `fastclip.Adam`.

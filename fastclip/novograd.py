@@ -43,6 +43,7 @@ class NovoGrad(ClippedOptimizer):
         norm_scope (str): "global" or "parameter".
         master_weights, stochastic_rounding, rounding_seed: as in `fastclip.SGD`.
         momentum_dtype (torch.dtype, optional): of `exp_avg`.
+        state_bits (int): 32; 8 is refused.
 
     Raises:
         ValueError: a negative lr, eps or weight_decay, betas outside of [0, 1), amsgrad, luc, another norm_type or

@@ -28,6 +28,7 @@ class RAdam(ClippedOptimizer, torch.optim.RAdam):
         clip_value, max_norm, skip_norm, norm_type, skip_nonfinite: as in `fastclip.SGD`.
         master_weights, stochastic_rounding, rounding_seed: as in `fastclip.SGD`.
         momentum_dtype (torch.dtype, optional): of `exp_avg`.
+        state_bits (int): 32; 8 is refused.
 
     Raises:
         As `fastclip.Adam`.

@@ -105,6 +105,10 @@ def no_float32(what, tensor):
     return TypeError(f"{what} must be float32, got {tensor.dtype}")
 
 
+def no_uint8(what, tensor):
+    return TypeError(f"{what} must be uint8, as 8-bit states are, got {tensor.dtype}")
+
+
 def no_count(what, number):
     return ValueError(f"{what} must be a count of steps, got {number.item()}")
 
@@ -173,6 +177,12 @@ def no_kernels_over_devices():
 def no_kernels_for_number(what, number, param):
     kind = _kind(number) or f"is {number.dtype} on {number.device}"
     return f"{what} {kind}, and the kernels count in float32 or float64 on {param.device}"
+
+
+def no_kernels_for_codes(what, tensor, param):
+    return (
+        f"{what} is kept as {tensor.dtype} on {tensor.device}, beside a parameter or states of a kind without kernels"
+    )
 
 
 def no_kernels_for_lr(lr):

@@ -62,6 +62,7 @@ class ScaledAdam(ClippedOptimizer):
         norm_scope (str): "global" or "parameter".
         master_weights, stochastic_rounding, rounding_seed: as in `fastclip.SGD`.
         momentum_dtype (torch.dtype, optional): of `delta`.
+        state_bits (int): 32; 8 is refused.
 
     Raises:
         ValueError: a negative number, a period below 1, betas outside of [0, 1), a clipping_scale with

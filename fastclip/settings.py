@@ -24,6 +24,7 @@ OWN_SETTINGS = {
     "stochastic_rounding": False,
     "rounding_seed": 0,
     "momentum_dtype": None,
+    "state_bits": 32,
 }
 LIMITS = ("max_norm", "skip_norm", "max_change", "max_relative_change")  # each on a norm
 SCOPES = ("global", "group", "parameter")  # over which SCOPED take norms
@@ -53,6 +54,7 @@ class ClipSettings(TypedDict, total=False):
     stochastic_rounding: bool
     rounding_seed: int
     momentum_dtype: torch.dtype | str | None
+    state_bits: int
     norm_process_group: Any  # of the optimizer, and no setting of its groups
 
 

@@ -63,6 +63,9 @@ class SGD(ClippedOptimizer, torch.optim.SGD):
         rounding_seed (int): from 0 to 2**32 - 1.
         momentum_dtype (torch.dtype, optional): dtype of `momentum_buffer`; by default the gradient's, or float32 with
             `master_weights`. bfloat16 halves the memory for a float32 parameter's momentum.
+        state_bits (int): 8 keeps the momentum of parameters with 4096 elements or more in 8 bits: `uint8` codes of the
+            parameter's shape, and a float32 scale for each 256 of them. 32, the default, leaves states in float32, or
+            in the parameter's dtype. See `fastclip.dequantized`, which writes such states for torch.
 
     Raises:
         ValueError: a negative or NaN threshold, low > high, another norm type, a limit on the change with a momentum of

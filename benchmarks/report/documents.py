@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from . import cpu, gpu, peers, tensors
+from . import cpu, gpu, peers, states, tensors
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -48,8 +48,9 @@ def committed():
 def reporter(results):
     if "gpu" in results:
         return gpu
-    if results.get("kind") == "peers":
-        return peers
+    of_kind = {"peers": peers, "states": states}
+    if results.get("kind") in of_kind:
+        return of_kind[results["kind"]]
     return tensors if "kind" in results else cpu
 
 

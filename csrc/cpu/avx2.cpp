@@ -5,7 +5,7 @@
 namespace fastclip::cpu {
 namespace {
 
-FASTCLIP_INSTRUCTION_SET(Avx2, Avx2Narrow, FASTCLIP_AVX2)
+FASTCLIP_INSTRUCTION_SET(Avx2, Avx2Narrow, Avx2Codes, FASTCLIP_AVX2)
 
 }  // namespace
 

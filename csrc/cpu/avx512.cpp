@@ -5,7 +5,7 @@
 namespace fastclip::cpu {
 namespace {
 
-FASTCLIP_INSTRUCTION_SET(Avx512, Avx512Narrow, FASTCLIP_AVX512)
+FASTCLIP_INSTRUCTION_SET(Avx512, Avx512Narrow, Avx512Codes, FASTCLIP_AVX512)
 
 }  // namespace
 

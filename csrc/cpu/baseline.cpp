@@ -4,7 +4,7 @@
 namespace fastclip::cpu {
 namespace {
 
-FASTCLIP_INSTRUCTION_SET(Baseline, BaselineNarrow, )
+FASTCLIP_INSTRUCTION_SET(Baseline, BaselineNarrow, PortableCodes, )
 
 }  // namespace
 

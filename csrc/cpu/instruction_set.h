@@ -10,7 +10,7 @@ namespace {
 
 // The entry points of one instruction set. The loops of loops.h and measure_loops.h are inlined into them, and so
 // compiled for its target.
-#define FASTCLIP_INSTRUCTION_SET(NAME, NARROW, TARGET)                                                                 \
+#define FASTCLIP_INSTRUCTION_SET(NAME, NARROW, CODES, TARGET)                                                          \
   struct NAME {                                                                                                        \
     using Narrow = NARROW;                                                                                             \
     template <class Stored>                                                                                            \
@@ -24,6 +24,14 @@ namespace {
     template <class Stored>                                                                                            \
     TARGET static void round(Stored* to, int64_t size, const float* from, uint32_t key, uint32_t at) {                 \
       round_many(Narrow(), to, size, from, key, at);                                                                   \
+    }                                                                                                                  \
+    template <bool kSigned>                                                                                            \
+    TARGET static void read_codes(const uint8_t* codes, float scale, int64_t size, float* to) {                        \
+      decode<CODES, kSigned>(codes, scale, size, to);                                                                  \
+    }                                                                                                                  \
+    template <bool kSigned>                                                                                            \
+    TARGET static float write_codes(uint8_t* codes, int64_t size, const float* from) {                                 \
+      return encode<CODES, kSigned>(codes, size, from);                                                                \
     }                                                                                                                  \
     template <Storage kStorage, class R, Terms kTerms>                                                                 \
     TARGET static Updated update(const TensorEntry& t, int64_t begin, int64_t size, const Constants& c) {              \

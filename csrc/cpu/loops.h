@@ -7,17 +7,8 @@
 #include "loop_table.h"
 #include "machine.h"
 #include "narrow.h"
-
-// Makes it an error if the compiler ignores a target or a pragma: the loops would be correct, but slow.
-#pragma GCC diagnostic error "-Wattributes"
-#pragma GCC diagnostic error "-Wunknown-pragmas"
-
-// Tells the compiler that the arrays of a tensor do not overlap.
-#if defined(__clang__)
-#define FASTCLIP_IVDEP _Pragma("clang loop vectorize(assume_safety)")
-#else
-#define FASTCLIP_IVDEP _Pragma("GCC ivdep")
-#endif
+#include "quantized_loops.h"
+#include "vectorise.h"
 
 namespace fastclip::cpu {
 namespace {
@@ -317,39 +308,73 @@ FASTCLIP_HD Updated update_narrow(const TensorEntry& tensor, int64_t begin, int6
   return updated;
 }
 
-// Does the same for a tensor with 16-bit arrays, or with a mixture of these and float32. It brings one block at a time
-// to float32, in the innermost cache.
+// Elements that are staged at a time: a block of states in 8 bits, which has one scale.
+constexpr int64_t kStaged = kStateBlock;
+
+// Reads or writes some elements of a state, which begin a block where they are codes.
+template <class Set>
+void read_state(const TensorEntry& tensor, int s, int64_t at, int64_t size, float* to) {
+  if (!tensor.scales) return read_any<Set>(tensor.state_dtypes[s], tensor.states[s], at, size, to);
+  const auto* const codes = static_cast<const uint8_t*>(tensor.states[s]) + at;
+  const float scale = tensor.scales->of[s][at / kStateBlock];
+  tensor.scales->is_signed[s] ? Set::template read_codes<true>(codes, scale, size, to)
+                              : Set::template read_codes<false>(codes, scale, size, to);
+}
+template <class Set>
+void write_codes(const TensorEntry& tensor, int s, int64_t at, int64_t size, const float* from) {
+  auto* const codes = static_cast<uint8_t*>(tensor.states[s]) + at;
+  tensor.scales->of[s][at / kStateBlock] = tensor.scales->is_signed[s]
+                                               ? Set::template write_codes<true>(codes, size, from)
+                                               : Set::template write_codes<false>(codes, size, from);
+}
+
+// Does the same for a tensor with 16-bit arrays, with a mixture of these and float32, or with states in 8 bits. It
+// brings one block at a time to float32, in the innermost cache.
 template <class Set, class R, Terms kTerms>
 FASTCLIP_HD Updated update_staged(const TensorEntry& tensor, int64_t begin, int64_t size, const Constants& all) {
   constexpr uint32_t kReads = R::reads(kTerms), kWrites = R::writes(kTerms);
   const auto clip = converted<Clip<float>>(all.clip);
   const auto constants = constants_as<R, float>(all);
-  alignas(kCacheLine) float params[kBlock], grads[kBlock], states[kMaxStates][kBlock];
+  const int64_t bytes_ahead = kMachine.bytes_ahead;
+  alignas(kCacheLine) float param_room[kStaged], grad_room[kStaged], states[kMaxStates][kStaged];
   float* const rows[kMaxStates] = {states[0], states[1], states[2]};
   Updated updated;
   ParamSums<float> sums(all.params_norm);
-  for (const int64_t end = begin + size; begin < end; begin += kBlock) {
-    const int64_t count = end - begin < kBlock ? end - begin : kBlock;
+  for (const int64_t end = begin + size; begin < end; begin += kStaged) {
+    const int64_t count = end - begin < kStaged ? end - begin : kStaged;
+    // Returns where an array's elements are in float32: in memory, or in the room that they are brought to.
+    const auto staged = [&](DType dtype, void* array, float* room) -> float* {
+      if (dtype == DType::float32) {
+        float* const there = static_cast<float*>(array) + begin;
+        prefetch(there, kStaged, bytes_ahead);
+        return there;
+      }
+      read_any<Set>(dtype, array, begin, count, room);
+      return room;
+    };
     const auto write = [&](int array, DType dtype, void* to, const float* from) {
       if (!all.stochastic_rounding) return write_any<Set>(dtype, to, begin, count, from);
       const uint32_t key = noise_key(all.rounding_seed, all.step, tensor.index, array, begin);
       round_any<Set>(dtype, to, begin, count, from, key);
     };
-    if constexpr (!R::kClipsInPlace) read_any<Set>(tensor.dtype, tensor.param, begin, count, params);
-    read_any<Set>(tensor.grad_dtype, tensor.grad, begin, count, grads);
+    float* const grads = staged(tensor.grad_dtype, tensor.grad, grad_room);
+    float* const params = R::kClipsInPlace ? param_room : staged(tensor.dtype, tensor.param, param_room);
     for (int s = 0; s < kMaxStates; ++s) {
-      if (has(kReads, s)) read_any<Set>(tensor.state_dtypes[s], tensor.states[s], begin, count, states[s]);
+      if (has(kReads, s)) read_state<Set>(tensor, s, begin, count, states[s]);
     }
     updated.clamped += update_block<float, R, kTerms>(params, grads, rows, count, clip, constants);
-    write(0, tensor.dtype, tensor.param, params);
+    if (params == param_room) write(0, tensor.dtype, tensor.param, params);
     if (tensor.rounded) write_any<Set>(tensor.rounded_dtype, tensor.rounded, begin, count, params);
     for (int s = 0; s < kMaxStates; ++s) {
-      if (has(kWrites, s)) write(1 + s, tensor.state_dtypes[s], tensor.states[s], states[s]);
+      if (!has(kWrites, s)) continue;
+      tensor.scales ? write_codes<Set>(tensor, s, begin, count, states[s])
+                    : write(1 + s, tensor.state_dtypes[s], tensor.states[s], states[s]);
     }
     if constexpr (R::kLimitsChange) {
       if (all.params_norm == Norm::none) continue;
-      read_any<Set>(tensor.dtype, tensor.param, begin, count, params);  // as they were rounded
-      sums.add(params, count);
+      if (params == param_room)
+        read_any<Set>(tensor.dtype, tensor.param, begin, count, params);  // as they were rounded
+      for (int64_t i = 0; i < count; i += kBlock) sums.add(params + i, count - i < kBlock ? count - i : kBlock);
     }
   }
   if constexpr (R::kLimitsChange) {

@@ -90,6 +90,14 @@ FASTCLIP_HD DeltaSums measure_deltas(const TensorEntry& tensor, int64_t begin, i
     const T* states[kMaxStates];
     for (int s = 0; s < kMaxStates; ++s) {
       const bool reads = has(rule.states, s) && (s > 0 || reads_first);
+      if constexpr (!kFloat64) {
+        if (reads && tensor.scales) {
+          read_state<Set>(tensor, s, begin, count, state[s]);
+          for (int64_t i = count; i < kBlock; ++i) state[s][i] = 0;
+          states[s] = state[s];
+          continue;
+        }
+      }
       states[s] = reads ? block_of<Set>(tensor.state_dtypes[s], tensor.states[s], begin, count, state[s]) : state[s];
     }
     T* const wanted[] = {parts & kDelta ? added : nullptr, parts & kRelative ? relative : nullptr};

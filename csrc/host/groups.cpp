@@ -82,6 +82,15 @@ c10::ScalarType read_momentum_dtype(PyObject* value, const std::string& where) {
         " must be None, torch.float32, torch.bfloat16 or torch.float16, got ", repr(value));
 }
 
+// Returns whether states are kept in 8 bits.
+bool read_state_bits(PyObject* value, const std::string& where) {
+  const Held held(value);
+  const long bits = PyLong_Check(value) ? PyLong_AsLong(value) : 0;
+  PyErr_Clear();
+  if (bits != 8 && bits != 32) raise(PyExc_ValueError, "state_bits", where, " must be 32 or 8, got ", repr(value));
+  return bits == 8;
+}
+
 bool is_differentiable(PyObject* value) {
   return THPVariable_Check(value) && THPVariable_Unpack(value).requires_grad();
 }
@@ -180,6 +189,10 @@ void read_settings(const GroupReader& reader, Group& group) {
       std::any_of(R::kStates.begin(), R::kStates.end(), [](const auto& s) { return s.is_momentum; });
   if (!kHasMomentum && group.momentum_dtype) {
     raise(PyExc_ValueError, "momentum_dtype", reader.where(), " must be None: this optimizer keeps no momentum");
+  }
+  if (!R::kQuantizesStates && group.quantizes_states) {
+    raise(PyExc_ValueError, "state_bits", reader.where(),
+          " must be 32: SGD, Adam, AdamW and Lion have states in 8 bits");
   }
 }
 
@@ -298,8 +311,9 @@ Group read_group(PyObject* object, Py_ssize_t index, Rules::Id rule) {
       kMaximize("maximize"), kDifferentiable("differentiable"), kClipValue("clip_value"), kMaxNorm("max_norm"),
       kNormType("norm_type"), kSkipNonfinite("skip_nonfinite"), kMasterWeights("master_weights"),
       kStochasticRounding("stochastic_rounding"), kRoundingSeed("rounding_seed"), kMomentumDtype("momentum_dtype"),
-      kMaxChange("max_change"), kMaxRelativeChange("max_relative_change"), kSkipNorm("skip_norm"),
-      kNormScope("norm_scope"), kGlobal("global"), kMaxUpdateRms("max_update_rms"), kNormReplicated("norm_replicated");
+      kStateBits("state_bits"), kMaxChange("max_change"), kMaxRelativeChange("max_relative_change"),
+      kSkipNorm("skip_norm"), kNormScope("norm_scope"), kGlobal("global"), kMaxUpdateRms("max_update_rms"),
+      kNormReplicated("norm_replicated");
   GroupReader reader(object, index);
   Group group{};
   PyObject* params = reader.required(kParams);
@@ -390,6 +404,11 @@ Group read_group(PyObject* object, Py_ssize_t index, Rules::Id rule) {
   }
   PyObject* momentum_dtype = reader.required(kMomentumDtype);
   if (momentum_dtype != Py_None) group.momentum_dtype = read_momentum_dtype(momentum_dtype, reader.where());
+  group.quantizes_states = read_state_bits(reader.required(kStateBits), reader.where());
+  if (group.quantizes_states && group.momentum_dtype) {
+    raise(PyExc_ValueError, "state_bits and momentum_dtype", reader.where(), " can't both be set: each says how the ",
+          "momentum is stored");
+  }
   Rules::visit(rule, [&](auto tag) { read_settings<typename decltype(tag)::Rule>(reader, group); });
   if (needs_products(rule)) {
     clip.norm = Norm::two;  // it is measured in any case

@@ -52,6 +52,7 @@ struct Group {
   bool norm_replicated;  // all ranks of a norm_process_group have its parameters
   bool differentiable;  // the caller wants gradients through the step
   bool master_weights;  // 16-bit parameters have a float32 copy among their states
+  bool quantizes_states;  // they are made in 8 bits
   std::optional<c10::ScalarType> momentum_dtype;  // of the rule's momentum, where it is made
 };
 

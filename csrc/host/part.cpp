@@ -75,6 +75,7 @@ void* current_stream(c10::Device device) {
 void Part::clear() {
   step.tensors.clear();
   step.hypers.clear();
+  step.scales.clear();
   step.chunks = step.elements = step.clampable = 0;
   step.has_step_counts = step.has_unmeasured_params = false;
   step.segments.clear();

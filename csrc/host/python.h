@@ -49,7 +49,7 @@ inline Held checked(PyObject* new_reference) {
 struct Name {
   PyObject* object;
   const char* text;
-  explicit Name(const char* name) : object(PyUnicode_InternFromString(name)), text(name) {}
+  explicit Name(const char* name) : object(PyUnicode_InternFromString(name)), text(PyUnicode_AsUTF8(object)) {}
 };
 
 // Reads a dict whose keys mostly come in a known order: a key is looked up only where it is not the next one.

@@ -2,6 +2,8 @@
 #include "states.h"
 
 #include <ATen/ops/full.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 #include <c10/core/DefaultDtype.h>
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -24,10 +26,23 @@ const Name& master_name() {
   return name;
 }
 
+// The names of a rule's state arrays, or of what belongs to them.
 template <class R>
-const std::array<Name, R::kStates.size()>& array_names() {
-  static const auto names = std::apply(
-      [](const auto&... state) { return std::array<Name, sizeof...(state)>{Name(state.name)...}; }, R::kStates);
+std::array<Name, R::kStates.size()> named_with(const char* suffix) {
+  return std::apply(
+      [&](const auto&... state) {
+        return std::array<Name, sizeof...(state)>{Name((std::string(state.name) + suffix).c_str())...};
+      },
+      R::kStates);
+}
+template <class R>
+struct ArrayNames {
+  std::array<Name, R::kStates.size()> arrays = named_with<R>(""), codes = named_with<R>("_codes"),
+                                      scales = named_with<R>("_scales");
+};
+template <class R>
+const ArrayNames<R>& array_names() {
+  static const ArrayNames<R> names;
   return names;
 }
 
@@ -52,6 +67,27 @@ class EntryReader {
   Borrowed* const borrowed_;
 };
 
+// Looks up a state in 8 bits.
+[[gnu::noinline]] void look_up_codes(EntryReader& reader, const Place& place, const StateNames& names, int s,
+                                     ParamStates& found) {
+  found.arrays[s] = reader.tensor(*names.codes[s]);
+  found.scales[s] = reader.tensor(*names.scales[s]);
+  if (!found.arrays[s] == !found.scales[s]) return;
+  const Name *codes = names.codes[s], *scales = names.scales[s];
+  refuse("incomplete", place, "state", (found.scales[s] ? codes : scales)->object,
+         (found.scales[s] ? scales : codes)->object);
+}
+
+// New scales: a row for each row of the parameter, where blocks end with it; so they can be sharded alike.
+at::Tensor zero_scales_of(const at::Tensor& param) {
+  const int64_t rows = param.size(0), row = param.numel() / rows;
+  if (param.dim() < 2 || row % kStateBlock != 0) {
+    return at::zeros({blocks_of(param.numel())}, param.options().dtype(at::kFloat));
+  }
+  const at::Tensor first_of_blocks = param.contiguous().view({rows, row / kStateBlock, kStateBlock}).select(2, 0);
+  return at::zeros_like(first_of_blocks, first_of_blocks.options().dtype(at::kFloat), at::MemoryFormat::Contiguous);
+}
+
 }  // namespace
 
 StateNames state_names(Rules::Id rule, const Group& group) {
@@ -61,7 +97,11 @@ StateNames state_names(Rules::Id rule, const Group& group) {
     const uint32_t present = R::writes(group.hyper.terms);
     for (size_t s = 0; s < R::kStates.size(); ++s) {
       if (!has(present, static_cast<int>(s))) continue;
-      names.arrays[s] = &array_names<R>()[s];
+      names.arrays[s] = &array_names<R>().arrays[s];
+      if constexpr (R::kQuantizesStates) {
+        names.codes[s] = &array_names<R>().codes[s];
+        names.scales[s] = &array_names<R>().scales[s];
+      }
       names.count = static_cast<int>(s) + 1;
       if (R::kStates[s].is_momentum) names.momentum = static_cast<int>(s);
     }
@@ -145,11 +185,19 @@ const at::Tensor* States::shard_in(const at::Tensor* state, const Name& name, co
   };
   look_up(names.step, found.step);
   look_up(names.scalar, found.scalar);
-  for (int s = 0; s < names.count; ++s) look_up(names.arrays[s], found.arrays[s]);
+  for (int s = 0; s < names.count; ++s) {
+    if (!names.arrays[s]) continue;
+    found.arrays[s] = reader.tensor(*names.arrays[s]);
+    if (!found.arrays[s] && names.codes[s]) look_up_codes(reader, place, names, s, found);
+    found.complete &= found.arrays[s] != nullptr;
+  }
   look_up(names.master, found.master);
   if (!param_shard) return found;
   for (int s = 0; s < names.count; ++s) {
-    if (found.arrays[s]) found.arrays[s] = shard_in(found.arrays[s], *names.arrays[s], place, position, *param_shard);
+    if (!found.arrays[s]) continue;
+    const Name& name = found.name(names, s);
+    found.arrays[s] = shard_in(found.arrays[s], name, place, position, *param_shard);
+    if (found.scales[s]) found.scales[s] = shard_in(found.scales[s], *names.scales[s], place, position, *param_shard);
   }
   if (found.master) found.master = shard_in(found.master, *names.master, place, position, *param_shard);
   return found;
@@ -216,6 +264,15 @@ void States::make_missing(Rules::Id rule, const Group& group, const at::Tensor& 
     if (!names.arrays[s] || states.arrays[s]) continue;
     const at::Tensor like =
         names.filled_by_first_step ? grad.detach() : param.detach();  // whose strides it has, in torch
+    if (names.codes[s] && group.quantizes_states && has_states_in_8_bits(param)) {
+      at::Tensor codes = empty_in_huge_pages(like, at::kByte);
+      codes.fill_(Rules::visit(rule, [&](auto tag) {
+        return decltype(tag)::Rule::kStates[s].is_momentum ? DynamicMap<true>::kZero : DynamicMap<false>::kZero;
+      }));
+      states.arrays[s] = make(place, *names.codes[s], std::move(codes));
+      states.scales[s] = make(place, *names.scales[s], zero_scales_of(param.detach()));
+      continue;
+    }
     auto dtype = has_master ? at::kFloat : like.scalar_type();
     // As torch's weight decay promotes a gradient of another dtype than its parameter.
     if (group.hyper.weight_decay != 0) dtype = c10::promoteTypes(dtype, param.scalar_type());
@@ -258,6 +315,32 @@ void States::store() {
   for (New& added : new_) {
     if (PyDict_SetItem(added.entry.object, added.name->object, added.wrapped.object) != 0) throw PythonError{};
   }
+}
+
+bool has_states_in_8_bits(const at::Tensor& param) {
+  if (param.numel() < kLeastQuantized || !(param.scalar_type() == at::kFloat || is_16_bit(param.scalar_type()))) {
+    return false;
+  }
+  const auto shard = shard_of(param);
+  if (!shard) return true;
+  // The blocks of a shard are those of the whole, on any number of ranks.
+  const at::Tensor& local = shard->local();
+  const int64_t row = param.numel() / param.size(0);
+  return row % kStateBlock == 0 && local.numel() == local.size(0) * row;
+}
+
+bool covers_codes(const at::Tensor& codes, const at::Tensor& scales, const StateNames& names, int s,
+                  const at::Tensor& param, const Place& place) {
+  const char *const name = names.codes[s]->text, *const name_of_scales = names.scales[s]->text;
+  check_inference(codes, name, place);
+  check_inference(scales, name_of_scales, place);
+  if (codes.scalar_type() != at::kByte) refuse("no_uint8", place, name, codes);
+  if (scales.scalar_type() != at::kFloat) refuse("no_float32", place, name_of_scales, scales);
+  if (codes.sizes() != param.sizes()) refuse("other_shape", place, name, codes, param);
+  const int64_t blocks = blocks_of(param.numel());
+  if (scales.numel() != blocks) refuse("other_length", place, name_of_scales, scales, std::to_string(blocks));
+  return same_elements(codes, param) && is_contiguous(scales.unsafeGetTensorImpl()) &&
+         scales.device() == param.device();
 }
 
 bool covers_state(const at::Tensor& state, const Name& name, const at::Tensor& param, const Place& place) {

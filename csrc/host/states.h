@@ -18,6 +18,8 @@ namespace fastclip {
 struct StateNames {
   int count = 0;                         // one more than the last of `arrays`
   const Name* arrays[kMaxStates] = {};   // in the order of TensorEntry::states; nullptr where the group has none
+  const Name* codes[kMaxStates] = {};    // the names of states in 8 bits, where the rule has them,
+  const Name* scales[kMaxStates] = {};   // and of their scales
   const Name* step = nullptr;            // the count of a parameter's steps, where something needs it
   const Name* scalar = nullptr;          // the rule's number of a parameter, or row of numbers
   int64_t length_of_row = 1;
@@ -33,10 +35,13 @@ StateNames state_names(Rules::Id rule, const Group& group);
 // One parameter's states; nullptr where there is none (yet).
 struct ParamStates {
   const at::Tensor* arrays[kMaxStates] = {};
+  const at::Tensor* scales[kMaxStates] = {};  // where it is set, the array is one of codes
   const at::Tensor* step = nullptr;
   const at::Tensor* scalar = nullptr;
   const at::Tensor* master = nullptr;
   bool master_is_new = false;  // made of the parameter in this step
+  // The name of an array that is there.
+  const Name& name(const StateNames& names, int s) const { return scales[s] ? *names.codes[s] : *names.arrays[s]; }
   bool complete = false;  // all that the group needs is there; false also where `make_missing` has to find out
 };
 
@@ -93,6 +98,13 @@ class States {
   bool ran_python_ = false;
   std::deque<New> new_;
 };
+
+// Whether a parameter is large enough for states in 8 bits, and of a dtype that is computed in float32.
+bool has_states_in_8_bits(const at::Tensor& param);
+
+// Whether the kernels take codes and their scales. Raises where these can't belong to their parameter.
+bool covers_codes(const at::Tensor& codes, const at::Tensor& scales, const StateNames& names, int s,
+                  const at::Tensor& param, const Place& place);
 
 // Whether the kernels take a state. Raises where it can't belong to its parameter.
 bool covers_state(const at::Tensor& state, const Name& name, const at::Tensor& param, const Place& place);

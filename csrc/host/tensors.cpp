@@ -75,9 +75,12 @@ const at::Tensor* uncovered(const at::Tensor& param, const at::Tensor& grad) {
   return nullptr;
 }
 
+bool same_elements(const at::Tensor& a, const at::Tensor& b) {
+  return is_ordinary(a) && a.device() == b.device() && a.sizes() == b.sizes() && same_order(a, b);
+}
+
 bool same_memory_layout(const at::Tensor& a, const at::Tensor& b) {
-  return is_ordinary(a) && in_one_loop(a.scalar_type(), b.scalar_type()) && a.device() == b.device() &&
-         a.sizes() == b.sizes() && same_order(a, b);
+  return in_one_loop(a.scalar_type(), b.scalar_type()) && same_elements(a, b);
 }
 
 }  // namespace fastclip

@@ -88,7 +88,9 @@ void check_inference(const at::Tensor& tensor, const char* part, const Place& pl
 // place is given as both.
 const at::Tensor* uncovered(const at::Tensor& param, const at::Tensor& grad);
 
-// Same device, sizes and element order, and dtypes that one loop takes: what a state needs.
+// Same device, sizes and element order: what codes need.
+bool same_elements(const at::Tensor& a, const at::Tensor& b);
+// And dtypes that one loop takes: what a state needs.
 bool same_memory_layout(const at::Tensor& a, const at::Tensor& b);
 
 inline bool is_16_bit(at::ScalarType dtype) { return dtype == at::kBFloat16 || dtype == at::kHalf; }

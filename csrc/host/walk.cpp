@@ -189,7 +189,24 @@ void Walk::note_params(Step& step, TensorEntry& entry, const at::Tensor& measure
     }
   }
   for (int s = 0; s < names.count; ++s) {
-    if (states.arrays[s]) add(*states.arrays[s], names.arrays[s], entry.states[s], entry.state_dtypes[s]);
+    if (states.arrays[s] && !states.scales[s]) {
+      add(*states.arrays[s], names.arrays[s], entry.states[s], entry.state_dtypes[s]);
+    }
+  }
+  if (states.scales[0]) {
+    uniform = false;
+    StateScales& scales = step.scales.emplace_back();
+    for (int s = 0; s < names.count; ++s) {
+      if (!states.arrays[s]) continue;
+      const int64_t size = blocks_of(numel) * int64_t{sizeof(float)};
+      void* const of_state = data_of(*states.scales[s], sizeof(float), size, names.scales[s], place);
+      write(*states.scales[s], of_state, size);
+      scales.of[s] = static_cast<float*>(of_state);
+      scales.is_signed[s] = s == names.momentum;
+      entry.states[s] = data_of(*states.arrays[s], 1, numel, names.codes[s], place);
+      write(*states.arrays[s], entry.states[s], numel);
+    }
+    entry.scales = &scales;
   }
   // Returns whether the number is float64.
   const auto add_numbers = [&](const at::Tensor& numbers, int64_t length, const Name* name, void*& data)
@@ -257,7 +274,8 @@ void Walk::check_memory(const at::Tensor& param, const at::Tensor& grad, const S
   check(param, "");
   check(grad, "gradient");
   for (int s = 0; s < names.count; ++s) {
-    if (states.arrays[s]) check(*states.arrays[s], names.arrays[s]);
+    if (states.arrays[s]) check(*states.arrays[s], &states.name(names, s));
+    if (states.scales[s]) check(*states.scales[s], names.scales[s]);
   }
   if (states.master) check(*states.master, names.master);
   if (states.step) check(*states.step, names.step);
@@ -282,7 +300,15 @@ void Walk::check_memory(const at::Tensor& param, const at::Tensor& grad, const S
     return false;
   };
   for (int s = 0; s < names.count; ++s) {
-    if (states.arrays[s] && !covers(*states.arrays[s], *names.arrays[s])) return false;
+    if (!states.arrays[s]) continue;
+    if (!states.scales[s] != !states.scales[0]) {
+      not_covered({"no_kernels_for_codes", place, states.name(names, s).text, {*states.arrays[s], param}});
+      return false;
+    }
+    if (states.scales[s] ? !covers_codes(names, s, states, param, place)
+                         : !covers(*states.arrays[s], *names.arrays[s])) {
+      return false;
+    }
   }
   if (states.master) {
     if (states.master->scalar_type() != at::kFloat) refuse("no_float32", place, names.master->text, *states.master);
@@ -294,6 +320,15 @@ void Walk::check_memory(const at::Tensor& param, const at::Tensor& grad, const S
   }
   return !names.scalar || (names.length_of_row == 1 && is_plain_number(*states.scalar, param)) ||
          covers_numbers(param, place, *names.scalar, states.scalar, names.length_of_row);
+}
+
+bool Walk::covers_codes(const StateNames& names, int s, const ParamStates& states, const at::Tensor& param,
+                        const Place& place) {
+  const at::Tensor& codes = *states.arrays[s];
+  const bool takes = fastclip::covers_codes(codes, *states.scales[s], names, s, param, place);
+  if (takes && param.is_cpu() && param.scalar_type() != at::kDouble) return true;
+  not_covered({"no_kernels_for_codes", place, names.codes[s]->text, {codes, param}});
+  return false;
 }
 
 bool Walk::covers_numbers(const at::Tensor& param, const Place& place, const Name& name, const at::Tensor*& numbers,
@@ -457,7 +492,10 @@ bool Walk::shares_memory() {
       if (!in_place_) add_to(read, tensor.grad, tensor.numel * item_size(tensor.grad_dtype));
       add(tensor.param, tensor.numel * item_size(tensor.dtype));
       add(tensor.rounded, tensor.numel * item_size(tensor.rounded_dtype));
-      for (int s = 0; s < kMaxStates; ++s) add(tensor.states[s], tensor.numel * item_size(tensor.state_dtypes[s]));
+      for (int s = 0; s < kMaxStates; ++s) {
+        add(tensor.states[s], tensor.numel * (tensor.scales ? 1 : item_size(tensor.state_dtypes[s])));
+        if (tensor.scales) add(tensor.scales->of[s], blocks_of(tensor.numel) * int64_t{sizeof(float)});
+      }
       add(tensor.step, tensor.step_is_float64 ? 8 : 4);
       add(tensor.scalar, length_of_row(rule_, part.step.hypers[tensor.hyper]) * (tensor.scalar_is_float64 ? 8 : 4));
     }

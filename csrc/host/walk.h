@@ -96,6 +96,8 @@ class Walk {
                                       const ParamStates& states, const Place& place) const;
   [[gnu::noinline]] bool covers_numbers(const at::Tensor& param, const Place& place, const Name& name,
                                         const at::Tensor*& numbers, int64_t length);
+  [[gnu::noinline]] bool covers_codes(const StateNames& names, int s, const ParamStates& states,
+                                      const at::Tensor& param, const Place& place);
   [[gnu::noinline]] bool cover_states(const Group& group, const at::Tensor& param, const at::Tensor& like,
                                       const Place& place, const StateNames& names, ParamStates& states);
   [[gnu::noinline]] Part& part_of(c10::Device device, PyObject* reduction);

@@ -19,6 +19,7 @@ struct Adam {
   static constexpr bool kNeedsProducts = false;
   static constexpr bool kMeasuresDelta = true;
   static constexpr int kKernels[] = {2, 3};
+  static constexpr bool kQuantizesStates = true;
   static constexpr bool kIsCommon = true;
 
   struct Settings {

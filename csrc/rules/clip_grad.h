@@ -17,6 +17,7 @@ struct ClipGrad {
   static constexpr bool kNeedsProducts = false;
   static constexpr bool kMeasuresDelta = false;
   static constexpr int kKernels[] = {0};
+  static constexpr bool kQuantizesStates = false;
   static constexpr bool kIsCommon = true;
 
   struct Settings {};

@@ -19,6 +19,7 @@ struct LAMB {
   static constexpr bool kNeedsProducts = false;
   static constexpr bool kMeasuresDelta = true;
   static constexpr int kKernels[] = {2};
+  static constexpr bool kQuantizesStates = false;
   static constexpr bool kIsCommon = false;
 
   struct Settings {

@@ -17,6 +17,7 @@ struct NAdam {
   static constexpr bool kNeedsProducts = false;
   static constexpr bool kMeasuresDelta = false;
   static constexpr int kKernels[] = {2};
+  static constexpr bool kQuantizesStates = false;
   static constexpr bool kIsCommon = false;
 
   struct Settings {

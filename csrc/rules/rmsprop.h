@@ -18,6 +18,7 @@ struct RMSprop {
   static constexpr bool kNeedsProducts = false;
   static constexpr bool kMeasuresDelta = false;
   static constexpr int kKernels[] = {3};
+  static constexpr bool kQuantizesStates = false;
   static constexpr bool kIsCommon = false;
 
   struct Settings {

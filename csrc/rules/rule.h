@@ -27,6 +27,7 @@
 //                         `measured(hyper, settings)` are the parts of DeltaSums that `lr_factor(hyper, settings,
 //                         numel, norms)` needs
 //   kKernels              numbers of state arrays, the largest last: a GPU has a kernel for each
+//   kQuantizesStates      true: its states may be kept in 8 bits, see quantized.h
 //   kIsCommon             true: a GPU has separate kernels for float32 and bfloat16. false: one kernel for all dtypes
 //   Settings              the hyperparameters of a group besides those that all rules have; double and bool
 //   read(group, settings) reads them; `group` is the GroupReader of csrc/host, or has its methods

@@ -20,6 +20,7 @@ struct ScaledAdam {
   static constexpr bool kNeedsProducts = true;
   static constexpr bool kMeasuresDelta = false;
   static constexpr int kKernels[] = {2};
+  static constexpr bool kQuantizesStates = false;
   static constexpr bool kIsCommon = false;
 
   struct Settings {

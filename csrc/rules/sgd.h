@@ -18,6 +18,7 @@ struct SGD {
   static constexpr bool kNeedsProducts = false;
   static constexpr bool kMeasuresDelta = false;
   static constexpr int kKernels[] = {0, 1};
+  static constexpr bool kQuantizesStates = true;
   static constexpr bool kIsCommon = true;
 
   struct Settings {

@@ -20,6 +20,7 @@ from ..reasons import (
     no_dict,
     no_float32,
     no_tensor,
+    no_uint8,
     not_one_element,
     other_device,
     other_dtype,
@@ -27,6 +28,7 @@ from ..reasons import (
     other_shape,
 )
 from ..settings import LIMITS, of_all_gradients
+from .quantized import BLOCK, CODES, SCALES, names_of
 from .rounding import has_master
 from .values import KNOWN_DTYPES, KNOWN_LAYOUTS, is_sparse, item_of
 
@@ -108,6 +110,7 @@ def check_states(rule, group, param, state, where):
         return
     if not isinstance(entry, dict):
         raise no_dict(f"the state of {where}", entry)
+    arrays = [in_state(rule, entry, name, where) for name in arrays]
     there = {name: entry[name] for name in (*numbers, *arrays, *masters) if entry.get(name) is not None}
     for name, tensor in there.items():
         if not isinstance(tensor, torch.Tensor):
@@ -119,9 +122,36 @@ def check_states(rule, group, param, state, where):
     for name in (*arrays, *masters):
         if name in there:
             check_state(group, param, there[name], name, where)
+            if name.endswith(CODES):
+                scales = name.removesuffix(CODES) + SCALES
+                blocks = -(-param.numel() // BLOCK)
+                if entry[scales].numel() != blocks:
+                    raise other_length(f"the {scales} of {where}", entry[scales], blocks)
     for name in numbers:
         if name in there:
             check_numbers(there[name], name, where, 1 if name == "step" else rule.length_of_row(group))
+
+
+def in_state(rule, entry, name, where):
+    """Returns the name under which a state is in a parameter's dict: that of its codes, where it has 8 bits. Checks the
+    scales of these."""
+    codes, scales = names_of(name)
+    if (
+        not rule.quantizes_states
+        or entry.get(name) is not None
+        or (entry.get(codes), entry.get(scales)) == (None, None)
+    ):
+        return name
+    for missing, present in ((codes, scales), (scales, codes)):
+        if entry.get(missing) is None:
+            raise incomplete(f"the state of {where}", missing, present)
+    what = f"the {scales} of {where}"
+    if not isinstance(entry[scales], torch.Tensor):
+        raise no_tensor(what, entry[scales])
+    check_inference(entry[scales], what)
+    if entry[scales].dtype != torch.float32:
+        raise no_float32(what, entry[scales])
+    return codes
 
 
 def check_numbers(number, name, where, length):
@@ -142,12 +172,15 @@ def check_state(group, param, tensor, name, where):
     what = f"the {name} of {where}"
     if name == "master_param" and tensor.dtype != torch.float32:
         raise no_float32(what, tensor)
+    is_codes = name.endswith(CODES)
+    if is_codes and tensor.dtype != torch.uint8:
+        raise no_uint8(what, tensor)
     check_inference(tensor, what)
     if tensor.shape != param.shape:
         raise other_shape(what, tensor, param)
     if tensor.device != param.device:
         raise other_device(what, tensor, param)
-    if not (torch.can_cast(param.dtype, tensor.dtype) and torch.can_cast(tensor.dtype, param.dtype)):
+    if not is_codes and not (torch.can_cast(param.dtype, tensor.dtype) and torch.can_cast(tensor.dtype, param.dtype)):
         raise other_dtype(what, tensor, param)
     sparse_tensor, sparse_grad = map(is_sparse, (tensor, param.grad))
     if sparse_tensor and not sparse_grad:

@@ -41,6 +41,7 @@ class Rule(NamedTuple):
         delta: delta(group, param, grad, states, step) returns what an update adds to `param`, which it leaves alone,
             and the gradient over the root of its average square; it brings `states` and `step` on as `update` does.
             None if that can't be limited.
+        quantizes_states: `state_bits` may be 8, see `quantized.py`.
         is_scaled: is_scaled(group) is whether what is added becomes as large as the parameter.
         takes_sparse, takes_nested, takes_complex: kinds of gradients.
     """
@@ -62,6 +63,7 @@ class Rule(NamedTuple):
     weight: Callable | None = None
     delta: Callable | None = None
     is_scaled: Callable = lambda group: False
+    quantizes_states: bool = False
     takes_sparse: bool = False
     takes_nested: bool = False
     takes_complex: bool = True
@@ -273,6 +275,7 @@ SGD = Rule(
     filled_by_first_step=True,
     numbers=("momentum", "dampening"),
     change=change_by_sgd,
+    quantizes_states=True,
     takes_sparse=True,
     takes_nested=True,
 )
@@ -285,6 +288,7 @@ ADAM = Rule(
     momentum="exp_avg",
     numbers=("betas", "eps", "max_update_rms"),
     delta=delta_of_adam,
+    quantizes_states=True,
 )
 LAMB = Rule(
     "lamb",
@@ -307,6 +311,7 @@ LION = Rule(
     counts_steps=False,
     momentum="exp_avg",
     numbers=("betas",),
+    quantizes_states=True,
     takes_complex=False,
 )
 NOVOGRAD = Rule(

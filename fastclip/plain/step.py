@@ -23,6 +23,7 @@ from .limits import (
     smallest_norm,
     sums_of,
 )
+from .quantized import Quantized, has_8_bits, keep, new_quantized, stored
 from .rounding import SIXTEEN_BIT, Rounding, compute_dtype, has_master, state_dtype
 from .segments import Segments
 from .values import item_of, number_of, overlap_in_part, values_of
@@ -274,7 +275,7 @@ def tensors_of_group(rule, group, grads, state):
     params = [p for p in group["params"] if p.grad is not None]
     for p, grad, own in zip(params, grads, states_of_group(rule, group, state), strict=True):
         wide = wide_param(group, p, own)
-        states = {name: widened_state(rule, own[name], wide) for name in rule.states(group)}
+        states = {name: widened_state(rule, stored(rule, own, name), wide) for name in rule.states(group)}
         tensors[p] = wide, grad.to(wide.dtype), states, own["step"]
     return tensors
 
@@ -290,7 +291,9 @@ def update_group(rule, group, grads, state, first, norms, lr_factors):
     names = rule.states(group)
     counts = rule.counts_steps or group["stochastic_rounding"]
     own_states = states_of_group(rule, group, state)
-    kept = [{name: own.get(name) for name in names} for own in own_states]  # a parameter may be in the group twice
+    kept = [
+        {name: stored(rule, own, name) for name in names} for own in own_states
+    ]  # a parameter may be in the group twice
     together = zip(params, grads, own_states, kept, places_of(group, first), norms, strict=True)
     for p, grad, own, before, place, norm in together:
         wide = wide_param(group, p, own)
@@ -312,8 +315,11 @@ def update_group(rule, group, grads, state, first, norms, lr_factors):
         for name in names:
             to = before[name]
             if to is None:
-                to = own[name] = first_state(rule, group, p, name, states[name])
-            if states[name] is not to:
+                to = first_state(rule, group, p, name, states[name])
+                keep(own, name, to)
+            if isinstance(to, Quantized):
+                to.store(states[name])
+            elif states[name] is not to:
                 rounding.store(1 + rule.arrays.index(name), to, states[name])
 
 
@@ -326,12 +332,14 @@ def make_states(rule, group, param, own, names, counts):
         own.setdefault(rule.scalar[0], new_number(rule.scalar[1] if length == 1 else [rule.scalar[1]] * length))
     if not rule.filled_by_first_step:
         for name in names:
-            if own.get(name) is None:
-                own[name] = new_state(rule, group, param, name)
+            if stored(rule, own, name) is None:
+                keep(own, name, new_state(rule, group, param, name))
 
 
 def new_state(rule, group, param, name):
     """Returns a state as it begins."""
+    if has_8_bits(rule, group, param):
+        return new_quantized(rule, group, param, name, param)
     dtype, value = state_dtype(rule, group, param, name), rule.new_value(group)
     return torch.full_like(param, complex(value, value) if dtype.is_complex else value, dtype=dtype)
 
@@ -339,6 +347,8 @@ def new_state(rule, group, param, name):
 def first_state(rule, group, param, name, filled):
     """Returns the state that a first step has filled, in its own dtype: the one asked for, or torch's, which depends on
     the gradient's."""
+    if has_8_bits(rule, group, param):
+        return new_quantized(rule, group, param, name, filled)
     if has_master(group, param) or group["momentum_dtype"]:
         dtype = state_dtype(rule, group, param, name)
     else:
@@ -349,6 +359,8 @@ def first_state(rule, group, param, name, filled):
 
 def widened_state(rule, state, wide):
     """Returns a state in its compute type. A wider buffer of SGD keeps its precision, as in torch."""
+    if isinstance(state, Quantized):
+        return state.values()
     if state is None or (rule.filled_by_first_step and state.dtype not in SIXTEEN_BIT):
         return state
     return state.to(wide.dtype)

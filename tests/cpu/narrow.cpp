@@ -10,24 +10,11 @@
 #include <vector>
 
 #include "../../csrc/cpu/narrow.h"
+#include "flush_denormal.h"
 
 using namespace fastclip;
 
 namespace {
-
-// Whether the CPU takes subnormal float32 for 0, as torch.set_flush_denormal(True) makes it.
-void flush_denormal(bool flush) {
-#if defined(__x86_64__)
-  constexpr unsigned kFlushAndZero = 0x8040;
-  _mm_setcsr(flush ? _mm_getcsr() | kFlushAndZero : _mm_getcsr() & ~kFlushAndZero);
-#elif defined(__aarch64__)
-  unsigned long mode;
-  asm volatile("mrs %0, fpcr" : "=r"(mode));
-  constexpr unsigned long kFlush = 1ul << 24;
-  mode = flush ? mode | kFlush : mode & ~kFlush;
-  asm volatile("msr fpcr, %0" : : "r"(mode));
-#endif
-}
 
 // Bits of the float32 that a number is, put together from integers.
 struct Halves {

@@ -1,4 +1,4 @@
-"""Conversions of 16-bit numbers, each by itself: on this machine, and on an emulated ARM where its compiler is."""
+"""Conversions of numbers of 16 and of 8 bits, each by itself: here, and on an emulated ARM where its compiler is."""
 
 import platform
 import shutil
@@ -10,7 +10,7 @@ import pytest
 from tests.support.project import CSRC, load_setup
 
 setup = load_setup()
-SOURCE = Path(__file__).with_name("narrow.cpp")
+SOURCE, CODES = (Path(__file__).with_name(name) for name in ("narrow.cpp", "codes.cpp"))
 NATIVE = ["g++", "clang++"]
 ARM = ("aarch64-linux-gnu-g++", "qemu-aarch64")
 
@@ -20,6 +20,32 @@ def built(compiler, folder, source=SOURCE):
     flags = [f for f in setup.CXX_FLAGS if not f.startswith("-fvisibility")]
     subprocess.run([compiler, *flags, source, CSRC / "cpu/machine.cpp", "-o", program], check=True)
     return program
+
+
+@pytest.mark.parametrize("compiler", NATIVE)
+def test_codes_are_the_same_by_every_instruction_set(compiler, tmp_path):
+    if not shutil.which(compiler):
+        pytest.skip(f"needs {compiler}")
+    output = subprocess.run([built(compiler, tmp_path, CODES)], text=True, stdout=subprocess.PIPE, check=False)
+    assert output.returncode == 0, output.stdout
+    assert "portable: right" in output.stdout
+
+
+def test_a_border_between_codes_that_has_moved_is_found(tmp_path):
+    shutil.copytree(CSRC, tmp_path / "csrc")
+    shutil.copytree(SOURCE.parent, tmp_path / "tests/cpu")
+    loops = tmp_path / "csrc/cpu/codes.h"
+    border = "smallest[level] = level == 0 ? 0 : Map::smallest(level);"
+    assert border in loops.read_text()
+    loops.write_text(
+        loops.read_text().replace(border, border.replace("(level);", "(level) * (level == 5 ? 1.0000002f : 1);"))
+    )
+    output = subprocess.run(
+        [built("g++", tmp_path, tmp_path / "tests/cpu/codes.cpp")], text=True, stdout=subprocess.PIPE
+    )
+    if "AVX2" not in output.stdout:
+        pytest.skip("needs AVX2")
+    assert output.returncode == 1 and "AVX2 write: " in output.stdout
 
 
 @pytest.mark.parametrize("compiler", NATIVE)
@@ -49,8 +75,8 @@ def test_a_conversion_through_subnormal_numbers_is_found(tmp_path):
     """As it was: the product of a subnormal float32 is 0 where these are flushed."""
     csrc = tmp_path / "csrc"
     shutil.copytree(CSRC, csrc)
-    (tmp_path / "tests/cpu").mkdir(parents=True)
-    source = shutil.copy(SOURCE, tmp_path / "tests/cpu")
+    shutil.copytree(SOURCE.parent, tmp_path / "tests/cpu")
+    source = tmp_path / "tests/cpu" / SOURCE.name
     text = (csrc / "rules/dtypes.h").read_text()
     exact = "magnitude < 0x00800000u ? subnormal : normal"
     assert exact in text

@@ -22,6 +22,7 @@ from . import (
     models,
     pieces,
     placements,
+    quantized,
     scalers,
     scopes,
     stages,
@@ -81,6 +82,11 @@ def test_deferred_clips(results, case, ranks):
 
 @cases_of(checkpoints)
 def test_checkpoints(results, case, ranks):
+    assert_passed(results[ranks][case])
+
+
+@cases_of(quantized)
+def test_states_in_8_bits(results, case, ranks):
     assert_passed(results[ranks][case])
 
 

@@ -101,6 +101,7 @@ def main():
         models,
         pieces,
         placements,
+        quantized,
         scalers,
         scopes,
         stages,

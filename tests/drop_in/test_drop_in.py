@@ -37,6 +37,7 @@ def test_is_an_sgd_with_its_arguments():
         "stochastic_rounding": False,
         "rounding_seed": 0,
         "momentum_dtype": None,
+        "state_bits": 32,
     }
     with pytest.raises(TypeError):
         fastclip.SGD([p], 0.1, 0.9, 0.0, 0.01, True, False, None, False, None, 0.1)

@@ -18,7 +18,7 @@ MEMBERS = {
     "cpu/baseline.cpp": ["canonical", "reads", "writes", "update"],
     "cuda/step.cu": ["kKernels", "kIsCommon", "kCountsSteps", "kStates"],
     "host/groups.cpp": ["read", "terms"],
-    "host/states.cpp": ["new_value", "kFilledByFirstStep"],
+    "host/states.cpp": ["new_value", "kFilledByFirstStep", "kQuantizesStates"],
     "host/bindings.cpp": ["kName"],
 }
 

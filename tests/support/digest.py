@@ -24,6 +24,9 @@ RULES = {
     "NovoGrad": {"lr": 0.01, "weight_decay": 0.01},
     "LAMB": {"lr": 0.01, "weight_decay": 0.1, "max_grad_norm": None, "max_update_rms": 0.5},
 }
+# The averages of large parameters in 8 bits.
+IN_8_BITS = {f"{name}_8": {**RULES[name], "state_bits": 8} for name in ("SGD", "AdamW", "Adam", "Lion")}
+ALL = RULES | IN_8_BITS
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CLIPS = (
     {},
@@ -40,7 +43,8 @@ def of_rule(name, settings):
     digest = hashlib.sha256()
     for dtype in DTYPES:
         for clip in CLIPS:
-            if getattr(fastclip, name)._rule.needs_norm and "norm_type" in clip:
+            optimizer_class = getattr(fastclip, name.removesuffix("_8"))
+            if optimizer_class._rule.needs_norm and "norm_type" in clip:
                 continue  # refused
             random = numpy.random.default_rng(7)
 
@@ -50,7 +54,7 @@ def of_rule(name, settings):
                 return values if dtype == torch.float64 else values.float().to(dtype)
 
             params = [draw(size).requires_grad_() for size in SIZES]
-            optimizer = getattr(fastclip, name)(params, **settings, **clip)
+            optimizer = optimizer_class(params, **settings, **clip)
             for _ in range(3):
                 for p in params:
                     p.grad = draw(p.numel())
@@ -65,8 +69,8 @@ def of_rule(name, settings):
 
 def main(names):
     print(fastclip.build_info()["cpu_capability"])
-    for name in names or RULES:
-        print(name, of_rule(name, RULES[name]), flush=True)
+    for name in names or ALL:
+        print(name, of_rule(name, ALL[name]), flush=True)
 
 
 if __name__ == "__main__":

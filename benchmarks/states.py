@@ -1,0 +1,98 @@
+"""python -m benchmarks states: steps with states in 8 bits beside those in float32: time and memory.
+
+One model of 100M parameters; both optimizers in each round, the same gradients; on one thread and on all.
+"""
+
+import argparse
+import functools
+import gc
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import fastclip
+
+from .core import memory, record, rows, timing
+from .core.models import MODELS, count
+from .report import states as report
+
+MODEL = "dense-100m"
+RULES = {
+    "SGD, momentum 0.9": (fastclip.SGD, {"lr": 1e-3, "momentum": 0.9}),
+    "AdamW": (fastclip.AdamW, {"lr": 1e-3}),
+    "Lion": (fastclip.Lion, {"lr": 1e-4}),
+}
+CLIPS = {"none": {}, "norm 1": {"max_norm": 1.0}}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+BYTES = 4 + 4 + 3 * 8  # of a parameter: it, its gradient, states in both ways and what an update stages
+
+
+def main(arguments=None):
+    """Returns the exit code: 2 where memory is short."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parse(arguments)
+    need, free = 2 * BYTES * count(MODELS[options.model]), memory.available()
+    if free is not None and free < need:
+        print(f"Nothing was measured: {memory.gib(need)} of memory needed, {memory.gib(free)} free.", file=sys.stderr)
+        return 2
+    found = record.describe(arguments, "python -m benchmarks states") | {"kind": "states", "model": options.model}
+    found["cases"] = []
+    cases = [(dtype, rule, clip) for dtype in DTYPES for rule in RULES for clip in CLIPS]
+    for case in tqdm(cases, unit="case"):
+        found["cases"] += timed_rows(options, *case)
+    print(report.markdown(found))
+    options.out.mkdir(parents=True, exist_ok=True)
+    record.write(found, options.out / "states.json")
+    print(f"\nWritten: {options.out / 'states.json'}")
+    return 0
+
+
+def parse(arguments):
+    parser = argparse.ArgumentParser(prog="python -m benchmarks states", description=__doc__.split(": ", 1)[1])
+    parser.add_argument("--model", choices=MODELS, default=MODEL, metavar="MODEL", help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=8, help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="default: %(default)s")
+    return parser.parse_args(arguments)
+
+
+def timed_rows(options, dtype, rule, clip):
+    """Returns a row for each number of threads."""
+    gc.collect()
+    cls, settings = RULES[rule]
+    optimizers = {}
+    for bits in (32, 8):
+        torch.manual_seed(0)
+        params = [torch.randn(shape, dtype=DTYPES[dtype]).requires_grad_() for shape in MODELS[options.model]]
+        for p in params:
+            p.grad = torch.randn(p.shape, dtype=p.dtype) * 1e-2
+        optimizers[bits] = cls(params, **settings, **CLIPS[clip], state_bits=bits)
+        optimizers[bits].step()
+    numel = count(MODELS[options.model])
+    state_bytes = {bits: bytes_of_states(optimizer) / numel for bits, optimizer in optimizers.items()}
+    found = []
+    for threads in sorted({1, torch.get_num_threads()}):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        timers = {bits: timing.Timer(functools.partial(each.step), steps=1) for bits, each in optimizers.items()}
+        samples = timing.rounds(timers, options.rounds)
+        torch.set_num_threads(before)
+        found.append(
+            {
+                "dtype": dtype,
+                "rule": rule,
+                "clip": clip,
+                "threads": threads,
+                "bytes_per_parameter": {str(bits): rows.digits(each) for bits, each in state_bytes.items()},
+                "ms_per_step": {
+                    str(bits): rows.described([1e3 * seconds for seconds in each]) for bits, each in samples.items()
+                },
+                "of_float32": rows.described(timing.ratios(samples[8], samples[32])),
+            }
+        )
+    return found
+
+
+def bytes_of_states(optimizer):
+    return sum(value.nbytes for state in optimizer.state.values() for value in state.values())
