@@ -214,6 +214,8 @@ struct ThreadPool {
 FASTCLIP_API void run(const Step& step, const ThreadPool& pool);
 // Adds up what a step has left in Step::measures, for each of its tensors.
 FASTCLIP_API std::vector<Measure> measures_by_tensor(const Step& step);
+// Whether a step takes tensors whose states are in 8 bits. measures_more: of the parameters, or of what is added.
+FASTCLIP_API bool takes_codes(const Step& step, bool measures_more);
 FASTCLIP_API const char* capability();  // the instruction set that runs: "AVX512", "AVX2", "baseline" or "NEON"
 
 }  // namespace cpu
@@ -241,6 +243,9 @@ FASTCLIP_API Needs needs(const Step& step);
 
 // Adds up what a step has left in Step::measures, of which `measures` is a copy on the host, for each of its tensors.
 FASTCLIP_API std::vector<Measure> measures_by_tensor(const Step& step, const double* measures);
+
+// As cpu::takes_codes. A GPU has kernels for the most common steps.
+FASTCLIP_API bool takes_codes(const Step& step, bool measures_more);
 
 // Returns whether a CUDA graph captures the stream.
 FASTCLIP_API bool is_capturing(void* stream);

@@ -180,9 +180,11 @@ def no_kernels_for_number(what, number, param):
 
 
 def no_kernels_for_codes(what, tensor, param):
-    return (
-        f"{what} is kept as {tensor.dtype} on {tensor.device}, beside a parameter or states of a kind without kernels"
-    )
+    return f"{what} is {tensor.dtype} on {tensor.device}: the kernels take a parameter's states all in 8 bits, or none"
+
+
+def no_kernels_for_these_codes():
+    return "states in 8 bits have no GPU kernels beside float64, amsgrad, or limits on what a step adds"
 
 
 def no_kernels_for_lr(lr):

@@ -96,6 +96,8 @@ std::vector<Measure> measures_by_tensor(const Step& step) {
   return sums;
 }
 
+bool takes_codes(const Step&, bool) { return true; }
+
 const char* capability() { return instruction_set().name; }
 
 }  // namespace fastclip::cpu

@@ -1,6 +1,7 @@
 // The CUDA kernel: measures (if there is a norm), waits for the whole grid, updates.
 #pragma once
 
+#include "codes.cuh"
 #include "decision.cuh"
 #include "mixed.cuh"
 #include "segments.cuh"
@@ -344,7 +345,7 @@ __device__ __noinline__ void measure_all_params(const Arguments<kTableBytes>& ar
         [&](uint32_t tile, const Hyper&, const Entry<K, kDTypes>& entry, int64_t begin, int size, const uint4*) {
           if (entry.param_is_measured) return;
           bool mixed = false;
-          if constexpr (kMixed<K, kDTypes>) mixed = kDTypes == DTypes::mixed || !entry.uniform;
+          if constexpr (kMixed<K, kDTypes>) mixed = takes_mixtures_alone(kDTypes) || !entry.uniform;
           with_dtype<kDTypes>(entry.dtype, [&](auto stored) {
             using Stored = decltype(stored);
             constexpr int kFull = kPackBytes / sizeof(Stored);
@@ -375,13 +376,19 @@ __device__ __forceinline__ void update_any_tile(const Header& header, const Hype
     }
     return;
   }
+  if constexpr (kDTypes == DTypes::codes) {
+    if (entry.scales[0]) {
+      note(float{}, update_codes_tile<K>(header, hyper, entry, begin, size, factors, slot));
+      return;
+    }
+  }
   if constexpr (kMixed<K, kDTypes>) {
-    if (kDTypes == DTypes::mixed || !entry.uniform) {
+    if (takes_mixtures_alone(kDTypes) || !entry.uniform) {
       note(float{}, update_mixed_tile<K>(header, hyper, entry, begin, size, factors, slot));
       return;
     }
   }
-  if constexpr (kDTypes != DTypes::mixed) {
+  if constexpr (!takes_mixtures_alone(kDTypes)) {
     with_dtype<kDTypes>(entry.dtype, [&](auto stored) {
       note(stored, update_tile<K, decltype(stored)>(header, hyper, entry, begin, size, factors, slot));
     });

@@ -24,7 +24,7 @@ bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointe
 // Returns the number of elements before all arrays of a tensor are aligned. 0 if they are, or cannot be at the same
 // element.
 int64_t unaligned_head(const TensorEntry& tensor) {
-  if (has_several_dtypes(tensor)) return 0;
+  if (tensor.scales || has_several_dtypes(tensor)) return 0;
   const auto behind = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kPackBytes; };
   const uintptr_t grad = behind(tensor.grad ? tensor.grad : tensor.param);
   if (grad == 0 || grad % item_size(tensor.dtype) != 0) return 0;
@@ -71,6 +71,9 @@ void write_entry(const TensorEntry& tensor, int64_t begin, int64_t numel, uint32
     entry.states[s] = at(tensor.states[s], tensor.state_dtypes[s]);
     entry.aligned = entry.aligned && is_aligned(entry.states[s]);
   }
+  if constexpr (kDTypes == DTypes::codes) {
+    for (int s = 0; s < K::kStates; ++s) entry.scales[s] = tensor.scales ? tensor.scales->of[s] : nullptr;
+  }
   if constexpr (kCounts<K, kDTypes>) entry.step = tensor.step;
   if constexpr (K::Rule::kScalar.name != nullptr) entry.scalar = tensor.scalar;
   if constexpr (kMixed<K, kDTypes>) {
@@ -98,6 +101,7 @@ int states_of(const Step& step) {
 
 // Chooses the kernel among those of a rule. Rarer rules have one for all dtypes.
 DTypes dtypes_of(const Step& step) {
+  if (!step.scales.empty()) return DTypes::codes;
   if (!Rules::visit(step.rule, [](auto tag) { return decltype(tag)::Rule::kIsCommon; })) return DTypes::any;
   const DType first = step.tensors.empty() ? DType::float32 : step.tensors.front().dtype;
   bool one = true, uniform = true, float64 = false;
@@ -112,12 +116,29 @@ DTypes dtypes_of(const Step& step) {
   return DTypes::any;
 }
 
+// Returns the number of state arrays of the one kernel of a rule that takes states in 8 bits: its smallest with states.
+template <class R>
+constexpr int states_in_codes() {
+  for (const int states : R::kKernels) {
+    if (states > 0) return states;
+  }
+  return 0;
+}
+template <class K>
+constexpr bool has_codes() {
+  return K::Rule::kQuantizesStates && K::kBeside == Beside::nothing &&
+         K::kStates == states_in_codes<typename K::Rule>();
+}
+
 template <DTypes kDTypes>
 using DTypesTag = std::integral_constant<DTypes, kDTypes>;
 
 // Calls body(kernel, dtypes), with both as types.
 template <class K, class Body>
 auto with_dtypes(DTypes dtypes, const Body& body) {
+  if constexpr (has_codes<K>()) {
+    if (dtypes == DTypes::codes) return body(K{}, DTypesTag<DTypes::codes>{});
+  }
   if constexpr (K::Rule::kIsCommon) {
     if (dtypes == DTypes::float32) return body(K{}, DTypesTag<DTypes::float32>{});
     if (dtypes == DTypes::bfloat16) return body(K{}, DTypesTag<DTypes::bfloat16>{});
@@ -523,6 +544,13 @@ std::vector<Measure> measures_by_tensor(const Step& step, const double* measures
     }
   });
   return sums;
+}
+
+bool takes_codes(const Step& step, bool measures_more) {
+  const auto is_float64 = [](const TensorEntry& tensor) { return tensor.dtype == DType::float64; };
+  if (measures_more || std::any_of(step.tensors.begin(), step.tensors.end(), is_float64)) return false;
+  return Rules::visit(step.rule,
+                      [&](auto tag) { return states_of(step) <= states_in_codes<typename decltype(tag)::Rule>(); });
 }
 
 bool is_capturing(void* stream) {

@@ -72,11 +72,13 @@ struct Kernel {
 };
 
 // The dtypes that a kernel knows. float32 and bfloat16 are the dtypes that models are trained in. `mixed` is a mixture
-// of 16 bits and float32 within a tensor. `any` is everything else; it needs more registers, and all lanes of a warp
-// take the same branch. Rare rules have only `any`, and so has what measures tensors.
-enum class DTypes { float32, bfloat16, mixed, any };
+// of 16 bits and float32 within a tensor; `codes` is that, with states in 8 bits. `any` is everything else; it needs
+// more registers, and all lanes of a warp take the same branch. Rare rules have only `any`, and so has what measures
+// tensors.
+enum class DTypes { float32, bfloat16, mixed, codes, any };
+constexpr bool takes_mixtures_alone(DTypes dtypes) { return dtypes == DTypes::mixed || dtypes == DTypes::codes; }
 template <class K, DTypes kDTypes>
-constexpr bool kMixed = !K::Rule::kClipsInPlace && (kDTypes == DTypes::mixed || kDTypes == DTypes::any);
+constexpr bool kMixed = !K::Rule::kClipsInPlace && (takes_mixtures_alone(kDTypes) || kDTypes == DTypes::any);
 template <class K, DTypes kDTypes>
 constexpr bool kCounts = K::Rule::kCountsSteps || kMixed<K, kDTypes>;
 
@@ -115,11 +117,19 @@ struct MixedPart {
 template <int kRoom>
 struct MixedPart<false, kRoom> {};
 
+template <bool kCodes, int kRoom>
+struct ScalesPart {
+  float* scales[kRoom];  // nullptr where the states are numbers
+};
+template <int kRoom>
+struct ScalesPart<false, kRoom> {};
+
 template <class K, DTypes kDTypes>
 struct Entry : EntryHead,
                StatesPart<K::kRoom>,
                CountPart<kCounts<K, kDTypes>>,
                ScalarPart<K::Rule::kScalar.name != nullptr>,
+               ScalesPart<kDTypes == DTypes::codes, K::kRoom>,
                MixedPart<kMixed<K, kDTypes>, K::kRoom> {};
 
 template <class K, DTypes kDTypes>

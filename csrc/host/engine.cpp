@@ -101,6 +101,11 @@ std::optional<NotCovered> Engine::step(PyObject* groups, PyObject* state, PyObje
     if (walk_.shards().beyond()) walk_.not_covered(Reason("no_kernels_over_ranks"));
     if (walk_.devices() > 1) walk_.not_covered(Reason("no_kernels_over_devices"));
   }
+  const bool measures_more =
+      norm_clip.is_local() || norm_clip.limits.counts_params() || norm_clip.limits.measures_change;
+  for (const Part& part : walk_.parts()) {
+    if (!part.takes_codes(measures_more)) walk_.not_covered(Reason("no_kernels_for_these_codes"));
+  }
   if (walk_.shards().beyond() && norm_clip.measures()) walk_.await_others();
   // Empty tensors share no memory.
   if (!walk_.reason() && (walk_.shares_memory() || states.makes_twice())) walk_.not_covered(Reason("shared_memory"));

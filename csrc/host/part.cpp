@@ -245,6 +245,14 @@ bool Part::is_capturing() const {
   return false;
 }
 
+bool Part::takes_codes(bool measures_more) const {
+  if (step.scales.empty()) return true;
+#if defined(FASTCLIP_CUDA)
+  if (device.is_cuda()) return cuda::takes_codes(step, measures_more);
+#endif
+  return cpu::takes_codes(step, measures_more);
+}
+
 void Part::raise_capturing() const {
   raise(PyExc_RuntimeError, "fastclip on ", device.str(),
         ": take a step before a CUDA graph captures one, so that what it leaves ",

@@ -61,6 +61,8 @@ class Part {
   at::Tensor segments() const;       // SegmentOutcomes, as float64, one row per segment
   // The number of each of its segments among all, int64, on its device.
   at::Tensor segment_numbers();
+  // Whether its kernels take its tensors whose states are in 8 bits, if there are some; see step.h.
+  bool takes_codes(bool measures_more) const;
   // The measure of each tensor's gradient, or all NaN where AMP skipped the step. Waits for the device.
   std::vector<Measure> measures_by_tensor() const;
 

@@ -326,7 +326,7 @@ bool Walk::covers_codes(const StateNames& names, int s, const ParamStates& state
                         const Place& place) {
   const at::Tensor& codes = *states.arrays[s];
   const bool takes = fastclip::covers_codes(codes, *states.scales[s], names, s, param, place);
-  if (takes && param.is_cpu() && param.scalar_type() != at::kDouble) return true;
+  if (takes && param.scalar_type() != at::kDouble) return true;
   not_covered({"no_kernels_for_codes", place, names.codes[s]->text, {codes, param}});
   return false;
 }

@@ -14,7 +14,7 @@ def emulated(tmp_path_factory):
     return folder, build.package(folder)
 
 
-STEP_TESTS = ["step/test_step", "step/test_norm", "step/test_adam", "step/test_precision"]
+STEP_TESTS = ["step/test_step", "step/test_norm", "step/test_adam", "step/test_precision", "step/test_quantized"]
 TWO_LAUNCHES = ["step/test_norm", "step/test_skip_nonfinite", "step/test_scaled_adam", "cuda/on_cpu/two_launches"]
 RANDOM = [*STEP_TESTS, "step/test_scaled_adam", "step/test_lamb"]
 ALL_TESTS = [
@@ -44,9 +44,12 @@ ALL_TESTS = [
     "drop_in/test_amp",
 ]
 # A model that learns for a quarter of a minute shows nothing about kernels that one step does not.
+# No GPU kernel has states in 8 bits beside these, and a step in plain torch has other square roots than the reference.
 # A child that is forked in the middle of a step waits for the emulated device's lock.
 NOT_EMULATED = [
     "--deselect=tests/concurrency/test_processes.py::test_data_loader_workers_beside_steps",
+    "--deselect=tests/step/test_quantized.py::test_same_bits_with_amsgrad",
+    "--deselect=tests/step/test_quantized.py::test_clips_see_the_same_numbers_as_in_the_reference",
     "--deselect=tests/step/test_precision.py::test_a_model_in_bfloat16_learns_as_in_float32_but_with_plain_rounding",
 ]
 

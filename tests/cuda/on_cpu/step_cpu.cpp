@@ -47,6 +47,8 @@ std::vector<Measure> measures_by_tensor(const Step& step) {
   return sums;
 }
 
+bool takes_codes(const Step& step, bool measures_more) { return cuda::takes_codes(step, measures_more); }
+
 void run(const Step& step, const ThreadPool&) {
   static std::mutex one_at_a_time;  // the emulated device knows one thread of the host
   const std::lock_guard<std::mutex> lock(one_at_a_time);
