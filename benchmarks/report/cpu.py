@@ -3,10 +3,7 @@
 from .formats import columns, commit, deviations, duration, models, percent, rounded, rule, spread, table, times
 
 HEADER = ["µs per step", "vs loop", "vs best of torch"]
-WHAT = {
-    "of the limit": "Limit: the time that memory takes for the same arrays and nothing else, in the same round.",
-    "of the floor": "Floor: the bytes that a step has to move, at the speed of torch's `add_` in the same round.",
-}
+LIMIT = "Limit: the time that memory takes for the same arrays and nothing else, in the same round."
 PANELS = {"vs_loop": "over the Python loop", "vs_best_of_torch": "over the best of torch"}
 
 # The rows of the README's table: model, its title, rule, clip, and what the rule and the clip are called.
@@ -20,7 +17,7 @@ SPEED = [
 
 def markdown(results):
     """One line on the circumstances, one on the models, then a table for each number of threads."""
-    header = ["model", "clip", kind_of_rule(results), *HEADER, of_what(results)]
+    header = ["model", "clip", kind_of_rule(results), *HEADER, "of the limit"]
     parts = [circumstances(results), models(results)]
     for threads in sorted({row["threads"] for row in results["cases"]}):
         rows = [table_row(row) for row in results["cases"] if row["threads"] == threads]
@@ -79,12 +76,7 @@ def size(results, model):
 
 
 def circumstances(results):
-    return f"{machine(results)} Medians (10th–90th percentile of the rounds). {WHAT[of_what(results)]}"
-
-
-def of_what(results):
-    """Returns the title of the last column: older results have a floor."""
-    return "of the floor" if any("of_floor" in row for row in results["cases"]) else "of the limit"
+    return f"{machine(results)} Medians (10th–90th percentile of the rounds). {LIMIT}"
 
 
 def machine(results):
@@ -97,7 +89,7 @@ def machine(results):
 
 
 def table_row(row):
-    share = row.get("of_limit") or row.get("of_floor")
+    share = row.get("of_limit")
     return [
         row["model"],
         f"{row['clip']} {row['limit']:g}",
@@ -112,7 +104,7 @@ def table_row(row):
 def console(results):
     """Returns all contenders' times in µs per step, for a terminal."""
     titles = ["model", "clip", "rule", "thr.", "loop", "foreach", "fused", "fastclip µs", "vs loop", "vs best of torch"]
-    lines = [titles + ["host µs", "ns/tensor", "limit GB/s", of_what(results)]]
+    lines = [titles + ["host µs", "ns/tensor", "limit GB/s", "of the limit"]]
     for row in results["cases"]:
         own = table_row(row)
         timed = row["us_per_step"]

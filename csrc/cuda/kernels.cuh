@@ -345,7 +345,7 @@ __device__ __noinline__ void measure_all_params(const Arguments<kTableBytes>& ar
         [&](uint32_t tile, const Hyper&, const Entry<K, kDTypes>& entry, int64_t begin, int size, const uint4*) {
           if (entry.param_is_measured) return;
           bool mixed = false;
-          if constexpr (kMixed<K, kDTypes>) mixed = takes_mixtures_alone(kDTypes) || !entry.uniform;
+          if constexpr (kMixed<K, kDTypes>) mixed = kMixturesAlone<kDTypes> || !entry.uniform;
           with_dtype<kDTypes>(entry.dtype, [&](auto stored) {
             using Stored = decltype(stored);
             constexpr int kFull = kPackBytes / sizeof(Stored);
@@ -383,12 +383,12 @@ __device__ __forceinline__ void update_any_tile(const Header& header, const Hype
     }
   }
   if constexpr (kMixed<K, kDTypes>) {
-    if (takes_mixtures_alone(kDTypes) || !entry.uniform) {
+    if (kMixturesAlone<kDTypes> || !entry.uniform) {
       note(float{}, update_mixed_tile<K>(header, hyper, entry, begin, size, factors, slot));
       return;
     }
   }
-  if constexpr (!takes_mixtures_alone(kDTypes)) {
+  if constexpr (!kMixturesAlone<kDTypes>) {
     with_dtype<kDTypes>(entry.dtype, [&](auto stored) {
       note(stored, update_tile<K, decltype(stored)>(header, hyper, entry, begin, size, factors, slot));
     });

@@ -76,9 +76,10 @@ struct Kernel {
 // more registers, and all lanes of a warp take the same branch. Rare rules have only `any`, and so has what measures
 // tensors.
 enum class DTypes { float32, bfloat16, mixed, codes, any };
-constexpr bool takes_mixtures_alone(DTypes dtypes) { return dtypes == DTypes::mixed || dtypes == DTypes::codes; }
+template <DTypes kDTypes>
+constexpr bool kMixturesAlone = kDTypes == DTypes::mixed || kDTypes == DTypes::codes;
 template <class K, DTypes kDTypes>
-constexpr bool kMixed = !K::Rule::kClipsInPlace && (takes_mixtures_alone(kDTypes) || kDTypes == DTypes::any);
+constexpr bool kMixed = !K::Rule::kClipsInPlace && (kMixturesAlone<kDTypes> || kDTypes == DTypes::any);
 template <class K, DTypes kDTypes>
 constexpr bool kCounts = K::Rule::kCountsSteps || kMixed<K, kDTypes>;
 

@@ -17,7 +17,7 @@ namespace fastclip {
 
 constexpr int64_t kStateBlock = 256;       // elements with a scale of their own
 constexpr int64_t kLeastQuantized = 4096;  // elements of a tensor: below, little is saved
-constexpr int64_t blocks_of(int64_t numel) { return (numel + kStateBlock - 1) / kStateBlock; }
+FASTCLIP_HD constexpr int64_t blocks_of(int64_t numel) { return (numel + kStateBlock - 1) / kStateBlock; }
 
 // The map of numbers with a sign, which has 127 cells on either side of 0; or without, which has 254 that are half as
 // wide. Levels are 0, and then the decades.
@@ -27,39 +27,39 @@ struct DynamicMap {
   static constexpr uint8_t kZero = kSigned ? 127 : 0;  // its code
 
   // The lower end of a level's decade.
-  static constexpr double bottom(int level) {
+  FASTCLIP_HD static constexpr double bottom(int level) {
     double bottom = 0.1;
     for (int i = level; i < kLevels - 1; ++i) bottom /= 10;
     return bottom;
   }
   // The width of a place; cells without a sign have half a place.
-  static constexpr double width(int level) { return 9 * bottom(level) / (1 << (level - 1)); }
-  static constexpr double first_place(int level) { return 1 << (level - 1); }
+  FASTCLIP_HD static constexpr double width(int level) { return 9 * bottom(level) / (1 << (level - 1)); }
+  FASTCLIP_HD static constexpr double first_place(int level) { return 1 << (level - 1); }
 
   // The smallest number of a level: it is nearer to this level's first cell than to the last one below. Without a sign,
   // what is not 0 does not become 0: an update is divided by its root.
-  static constexpr float smallest(int level) {
+  FASTCLIP_HD static constexpr float smallest(int level) {
     if (level == 1) return static_cast<float>(kSigned ? (bottom(1) + width(1) / 2) / 2 : 0x1p-126);
     return static_cast<float>(bottom(level) + width(level - 1) / (kSigned ? 1 : 2));
   }
   // The line from numbers to places, and its end.
-  static constexpr float slope(int level) {
+  FASTCLIP_HD static constexpr float slope(int level) {
     if (level == 0) return 0;
     if (level == 1 && !kSigned) return static_cast<float>(0.5 / (bottom(1) + width(1) / 2));  // from 0 on
     return static_cast<float>(1 / width(level));
   }
-  static constexpr float begin(int level) {
+  FASTCLIP_HD static constexpr float begin(int level) {
     if (level == 0) return 0.5f;
     if (level == 1 && !kSigned) return 1;
     return static_cast<float>(first_place(level) - bottom(level) / width(level));
   }
-  static constexpr float end(int level) { return static_cast<float>(1 << level) * (1 - 0x1p-24f); }
+  FASTCLIP_HD static constexpr float end(int level) { return static_cast<float>(1 << level) * (1 - 0x1p-24f); }
   // The smallest number that is nearer to 1 than to the last cell.
   static constexpr float kNearerToOne = static_cast<float>(1 - width(kLevels - 1) / (kSigned ? 4 : 8));
 
   // The line from the middle of a cell, as a place, back to its number.
-  static constexpr float step(int level) { return static_cast<float>(width(level)); }
-  static constexpr float origin(int level) {
+  FASTCLIP_HD static constexpr float step(int level) { return static_cast<float>(width(level)); }
+  FASTCLIP_HD static constexpr float origin(int level) {
     return static_cast<float>(bottom(level) - first_place(level) * width(level));
   }
 };

@@ -248,6 +248,7 @@ DTYPE = r"(?:NS\d*_\d)?(BFloat16|Float16|f|d)(?:E|NS)"
 KERNEL = re.compile(rf"step_kernelI\w*?{VARIANT}\w*?DTypesE(\d)ELi(\d+)E")
 UPDATE_TILE = re.compile(rf"\$.*\$_.*update_tileI\w*?{VARIANT}{DTYPE}")
 MEASURE_TILE = re.compile(rf"\$.*\$_.*measure_tileI.*?NormE(\d)E{DTYPE}")
+CODES_TILE = re.compile(rf"\$.*\$_.*update_codes_tileI\w*?{VARIANT}")
 MIXED_TILE = re.compile(rf"\$.*\$_.*update_mixed_tileI\w*?{VARIANT}")
 LABEL = re.compile(r"^([.$\w]+):$")
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
@@ -265,6 +266,8 @@ def variant_of(match):
 def tile_of(symbol):
     if m := MIXED_TILE.search(symbol):
         return Tile("update", variant_of(m), "mixed")
+    if m := CODES_TILE.search(symbol):
+        return Tile("update", variant_of(m), "codes")
     if m := UPDATE_TILE.search(symbol):
         return Tile("update", variant_of(m), DTYPES[m[4]])
     m = MEASURE_TILE.search(symbol)

@@ -193,7 +193,10 @@ def test_registers_leave_room_for_blocks(architecture):
     # float32 and bfloat16 with both sizes of the table; gradients to be clipped are no mixture.
     # Those that limit the change have the large one only.
     limiting = [variant for variant in COMMON if variant.endswith(sass.LIMITING)]
-    assert len(usage) == len(COMMON) * 2 * 2 - len(limiting) * 2 + (len(COMMON) - 1) * 2 + 1 + len(RARE + OF_TENSORS)
+    in_8_bits = [kernel for kernel in usage if kernel.dtypes == "codes"]
+    assert sorted(kernel.variant for kernel in in_8_bits) == ["Adam 2", "Lion 1", "SGD 1"]
+    others = len(usage) - len(in_8_bits)
+    assert others == len(COMMON) * 2 * 2 - len(limiting) * 2 + (len(COMMON) - 1) * 2 + 1 + len(RARE + OF_TENSORS)
     for kernel, used in usage.items():
         blocks = sass.blocks_per_multiprocessor(used["REG"])
         assert blocks >= (1 if kernel.dtypes == "any" else 2), f"{kernel}: {used['REG']} registers"
@@ -207,10 +210,12 @@ def test_tiles_are_functions_of_their_own(architecture):
     for kernel in sass.usage_of(sass.compiled(architecture)):
         dtypes = sass.DTYPES.values() if kernel.dtypes == "any" else [kernel.dtypes]
         wanted = {t for t in TILES + rare if t.dtype in dtypes and t.variant in (kernel.variant, *NORMS)}
-        if kernel.dtypes == "mixed":
+        if kernel.dtypes in ("mixed", "codes"):
             wanted = {t for t in TILES if t.dtype != "float64" and t.variant in NORMS}
         if not is_common(kernel) and not kernel.clips_in_place:
             wanted.add(sass.Tile("update", kernel.variant, "mixed"))
+        if kernel.dtypes == "codes":
+            wanted.add(sass.Tile("update", kernel.variant, "codes"))
         assert {f.tile for f in functions if f.kernel == kernel and f.tile} == wanted
     for f in functions:
         wide = [i for i in f.instructions if re.match(r"(LDG|STG).*\.128", i.opcode)]

@@ -21,6 +21,7 @@ PAGES = [
     "docs/past_norms.md",
     "docs/patch.md",
     "docs/precision.md",
+    "docs/states_in_8_bits.md",
     "docs/step_in_backward.md",
     "docs/trainers.md",
 ]
