@@ -25,8 +25,8 @@ RULES = {
     "Lion": (fastclip.Lion, {"lr": 1e-4}),
 }
 CLIPS = {"none": {}, "norm 1": {"max_norm": 1.0}}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-BYTES = 4 + 4 + 3 * 8  # of a parameter: it, its gradient, states in both ways and what an update stages
+DTYPES = {"float32": (torch.float32, {}), "bfloat16, master weights": (torch.bfloat16, {"master_weights": True})}
+BYTES = 4 + 4 + 4 + 8  # of a parameter: it, its gradient, its master weights, states
 
 
 def main(arguments=None):
@@ -61,13 +61,14 @@ def timed_rows(options, dtype, rule, clip):
     """Returns a row for each number of threads."""
     gc.collect()
     cls, settings = RULES[rule]
+    stored, way = DTYPES[dtype]
     optimizers = {}
     for bits in (32, 8):
         torch.manual_seed(0)
-        params = [torch.randn(shape, dtype=DTYPES[dtype]).requires_grad_() for shape in MODELS[options.model]]
+        params = [torch.randn(shape, dtype=stored).requires_grad_() for shape in MODELS[options.model]]
         for p in params:
             p.grad = torch.randn(p.shape, dtype=p.dtype) * 1e-2
-        optimizers[bits] = cls(params, **settings, **CLIPS[clip], state_bits=bits)
+        optimizers[bits] = cls(params, **settings, **CLIPS[clip], **way, state_bits=bits)
         optimizers[bits].step()
     numel = count(MODELS[options.model])
     state_bytes = {bits: bytes_of_states(optimizer) / numel for bits, optimizer in optimizers.items()}
@@ -95,4 +96,6 @@ def timed_rows(options, dtype, rule, clip):
 
 
 def bytes_of_states(optimizer):
-    return sum(value.nbytes for state in optimizer.state.values() for value in state.values())
+    """Returns the bytes of all states but master weights."""
+    states = (item for state in optimizer.state.values() for item in state.items())
+    return sum(value.nbytes for name, value in states if name != "master_param")
