@@ -7,11 +7,9 @@ digits are those of the clipping study; the larger model, an encoder and a decod
 writes the digits as tokens. Both are too small a task to rank optimizers by: what counts is the difference.
 """
 
-import argparse
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -24,6 +22,7 @@ from benchmarks.report import training as report
 from examples.speech.batches import batches_of_like_length, ctc_loss, error_rate
 from examples.speech.models import SpeechModel
 from examples.support.console import SpeechDataError, progress
+from examples.support.options import make_parser
 
 from .clipping.cell import load_data
 
@@ -115,10 +114,8 @@ def run(name, make, loss_of, measure, optimizers, seeds, steps, batch, load):
 def main(arguments=None):
     """Returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(prog="python -m studies.state_bits", description=__doc__.split("\n\n")[0])
+    parser = make_parser("studies.state_bits", __doc__, out="benchmarks/out")
     parser.add_argument("--quick", action="store_true", help="one seed and a few steps")
-    parser.add_argument("--cache", type=Path, default=None, help="where the digits are kept, as in studies.clipping")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="default: %(default)s")
     options = parser.parse_args(arguments)
     found = record.describe(arguments, "python -m studies.state_bits") | {"kind": "training"}
     began = time.monotonic()
@@ -126,7 +123,7 @@ def main(arguments=None):
 
     def load(seed):
         if seed not in kept:
-            kept[seed] = load_data(None, options.cache, seed, 320)
+            kept[seed] = load_data(options.data, options.cache, seed, 320)
         return kept[seed]
 
     few = options.quick
