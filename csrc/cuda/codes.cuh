@@ -78,7 +78,7 @@ __device__ __noinline__ Updated<K::kBeside> update_codes_tile(const Header& head
 #pragma unroll
     for (int w = 0; w < kWords; ++w) {
       if (!is_inside(w)) continue;
-      g[w] = at(w) < kept ? read<kSize, true>(slot, entry.grad_dtype, at(w))
+      g[w] = at(w) < kept ? read<kSize, From::shared>(slot, entry.grad_dtype, at(w))
                           : read<kSize>(entry.grad, entry.grad_dtype, begin + at(w));
     }
     float states[kRoom][kOfLane];

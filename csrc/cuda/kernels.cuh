@@ -363,6 +363,34 @@ __device__ __noinline__ void measure_all_params(const Arguments<kTableBytes>& ar
   }
 }
 
+// Calls note(whether it is float64, the measure of this lane) for the gradients of a tile.
+template <class K, DTypes kDTypes, class Note>
+__device__ __forceinline__ void measure_any_tile(const Header& header, const Hyper& hyper,
+                                                 const Entry<K, kDTypes>& entry, int64_t begin, int size, uint4* slot,
+                                                 const Note& note) {
+  const bool has_none = K::kHasUnstepped && !entry.grad;
+  const DType dtype = grad_dtype_of(entry);
+  const auto measured_as = [&](auto stored) {
+    using Stored = decltype(stored);
+    if (has_none) return Measure{};
+    return header.norm == Norm::inf ? measure_tile<Norm::inf, Stored>(header, hyper, entry, begin, size, slot)
+                                    : measure_tile<Norm::two, Stored>(header, hyper, entry, begin, size, slot);
+  };
+  if constexpr (kDTypes == DTypes::float32 || kDTypes == DTypes::bfloat16) {
+    with_dtype<kDTypes>(dtype, [&](auto stored) { note(std::false_type{}, measured_as(stored)); });
+    return;
+  }
+  if constexpr (kDTypes == DTypes::any) {
+    if (dtype == DType::float64) return note(std::true_type{}, measured_as(double{}));
+  }
+  Measure sum{};
+  if (!has_none) {
+    sum = header.norm == Norm::inf ? measure_mixed_tile<Norm::inf>(header, hyper, entry, dtype, begin, size, slot)
+                                   : measure_mixed_tile<Norm::two>(header, hyper, entry, dtype, begin, size, slot);
+  }
+  note(std::false_type{}, sum);
+}
+
 // Calls note(value of the stored type, what the update tells) for the update of a tile, or for what it would add.
 template <class K, DTypes kDTypes, class Note>
 __device__ __forceinline__ void update_any_tile(const Header& header, const Hyper& hyper,
@@ -441,26 +469,18 @@ __global__ void __launch_bounds__(kThreads, min_blocks(kDTypes))
     for_each_tile<K, kDTypes>(
         arguments, false, keep,
         [&](uint32_t tile, const Hyper& hyper, const auto& entry, int64_t begin, int size, uint4* slot) {
-          with_dtype<kDTypes>(grad_dtype_of(entry), [&](auto stored) {
-            using Stored = decltype(stored);
-            constexpr bool kFloat64 = sizeof(Stored) == sizeof(double);
-            Measure sum{};
-            if (K::kHasUnstepped && !entry.grad) {
-              // Nothing is added.
-            } else if (header.norm == Norm::inf) {
-              sum = measure_tile<Norm::inf, Stored>(header, hyper, entry, begin, size, slot);
-            } else {
-              sum = measure_tile<Norm::two, Stored>(header, hyper, entry, begin, size, slot);
-            }
-            write_measure<kDTypes, kFloat64>(header, header.norm, header.measures, tile, sum);
-            if constexpr (K::kLimitsChange) {
-              if (!header.change_measures) return;
-              // Without a gradient, a learning rate that is a tensor may be on another device.
-              const double change = entry.grad ? K::Rule::change(hyper.of<typename K::Rule>(), lr_of(hyper)) : 0;
-              write_measure<kDTypes, kFloat64>(header, header.norm, header.change_measures, tile,
-                                               multiplied(header.norm, sum, change));
-            }
-          });
+          measure_any_tile<K, kDTypes>(
+              header, hyper, entry, begin, size, slot, [&](auto is_float64, const Measure& sum) {
+                constexpr bool kFloat64 = decltype(is_float64)::value;
+                write_measure<kDTypes, kFloat64>(header, header.norm, header.measures, tile, sum);
+                if constexpr (K::kLimitsChange) {
+                  if (!header.change_measures) return;
+                  // Without a gradient, a learning rate that is a tensor may be on another device.
+                  const double change = entry.grad ? K::Rule::change(hyper.of<typename K::Rule>(), lr_of(hyper)) : 0;
+                  write_measure<kDTypes, kFloat64>(header, header.norm, header.change_measures, tile,
+                                                   multiplied(header.norm, sum, change));
+                }
+              });
           if (header.segments > 0) note_tile<kDTypes == DTypes::any, K::kLimitsChange>(header, segments, tile);
           if constexpr (K::kMeasuresTensors) __syncwarp();  // the slot is filled
           if constexpr (K::kMeasuresProducts) {

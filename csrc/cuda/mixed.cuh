@@ -10,13 +10,18 @@ namespace {
 // of a warp have the same dtype. A word is unpacked only after the lane has asked for all of its words.
 constexpr int kElements = 4;
 
-// Reads a word of kSize elements: 4, or 1 where memory is not aligned. kShared: from shared memory, where no load with
-// a cache hint finds anything.
-template <int kSize, bool kShared = false>
+// Where a word is: in memory, from which it is read for the last time, or will be read again; or in shared memory,
+// where no load with a cache hint finds anything.
+enum class From { memory, memory_again, shared };
+
+// Reads a word of kSize elements: 4, or 1 where memory is not aligned.
+template <int kSize, From kFrom = From::memory>
 __device__ __forceinline__ uint4 read(const void* array, DType dtype, int64_t i) {
   const auto read_at = [](const auto* from) {
-    if constexpr (kShared) {
+    if constexpr (kFrom == From::shared) {
       return *from;
+    } else if constexpr (kFrom == From::memory_again) {
+      return __ldcg(from);
     } else {
       return __ldcs(from);
     }
@@ -98,6 +103,59 @@ __device__ __forceinline__ uint4 pack(const float (&values)[kElements], DType dt
   return {words[0], words[1], words[2], words[3]};
 }
 
+// Measures this lane's share of a tile, as measure_tile does, with the same words, and so the same bits: one function
+// for the dtypes that are computed in float32. A mixture calls few, and has registers for all of them.
+template <Norm kNorm>
+__device__ __noinline__ Measure measure_mixed_tile(const Header& header, const Hyper& hyper, const EntryHead& entry,
+                                                   DType dtype, int64_t begin, int size, uint4* slot) {
+  using Sum = std::conditional_t<kNorm == Norm::inf, float, double>;
+  constexpr int kAtOnce = kInFlight<1>;
+  const Clip<float> clip = clip_of<float>(hyper, header.asked, {});
+  const bool see_nonfinite = header.skip_nonfinite;
+  const int lane = threadIdx.x % kWarp;
+  double small = 0, big = 0;
+  Sum medium = 0;
+  const auto add = [&](float x) { measure<kNorm, false>(small, medium, big, Sum{clip.measured(x, see_nonfinite)}); };
+  const auto add_four = [&](const uint4& word) {
+    float values[kElements];
+    unpack(word, dtype, values);
+#pragma unroll
+    for (int j = 0; j < kElements; ++j) add(values[j]);
+  };
+  const int per_pack = dtype == DType::float32 ? 4 : 8;
+  const auto* const words =
+      reinterpret_cast<const uint4*>(static_cast<const char*>(entry.grad) + begin * item_size(dtype));
+  const int full = entry.aligned ? size / per_pack : 0;
+#pragma unroll 1
+  for (int first = lane; first < full; first += kAtOnce * kWarp) {
+    uint4 g[kAtOnce];
+    if (slot) {
+      for_words<kAtOnce>(first, full, [&](int k, int i) { g[k] = __ldcs(words + i); });
+      for_words<kAtOnce>(first, full, [&](int k, int i) { slot[i] = g[k]; });
+    } else {
+      for_words<kAtOnce>(first, full, [&](int k, int i) { g[k] = __ldcg(words + i); });
+    }
+    for_words<kAtOnce>(first, full, [&](int k, int) {
+      add_four(g[k]);
+      if (dtype != DType::float32) add_four({g[k].z, g[k].w, 0, 0});
+    });
+  }
+  const int rest = size - full * per_pack;
+#pragma unroll 1
+  for (int first = lane; first < rest; first += kAtOnce * kWarp) {
+    uint4 g[kAtOnce];
+    for_words<kAtOnce>(first, rest, [&](int k, int i) {
+      g[k] = read<1, From::memory_again>(entry.grad, dtype, begin + full * per_pack + i);
+    });
+    for_words<kAtOnce>(first, rest, [&](int k, int) {
+      float values[kElements];
+      unpack(g[k], dtype, values);
+      add(values[0]);
+    });
+  }
+  return {small, static_cast<double>(medium), big};
+}
+
 // Measures the products of a tile's parameters and gradients, in double: those of float32 are exact.
 template <class OneEntry>
 __device__ __noinline__ Products measure_products(const Header& header, const Hyper& hyper, const OneEntry& entry,
@@ -130,7 +188,7 @@ __device__ __noinline__ Products measure_products(const Header& header, const Hy
   } else {
     measure(clip_of<float>(hyper, header.asked, {}), [](auto shared, const void* array, DType dtype, int64_t i) {
       float values[kElements];
-      unpack(read<1, decltype(shared)::value>(array, dtype, i), dtype, values);
+      unpack(read<1, decltype(shared)::value ? From::shared : From::memory>(array, dtype, i), dtype, values);
       return values[0];
     });
   }
@@ -184,7 +242,7 @@ __device__ __noinline__ Updated<K::kBeside> update_mixed_tile(const Header& head
       }
       if (!K::kMeasuresDelta || entry.grad) {  // if not, its parameters alone are measured
         for_words<kAtOnce>(first, count, [&](int k, int i) {
-          g[k] = at(i) - begin < kept ? read<kSize, true>(slot, entry.grad_dtype, at(i) - begin)
+          g[k] = at(i) - begin < kept ? read<kSize, From::shared>(slot, entry.grad_dtype, at(i) - begin)
                                       : read<kSize>(entry.grad, entry.grad_dtype, at(i));
         });
       }

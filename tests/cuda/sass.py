@@ -249,6 +249,7 @@ KERNEL = re.compile(rf"step_kernelI\w*?{VARIANT}\w*?DTypesE(\d)ELi(\d+)E")
 UPDATE_TILE = re.compile(rf"\$.*\$_.*update_tileI\w*?{VARIANT}{DTYPE}")
 MEASURE_TILE = re.compile(rf"\$.*\$_.*measure_tileI.*?NormE(\d)E{DTYPE}")
 CODES_TILE = re.compile(rf"\$.*\$_.*update_codes_tileI\w*?{VARIANT}")
+MEASURE_MIXED_TILE = re.compile(r"\$.*\$_.*measure_mixed_tileI.*?NormE(\d)E")
 MIXED_TILE = re.compile(rf"\$.*\$_.*update_mixed_tileI\w*?{VARIANT}")
 LABEL = re.compile(r"^([.$\w]+):$")
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
@@ -270,6 +271,8 @@ def tile_of(symbol):
         return Tile("update", variant_of(m), "codes")
     if m := UPDATE_TILE.search(symbol):
         return Tile("update", variant_of(m), DTYPES[m[4]])
+    if m := MEASURE_MIXED_TILE.search(symbol):
+        return Tile("measure", enumerators("Norm")[int(m[1])], "mixed")
     m = MEASURE_TILE.search(symbol)
     return Tile("measure", enumerators("Norm")[int(m[1])], DTYPES[m[2]]) if m else None
 
