@@ -29,7 +29,7 @@ from .clipping.cell import load_data
 OPTIMIZERS = {
     "SGD, momentum 0.9": (fastclip.SGD, {"lr": 0.1, "momentum": 0.9, "max_norm": 1.0}),
     "AdamW": (fastclip.AdamW, {"lr": 3e-3, "max_norm": 1.0}),
-    "Lion": (fastclip.Lion, {"lr": 3e-4, "max_norm": 1.0}),
+    "Lion": (fastclip.Lion, {"lr": 1e-3, "max_norm": 1.0}),
 }
 OF_WHISPER = {"AdamW": (fastclip.AdamW, {"lr": 3e-4, "max_norm": 1.0})}
 LAST = 20  # steps whose mean loss is looked at
