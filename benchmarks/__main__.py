@@ -8,6 +8,7 @@ import sys
 COMMANDS = {
     "cpu": (".cpu", "time a step against the Python loop and the best of torch"),
     "gpu": (".gpu", "the same on a GPU, by events and CUDA graphs"),
+    "hot": (".hot", "time what a norm would save that is taken in the backward pass"),
     "states": (".states", "time steps with states in 8 bits beside those in float32, and count their bytes"),
     "peers": (".peers", "time a step with and without a clip beside DeepSpeed, torch-optimi and others"),
     "host": (".host", "time what a step costs per tensor, for 100 to 100,000 tensors"),

@@ -14,11 +14,12 @@ def emulated(tmp_path_factory):
     return folder, build.package(folder)
 
 
-STEP_TESTS = ["step/test_step", "step/test_norm", "step/test_adam", "step/test_precision", "step/test_quantized"]
+STEP_TESTS = ["step/test_step", "step/test_norm", "step/test_adam", "step/test_precision"]
 TWO_LAUNCHES = ["step/test_norm", "step/test_skip_nonfinite", "step/test_scaled_adam", "cuda/on_cpu/two_launches"]
 RANDOM = [*STEP_TESTS, "step/test_scaled_adam", "step/test_lamb"]
 ALL_TESTS = [
     *STEP_TESTS,
+    "step/test_quantized",
     "step/test_clip_grad",
     "step/test_skip_nonfinite",
     "step/test_deferred",
@@ -58,7 +59,7 @@ NOT_EMULATED = [
     ("schedule", "cooperative", "files"),
     [
         pytest.param("in order", 1, ALL_TESTS, id="in order"),
-        pytest.param("reversed", 1, [*STEP_TESTS, "step/test_deltas"], id="reversed", marks=pytest.mark.thorough),
+        pytest.param("reversed", 1, [*STEP_TESTS, "step/test_deltas", "step/test_quantized"], id="reversed", marks=pytest.mark.thorough),
         pytest.param("random", 1, RANDOM, id="random"),
         pytest.param("reversed", 0, TWO_LAUNCHES, id="two launches"),
     ],
