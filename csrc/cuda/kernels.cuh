@@ -345,7 +345,7 @@ __device__ __noinline__ void measure_all_params(const Arguments<kTableBytes>& ar
         [&](uint32_t tile, const Hyper&, const Entry<K, kDTypes>& entry, int64_t begin, int size, const uint4*) {
           if (entry.param_is_measured) return;
           bool mixed = false;
-          if constexpr (kMixed<K, kDTypes>) mixed = kMixturesAlone<kDTypes> || !entry.uniform;
+          if constexpr (kMixed<K, kDTypes>) mixed = kOnlyMixtures<K, kDTypes> || !entry.uniform;
           with_dtype<kDTypes>(entry.dtype, [&](auto stored) {
             using Stored = decltype(stored);
             constexpr int kFull = kPackBytes / sizeof(Stored);
@@ -396,27 +396,23 @@ template <class K, DTypes kDTypes, class Note>
 __device__ __forceinline__ void update_any_tile(const Header& header, const Hyper& hyper,
                                                 const Entry<K, kDTypes>& entry, int64_t begin, int size,
                                                 const FactorsOf<K>& factors, const uint4* slot, const Note& note) {
-  if constexpr (K::kMeasuresTensors) {  // code for each dtype would make such kernels large
-    if (entry.dtype == DType::float64) {
-      note(double{}, update_tile<K, double>(header, hyper, entry, begin, size, factors, slot));
-    } else {
-      note(float{}, update_mixed_tile<K>(header, hyper, entry, begin, size, factors, slot));
-    }
-    return;
-  }
+  const auto update_mixed = [&](auto computed) {  // not all kernels have it
+    note(computed, update_mixed_tile<K>(header, hyper, entry, begin, size, factors, slot));
+  };
   if constexpr (kDTypes == DTypes::codes) {
     if (entry.scales[0]) {
-      note(float{}, update_codes_tile<K>(header, hyper, entry, begin, size, factors, slot));
-      return;
+      return note(float{}, update_codes_tile<K>(header, hyper, entry, begin, size, factors, slot));
     }
   }
-  if constexpr (kMixed<K, kDTypes>) {
-    if (kMixturesAlone<kDTypes> || !entry.uniform) {
-      note(float{}, update_mixed_tile<K>(header, hyper, entry, begin, size, factors, slot));
-      return;
+  if constexpr (kMixturesAlone<kDTypes>) {
+    update_mixed(float{});
+  } else if constexpr (kOnlyMixtures<K, kDTypes>) {
+    if (entry.dtype != DType::float64) return update_mixed(float{});
+    note(double{}, update_tile<K, double>(header, hyper, entry, begin, size, factors, slot));
+  } else {
+    if constexpr (kMixed<K, kDTypes>) {
+      if (!entry.uniform) return update_mixed(float{});
     }
-  }
-  if constexpr (!kMixturesAlone<kDTypes>) {
     with_dtype<kDTypes>(entry.dtype, [&](auto stored) {
       note(stored, update_tile<K, decltype(stored)>(header, hyper, entry, begin, size, factors, slot));
     });

@@ -110,10 +110,9 @@ DTypes dtypes_of(const Step& step) {
     uniform &= tensor.uniform;
     float64 |= tensor.dtype == DType::float64;
   }
-  if (!uniform && !float64) return DTypes::mixed;
   if (uniform && one && first == DType::float32) return DTypes::float32;
   if (uniform && one && first == DType::bfloat16) return DTypes::bfloat16;
-  return DTypes::any;
+  return float64 || clips_in_place(step.rule) ? DTypes::any : DTypes::mixed;
 }
 
 // Returns the number of state arrays of the one kernel of a rule that takes states in 8 bits: its smallest with states.

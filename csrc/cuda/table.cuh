@@ -71,15 +71,19 @@ struct Kernel {
   }();
 };
 
-// The dtypes that a kernel knows. float32 and bfloat16 are the dtypes that models are trained in. `mixed` is a mixture
-// of 16 bits and float32 within a tensor; `codes` is that, with states in 8 bits. `any` is everything else; it needs
-// more registers, and all lanes of a warp take the same branch. Rare rules have only `any`, and so has what measures
-// tensors.
+// The dtypes that a kernel knows. float32 and bfloat16 are the dtypes that models are trained in. `mixed` is all that
+// is computed in float32: float16, several dtypes, or a mixture within a tensor; `codes` is that, with states in 8
+// bits. `any` is a step with float64; it needs more registers, and all lanes of a warp take the same branch. Rare rules
+// have only `any`, and so has what measures tensors.
 enum class DTypes { float32, bfloat16, mixed, codes, any };
 template <DTypes kDTypes>
 constexpr bool kMixturesAlone = kDTypes == DTypes::mixed || kDTypes == DTypes::codes;
 template <class K, DTypes kDTypes>
 constexpr bool kMixed = !K::Rule::kClipsInPlace && (kMixturesAlone<kDTypes> || kDTypes == DTypes::any);
+// The tensors of a kernel that are computed in float32 are all taken as mixtures.
+template <class K, DTypes kDTypes>
+constexpr bool kOnlyMixtures = kMixturesAlone<kDTypes> || (kDTypes == DTypes::any && kMixed<K, kDTypes> &&
+                                                           (K::Rule::kIsCommon || K::kMeasuresTensors));
 template <class K, DTypes kDTypes>
 constexpr bool kCounts = K::Rule::kCountsSteps || kMixed<K, kDTypes>;
 

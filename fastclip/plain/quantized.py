@@ -115,10 +115,12 @@ def has_8_bits(rule, group, param):
     """Returns whether the states of a parameter are made in 8 bits: those of a large one. Blocks of a shard have to be
     those of the whole, on any number of ranks."""
     param = whole_of(group, param)
-    if not rule.quantizes_states or group["state_bits"] != 8 or param.numel() < LEAST:
+    if not rule.quantizes_states or group["state_bits"] != 8 or param.layout != torch.strided:
         return False
-    if param.dtype not in (torch.float32, *SIXTEEN_BIT) or not is_dtensor(param):
-        return param.dtype in (torch.float32, *SIXTEEN_BIT)
+    if param.numel() < LEAST or param.dtype not in (torch.float32, *SIXTEEN_BIT):
+        return False
+    if not is_dtensor(param):
+        return True
     local, row = local_of(param), param.numel() // param.shape[0]
     return row % BLOCK == 0 and local.numel() == local.shape[0] * row
 
@@ -167,7 +169,8 @@ def adapt(rule, group, param, own):
     in_8_bits = has_8_bits(rule, group, param)
     for name in rule.states(group):
         state = stored(rule, own, name)
-        if isinstance(state, torch.Tensor) and in_8_bits and state.shape == param.shape:
+        is_dense = isinstance(state, torch.Tensor) and state.layout == torch.strided
+        if is_dense and in_8_bits and state.shape == param.shape:
             values = local_of(state)
             quantized = new_quantized(rule, {**group, "wholes": {shard: param}}, shard, name, values)
             quantized.store(values)

@@ -347,7 +347,7 @@ def new_state(rule, group, param, name):
 def first_state(rule, group, param, name, filled):
     """Returns the state that a first step has filled, in its own dtype: the one asked for, or torch's, which depends on
     the gradient's."""
-    if has_8_bits(rule, group, param):
+    if has_8_bits(rule, group, param) and filled.layout == torch.strided:
         return new_quantized(rule, group, param, name, filled)
     if has_master(group, param) or group["momentum_dtype"]:
         dtype = state_dtype(rule, group, param, name)

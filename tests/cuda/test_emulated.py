@@ -59,7 +59,13 @@ NOT_EMULATED = [
     ("schedule", "cooperative", "files"),
     [
         pytest.param("in order", 1, ALL_TESTS, id="in order"),
-        pytest.param("reversed", 1, [*STEP_TESTS, "step/test_deltas", "step/test_quantized"], id="reversed", marks=pytest.mark.thorough),
+        pytest.param(
+            "reversed",
+            1,
+            [*STEP_TESTS, "step/test_deltas", "step/test_quantized"],
+            id="reversed",
+            marks=pytest.mark.thorough,
+        ),
         pytest.param("random", 1, RANDOM, id="random"),
         pytest.param("reversed", 0, TWO_LAUNCHES, id="two launches"),
     ],

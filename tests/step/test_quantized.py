@@ -229,6 +229,40 @@ def test_training_ends_where_it_does_with_states_in_float32():
         assert distance(cls, 8, settings) <= 1.1 * distance(cls, 32, settings), cls
 
 
+def test_a_momentum_of_sparse_gradients_stays_sparse():
+    def trained(bits):
+        torch.manual_seed(0)
+        table = torch.nn.Embedding(64, 128, sparse=True)
+        optimizer = fastclip.SGD(table.parameters(), lr=0.1, momentum=0.9, state_bits=bits)
+        for _ in range(3):
+            optimizer.zero_grad()
+            table(torch.tensor([1, 5, 5, 9])).square().sum().backward()
+            optimizer.step()
+        return table.weight, optimizer.state[table.weight]
+
+    with pytest.warns(UserWarning, match="is sparse"):
+        (weight, state), (expected, _) = trained(8), trained(32)
+    assert torch.equal(weight, expected) and state["momentum_buffer"].is_sparse
+
+
+def test_dense_gradients_after_sparse_ones():
+    p = make_params([(64, 128)])
+    q = copy_params(p)
+    optimizer, other = (fastclip.SGD(params, lr=0.1, momentum=0.9, state_bits=8) for params in (p, q))
+    give_grads(p, q)
+    for each in (optimizer, other):
+        each.step()
+    for params in (p, q):
+        params[0].grad = torch.sparse_coo_tensor([[3, 7]], torch.ones(2, 128), (64, 128))
+    with pytest.warns(UserWarning, match="is sparse"):
+        optimizer.step()
+    reference_step(other)
+    assert torch.equal(p[0], q[0]) and optimizer.state[p[0]].keys() == {
+        "momentum_buffer_codes",
+        "momentum_buffer_scales",
+    }
+
+
 # ---- checkpoints ----
 
 
