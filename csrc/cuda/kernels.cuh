@@ -399,12 +399,12 @@ __device__ __forceinline__ void update_any_tile(const Header& header, const Hype
   const auto update_mixed = [&](auto computed) {  // not all kernels have it
     note(computed, update_mixed_tile<K>(header, hyper, entry, begin, size, factors, slot));
   };
-  if constexpr (kDTypes == DTypes::codes) {
+  if constexpr (kTakesCodes<K, kDTypes>) {
     if (entry.scales[0]) {
       return note(float{}, update_codes_tile<K>(header, hyper, entry, begin, size, factors, slot));
     }
   }
-  if constexpr (kMixturesAlone<kDTypes>) {
+  if constexpr (kDTypes == DTypes::mixed) {
     update_mixed(float{});
   } else if constexpr (kOnlyMixtures<K, kDTypes>) {
     if (entry.dtype != DType::float64) return update_mixed(float{});

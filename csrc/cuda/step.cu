@@ -71,7 +71,7 @@ void write_entry(const TensorEntry& tensor, int64_t begin, int64_t numel, uint32
     entry.states[s] = at(tensor.states[s], tensor.state_dtypes[s]);
     entry.aligned = entry.aligned && is_aligned(entry.states[s]);
   }
-  if constexpr (kDTypes == DTypes::codes) {
+  if constexpr (kTakesCodes<K, kDTypes>) {
     for (int s = 0; s < K::kStates; ++s) entry.scales[s] = tensor.scales ? tensor.scales->of[s] : nullptr;
   }
   if constexpr (kCounts<K, kDTypes>) entry.step = tensor.step;
@@ -101,7 +101,6 @@ int states_of(const Step& step) {
 
 // Chooses the kernel among those of a rule. Rarer rules have one for all dtypes.
 DTypes dtypes_of(const Step& step) {
-  if (!step.scales.empty()) return DTypes::codes;
   if (!Rules::visit(step.rule, [](auto tag) { return decltype(tag)::Rule::kIsCommon; })) return DTypes::any;
   const DType first = step.tensors.empty() ? DType::float32 : step.tensors.front().dtype;
   bool one = true, uniform = true, float64 = false;
@@ -115,29 +114,12 @@ DTypes dtypes_of(const Step& step) {
   return float64 || clips_in_place(step.rule) ? DTypes::any : DTypes::mixed;
 }
 
-// Returns the number of state arrays of the one kernel of a rule that takes states in 8 bits: its smallest with states.
-template <class R>
-constexpr int states_in_codes() {
-  for (const int states : R::kKernels) {
-    if (states > 0) return states;
-  }
-  return 0;
-}
-template <class K>
-constexpr bool has_codes() {
-  return K::Rule::kQuantizesStates && K::kBeside == Beside::nothing &&
-         K::kStates == states_in_codes<typename K::Rule>();
-}
-
 template <DTypes kDTypes>
 using DTypesTag = std::integral_constant<DTypes, kDTypes>;
 
 // Calls body(kernel, dtypes), with both as types.
 template <class K, class Body>
 auto with_dtypes(DTypes dtypes, const Body& body) {
-  if constexpr (has_codes<K>()) {
-    if (dtypes == DTypes::codes) return body(K{}, DTypesTag<DTypes::codes>{});
-  }
   if constexpr (K::Rule::kIsCommon) {
     if (dtypes == DTypes::float32) return body(K{}, DTypesTag<DTypes::float32>{});
     if (dtypes == DTypes::bfloat16) return body(K{}, DTypesTag<DTypes::bfloat16>{});

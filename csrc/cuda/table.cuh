@@ -72,18 +72,29 @@ struct Kernel {
 };
 
 // The dtypes that a kernel knows. float32 and bfloat16 are the dtypes that models are trained in. `mixed` is all that
-// is computed in float32: float16, several dtypes, or a mixture within a tensor; `codes` is that, with states in 8
-// bits. `any` is a step with float64; it needs more registers, and all lanes of a warp take the same branch. Rare rules
-// have only `any`, and so has what measures tensors.
-enum class DTypes { float32, bfloat16, mixed, codes, any };
-template <DTypes kDTypes>
-constexpr bool kMixturesAlone = kDTypes == DTypes::mixed || kDTypes == DTypes::codes;
+// is computed in float32: float16, several dtypes, or a mixture within a tensor. `any` is a step with float64; it needs
+// more registers, and all lanes of a warp take the same branch. Rare rules have only `any`, and so has what measures
+// tensors.
+enum class DTypes { float32, bfloat16, mixed, any };
 template <class K, DTypes kDTypes>
-constexpr bool kMixed = !K::Rule::kClipsInPlace && (kMixturesAlone<kDTypes> || kDTypes == DTypes::any);
+constexpr bool kMixed = !K::Rule::kClipsInPlace && (kDTypes == DTypes::mixed || kDTypes == DTypes::any);
 // The tensors of a kernel that are computed in float32 are all taken as mixtures.
 template <class K, DTypes kDTypes>
-constexpr bool kOnlyMixtures = kMixturesAlone<kDTypes> || (kDTypes == DTypes::any && kMixed<K, kDTypes> &&
-                                                           (K::Rule::kIsCommon || K::kMeasuresTensors));
+constexpr bool kOnlyMixtures =
+    kMixed<K, kDTypes> && (kDTypes == DTypes::mixed || K::Rule::kIsCommon || K::kMeasuresTensors);
+
+// Returns the number of state arrays of the one kernel of a rule that takes states in 8 bits: its smallest with states.
+template <class R>
+constexpr int states_in_codes() {
+  for (const int states : R::kKernels) {
+    if (states > 0) return states;
+  }
+  return 0;
+}
+template <class K, DTypes kDTypes>
+constexpr bool kTakesCodes =
+    K::Rule::kQuantizesStates && K::kBeside == Beside::nothing && K::kStates == states_in_codes<typename K::Rule>() &&
+    kDTypes == (K::Rule::kIsCommon ? DTypes::mixed : DTypes::any);
 template <class K, DTypes kDTypes>
 constexpr bool kCounts = K::Rule::kCountsSteps || kMixed<K, kDTypes>;
 
@@ -134,7 +145,7 @@ struct Entry : EntryHead,
                StatesPart<K::kRoom>,
                CountPart<kCounts<K, kDTypes>>,
                ScalarPart<K::Rule::kScalar.name != nullptr>,
-               ScalesPart<kDTypes == DTypes::codes, K::kRoom>,
+               ScalesPart<kTakesCodes<K, kDTypes>, K::kRoom>,
                MixedPart<kMixed<K, kDTypes>, K::kRoom> {};
 
 template <class K, DTypes kDTypes>

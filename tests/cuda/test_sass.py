@@ -29,11 +29,14 @@ MEASURED_AS = {
     "float32": ["float32"],
     "bfloat16": ["bfloat16"],
     "mixed": ["mixed"],
-    "codes": ["mixed"],
     "any": ["float64", "mixed"],
 }
 TILES += [sass.Tile("measure", norm, dtype) for norm in NORMS for dtype in ("float32", "bfloat16", "float64")]
 for_tiles = pytest.mark.parametrize("tile", TILES, ids=lambda t: f"{t.work}-{t.variant}-{t.dtype}")
+
+
+# The kernels that take states in 8 bits.
+IN_8_BITS = {("SGD 1", "mixed"), ("Adam 2", "mixed"), ("Lion 1", "any")}
 
 
 @pytest.fixture(params=sass.ARCHITECTURES)
@@ -210,10 +213,7 @@ def test_registers_leave_room_for_blocks(architecture):
     # float32 and bfloat16 with both sizes of the table; gradients to be clipped are no mixture.
     # Those that limit the change have the large one only.
     limiting = [variant for variant in COMMON if variant.endswith(sass.LIMITING)]
-    in_8_bits = [kernel for kernel in usage if kernel.dtypes == "codes"]
-    assert sorted(kernel.variant for kernel in in_8_bits) == ["Adam 2", "Lion 1", "SGD 1"]
-    others = len(usage) - len(in_8_bits)
-    assert others == len(COMMON) * 2 * 2 - len(limiting) * 2 + (len(COMMON) - 1) * 2 + 1 + len(RARE + OF_TENSORS)
+    assert len(usage) == len(COMMON) * 2 * 2 - len(limiting) * 2 + (len(COMMON) - 1) * 2 + 1 + len(RARE + OF_TENSORS)
     for kernel, used in usage.items():
         blocks = sass.blocks_per_multiprocessor(used["REG"])
         assert blocks >= (1 if kernel.dtypes == "any" else 2), f"{kernel}: {used['REG']} registers"
@@ -230,9 +230,9 @@ def test_tiles_are_functions_of_their_own(architecture):
             dtypes = ["float64"] if kernel.variant in COMMON and not kernel.clips_in_place else sass.DTYPES.values()
         wanted = {t for t in TILES + rare if t.work == "update" and t.dtype in dtypes and t.variant == kernel.variant}
         wanted |= {sass.Tile("measure", norm, dtype) for norm in NORMS for dtype in MEASURED_AS[kernel.dtypes]}
-        if kernel.dtypes in ("mixed", "codes", "any") and not kernel.clips_in_place:
+        if kernel.dtypes in ("mixed", "any") and not kernel.clips_in_place:
             wanted.add(sass.Tile("update", kernel.variant, "mixed"))
-        if kernel.dtypes == "codes":
+        if (kernel.variant, kernel.dtypes) in IN_8_BITS:
             wanted.add(sass.Tile("update", kernel.variant, "codes"))
         assert {f.tile for f in functions if f.kernel == kernel and f.tile} == wanted
     for f in functions:
@@ -248,14 +248,12 @@ def test_hot_loops_move_128_bits_at_a_time(loops, tile):
 
 
 # The shared kernel of the rare dtypes has no registers left for them. Strict: who mends one takes it out of here.
-OF_SGD = [t for t in TILES if t.dtype == "float64" and t.variant.startswith("SGD ")]
-WAITS = {(t, architecture) for t in OF_SGD for architecture in sass.ARCHITECTURES}
-WAITS.add((sass.Tile("update", "Adam 3", "float64"), "9.0"))
+WAITS = {t for t in TILES if t.dtype == "float64" and t.variant.startswith("SGD ")}
 
 
 @for_tiles
-def test_all_loads_are_issued_before_the_first_is_needed(loops, tile, architecture, request):
-    if (tile, architecture) in WAITS:
+def test_all_loads_are_issued_before_the_first_is_needed(loops, tile, request):
+    if tile in WAITS:
         request.applymarker(pytest.mark.xfail(strict=True, reason="float64 waits between its loads"))
     assert loops
     for loop in loops:
