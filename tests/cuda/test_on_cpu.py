@@ -176,7 +176,7 @@ BUGS = {
     ),
     "shared memory read as global": (
         "cuda/mixed.cuh",
-        "read<kSize, true>(slot",
+        "read<kSize, From::shared>(slot",
         "read<kSize>(slot",
         STEPS,
     ),
