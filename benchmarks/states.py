@@ -1,6 +1,7 @@
 """python -m benchmarks states: steps with states in 8 bits beside those in float32: time and memory.
 
-One model of 100M parameters; both optimizers in each round, the same gradients; on one thread and on all.
+One model of 100M parameters; both optimizers in each round, the same gradients; on one thread and on all. Where
+bitsandbytes is installed, its optimizers in 8 bits, without a clip, are timed beside them.
 """
 
 import argparse
@@ -25,6 +26,11 @@ RULES = {
     "Lion": (fastclip.Lion, {"lr": 1e-4}),
 }
 CLIPS = {"none": {}, "norm 1": {"max_norm": 1.0}}
+OF_BITSANDBYTES = {
+    "SGD, momentum 0.9": ("SGD8bit", {"lr": 1e-3, "momentum": 0.9}),
+    "AdamW": ("AdamW8bit", {"lr": 1e-3}),
+    "Lion": ("Lion8bit", {"lr": 1e-4}),
+}
 DTYPES = {"float32": (torch.float32, {}), "bfloat16, master weights": (torch.bfloat16, {"master_weights": True})}
 BYTES = 4 + 4 + 4 + 8  # of a parameter: it, its gradient, its master weights, states
 
@@ -70,13 +76,17 @@ def timed_rows(options, dtype, rule, clip):
             p.grad = torch.randn(p.shape, dtype=p.dtype) * 1e-2
         optimizers[bits] = cls(params, **settings, **CLIPS[clip], **way, state_bits=bits)
         optimizers[bits].step()
+    peer = None if way or clip != "none" else peer_of(rule, options.model, optimizers[8])
     numel = count(MODELS[options.model])
     state_bytes = {bits: bytes_of_states(optimizer) / numel for bits, optimizer in optimizers.items()}
     found = []
     for threads in sorted({1, torch.get_num_threads()}):
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
-        timers = {bits: timing.Timer(functools.partial(each.step), steps=1) for bits, each in optimizers.items()}
+        steps = {bits: each.step for bits, each in optimizers.items()}
+        if peer:
+            steps["bitsandbytes"] = peer[0].step
+        timers = {name: timing.Timer(functools.partial(step), steps=1) for name, step in steps.items()}
         samples = timing.rounds(timers, options.rounds)
         torch.set_num_threads(before)
         found.append(
@@ -92,7 +102,30 @@ def timed_rows(options, dtype, rule, clip):
                 "of_float32": rows.described(timing.ratios(samples[8], samples[32])),
             }
         )
+        if peer:
+            found[-1]["same_codes"] = peer[1]
+            found[-1]["over_bitsandbytes"] = rows.described(timing.ratios(samples["bitsandbytes"], samples[8]))
     return found
+
+
+def peer_of(rule, model, ours):
+    """Returns an optimizer of bitsandbytes after the same first step, and the share of its codes of the momentum that
+    are fastclip's; None where it is not installed."""
+    try:
+        import bitsandbytes
+    except ImportError:
+        return None
+    torch.manual_seed(0)
+    params = [torch.randn(shape).requires_grad_() for shape in MODELS[model]]
+    for p in params:
+        p.grad = torch.randn(p.shape) * 1e-2
+    name, settings = OF_BITSANDBYTES[rule]
+    optimizer = getattr(bitsandbytes.optim, name)(params, **settings)
+    optimizer.step()
+    state = f"{ours._rule.momentum}_codes"
+    pairs = [(ours.state[p], optimizer.state[q]) for p, q in zip(ours.param_groups[0]["params"], params, strict=True)]
+    of_both = [(own[state] == other["state1"]).float().mean() for own, other in pairs if state in own]
+    return optimizer, rows.digits(float(torch.stack(of_both).mean()))
 
 
 def bytes_of_states(optimizer):
