@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import fastclip
 
-from .core import record, rows, timing
+from .core import command, record, rows, timing
 from .report import hot as report
 
 BUCKETS_MB = (1, 4, 16)
@@ -83,11 +83,7 @@ def main(arguments=None):
     for name, count in tqdm([(name, count) for name in MODELS for count in threads], unit="case"):
         torch.set_num_threads(count)
         found["cases"].append(timed_row(name, count, options))
-    print(report.markdown(found))
-    options.out.mkdir(parents=True, exist_ok=True)
-    record.write(found, options.out / "hot.json")
-    print(f"\nWritten: {options.out / 'hot.json'}")
-    return 0
+    return command.finish(found, report, options.out)
 
 
 def parse(arguments):

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import fastclip
 
-from .core import memory, record, rows, timing
+from .core import command, memory, record, rows, timing
 from .core.models import MODELS, count
 from .report import states as report
 
@@ -26,11 +26,7 @@ RULES = {
     "Lion": (fastclip.Lion, {"lr": 1e-4}),
 }
 CLIPS = {"none": {}, "norm 1": {"max_norm": 1.0}}
-OF_BITSANDBYTES = {
-    "SGD, momentum 0.9": ("SGD8bit", {"lr": 1e-3, "momentum": 0.9}),
-    "AdamW": ("AdamW8bit", {"lr": 1e-3}),
-    "Lion": ("Lion8bit", {"lr": 1e-4}),
-}
+OF_BITSANDBYTES = {"SGD, momentum 0.9": "SGD8bit", "AdamW": "AdamW8bit", "Lion": "Lion8bit"}
 DTYPES = {"float32": (torch.float32, {}), "bfloat16, master weights": (torch.bfloat16, {"master_weights": True})}
 BYTES = 4 + 4 + 4 + 8  # of a parameter: it, its gradient, its master weights, states
 
@@ -39,7 +35,7 @@ def main(arguments=None):
     """Returns the exit code: 2 where memory is short."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
-    need, free = 2 * BYTES * count(MODELS[options.model]), memory.available()
+    need, free = 3 * BYTES * count(MODELS[options.model]), memory.available()  # with bitsandbytes' optimizer
     if free is not None and free < need:
         print(f"Nothing was measured: {memory.gib(need)} of memory needed, {memory.gib(free)} free.", file=sys.stderr)
         return 2
@@ -48,11 +44,7 @@ def main(arguments=None):
     cases = [(dtype, rule, clip) for dtype in DTYPES for rule in RULES for clip in CLIPS]
     for case in tqdm(cases, unit="case"):
         found["cases"] += timed_rows(options, *case)
-    print(report.markdown(found))
-    options.out.mkdir(parents=True, exist_ok=True)
-    record.write(found, options.out / "states.json")
-    print(f"\nWritten: {options.out / 'states.json'}")
-    return 0
+    return command.finish(found, report, options.out)
 
 
 def parse(arguments):
@@ -70,10 +62,7 @@ def timed_rows(options, dtype, rule, clip):
     stored, way = DTYPES[dtype]
     optimizers = {}
     for bits in (32, 8):
-        torch.manual_seed(0)
-        params = [torch.randn(shape, dtype=stored).requires_grad_() for shape in MODELS[options.model]]
-        for p in params:
-            p.grad = torch.randn(p.shape, dtype=p.dtype) * 1e-2
+        params = params_with_grads(options.model, stored)
         optimizers[bits] = cls(params, **settings, **CLIPS[clip], **way, state_bits=bits)
         optimizers[bits].step()
     peer = None if way or clip != "none" else peer_of(rule, options.model, optimizers[8])
@@ -108,6 +97,15 @@ def timed_rows(options, dtype, rule, clip):
     return found
 
 
+def params_with_grads(model, dtype):
+    """Returns the parameters of a model: the same numbers at each call."""
+    torch.manual_seed(0)
+    params = [torch.randn(shape, dtype=dtype).requires_grad_() for shape in MODELS[model]]
+    for p in params:
+        p.grad = torch.randn(p.shape, dtype=dtype) * 1e-2
+    return params
+
+
 def peer_of(rule, model, ours):
     """Returns an optimizer of bitsandbytes after the same first step, and the share of its codes of the momentum that
     are fastclip's; None where it is not installed."""
@@ -115,12 +113,8 @@ def peer_of(rule, model, ours):
         import bitsandbytes
     except ImportError:
         return None
-    torch.manual_seed(0)
-    params = [torch.randn(shape).requires_grad_() for shape in MODELS[model]]
-    for p in params:
-        p.grad = torch.randn(p.shape) * 1e-2
-    name, settings = OF_BITSANDBYTES[rule]
-    optimizer = getattr(bitsandbytes.optim, name)(params, **settings)
+    params = params_with_grads(model, torch.float32)
+    optimizer = getattr(bitsandbytes.optim, OF_BITSANDBYTES[rule])(params, **RULES[rule][1])
     optimizer.step()
     state = f"{ours._rule.momentum}_codes"
     pairs = [(ours.state[p], optimizer.state[q]) for p, q in zip(ours.param_groups[0]["params"], params, strict=True)]

@@ -4,9 +4,10 @@ from typing import Any
 
 import torch
 
+from .plain import rules
 from .plain.quantized import CODES, SCALES, Quantized, dequantized_state
 
-_WITHOUT_SIGN = ("exp_avg_sq", "max_exp_avg_sq")
+_WITH_SIGN = {rule.momentum for rule in (rules.SGD, rules.ADAM, rules.LION)}
 
 
 def dequantized(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -37,7 +38,7 @@ def _numbers_of(entry):
     for name, value in entry.items():
         state = name.removesuffix(CODES)
         if state != name:
-            numbers[state] = dequantized_state(Quantized(value, entry[state + SCALES], state not in _WITHOUT_SIGN))
+            numbers[state] = dequantized_state(Quantized(value, entry[state + SCALES], state in _WITH_SIGN))
         elif not (name.endswith(SCALES) and name.removesuffix(SCALES) + CODES in entry):
             numbers[name] = value
     return numbers

@@ -28,7 +28,7 @@ from ..reasons import (
     other_shape,
 )
 from ..settings import LIMITS, of_all_gradients
-from .quantized import BLOCK, CODES, SCALES, names_of
+from .quantized import BLOCK, CODES, names_of
 from .rounding import has_master
 from .values import KNOWN_DTYPES, KNOWN_LAYOUTS, is_sparse, item_of
 
@@ -110,7 +110,7 @@ def check_states(rule, group, param, state, where):
         return
     if not isinstance(entry, dict):
         raise no_dict(f"the state of {where}", entry)
-    arrays = [in_state(rule, entry, name, where) for name in arrays]
+    arrays = [in_state(rule, entry, param, name, where) for name in arrays]
     there = {name: entry[name] for name in (*numbers, *arrays, *masters) if entry.get(name) is not None}
     for name, tensor in there.items():
         if not isinstance(tensor, torch.Tensor):
@@ -122,35 +122,30 @@ def check_states(rule, group, param, state, where):
     for name in (*arrays, *masters):
         if name in there:
             check_state(group, param, there[name], name, where)
-            if name.endswith(CODES):
-                scales = name.removesuffix(CODES) + SCALES
-                blocks = -(-param.numel() // BLOCK)
-                if entry[scales].numel() != blocks:
-                    raise other_length(f"the {scales} of {where}", entry[scales], blocks)
     for name in numbers:
         if name in there:
             check_numbers(there[name], name, where, 1 if name == "step" else rule.length_of_row(group))
 
 
-def in_state(rule, entry, name, where):
+def in_state(rule, entry, param, name, where):
     """Returns the name under which a state is in a parameter's dict: that of its codes, where it has 8 bits. Checks the
     scales of these."""
     codes, scales = names_of(name)
-    if (
-        not rule.quantizes_states
-        or entry.get(name) is not None
-        or (entry.get(codes), entry.get(scales)) == (None, None)
-    ):
+    if not rule.quantizes_states or entry.get(name) is not None:
+        return name
+    if entry.get(codes) is None and entry.get(scales) is None:
         return name
     for missing, present in ((codes, scales), (scales, codes)):
         if entry.get(missing) is None:
             raise incomplete(f"the state of {where}", missing, present)
-    what = f"the {scales} of {where}"
-    if not isinstance(entry[scales], torch.Tensor):
-        raise no_tensor(what, entry[scales])
-    check_inference(entry[scales], what)
-    if entry[scales].dtype != torch.float32:
-        raise no_float32(what, entry[scales])
+    what, found, blocks = f"the {scales} of {where}", entry[scales], -(-param.numel() // BLOCK)
+    if not isinstance(found, torch.Tensor):
+        raise no_tensor(what, found)
+    check_inference(found, what)
+    if found.dtype != torch.float32:
+        raise no_float32(what, found)
+    if found.numel() != blocks:
+        raise other_length(what, found, blocks)
     return codes
 
 

@@ -291,9 +291,8 @@ def update_group(rule, group, grads, state, first, norms, lr_factors):
     names = rule.states(group)
     counts = rule.counts_steps or group["stochastic_rounding"]
     own_states = states_of_group(rule, group, state)
-    kept = [
-        {name: stored(rule, own, name) for name in names} for own in own_states
-    ]  # a parameter may be in the group twice
+    # Kept from before the first update: a parameter may be in the group twice.
+    kept = [{name: stored(rule, own, name) for name in names} for own in own_states]
     together = zip(params, grads, own_states, kept, places_of(group, first), norms, strict=True)
     for p, grad, own, before, place, norm in together:
         wide = wide_param(group, p, own)

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import io
 import pickle
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import fastclip
-from tests.support.cases import CLIPS, assert_same_bits, copy_params, give_grads, make_params, pair
+from tests.support.cases import CLIPS, assert_same_bits, copy_params, give_grads, make_params, pair, through_a_file
 
 
 def test_is_an_sgd_with_its_arguments():
@@ -123,10 +122,7 @@ def test_checkpoints_load_with_weights_only():
     _, _, optimizer, ours = pair([(3,)], {"clip_value": (-0.1, 0.2), "max_norm": 1.0}, momentum=0.9)
     give_grads(ours)
     optimizer.step()
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
-    loaded = torch.load(file, weights_only=True)
+    loaded = through_a_file(optimizer.state_dict())
     fastclip.SGD(ours, lr=0.1).load_state_dict(loaded)
 
 

@@ -1,7 +1,6 @@
 """The norms that QuantileNorm and EmaNorm remember are optimizer state: saved, loaded, copied, resumed to the bit."""
 
 import copy
-import io
 import pickle
 
 import pytest
@@ -14,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import fastclip
-from tests.support.cases import assert_same_bits, copy_params, give_grads, make_params
+from tests.support.cases import assert_same_bits, copy_params, give_grads, make_params, through_a_file
 
 RULES = {"SGD": {}, "momentum": {"momentum": 0.9}, "AdamW": {}, "Lion": {}}
 HISTORIES = ("clip_history", "skip_history")
@@ -57,10 +56,8 @@ def by_state_dict(optimizer, rule, params):
 
 def by_file(optimizer, rule, params):
     """With torch.load's own weights_only=True."""
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
     other = make(rule, params)  # whose settings come from the file, too
-    other.load_state_dict(torch.load(io.BytesIO(file.getvalue())))
+    other.load_state_dict(through_a_file(optimizer.state_dict()))
     return other
 
 

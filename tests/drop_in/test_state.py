@@ -9,7 +9,14 @@ import torch
 
 import fastclip
 from fastclip.settings import OWN_SETTINGS
-from tests.support.cases import assert_close, assert_equal_trees, copy_params, exact_square_roots, give_grads
+from tests.support.cases import (
+    assert_close,
+    assert_equal_trees,
+    copy_params,
+    exact_square_roots,
+    give_grads,
+    through_a_file,
+)
 from tests.support.torch_optim_db import (
     ADAM,
     SGD,
@@ -18,7 +25,6 @@ from tests.support.torch_optim_db import (
     every_clip,
     every_input,
     every_optimizer,
-    through_a_file,
     without_clips,
 )
 

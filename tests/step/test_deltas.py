@@ -1,7 +1,6 @@
 """Limits on what Adam, AdamW and LAMB add to the parameters: max_change, max_relative_change, max_update_rms."""
 
 import copy
-import io
 import math
 
 import optimi
@@ -19,6 +18,7 @@ from tests.support.cases import (
     exact_square_roots,
     give_grads,
     make_params,
+    through_a_file,
 )
 
 SCOPES = ("global", "group", "parameter")
@@ -341,12 +341,10 @@ def test_a_resumed_training_goes_on_with_the_same_bits():
     optimizer, ours = make("AdamW", norm_scope="group", **LIMITS["all"])
     for _ in steps(3, ours):
         optimizer.step()
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
+    saved = through_a_file(optimizer.state_dict())
     theirs = copy_params(ours)
     resumed = over(theirs, "AdamW", lr=1.0)
-    resumed.load_state_dict(torch.load(file))
+    resumed.load_state_dict(saved)
     for _ in steps(3, theirs, ours):
         optimizer.step()
         resumed.step()

@@ -1,7 +1,6 @@
 """norm_scope: the norm of all gradients, of each group, or of each parameter, and its limit."""
 
 import copy
-import io
 import math
 
 import pytest
@@ -23,6 +22,7 @@ from tests.support.cases import (
     exact_square_roots,
     give_grads,
     make_params,
+    through_a_file,
 )
 
 SCOPES = ("group", "parameter")
@@ -296,11 +296,9 @@ def trained(scope, steps, limit=EMA, name="AdamW", **more):
 
 
 def by_file(optimizer, params, name):
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
+    saved = through_a_file(optimizer.state_dict())
     other = make(name, params)
-    other.load_state_dict(torch.load(file))
+    other.load_state_dict(saved)
     return other
 
 

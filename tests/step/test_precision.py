@@ -1,7 +1,6 @@
 """16-bit parameters: master weights, stochastic rounding, float32 gradients, a dtype for the momentum."""
 
 import copy
-import io
 import warnings
 
 import pytest
@@ -9,7 +8,16 @@ import torch
 
 import fastclip
 from fastclip.plain.rounding import Rounding
-from tests.support.cases import LARGE, SHAPES, copy_params, give_grads, make_params, reference_step
+from tests.support.cases import (
+    LARGE,
+    SHAPES,
+    assert_same_steps,
+    copy_params,
+    give_grads,
+    make_params,
+    reference_step,
+    through_a_file,
+)
 
 SIXTEEN_BIT = [torch.bfloat16, torch.float16]
 RULES = {
@@ -23,16 +31,6 @@ WAYS = {
     "master": {"master_weights": True},
     "stochastic": {"stochastic_rounding": True, "rounding_seed": 7},
 }
-
-
-def assert_same(ours, expected, our_state, expected_state):
-    for index, (p, e) in enumerate(zip(ours, expected, strict=True)):
-        assert torch.equal(p, e), f"parameter {index} {tuple(p.shape)}"
-        assert set(our_state[p]) == set(expected_state[e])
-        for name, value in expected_state[e].items():
-            found = our_state[p][name]
-            assert found.dtype == value.dtype, f"{name} of parameter {index}"
-            assert torch.equal(found, value), f"{name} of parameter {index} {tuple(p.shape)}"
 
 
 @pytest.mark.parametrize("grad_dtype", [None, torch.float32], ids=["16-bit gradients", "float32 gradients"])
@@ -57,7 +55,7 @@ def test_same_bits_as_the_reference(rule, dtype, way, momentum_dtype, grad_dtype
             e.grad = p.grad.clone()
         optimizer.step()
         reference_step(other)
-    assert_same(ours, expected, optimizer.state, other.state)
+    assert_same_steps(ours, expected, optimizer.state, other.state)
 
 
 @pytest.mark.parametrize("momentum_dtype", SIXTEEN_BIT, ids=str)
@@ -71,7 +69,7 @@ def test_a_16_bit_momentum_of_float32_parameters(rule, momentum_dtype):
         give_grads(ours, expected)
         optimizer.step()
         reference_step(other)
-    assert_same(ours, expected, optimizer.state, other.state)
+    assert_same_steps(ours, expected, optimizer.state, other.state)
     name = "momentum_buffer" if rule == "momentum" else "exp_avg"
     assert {state[name].dtype for state in optimizer.state.values()} == {momentum_dtype}
 
@@ -268,18 +266,16 @@ def test_goes_on_from_a_file_with_the_same_bits(way, rule, momentum_dtype):
     optimizer = optimizer_class(params, **settings)
     give_grads(params)
     optimizer.step()
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
+    saved = through_a_file(optimizer.state_dict())
     others = copy_params(params)
     other = optimizer_class(others, lr=7.0)
-    other.load_state_dict(torch.load(file, weights_only=True))
+    other.load_state_dict(saved)
     assert state_dtypes(other) == state_dtypes(optimizer)
     for _ in range(2):
         give_grads(params, others)
         optimizer.step()
         other.step()
-    assert_same(others, params, other.state, optimizer.state)
+    assert_same_steps(others, params, other.state, optimizer.state)
 
 
 def test_a_checkpoint_of_torch_goes_on_with_master_weights():

@@ -1,7 +1,6 @@
 """States in 8 bits: what codes mean, the bits of plain torch, checkpoints, refusals."""
 
 import copy
-import io
 import math
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 
 import fastclip
 from fastclip.plain import quantized
-from tests.support.cases import copy_params, give_grads, make_params, reference_step
+from tests.support.cases import assert_same_steps, copy_params, give_grads, make_params, reference_step, through_a_file
 
 SIGNS = pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
 RULES = {
@@ -135,16 +134,6 @@ def test_numbers_that_have_no_scale_become_zero():
 # ---- steps ----
 
 
-def assert_same(ours, expected, our_state, expected_state):
-    for index, (p, e) in enumerate(zip(ours, expected, strict=True)):
-        assert torch.equal(p, e), f"parameter {index} {tuple(p.shape)}"
-        assert set(our_state[p]) == set(expected_state[e])
-        for name, value in expected_state[e].items():
-            found = our_state[p][name]
-            assert (found.dtype, found.shape, found.stride()) == (value.dtype, value.shape, value.stride()), name
-            assert torch.equal(found, value), f"{name} of parameter {index} {tuple(p.shape)}"
-
-
 def assert_same_bits(optimizer_class, settings, dtype):
     """As plain torch, in another order of memory, too, and on any number of threads."""
     ours = make_params(SHAPES, dtype)
@@ -159,7 +148,7 @@ def assert_same_bits(optimizer_class, settings, dtype):
             e.grad = p.grad.clone()
         optimizer.step()
         reference_step(other)
-    assert_same(ours, expected, optimizer.state, other.state)
+    assert_same_steps(ours, expected, optimizer.state, other.state)
     in_8_bits = [any(name.endswith("_codes") for name in optimizer.state[p]) for p in ours]
     assert in_8_bits == [p.numel() >= 4096 for p in ours]
 
@@ -273,19 +262,17 @@ def test_goes_on_from_a_file_with_the_same_bits(rule):
     optimizer = cls(params, state_bits=8, **settings)
     give_grads(params)
     optimizer.step()
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
+    saved = through_a_file(optimizer.state_dict())
     others = copy_params(params)
     other = cls(others, lr=7.0)
-    other.load_state_dict(torch.load(file, weights_only=True))
+    other.load_state_dict(saved)
     copied = copy.deepcopy(optimizer)
     for _ in range(2):
         give_grads(params, others, copied.param_groups[0]["params"])
         for each in (optimizer, other, copied):
             each.step()
-    assert_same(others, params, other.state, optimizer.state)
-    assert_same(copied.param_groups[0]["params"], params, copied.state, optimizer.state)
+    assert_same_steps(others, params, other.state, optimizer.state)
+    assert_same_steps(copied.param_groups[0]["params"], params, copied.state, optimizer.state)
 
 
 @pytest.mark.parametrize("rule", ["momentum", "adam", "adamw"])

@@ -1,5 +1,6 @@
 """The table of cases, and the plain-torch loop that every one of them is compared with."""
 
+import io
 import itertools
 import math
 import threading
@@ -64,6 +65,26 @@ def param(size=4, value=0.0):
 
 def copy_params(params):
     return [p.detach().clone().requires_grad_() for p in params]
+
+
+def through_a_file(saved):
+    """What `torch.load` makes of something that was saved."""
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def assert_same_steps(ours, expected, our_state, expected_state):
+    """The bits of parameters, and the states with their dtypes and layouts."""
+    for index, (p, e) in enumerate(zip(ours, expected, strict=True)):
+        assert torch.equal(p, e), f"parameter {index} {tuple(p.shape)}"
+        assert set(our_state[p]) == set(expected_state[e])
+        for name, value in expected_state[e].items():
+            found = our_state[p][name]
+            what = f"{name} of parameter {index} {tuple(p.shape)}"
+            assert (found.dtype, found.shape, found.stride()) == (value.dtype, value.shape, value.stride()), what
+            assert torch.equal(found, value), what
 
 
 def give_grads(*param_lists, scale=1.0):

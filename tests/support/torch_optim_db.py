@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import io
 
 import pytest
 import torch
@@ -121,13 +120,6 @@ class Twins:
     def check(self):
         """Same bits of parameters and state."""
         assert_same_bits(self.theirs, self.ours, *self.optimizers)
-
-
-def through_a_file(state_dict):
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def without_clips(state_dict):
