@@ -2,6 +2,7 @@
 #pragma once
 
 #include <Python.h>
+#include <c10/macros/Macros.h>
 #include <c10/util/StringUtil.h>
 
 #include <string>
@@ -51,6 +52,19 @@ struct Name {
   const char* text;
   explicit Name(const char* name) : object(PyUnicode_InternFromString(name)), text(PyUnicode_AsUTF8(object)) {}
 };
+
+// A number that changes whenever the dict does, and that no other dict has or had; 0 where Python keeps none, as from
+// 3.14 on.
+inline uint64_t version_of(PyObject* dict) {
+#if PY_VERSION_HEX < 0x030E0000
+  const auto* const fields = reinterpret_cast<PyDictObject*>(dict);
+  C10_DIAGNOSTIC_PUSH_AND_IGNORED_IF_DEFINED("-Wdeprecated-declarations")
+  return fields->ma_values ? 0 : fields->ma_version_tag;  // an object may own these values, and write to them
+  C10_DIAGNOSTIC_POP()
+#else
+  return 0;
+#endif
+}
 
 // Reads a dict whose keys mostly come in a known order: a key is looked up only where it is not the next one.
 class DictInOrder {

@@ -1,6 +1,7 @@
 // DTensors: which part of them is here, and over which ranks sums have to be added up.
 #include "shards.h"
 
+#include <structmember.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
@@ -20,20 +21,51 @@ const Names& names() {
 
 Held attribute(PyObject* object, const Name& name) { return checked(PyObject_GetAttr(object, name.object)); }
 
-// Not imported here, which would take a second: where nobody has done so there is no DTensor.
-bool is_dtensor(PyObject* object) {
-  static PyObject* type = nullptr;
-  if (!type) {
-    static const Name kModule("torch.distributed.tensor");
-    const Held module = Held::stolen(PyImport_GetModule(kModule.object));
-    if (!module.object) {
-      if (PyErr_Occurred()) throw PythonError{};
-      return false;
-    }
-    type = PyObject_GetAttrString(module.object, "DTensor");
-    if (!type) throw PythonError{};
+// An attribute of a type's objects. DTensor has two in slots (`__slots__`): these are read where they lie, as to look
+// one up takes longer than all that is done with it.
+class Attribute {
+ public:
+  Attribute(PyTypeObject* type, const Name& name) : type_(type), name_(name) {
+    const Held found = attribute(reinterpret_cast<PyObject*>(type), name);
+    if (Py_TYPE(found.object) != &PyMemberDescr_Type) return;
+    const PyMemberDef& member = *reinterpret_cast<PyMemberDescrObject*>(found.object)->d_member;
+    if (member.type == T_OBJECT_EX) offset_ = member.offset;
   }
-  return PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(type));
+
+  Held of(PyObject* object) const {
+    PyObject* value = nullptr;
+    if (offset_ > 0 && Py_TYPE(object) == type_) {
+      value = *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(object) + offset_);
+    }
+    return value ? Held(value) : attribute(object, name_);
+  }
+
+ private:
+  PyTypeObject* const type_;
+  const Name& name_;
+  Py_ssize_t offset_ = 0;
+};
+
+struct DTensorType {
+  PyTypeObject* type;
+  Attribute local_tensor, spec;
+
+  bool has(PyObject* object) const { return PyObject_TypeCheck(object, type); }
+};
+
+// Not imported here, which would take a second: where nobody has done so there is no DTensor, and this is nullptr.
+const DTensorType* dtensor_type() {
+  static const DTensorType* found = nullptr;
+  if (found) return found;
+  static const Name kModule("torch.distributed.tensor");
+  const Held module = Held::stolen(PyImport_GetModule(kModule.object));
+  if (!module.object) {
+    if (PyErr_Occurred()) throw PythonError{};
+    return nullptr;
+  }
+  Held object = checked(PyObject_GetAttrString(module.object, "DTensor"));
+  auto* const type = reinterpret_cast<PyTypeObject*>(std::exchange(object.object, nullptr));  // never freed
+  return found = new DTensorType{type, {type, names().local_tensor}, {type, names().spec}};
 }
 
 Held call(const Held& function, const std::vector<PyObject*>& arguments) {
@@ -60,8 +92,10 @@ void Shard::keep_in(Borrowed& borrowed) && {
 }
 
 std::optional<Shard> shard_of(const at::Tensor& tensor, PyObject* object) {
-  if (!is_subclass(tensor) || !is_dtensor(object)) return {};
-  Shard shard{Held(object), attribute(object, names().local_tensor), attribute(object, names().spec)};
+  if (!is_subclass(tensor)) return {};
+  const DTensorType* const type = dtensor_type();
+  if (!type || !type->has(object)) return {};
+  Shard shard{Held(object), type->local_tensor.of(object), type->spec.of(object)};
   if (!is_tensor(shard.tensor.object)) {
     raise_refusal("no_tensor", {object_of("the local tensor of a DTensor"), object_of(shard.tensor.object)});
   }

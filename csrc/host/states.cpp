@@ -49,22 +49,18 @@ const ArrayNames<R>& array_names() {
 // Reads a parameter's dict, in the order in which torch fills it.
 class EntryReader {
  public:
-  // Keeps what it reads in `borrowed`, if that is given.
-  EntryReader(PyObject* entry, const Place& place, Borrowed* borrowed)
-      : entry_(entry), place_(place), borrowed_(borrowed) {}
+  EntryReader(PyObject* entry, const Place& place) : entry_(entry), place_(place) {}
 
   const at::Tensor* tensor(const Name& name) {
     PyObject* const value = entry_.value(name);
     if (!value || value == Py_None) return nullptr;  // old checkpoints hold None
     if (!is_tensor(value)) refuse("no_tensor", place_, name.text, value);
-    if (borrowed_) borrowed_->keep(Held(value));
     return &THPVariable_Unpack(value);
   }
 
  private:
   DictInOrder entry_;
   const Place& place_;
-  Borrowed* const borrowed_;
 };
 
 // Looks up a state in 8 bits.
@@ -117,6 +113,10 @@ StateNames state_names(Rules::Id rule, const Group& group) {
   // No two steps round by the same numbers.
   if (names.rule_counts || group.hyper.stochastic_rounding) names.step = &step_name();
   if (group.master_weights) names.master = &master_name();
+  static_assert(kMaxStates == 3);
+  for (const Name* name : {names.step, names.scalar, names.arrays[0], names.arrays[1], names.arrays[2]}) {
+    names.asked = (names.asked | (name != nullptr)) << 1;  // the last bit is for `master`
+  }
   names.any = names.count > 0 || names.step || names.scalar || names.master;
   return names;
 }
@@ -129,24 +129,24 @@ void States::begin(PyObject* state) {
 // state[param]. A look-up by tensor runs Tensor.__hash__, in Python (100 ns), so each parameter's
 // place in the dict is remembered. It is only a hint: the key found there says whether it still holds.
 PyObject* States::entry_of(PyObject* param, size_t position) {
-  if (places_.size() <= position) places_.resize(position + 1, 0);
+  if (seen_.size() <= position) seen_.resize(position + 1);
   PyObject *key, *entry;
-  Py_ssize_t next = places_[position];
+  Py_ssize_t next = seen_[position].place;
   if (PyDict_Next(state_, &next, &key, &entry) && key == param) return entry;
 
-  ran_python_ = true;
   borrowed_.hold();
+  borrowed_.keep(Held(param));  // another thread may drop it meanwhile
   entry = PyDict_GetItemWithError(state_, param);
   if (!entry && PyErr_Occurred()) throw PythonError{};
   if (entry) {
     // Entries are mostly in the order of the parameters: look for it near its predecessor's.
     constexpr int kNear = 64;
-    next = position > 0 ? places_[position - 1] : 0;
+    next = position > 0 ? seen_[position - 1].place : 0;
     for (int i = 0; i < kNear; ++i) {
       const Py_ssize_t place = next;
       if (!PyDict_Next(state_, &next, &key, nullptr)) break;
       if (key == param) {
-        places_[position] = place;
+        seen_[position].place = place;
         break;
       }
     }
@@ -164,21 +164,20 @@ const at::Tensor* States::shard_in(const at::Tensor* state, const Name& name, co
   }
   borrowed_.write(*state);
   const at::Tensor& local = shard->local();
-  std::move(*shard).keep_in(borrowed_);
+  borrowed_.keep(std::move(shard->tensor));
   return &local;
 }
 
-[[gnu::flatten]] ParamStates States::find(const Place& place, size_t position, const StateNames& names,
-                                          const Shard* param_shard) {
-  ParamStates found;
-  ran_python_ = false;
+ParamStates& States::look_up(const Place& place, size_t position, const StateNames& names) {
   PyObject* entry = entry_of(place.param, position);
+  Seen& seen = seen_[position];
+  seen.version_of_state = Seen{}.version_of_state;
+  ParamStates& found = seen.states = {};
   if (!entry) return found;
   if (!PyDict_Check(entry)) refuse("no_dict", place, "state", entry);
-  EntryReader reader(entry, place,
-                     param_shard ? &borrowed_ : nullptr);  // Python runs before the states of shards are taken
-  found.complete = !names.master;
-  const auto look_up = [&](const Name* name, const at::Tensor*& state) __attribute__((always_inline)) {
+  EntryReader reader(entry, place);
+  found.complete = true;
+  const auto look_up = [&](const Name* name, const at::Tensor*& state) {
     if (!name) return;
     state = reader.tensor(*name);
     found.complete &= state != nullptr;
@@ -191,15 +190,35 @@ const at::Tensor* States::shard_in(const at::Tensor* state, const Name& name, co
     if (!found.arrays[s] && names.codes[s]) look_up_codes(reader, place, names, s, found);
     found.complete &= found.arrays[s] != nullptr;
   }
-  look_up(names.master, found.master);
-  if (!param_shard) return found;
-  for (int s = 0; s < names.count; ++s) {
-    if (!found.arrays[s]) continue;
-    const Name& name = found.name(names, s);
-    found.arrays[s] = shard_in(found.arrays[s], name, place, position, *param_shard);
-    if (found.scales[s]) found.scales[s] = shard_in(found.scales[s], *names.scales[s], place, position, *param_shard);
+  seen.asked = asked(names, place.param);
+  if (seen.asked != names.asked) look_up(names.master, found.master);
+  if (found.complete && version_of(state_) != 0 && version_of(entry) != 0) {
+    seen.version_of_state = version_of(state_);
+    seen.param = place.param;
+    seen.entry = entry;
+    seen.version = version_of(entry);
   }
-  if (found.master) found.master = shard_in(found.master, *names.master, place, position, *param_shard);
+  return found;
+}
+
+ParamStates States::find_shards(const Place& place, size_t position, const StateNames& names,
+                                const Shard& param_shard) {
+  ParamStates found = find(place, position, names);
+  const auto for_each = [&](const auto& body) {
+    for (int s = 0; s < names.count; ++s) {
+      if (found.arrays[s]) body(found.arrays[s], &found.name(names, s));
+      if (found.scales[s]) body(found.scales[s], names.scales[s]);
+    }
+    if (found.master) body(found.master, names.master);
+  };
+  // Python runs before all of them are taken.
+  const auto keep = [&](const at::Tensor* tensor, const Name*) { borrowed_.keep(object_of(*tensor)); };
+  for_each(keep);
+  if (found.step) keep(found.step, nullptr);
+  if (found.scalar) keep(found.scalar, nullptr);
+  for_each([&](const at::Tensor*& state, const Name* name) {
+    state = shard_in(state, *name, place, position, param_shard);
+  });
   return found;
 }
 
@@ -239,7 +258,7 @@ const at::Tensor* States::make(const Place& place, const Name& name, at::Tensor 
 void States::make_missing(Rules::Id rule, const Group& group, const at::Tensor& grad, const Place& place,
                           const StateNames& names, ParamStates& states) {
   const at::Tensor& param = THPVariable_Unpack(place.param);
-  const bool has_master = names.master && is_16_bit(param.scalar_type());
+  const bool has_master = asked(names, place.param) != names.asked;
   const Name *missing = nullptr, *present = nullptr;  // the first ones
   const auto look = [&](const Name* name, const at::Tensor* state) {
     const Name*& first = state ? present : missing;
@@ -286,9 +305,7 @@ void States::make_missing(Rules::Id rule, const Group& group, const at::Tensor& 
     }
     states.arrays[s] = make(place, *names.arrays[s], std::move(made));
   }
-  if (!has_master) {
-    states.master = nullptr;
-  } else if (!states.master) {
+  if (has_master && !states.master) {
     const at::Tensor rounded = param.detach();
     states.master = make(place, *names.master, empty_in_huge_pages(rounded, at::kFloat).copy_(rounded));
     states.master_is_new = true;
@@ -346,7 +363,7 @@ bool covers_codes(const at::Tensor& codes, const at::Tensor& scales, const State
 bool covers_state(const at::Tensor& state, const Name& name, const at::Tensor& param, const Place& place) {
   check_inference(state, name.text, place);
   if (state.sizes() != param.sizes()) refuse("other_shape", place, name.text, state, param);
-  return is_plainly_covered(param, state) || same_memory_layout(state, param);
+  return same_memory_layout(state, param);
 }
 
 }  // namespace fastclip

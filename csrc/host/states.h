@@ -27,6 +27,7 @@ struct StateNames {
   bool any = false;                      // of these
   bool filled_by_first_step = false;     // as the rule says
   bool rule_counts = false;              // and not only something else: then `step` belongs to the arrays
+  uint32_t asked = 0;                    // tells which of the rule's names are set, but `master`: that is its bit 0
   int momentum = -1;                     // the array that momentum_dtype is about
   double first_scalar = 0;
 };
@@ -42,7 +43,7 @@ struct ParamStates {
   bool master_is_new = false;  // made of the parameter in this step
   // The name of an array that is there.
   const Name& name(const StateNames& names, int s) const { return scales[s] ? *names.codes[s] : *names.arrays[s]; }
-  bool complete = false;  // all that the group needs is there; false also where `make_missing` has to find out
+  bool complete = false;  // all that the group needs is there
 };
 
 class States {
@@ -53,15 +54,22 @@ class States {
   void begin(PyObject* state);
   void end() { new_.clear(); }
 
-  // Looks up what there is of the parameter at `position` among all. May run Python, with other threads. Of a sharded
-  // parameter, shards are found and made.
-  ParamStates find(const Place& place, size_t position, const StateNames& names, const Shard* param_shard);
+  // Looks up what there is of the parameter at `position` among all. May run Python, with other threads. The result
+  // holds until the next `find`.
+  [[gnu::always_inline]] const ParamStates& find(const Place& place, size_t position, const StateNames& names) {
+    if (seen_.size() <= position) seen_.resize(position + 1);
+    const Seen& seen = seen_[position];
+    const bool unchanged = seen.version_of_state == version_of(state_) && seen.param == place.param &&
+                           seen.version == version_of(seen.entry) && seen.asked == asked(names, place.param);
+    return unchanged ? seen.states : look_up(place, position, names);
+  }
+  // The same of a sharded parameter: its shards.
+  ParamStates find_shards(const Place& place, size_t position, const StateNames& names, const Shard& param_shard);
   // Looks up a state that stands beside one parameter's, whichever that is, and the entry that has it. `hint` is where
   // the last look-up found it.
   Held find_anywhere(const Name& name, Py_ssize_t& hint, PyObject*& entry);
   // The same of a state beside one parameter, the one at `position` among all.
   Held find_beside(const Place& place, size_t position, const Name& name, PyObject*& entry);
-  bool ran_python() const { return ran_python_; }  // in the last `find`
 
   // Notes a state that the step makes; it gets into the dict by `store`. The pointer holds until `end`.
   [[gnu::noinline]] const at::Tensor* make(const Place& place, const Name& name, at::Tensor tensor);
@@ -87,6 +95,23 @@ class States {
     Held wrapped;  // the tensor as a Python object
   };
 
+  // What a look-up has found. It holds while nobody has written to the two dicts, which own what is borrowed here.
+  // Remembered where it is complete.
+  struct Seen {
+    uint64_t version_of_state = ~uint64_t{0};  // no dict has this one
+    PyObject* param = nullptr;
+    PyObject* entry = nullptr;  // state[param]
+    uint64_t version = 0;       // of the entry
+    uint32_t asked = 0;
+    Py_ssize_t place = 0;  // of the entry in the state: a hint for the next look-up
+    ParamStates states;
+  };
+
+  // Tells which names are looked up: no master weights of a parameter of 32 bits, whatever its entry has.
+  [[gnu::always_inline]] static uint32_t asked(const StateNames& names, PyObject* param) {
+    return names.asked | (names.master && is_16_bit(THPVariable_Unpack(param).scalar_type()));
+  }
+  [[gnu::noinline]] ParamStates& look_up(const Place& place, size_t position, const StateNames& names);
   PyObject* entry_of(PyObject* param, size_t position);
   const at::Tensor* shard_in(const at::Tensor* state, const Name& name, const Place& place, size_t position,
                              const Shard& param_shard);
@@ -94,8 +119,7 @@ class States {
   Borrowed& borrowed_;
   Shards& shards_;
   PyObject* state_ = nullptr;
-  std::vector<Py_ssize_t> places_;  // of each parameter's entry in the state: a hint
-  bool ran_python_ = false;
+  std::vector<Seen> seen_;  // of each parameter
   std::deque<New> new_;
 };
 

@@ -51,6 +51,8 @@ bool allows_grad_dtype(PyObject* param, const at::Tensor& grad) {
 }  // namespace
 
 const uint64_t kOtherKeys = ~ordinary_keys();
+const uint64_t kTellingKeys =
+    kOtherKeys | DispatchKeySet({DispatchKey::ADInplaceOrView, DispatchKey::CPU, DispatchKey::CUDA}).raw_repr();
 const at::Tensor kNoGradient;
 
 void check_belongs(const at::Tensor& param, const at::Tensor& grad, const Place& place) {

@@ -27,7 +27,8 @@ inline const at::Tensor& grad_of(const at::Tensor& param) {
 
 // Keys of an ordinary dense tensor. Any other key (sparse, quantized, conjugated, negated, a Python
 // subclass, functorch, ...) means that the memory alone does not tell the values.
-extern const uint64_t kOtherKeys;  // all but the ordinary ones
+extern const uint64_t kOtherKeys;    // all but the ordinary ones
+extern const uint64_t kTellingKeys;  // these, and those of devices and of tensors that are not of inference mode
 
 inline bool is_ordinary(c10::TensorImpl* tensor) { return (tensor->key_set().raw_repr() & kOtherKeys) == 0; }
 
@@ -67,15 +68,17 @@ inline DType dtype_of(const at::Tensor& covered) {
   }
   return true;
 }
-// Whether a tensor is contiguous, and of the same dtype, device and sizes as another that is.
-[[gnu::always_inline]] inline bool is_like(c10::TensorImpl* tensor, c10::TensorImpl* contiguous) {
-  return is_contiguous(tensor) && tensor->dtype() == contiguous->dtype() && on_same_device(tensor, contiguous) &&
-         have_same_sizes(tensor, contiguous);
+// Whether a tensor is as most are: ordinary, contiguous, writable, and of a dtype that the kernels have.
+[[gnu::always_inline]] inline bool is_plain(c10::TensorImpl* tensor) {
+  return is_contiguous(tensor) && !tensor->is_inference() &&
+         has_kernel_dtype(c10::typeMetaToScalarType(tensor->dtype()));
 }
-[[gnu::always_inline]] inline bool is_plainly_covered(const at::Tensor& param, const at::Tensor& grad) {
-  c10::TensorImpl* const p = param.unsafeGetTensorImpl();
-  return is_contiguous(p) && !p->is_inference() && has_kernel_dtype(c10::typeMetaToScalarType(p->dtype())) &&
-         is_like(grad.unsafeGetTensorImpl(), p);
+// Whether a tensor is plain, and of the same dtype, device and sizes as another that is.
+[[gnu::always_inline]] inline bool is_like(c10::TensorImpl* tensor, c10::TensorImpl* plain) {
+  // One comparison of keys tells all that they say of both.
+  return ((tensor->key_set().raw_repr() ^ plain->key_set().raw_repr()) & kTellingKeys) == 0 &&
+         tensor->is_contiguous_default(at::MemoryFormat::Contiguous) && tensor->dtype() == plain->dtype() &&
+         (on_cpu(plain) || tensor->device() == plain->device()) && have_same_sizes(tensor, plain);
 }
 
 // Raises for a gradient that does not fit its parameter: plain torch would broadcast, promote, or fail halfway.

@@ -10,6 +10,9 @@
 namespace fastclip {
 namespace {
 
+// Of a tensor: parameter, master weights, gradient, states, their scales, two numbers.
+constexpr size_t kMostArrays = 3 + 2 * kMaxStates + 2;
+
 const char* text_of(const char* part) { return part; }
 const char* text_of(const Name* state) { return state->text; }
 
@@ -51,6 +54,7 @@ void Walk::begin() {
   for (auto& part : parts_) part.clear();
   addresses_ = 0;
   parameter_ = 0;
+  ahead_.begin();
   reason_.reset();
   undone_.reset();
   masters_.begin();
@@ -143,6 +147,7 @@ void Walk::note_params(Step& step, TensorEntry& entry, const at::Tensor& measure
   step.has_unmeasured_params |= !entry.param_is_measured;
 }
 
+template <bool kPlain>
 [[gnu::flatten]] void Walk::add_tensor(const at::Tensor& param, const at::Tensor& grad, const StateNames& names,
                                        const ParamStates& states, bool is_first, const Group& group,
                                        const Place& place) {
@@ -153,6 +158,7 @@ void Walk::note_params(Step& step, TensorEntry& entry, const at::Tensor& measure
   const int64_t numel = entry.numel;
   const DType dtype = entry.grad_dtype;
   if (part.clamps) step.clampable += numel;
+  ahead_.make_room(kMostArrays);
 
   uint64_t addresses = addresses_;  // in a register
   const auto hash = [&](const void* data, int64_t size)
@@ -160,13 +166,14 @@ void Walk::note_params(Step& step, TensorEntry& entry, const at::Tensor& measure
   const auto write = [&](const at::Tensor& tensor, const void* data, int64_t size) __attribute__((always_inline)) {
     hash(data, size);
     borrowed_.write(tensor);
+    ahead_.pass(tensor, data);
   };
   const int64_t item = item_size(dtype), bytes = numel * item;
   bool uniform = true;
   const auto add = [&](const at::Tensor& tensor, auto* part, void*& data, DType& stored)
                        __attribute__((always_inline)) {
                          int64_t size = bytes;
-                         if (tensor.dtype() == grad.dtype()) {
+                         if (kPlain || tensor.dtype() == grad.dtype()) {
                            data = data_of(tensor, item, size, part, place);
                          } else {
                            uniform = false;
@@ -178,8 +185,9 @@ void Walk::note_params(Step& step, TensorEntry& entry, const at::Tensor& measure
                        };
   entry.grad = data_of(grad, item, bytes, "gradient", place);
   borrowed_.read(grad);
+  ahead_.pass(grad, entry.grad);
   if (shares_storage(grad)) hash(entry.grad, bytes);  // others' addresses change at every step
-  if (!states.master) {
+  if (kPlain || !states.master) {
     add(param, "", entry.param, entry.dtype);
   } else {
     add(*states.master, names.master, entry.param, entry.dtype);
@@ -189,11 +197,11 @@ void Walk::note_params(Step& step, TensorEntry& entry, const at::Tensor& measure
     }
   }
   for (int s = 0; s < names.count; ++s) {
-    if (states.arrays[s] && !states.scales[s]) {
+    if (states.arrays[s] && (kPlain || !states.scales[s])) {
       add(*states.arrays[s], names.arrays[s], entry.states[s], entry.state_dtypes[s]);
     }
   }
-  if (states.scales[0]) {
+  if (!kPlain && states.scales[0]) {
     uniform = false;
     StateScales& scales = step.scales.emplace_back();
     for (int s = 0; s < names.count; ++s) {
@@ -211,7 +219,7 @@ void Walk::note_params(Step& step, TensorEntry& entry, const at::Tensor& measure
   // Returns whether the number is float64.
   const auto add_numbers = [&](const at::Tensor& numbers, int64_t length, const Name* name, void*& data)
                                __attribute__((always_inline)) {
-                                 const bool is_float64 = numbers.scalar_type() == at::kDouble;
+                                 const bool is_float64 = !kPlain && numbers.scalar_type() == at::kDouble;
                                  const int64_t size = is_float64 ? 8 : 4;
                                  data = data_of(numbers, size, length * size, name, place);
                                  write(numbers, data, length * size);
@@ -245,11 +253,10 @@ void Walk::add_unstepped(const Group& group, const StateNames& names, const Plac
   if (!THPVariable_Unpack(place.param).requires_grad()) return;
   ParamStates states;
   if (names.master) {
-    borrowed_.keep(Held(place.param));  // the look-up may run Python
-    states = states_.find(place, parameter_, names, shard);
+    states = shard ? states_.find_shards(place, parameter_, names, *shard) : states_.find(place, parameter_, names);
   }
   const at::Tensor& measured = states.master ? *states.master : param;
-  if (!is_plainly_covered(measured, measured) && !covers(measured, measured, place)) return;
+  if (!covers(measured, measured, place)) return;
   if (measured.numel() == 0) {
     measured_params_ += THPVariable_Unpack(place.param).numel();  // of other ranks
     return;
@@ -283,18 +290,14 @@ void Walk::check_memory(const at::Tensor& param, const at::Tensor& grad, const S
 }
 
 // Makes the states that there are not, and says whether the kernels take those that there are.
-[[gnu::flatten]] bool Walk::cover_states(const Group& group, const at::Tensor& param, const at::Tensor& like,
-                                         const Place& place, const StateNames& names, ParamStates& states) {
+bool Walk::cover_states(const Group& group, const at::Tensor& param, const at::Tensor& like, const Place& place,
+                        const StateNames& names, ParamStates& states) {
   if (names.master && !states.master) {  // it is made of the parameter, which has to be there
     const int64_t item = item_size(dtype_of(param));
     data_of(param, item, item * param.numel(), "", place);
   }
   if (!states.complete) states_.make_missing(rule_, group, like, place, names, states);
-  c10::TensorImpl* const p = param.unsafeGetTensorImpl();
-  const bool contiguous = is_contiguous(p);
-  const auto covers = [&](const at::Tensor& state, const Name& name) __attribute__((always_inline)) {
-    c10::TensorImpl* const s = state.unsafeGetTensorImpl();
-    if (contiguous && !s->is_inference() && is_like(s, p)) return true;
+  const auto covers = [&](const at::Tensor& state, const Name& name) {
     if (covers_state(state, name, param, place)) return true;
     not_covered({"no_kernels", place, name.text, {state, param}});
     return false;
@@ -314,12 +317,8 @@ void Walk::check_memory(const at::Tensor& param, const at::Tensor& grad, const S
     if (states.master->scalar_type() != at::kFloat) refuse("no_float32", place, names.master->text, *states.master);
     if (!covers(*states.master, *names.master)) return false;
   }
-  if (names.step &&
-      !(is_plain_number(*states.step, param) || covers_numbers(param, place, *names.step, states.step, 1))) {
-    return false;
-  }
-  return !names.scalar || (names.length_of_row == 1 && is_plain_number(*states.scalar, param)) ||
-         covers_numbers(param, place, *names.scalar, states.scalar, names.length_of_row);
+  return (!names.step || covers_numbers(param, place, *names.step, states.step, 1)) &&
+         (!names.scalar || covers_numbers(param, place, *names.scalar, states.scalar, names.length_of_row));
 }
 
 bool Walk::covers_codes(const StateNames& names, int s, const ParamStates& states, const at::Tensor& param,
@@ -364,16 +363,14 @@ void Walk::add_param(const Group& group, const StateNames& names, Py_ssize_t gro
     return add_unstepped(group, names, place, param, nullptr);
   }
   if (!grad->defined() || (kInPlace && is_seen(*grad))) return;
-  ParamStates states;
-  Held held;
+  static const ParamStates kNone;
+  const ParamStates* states = &kNone;
   if (names.any) {  // the look-up may run Python: the gradient is read afterwards
-    held = Held(object);
-    states = states_.find(place, parameter_, names, nullptr);
+    states = &states_.find(place, parameter_, names);
     grad = &grad_of(param);
+    if (!grad->defined()) return;
   }
-  if (grad->defined()) add_covered(group, names, place, states, kInPlace ? *grad : param, *grad, *grad);
-  if (held.object && states_.ran_python())
-    borrowed_.keep(std::move(held));  // another thread may have dropped it meanwhile
+  add_one(group, names, place, *states, kInPlace ? *grad : param, *grad, *grad);
 }
 
 // Every rank takes part in the norm, whatever it has itself.
@@ -411,9 +408,9 @@ void Walk::add_shard(const Group& group, const StateNames& names, const Place& p
   } else if (grad_of(param).defined() && !is_seen(grad_of(param))) {
     if (auto grad = shard_of_grad(grad_of(param), shard, place)) {
       ParamStates states;
-      if (names.any) states = states_.find(place, parameter_, names, &shard);
+      if (names.any) states = states_.find_shards(place, parameter_, names, shard);
       const at::Tensor& whole_grad = THPVariable_Unpack(grad->whole.object);
-      add_covered(group, names, place, states, in_place_ ? grad->local() : shard.local(), grad->local(), whole_grad);
+      add_one(group, names, place, states, in_place_ ? grad->local() : shard.local(), grad->local(), whole_grad);
       borrowed_.write(in_place_ ? whole_grad : param);
       std::move(shard).keep_in(borrowed_);
       std::move(*grad).keep_in(borrowed_);
@@ -432,9 +429,34 @@ bool Walk::covers(const at::Tensor& param, const at::Tensor& grad, const Place& 
   return !left;
 }
 
-void Walk::add_covered(const Group& group, const StateNames& names, const Place& place, ParamStates& states,
-                       const at::Tensor& param, const at::Tensor& grad, const at::Tensor& like) {
-  if (!is_plainly_covered(param, grad) && !covers(param, grad, place)) return;
+// Whether all is as most have it: then there is nothing to make, and nothing to refuse but memory that is not there.
+bool Walk::is_plain(const Group& group, const StateNames& names, const ParamStates& states, const at::Tensor& param,
+                    const at::Tensor& grad) {
+  c10::TensorImpl* const p = param.unsafeGetTensorImpl();
+  const auto is_number = [&](const Name* name, const at::Tensor* number)
+                             __attribute__((always_inline)) { return !name || is_plain_number(*number, param); };
+  if (!fastclip::is_plain(p) || !is_like(grad.unsafeGetTensorImpl(), p)) return false;
+  if (p->numel_default() == 0 || group.lr_tensor.object) return false;
+  if (!names.any) return true;
+  if (!states.complete || states.scales[0] || states.master) return false;
+  for (int s = 0; s < names.count; ++s) {
+    if (states.arrays[s] && !is_like(states.arrays[s]->unsafeGetTensorImpl(), p)) return false;
+  }
+  return is_number(names.step, states.step) && names.length_of_row == 1 && is_number(names.scalar, states.scalar);
+}
+
+void Walk::add_one(const Group& group, const StateNames& names, const Place& place, const ParamStates& states,
+                   const at::Tensor& param, const at::Tensor& grad, const at::Tensor& like) {
+  if (is_plain(group, names, states, param, grad)) {
+    add_tensor<true>(param, grad, names, states, /*is_first=*/false, group, place);
+  } else {
+    add_any(group, names, place, states, param, grad, like);
+  }
+}
+
+void Walk::add_any(const Group& group, const StateNames& names, const Place& place, ParamStates states,
+                   const at::Tensor& param, const at::Tensor& grad, const at::Tensor& like) {
+  if (!covers(param, grad, place)) return;
   bool is_first = false;
   if (names.any) {
     is_first = names.filled_by_first_step && !states.arrays[0];
@@ -447,7 +469,7 @@ void Walk::add_covered(const Group& group, const StateNames& names, const Place&
     return check_memory(param, grad, names, states, place);
   }
   if (grad.numel() > 0 || states.step) {
-    add_tensor(param, grad, names, states, is_first, group, place);
+    add_tensor<false>(param, grad, names, states, is_first, group, place);
   } else if (scope_ != Scope::global) {
     begin_segment(part_of(param.device(), reduction_), place.group);
   } else if (group.norm_clip.limits.counts_params()) {

@@ -9,6 +9,7 @@
 #include <unordered_set>
 #include <vector>
 
+#include "ahead.h"
 #include "borrowed.h"
 #include "groups.h"
 #include "masters.h"
@@ -20,8 +21,8 @@
 
 namespace fastclip {
 
-// Holds no tensor of the model and no address from one step to the next: all are read again at every step. It keeps
-// only scratch memory and the places where states were found.
+// Holds no tensor of the model from one step to the next: all are read again at every step. It keeps scratch memory,
+// what States has found, and hints to where tensors lay.
 class Walk {
  public:
   Walk(Rules::Id rule, Ranks ranks);
@@ -66,7 +67,8 @@ class Walk {
   [[gnu::always_inline]] inline void add_param(const Group& group, const StateNames& names, Py_ssize_t group_index,
                                                Py_ssize_t index);
   [[gnu::noinline]] void begin_row(Part& part, const Hyper& hyper, Py_ssize_t group, DType dtype);
-  // All that is covered.
+  // All that is covered. kPlain: as is_plain says.
+  template <bool kPlain>
   [[gnu::noinline]] void add_tensor(const at::Tensor& param, const at::Tensor& grad, const StateNames& names,
                                     const ParamStates& states, bool is_first, const Group& group, const Place& place);
   // Whether a gradient that is to be clipped in place was found before.
@@ -86,10 +88,16 @@ class Walk {
   // The shard of a gradient that is placed as its parameter; nothing where it is not.
   std::optional<Shard> shard_of_grad(const at::Tensor& grad, const Shard& param, const Place& place);
   void await_norm(const Shard& param, const Place& place, const Group& group);
-  // The rest of the walk over a parameter, for ordinary tensors. `like` is the gradient that a new state is made like.
-  [[gnu::always_inline]] inline void add_covered(const Group& group, const StateNames& names, const Place& place,
-                                                 ParamStates& states, const at::Tensor& param, const at::Tensor& grad,
-                                                 const at::Tensor& like);
+  // The rest of the walk over a parameter, or its shard. `like` is the gradient that a new state is made like.
+  [[gnu::always_inline]] inline void add_one(const Group& group, const StateNames& names, const Place& place,
+                                             const ParamStates& states, const at::Tensor& param, const at::Tensor& grad,
+                                             const at::Tensor& like);
+  [[gnu::always_inline]] static inline bool is_plain(const Group& group, const StateNames& names,
+                                                     const ParamStates& states, const at::Tensor& param,
+                                                     const at::Tensor& grad);
+  // What is not plain: of other dtypes or layouts, new, or not covered.
+  [[gnu::noinline]] void add_any(const Group& group, const StateNames& names, const Place& place, ParamStates states,
+                                 const at::Tensor& param, const at::Tensor& grad, const at::Tensor& like);
   [[gnu::noinline]] bool covers(const at::Tensor& param, const at::Tensor& grad, const Place& place);
   // Before a step is left to plain torch, which does not look.
   [[gnu::noinline]] void check_memory(const at::Tensor& param, const at::Tensor& grad, const StateNames& names,
@@ -111,6 +119,7 @@ class Walk {
   Scope scope_ = Scope::global;            // of the norm
   size_t parameter_ = 0;                   // the position, over all groups
   Borrowed borrowed_;
+  Ahead ahead_;
   Shards shards_;
   States states_{borrowed_, shards_};
   std::unordered_set<c10::TensorImpl*> seen_;  // gradients to be clipped in place

@@ -183,6 +183,107 @@ def test_state_in_another_order_than_the_parameters():
     assert_same_bits(theirs, ours, loop.optimizer, optimizer)
 
 
+class Owner:
+    """Its attributes are an entry of a state."""
+
+
+def owned(state, p):
+    owner = Owner()
+    vars(owner).update(state[p])
+    state[p] = vars(owner)
+    return owner
+
+
+def others(entry):
+    return {name: value * 2 for name, value in entry.items() if name != "step"}
+
+
+def doubled(entry):
+    for name, value in others(entry).items():
+        entry[name] = value
+
+
+def made_again(entry):
+    for name, value in others(entry).items():
+        entry.pop(name)
+        entry.setdefault(name, value)
+
+
+def swapped(first, second):
+    copy = dict(first)
+    first.update(second)
+    second.update(copy)
+
+
+# Each writes to a state of two parameters.
+WRITES = {
+    "items": lambda state, a, b: doubled(state[a]),
+    "update": lambda state, a, b: state[a].update(others(state[a])),
+    "operator": lambda state, a, b: state[a].__ior__(others(state[a])),
+    "taken out and put back": lambda state, a, b: made_again(state[a]),
+    "no states": lambda state, a, b: state[a].clear(),
+    "another entry": lambda state, a, b: state.update({a: {**state[a], **others(state[a])}}),
+    "no entry": lambda state, a, b: state.pop(a),
+    "no entries": lambda state, a, b: state.clear(),
+    "each other's entries": lambda state, a, b: state.update({a: state[b], b: state[a]}),
+    "each other's states": lambda state, a, b: swapped(state[a], state[b]),
+    "in place": lambda state, a, b: [value.mul_(2) for name, value in state[a].items() if name != "step"],
+    "data": lambda state, a, b: [setattr(state[a][name], "data", value) for name, value in others(state[a]).items()],
+    "swapped tensors": lambda state, a, b: [
+        torch.utils.swap_tensors(state[a][name], value) for name, value in others(state[a]).items()
+    ],
+}
+
+
+@both_rules
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_a_state_that_is_written_to_between_steps(rule, write):
+    """A step remembers what it has found in a dict; it must notice that the dict has changed."""
+    loop, theirs, optimizer, ours = pair([(5,), (5,)], CLIPS["value"], **rule)
+    for step in range(6):
+        give_grads(theirs, ours)
+        step_both(loop, theirs, optimizer, ours)
+        if step in (1, 3):
+            write(loop.optimizer.state, *theirs)
+            write(optimizer.state, *ours)
+            gc.collect()
+            junk = [torch.full((5,), float("nan")) for _ in range(8)]  # takes the memory of what is gone
+            del junk
+    assert_same_bits(theirs, ours, loop.optimizer, optimizer)
+
+
+@both_rules
+def test_states_that_an_object_owns(rule):
+    """An object may write to its attributes past their dict."""
+    loop, theirs, optimizer, ours = pair([(5,), (5,)], CLIPS["value"], **rule)
+    for step in range(6):
+        give_grads(theirs, ours)
+        step_both(loop, theirs, optimizer, ours)
+        if step == 1:
+            owners = owned(loop.optimizer.state, theirs[0]), owned(optimizer.state, ours[0])
+        if step > 1:
+            for owner in owners:
+                for name, value in others(vars(owner)).items():
+                    setattr(owner, name, value)
+    assert_same_bits(theirs, ours, loop.optimizer, optimizer)
+
+
+@pytest.mark.parametrize("write", ["replaced", "in place"])
+def test_another_states_dict(write):
+    loop, theirs, optimizer, ours = pair([(5,), (5,)], CLIPS["value"], momentum=0.9)
+    for _ in range(4):
+        give_grads(theirs, ours)
+        step_both(loop, theirs, optimizer, ours)
+        for opt, params in ((loop.optimizer, theirs), (optimizer, ours)):
+            states = {p: {name: value * 3 for name, value in opt.state[p].items()} for p in params}
+            if write == "replaced":
+                opt.state = type(opt.state)(dict, states)
+            else:
+                opt.state.clear()
+                opt.state.update(states)
+    assert_same_bits(theirs, ours, loop.optimizer, optimizer)
+
+
 def test_hyperparameters_are_read_at_every_step():
     loop, theirs, optimizer, ours = pair([(5,), (7,)], {"clip_value": 0.5}, momentum=0.9)
     for step in range(4):
