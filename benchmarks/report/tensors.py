@@ -8,6 +8,8 @@ WHAT = {
     "walk": "of it, finding and checking",
     "fused": "torch, fused",
     "foreach": "torch, foreach",
+    "fastclip displaced": "fastclip, caches displaced",
+    "fused displaced": "torch, fused, caches displaced",
     "fastclip dtensors": "fastclip, DTensors",
     "foreach dtensors": "torch, foreach, DTensors",
 }

@@ -33,15 +33,26 @@ def test_the_command_writes_what_the_report_reads(monkeypatch, capsys, tmp_path)
     monkeypatch.setattr(host_time, "alone", lambda function, *arguments: function(*arguments))
     monkeypatch.setattr(host_time, "MOST_FOR_TORCH", 3)
     monkeypatch.setattr(host_time, "MOST_FOR_DTENSORS", 3)
+    monkeypatch.setattr(host_time, "DISPLACING_BYTES", 2**20)
     assert host_time.main(["--count", "3", "4", "--rounds", "2", "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "host_time.json").read_text())
     assert len(found["cases"]) == 2 * len(host_time.MEASURED) * len(CLIPS)
     for row in found["cases"]:
         others = {"fused", "foreach", "fastclip dtensors", "foreach dtensors"} if row["tensors"] == 3 else set()
+        others |= {"fastclip displaced", "fused displaced"} if row["tensors"] == 3 else set()
         assert row["ns_per_tensor"].keys() == {"fastclip", "walk"} | others
     capsys.readouterr()
     assert report.main([str(tmp_path / "host_time.json")]) == 0
     assert "| rule | clip | ns per tensor | 3 tensors | 4 tensors |" in capsys.readouterr().out
+
+
+def test_caches_are_displaced_before_each_step_and_that_is_not_timed(monkeypatch):
+    monkeypatch.setattr(host_time, "DISPLACING_BYTES", 2**12)
+    calls = []
+    monkeypatch.setattr(timing, "block", lambda step, steps: calls.append(step()) or 0.5)
+    monkeypatch.setattr(torch.Tensor, "add_", lambda self, one: calls.append(self.nbytes))
+    assert host_time.displacing()(lambda: "step", 2) == 1.0
+    assert calls == [2**12, "step", 2**12, "step"]
 
 
 @pytest.mark.parametrize("contender", ["fastclip", "foreach"])
