@@ -35,22 +35,23 @@ class Peer:
     rules: tuple = RULES
 
 
-def torch_fused(rule, params, settings):
-    kind = {"SGD, momentum 0.9": torch.optim.SGD, "AdamW": torch.optim.AdamW}[rule]
-    return kind(params, **settings, fused=True)
+def of_torch(**implementation):
+    kinds = {"SGD, momentum 0.9": torch.optim.SGD, "AdamW": torch.optim.AdamW}
+    return lambda rule, params, settings: kinds[rule](params, **settings, **implementation)
 
 
 def deepspeed(rule, params, settings):
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    return DeepSpeedCPUAdam(params, **settings, adamw_mode=True)
+    # Its states have the dtype of the parameters, as those of the others.
+    return DeepSpeedCPUAdam(params, **settings, adamw_mode=True, fp32_optimizer_states=False)
 
 
 def optimi(rule, params, settings):
     import optimi
 
     kind = {"SGD, momentum 0.9": optimi.SGD, "AdamW": optimi.AdamW, "Lion": optimi.Lion}[rule]
-    return kind(params, **settings)
+    return kind(params, **settings, kahan_sum=False)  # in 16 bits it would keep one more state
 
 
 def bitsandbytes(rule, params, settings):
@@ -67,7 +68,8 @@ def lion_pytorch(rule, params, settings):
 
 
 PEERS = {
-    "torch, fused": Peer(None, torch_fused, RULES[:2]),
+    "torch, fused": Peer(None, of_torch(fused=True), RULES[:2]),
+    "torch, foreach": Peer(None, of_torch(foreach=True), RULES[:2]),
     "DeepSpeed CPUAdam": Peer("deepspeed", deepspeed, ("AdamW",)),
     "torch-optimi": Peer("torch-optimi", optimi),
     "bitsandbytes": Peer("bitsandbytes", bitsandbytes),
