@@ -364,7 +364,6 @@ EACH_TIME = {
     "tail left out",
     "no waiting for the grid",
     "steps of a skipped step",
-    "more slots than there are",
     "shared memory read as global",
     "a norm remembered before all have read",
     "a segment summed before its last tile is measured",
