@@ -75,13 +75,12 @@ def timers(count, rule, clip):
     names = ["fastclip", "fused", "foreach"] if count <= MOST_FOR_TORCH else ["fastclip"]
     steps = {name: Contender(name, params(count), CLIPS[clip], rule).step for name in names}
     steps["walk"] = walk(params(count), CLIPS[clip], rule)
-    displaced = {name: steps[name] for name in ("fastclip", "fused") if name in steps and count <= MOST_FOR_TORCH}
+    displaced = {name: steps[name] for name in ("fastclip", "fused") if "fused" in names}
     if count <= MOST_FOR_DTENSORS:
         for name in ("fastclip", "foreach"):
             steps[f"{name} dtensors"] = Contender(name, sharded(count), CLIPS[clip], rule).step
     timed = {name: timing.Timer(step) for name, step in steps.items()}
-    clock = displacing()
-    return timed | {f"{name} displaced": timing.Timer(step, clock) for name, step in displaced.items()}
+    return timed | {f"{name} displaced": timing.Timer(step, displacing()) for name, step in displaced.items()}
 
 
 def displacing():

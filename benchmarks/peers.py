@@ -115,9 +115,8 @@ def deviation(problem, rule, clip, name):
             step()
         results.append(params)
     apart = norm(p.detach() - q.detach() for p, q in zip(*results, strict=True))
-    starts = problem.copy()
-    problem.reset_params(starts, from_zero)
-    return rows.digits(apart / norm((q - start).detach() for q, start in zip(results[1], starts, strict=True)))
+    starts = itertools.repeat(0, len(problem.params)) if from_zero else problem.params
+    return rows.digits(apart / norm(q.detach() - start for q, start in zip(results[1], starts, strict=True)))
 
 
 def norm(tensors):
