@@ -135,7 +135,6 @@ PyObject* States::entry_of(PyObject* param, size_t position) {
   if (PyDict_Next(state_, &next, &key, &entry) && key == param) return entry;
 
   borrowed_.hold();
-  borrowed_.keep(Held(param));  // another thread may drop it meanwhile
   entry = PyDict_GetItemWithError(state_, param);
   if (!entry && PyErr_Occurred()) throw PythonError{};
   if (entry) {
@@ -169,6 +168,7 @@ const at::Tensor* States::shard_in(const at::Tensor* state, const Name& name, co
 }
 
 ParamStates& States::look_up(const Place& place, size_t position, const StateNames& names) {
+  borrowed_.keep(Held(place.param));  // Python may run, and another thread drop it
   PyObject* entry = entry_of(place.param, position);
   Seen& seen = seen_[position];
   seen.version_of_state = Seen{}.version_of_state;
