@@ -45,7 +45,8 @@ struct TensorEntry {
   DType grad_dtype;
   DType state_dtypes[kMaxStates];
   bool is_first : 1;  // the step fills its states
-  bool uniform : 1;   // all arrays have the dtype of `param`, and none is rounded at random
+  bool uniform : 1;   // all arrays have the dtype of `param`
+  bool rounds_at_random : 1;  // that dtype has 16 bits, and the group rounds these at random
   bool step_is_float64 : 1;
   bool scalar_is_float64 : 1;
   bool param_is_measured : 1;  // its part of Step::param_measures is right

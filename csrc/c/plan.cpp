@@ -191,8 +191,8 @@ TensorEntry fastclip_plan::entry_of(Tensor& tensor, uint32_t index) {
   entry.hyper = static_cast<int32_t>(given.grad_dtype);
   entry.index = index;
   entry.is_first = tensor.is_new && options_.arrays != 0 && is_filled_by_first_step(rule_);
-  entry.uniform =
-      entry.grad_dtype == entry.dtype && !(options_.hyper.stochastic_rounding && item_size(entry.dtype) == 2);
+  entry.uniform = entry.grad_dtype == entry.dtype;
+  entry.rounds_at_random = options_.hyper.stochastic_rounding && item_size(entry.dtype) == 2;
   for (int s = 0; s < kMaxStates; ++s) {
     entry.state_dtypes[s] = tensor.state_dtypes[s];
     if (!has(options_.arrays, s)) continue;

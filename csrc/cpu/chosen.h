@@ -5,8 +5,8 @@
 #include <cpuid.h>
 #endif
 
+#include <strings.h>
 #include <cstdlib>
-#include <cstring>
 
 #include "loop_table.h"
 
@@ -50,7 +50,7 @@ const InstructionSet& instruction_set() {
     const InstructionSet* best = nullptr;
     for (const auto& set : sets) {
       if (!set.supported) continue;
-      if (wanted && std::strcmp(wanted, set.name) == 0) return set;
+      if (wanted && strcasecmp(wanted, set.name) == 0) return set;
       if (!best) best = &set;
     }
     return *best;

@@ -75,7 +75,8 @@ constexpr void fill_updates(LoopTable& table) {
   Rules::each([&](auto tag) {
     using R = typename decltype(tag)::Rule;
     UpdateLoop* const loops = table.updates[static_cast<int>(kStorage)] + kFirstLoop[Rules::id_of<R>().index()];
-    constexpr bool kStaged = is_narrow(kStorage) && !Set::Narrow::kInRegisters;
+    constexpr bool kStaged =
+        (is_narrow(kStorage) && !Set::Narrow::kInRegisters) || (is_random(kStorage) && !R::kIsCommon);
     fill_rule<Set, kStaged ? Storage::staged : kStorage, R>(loops,
                                                             std::make_integer_sequence<uint32_t, 1 << R::kSwitches>{});
   });
@@ -123,6 +124,8 @@ constexpr LoopTable make_loops() {
   fill_updates<Set, Storage::float64>(table);
   fill_updates<Set, Storage::bfloat16>(table);
   fill_updates<Set, Storage::float16>(table);
+  fill_updates<Set, Storage::random_bfloat16>(table);
+  fill_updates<Set, Storage::random_float16>(table);
   fill_updates<Set, Storage::staged>(table);
   fill_dtype<Set, float>(table, DType::float32);
   fill_dtype<Set, double>(table, DType::float64);

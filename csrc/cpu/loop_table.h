@@ -48,18 +48,23 @@ using DeltaLoop = DeltaSums (*)(const TensorEntry&, int64_t begin, int64_t size,
                                 const Delta&);
 using ProductsLoop = Products (*)(const TensorEntry&, int64_t begin, int64_t size, const Clip<double>&);
 
-// The storage of a tensor's arrays: all of one dtype, or staged. Those of several dtypes, or of 16 bits that are
-// rounded at random, go through float32 block by block.
-enum class Storage { float32, float64, bfloat16, float16, staged };
-constexpr int kNumStorages = 5;
-constexpr bool is_narrow(Storage storage) { return storage == Storage::bfloat16 || storage == Storage::float16; }
+// The storage of a tensor's arrays: all of one dtype, those of 16 bits perhaps rounded at random; or staged. Those of
+// several dtypes go through float32 block by block.
+enum class Storage { float32, float64, bfloat16, float16, random_bfloat16, random_float16, staged };
+constexpr int kNumStorages = 7;
+constexpr bool is_random(Storage storage) {
+  return storage == Storage::random_bfloat16 || storage == Storage::random_float16;
+}
+constexpr bool is_narrow(Storage storage) {
+  return storage == Storage::bfloat16 || storage == Storage::float16 || is_random(storage);
+}
 inline Storage storage_of(const TensorEntry& tensor) {
   if (!tensor.uniform) return Storage::staged;
   switch (tensor.dtype) {
     case DType::float32: return Storage::float32;
     case DType::float64: return Storage::float64;
-    case DType::bfloat16: return Storage::bfloat16;
-    case DType::float16: return Storage::float16;
+    case DType::bfloat16: return tensor.rounds_at_random ? Storage::random_bfloat16 : Storage::bfloat16;
+    case DType::float16: return tensor.rounds_at_random ? Storage::random_float16 : Storage::float16;
   }
   return Storage::staged;
 }

@@ -250,15 +250,21 @@ class LastRun {
 };
 
 // Updates a tensor whose arrays are all of one 16-bit dtype: a run of each is brought to float32, updated and rounded
-// in registers.
+// in registers, to the nearest number or at random.
 template <class Set, Storage kStorage, class R, Terms kTerms>
 FASTCLIP_HD Updated update_narrow(const TensorEntry& tensor, int64_t begin, int64_t size, const Constants& all) {
-  using Stored = std::conditional_t<kStorage == Storage::bfloat16, BFloat16, Float16>;
+  constexpr bool kRounds = is_random(kStorage);
+  constexpr bool kIsBFloat16 = kStorage == Storage::bfloat16 || kStorage == Storage::random_bfloat16;
+  using Stored = std::conditional_t<kIsBFloat16, BFloat16, Float16>;
   constexpr uint32_t kReads = R::reads(kTerms), kWrites = R::writes(kTerms);
   const int64_t bytes_ahead = kMachine.bytes_ahead;
   const auto clip = converted<Clip<float>>(all.clip);
   const auto constants = constants_as<R, float>(all);
   const typename Set::Narrow narrow;
+  [[maybe_unused]] uint32_t keys[1 + kMaxStates];
+  const auto write = [&](int array, Stored* to, const float* from, int64_t at) __attribute__((always_inline)) {
+    kRounds ? narrow.round(to, from, keys[array], static_cast<uint32_t>(at)) : narrow.write(to, from);
+  };
   auto* const params = static_cast<Stored*>(tensor.param) + begin;
   const auto* const grads = static_cast<const Stored*>(tensor.grad) + begin;
   Stored* states[kMaxStates];
@@ -284,9 +290,14 @@ FASTCLIP_HD Updated update_narrow(const TensorEntry& tensor, int64_t begin, int6
     update_elements<float, R, kTerms>(param, grad, rows, kRun, clip, constants,
                                       [&](int64_t lane)
                                           __attribute__((always_inline)) -> int32_t& { return clamped[lane]; });
-    narrow.write(params + i, param);
+    if (kRounds && (i == 0 || static_cast<uint32_t>(begin + i) == 0)) {
+      for (int a = 0; a <= kMaxStates; ++a) {
+        keys[a] = noise_key(all.rounding_seed, all.step, tensor.index, a, begin + i);
+      }
+    }
+    write(0, params + i, param, begin + i);
     for (int s = 0; s < kMaxStates; ++s) {
-      if (has(kWrites, s)) narrow.write(states[s] + i, state[s]);
+      if (has(kWrites, s)) write(1 + s, states[s] + i, state[s], begin + i);
     }
     if (measures) {
       narrow.read(params + i, param);  // as they were rounded
@@ -296,9 +307,13 @@ FASTCLIP_HD Updated update_narrow(const TensorEntry& tensor, int64_t begin, int6
   Updated updated;
   for (const int32_t count : clamped) updated.clamped += count;
   if (i < size) {
-    const LastRun<Stored> last(tensor, kWrites, begin + i, size - i);
-    updated.clamped += Set::template update<kStorage, R, kTerms>(last.run(), 0, kRun, all).clamped;
-    last.give_back();
+    if constexpr (kRounds) {  // by its place in the tensor
+      updated.clamped += Set::template update<Storage::staged, R, kTerms>(tensor, begin + i, size - i, all).clamped;
+    } else {
+      const LastRun<Stored> last(tensor, kWrites, begin + i, size - i);
+      updated.clamped += Set::template update<kStorage, R, kTerms>(last.run(), 0, kRun, all).clamped;
+      last.give_back();
+    }
     if (measures) {
       read_many(narrow, params + i, size - i, param);
       sums.add(param, size - i);

@@ -47,6 +47,9 @@ void for_each_entry(const Step& step, const Body& body) {
   }
 }
 
+// Returns whether all arrays have one dtype, and none is rounded at random.
+bool is_simple(const TensorEntry& tensor) { return tensor.uniform && !tensor.rounds_at_random; }
+
 // Writes an entry field by field, in place: a copy of a whole entry would wait for the bytes just written.
 template <class K, DTypes kDTypes>
 void write_entry(const TensorEntry& tensor, int64_t begin, int64_t numel, uint32_t first_tile,
@@ -84,7 +87,7 @@ void write_entry(const TensorEntry& tensor, int64_t begin, int64_t numel, uint32
     entry.grad_dtype = tensor.grad_dtype;
     for (int s = 0; s < K::kStates; ++s) entry.state_dtypes[s] = tensor.state_dtypes[s];
     entry.rounded_dtype = tensor.rounded_dtype;
-    entry.uniform = tensor.uniform;
+    entry.uniform = is_simple(tensor);
   }
 }
 
@@ -106,7 +109,7 @@ DTypes dtypes_of(const Step& step) {
   bool one = true, uniform = true, float64 = false;
   for (const TensorEntry& tensor : step.tensors) {
     one &= tensor.dtype == first;
-    uniform &= tensor.uniform;
+    uniform &= is_simple(tensor);
     float64 |= tensor.dtype == DType::float64;
   }
   if (uniform && one && first == DType::float32) return DTypes::float32;

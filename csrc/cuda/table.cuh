@@ -128,7 +128,7 @@ struct MixedPart {
   DType grad_dtype;
   DType state_dtypes[kRoom];
   DType rounded_dtype;
-  bool uniform;
+  bool uniform;  // and none is rounded at random
 };
 template <int kRoom>
 struct MixedPart<false, kRoom> {};

@@ -238,7 +238,8 @@ template <bool kPlain>
   const bool scalar_is_float64 =
       states.scalar && add_numbers(*states.scalar, names.length_of_row, names.scalar, entry.scalar);
   entry.is_first = is_first;
-  entry.uniform = uniform && !(hyper.stochastic_rounding && item == 2);
+  entry.uniform = uniform;
+  entry.rounds_at_random = hyper.stochastic_rounding && item == 2;
   entry.step_is_float64 = step_is_float64;
   entry.scalar_is_float64 = scalar_is_float64;
   addresses_ = addresses;
@@ -264,7 +265,7 @@ void Walk::add_unstepped(const Group& group, const StateNames& names, const Plac
   TensorEntry& entry = begin_entry(measured, group.hyper, place);
   const int64_t item = item_size(entry.dtype), bytes = entry.numel * item;
   entry.param = data_of(measured, item, bytes, "", place);
-  entry.uniform = !states.master && !(group.hyper.stochastic_rounding && item == 2);
+  entry.uniform = !states.master;
   borrowed_.read(measured);
   addresses_ = hashed(addresses_, entry.param, bytes);
   note_params(part_->step, entry, measured, place, group.norm_clip.limits.measures_params);

@@ -28,7 +28,8 @@
 //                         numel, norms)` needs
 //   kKernels              numbers of state arrays, the largest last: a GPU has a kernel for each
 //   kQuantizesStates      true: its states may be kept in 8 bits, see quantized.h
-//   kIsCommon             true: a GPU has separate kernels for float32 and bfloat16. false: one kernel for all dtypes
+//   kIsCommon             true: a GPU has separate kernels for float32 and bfloat16, a CPU loops of its own for 16 bits
+//                         that are rounded at random. false: one kernel, one loop for all that is staged
 //   Settings              the hyperparameters of a group besides those that all rules have; double and bool
 //   read(group, settings) reads them; `group` is the GroupReader of csrc/host, or has its methods
 //   new_value(settings)   the value that fills a new state array

@@ -26,7 +26,12 @@ RULES = {
 }
 # The averages of large parameters in 8 bits.
 IN_8_BITS = {f"{name}_8": {**RULES[name], "state_bits": 8} for name in ("SGD", "AdamW", "Adam", "Lion")}
-ALL = RULES | IN_8_BITS
+# Arrays of 16 bits that are rounded at random: in registers on some machines, staged on others.
+AT_RANDOM = {
+    f"{name}_random": {**RULES[name], "stochastic_rounding": True, "rounding_seed": 3}
+    for name in ("SGD", "Adam", "Lion")
+}
+ALL = RULES | IN_8_BITS | AT_RANDOM
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CLIPS = (
     {},
@@ -43,7 +48,7 @@ def of_rule(name, settings):
     digest = hashlib.sha256()
     for dtype in DTYPES:
         for clip in CLIPS:
-            optimizer_class = getattr(fastclip, name.removesuffix("_8"))
+            optimizer_class = getattr(fastclip, name.partition("_")[0])
             if optimizer_class._rule.needs_norm and "norm_type" in clip:
                 continue  # refused
             random = numpy.random.default_rng(7)
