@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import sys
+import warnings
 
 # Name: module, help.
 COMMANDS = {
@@ -32,6 +33,7 @@ def main(arguments=None):
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (_, about) in COMMANDS.items():
         commands.add_parser(name, help=about, add_help=False)
+    warnings.filterwarnings("ignore", "something clips these gradients")  # they never change here
     module, _ = COMMANDS[parser.parse_args(arguments[:1]).command]
     return importlib.import_module(module, __package__).main(arguments[1:])
 

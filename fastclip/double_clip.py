@@ -31,7 +31,8 @@ class DoubleClip:
     def _warn(self, group):
         own = next((name for name in LIMITS if group.get(name) is not None), "max_norm")
         warnings.warn(
-            f"something clips these gradients before the optimizer's {own} does: total_norm was {self._norm:.4g} in "
-            f"each of the last {_STEPS} steps. Switch off one of the two; a trainer's: max_grad_norm, grad_clip",
+            f"something clips these gradients before the optimizer's {own} does, or they never change, as in a "
+            f"benchmark: total_norm was {self._norm:.4g} in each of the last {_STEPS} steps. Switch off one of the two "
+            "clips; a trainer's: max_grad_norm, grad_clip",
             stacklevel=5,
         )
