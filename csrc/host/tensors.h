@@ -8,6 +8,7 @@
 #include <array>
 
 #include "../step.h"
+#include "python.h"
 #include "reasons.h"
 
 namespace fastclip {
@@ -95,6 +96,20 @@ const at::Tensor* uncovered(const at::Tensor& param, const at::Tensor& grad);
 bool same_elements(const at::Tensor& a, const at::Tensor& b);
 // And dtypes that one loop takes: what a state needs.
 bool same_memory_layout(const at::Tensor& a, const at::Tensor& b);
+
+inline const char* text_of(const char* part) { return part; }
+inline const char* text_of(const Name* state) { return state->text; }
+// Returns the address of a tensor's first element; `bytes` is the size of all of them. Raises for memory that is not
+// there: FSDP, for one, frees the storage of a parameter that it has no use for, and leaves the sizes as they were.
+template <class Part>
+[[gnu::always_inline]] inline void* data_of(const at::Tensor& covered, int64_t item_size, int64_t bytes, Part* part,
+                                            const Place& place) {
+  c10::TensorImpl* const impl = covered.unsafeGetTensorImpl();
+  auto* const storage = impl->unsafe_storage().unsafeGetStorageImpl();
+  const int64_t begin = impl->storage_offset_default() * item_size;
+  if (begin + bytes > static_cast<int64_t>(storage->nbytes()) && bytes > 0) refuse("no_memory", place, text_of(part));
+  return static_cast<char*>(storage->mutable_data()) + begin;
+}
 
 inline bool is_16_bit(at::ScalarType dtype) { return dtype == at::kBFloat16 || dtype == at::kHalf; }
 

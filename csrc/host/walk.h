@@ -98,6 +98,7 @@ class Walk {
   // What is not plain: of other dtypes or layouts, new, or not covered.
   [[gnu::noinline]] void add_any(const Group& group, const StateNames& names, const Place& place, ParamStates states,
                                  const at::Tensor& param, const at::Tensor& grad, const at::Tensor& like);
+  // These are in covers.cpp.
   [[gnu::noinline]] bool covers(const at::Tensor& param, const at::Tensor& grad, const Place& place);
   // Before a step is left to plain torch, which does not look.
   [[gnu::noinline]] void check_memory(const at::Tensor& param, const at::Tensor& grad, const StateNames& names,
