@@ -11,6 +11,7 @@ COMMANDS = {
     "gpu": (".gpu", "the same on a GPU, by events and CUDA graphs"),
     "hot": (".hot", "time what a norm would save that is taken in the backward pass"),
     "states": (".states", "time steps with states in 8 bits beside those in float32, and count their bytes"),
+    "precision": (".precision", "time steps of 16-bit parameters beside the limit of the memory, and beside torch's"),
     "peers": (".peers", "time a step with and without a clip beside DeepSpeed, torch-optimi and others"),
     "host": (".host", "time what a step costs per tensor, for 100 to 100,000 tensors"),
     "limits": (".limits", "time limits on the change, and by past norms, against a norm clip"),

@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from . import cpu, gpu, hot, peers, states, tensors, training
+from . import cpu, gpu, hot, peers, precision, states, tensors, training
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -48,7 +48,7 @@ def committed():
 def reporter(results):
     if "gpu" in results:
         return gpu
-    of_kind = {"hot": hot, "peers": peers, "states": states, "training": training}
+    of_kind = {"hot": hot, "peers": peers, "precision": precision, "states": states, "training": training}
     if results.get("kind") in of_kind:
         return of_kind[results["kind"]]
     return tensors if "kind" in results else cpu
