@@ -7,14 +7,15 @@ import torch
 
 import fastclip
 from benchmarks import precision
-from benchmarks.core import memory
+from benchmarks.core import memory, timing
 from benchmarks.core.problem import Problem
 from benchmarks.report import documents
 
 ARGUMENTS = ["--model", "dnn", "--threads", "1", "--rounds", "2"]
 
 
-def test_all_dtypes_magnitudes_and_ways_are_timed_and_reported(tmp_path, capsys):
+def test_all_dtypes_magnitudes_and_ways_are_timed_and_reported(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(timing, "BLOCK_SECONDS", 1e-6)
     assert precision.main([*ARGUMENTS, "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "precision.json").read_text())
     assert len(found["cases"]) == (1 + 3) * 3 * 2

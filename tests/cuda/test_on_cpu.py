@@ -367,7 +367,6 @@ EACH_TIME = {
     "shared memory read as global",
     "a norm remembered before all have read",
     "a segment summed before its last tile is measured",
-    "parameters measured before they are rounded",
     "products of gradients before their clip",
     "table not uploaded again",
 }
