@@ -61,9 +61,8 @@ def main(arguments=None):
     """Returns the exit code: 1 where a sample is wrong, 2 where memory or a compiler is missing."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
-    need, free = max(case.bytes() for case in RUNS), memory.available()
-    if free is not None and free < need:
-        print(f"Nothing was run: {memory.gib(need)} of memory needed, {memory.gib(free)} available.", file=sys.stderr)
+    if lack := memory.lack(max(case.bytes() for case in RUNS)):
+        print(f"Nothing was run: {lack}.", file=sys.stderr)
         return 2
     try:
         limit.require(options.threads)

@@ -17,7 +17,7 @@ import fastclip
 
 from .core import command, limit, memory, record, rows, timing
 from .core.models import MODELS, count
-from .core.problem import Problem
+from .core.problem import GRADS_STD, Problem
 from .report import precision as report
 
 MODEL = "dense-100m"
@@ -58,9 +58,8 @@ def main(arguments=None):
     except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    need, free = BYTES * max(count(MODELS[model]) for model in options.model), memory.available()
-    if free is not None and free < need:
-        print(f"Nothing was measured: {memory.gib(need)} of memory needed, {memory.gib(free)} free.", file=sys.stderr)
+    if lack := memory.lack(BYTES * max(count(MODELS[model]) for model in options.model)):
+        print(f"Nothing was measured: {lack}.", file=sys.stderr)
         return 2
     found = record.describe(arguments, "python -m benchmarks precision") | {"kind": "precision", "cases": []}
     for rule, dtype in itertools.product(RULES, SCALES):
@@ -113,7 +112,7 @@ def timed_rows(problem, options, dtype, scale, way, rule):
 def copied(problem, dtype, scale):
     """Parameters with gradients of this standard deviation."""
     params = problem.copy(dtype)
-    problem.reset_grads(params, scale / 0.02)
+    problem.reset_grads(params, scale / GRADS_STD)
     return params
 
 

@@ -35,9 +35,8 @@ def main(arguments=None):
     """Returns the exit code: 2 where memory is short."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
-    need, free = 3 * BYTES * count(MODELS[options.model]), memory.available()  # with bitsandbytes' optimizer
-    if free is not None and free < need:
-        print(f"Nothing was measured: {memory.gib(need)} of memory needed, {memory.gib(free)} free.", file=sys.stderr)
+    if lack := memory.lack(3 * BYTES * count(MODELS[options.model])):  # with bitsandbytes' optimizer
+        print(f"Nothing was measured: {lack}.", file=sys.stderr)
         return 2
     found = record.describe(arguments, "python -m benchmarks states") | {"kind": "states", "model": options.model}
     found["cases"] = []

@@ -49,5 +49,11 @@ def available():
         return free
 
 
+def lack(need):
+    """Returns what to tell where there are fewer bytes of memory than needed; None where there are enough."""
+    free = available()
+    return f"{gib(need)} of memory needed, {gib(free)} available" if free is not None and free < need else None
+
+
 def gib(size):
     return f"{size / 2**30:.1f} GiB"

@@ -4,6 +4,8 @@ import torch
 
 from .contenders import CONTENDERS
 
+GRADS_STD = 0.02  # of the first gradients
+
 
 class Problem:
     """The start of all contenders, and the memory of each: kept from the check to the last measurement, as the first
@@ -18,7 +20,7 @@ class Problem:
         self.model, self.device, self.dtype = model, torch.device(device), dtype
         self.params = [0.05 * random(shape) for shape in shapes]
         # A value clip at 0.01 cuts more than half of these.
-        self.grads = [0.02 * random(shape) for shape in shapes]
+        self.grads = [GRADS_STD * random(shape) for shape in shapes]
         self.numel = sum(p.numel() for p in self.params)
         self.copies = {name: self.copy() for name in contenders}
 
