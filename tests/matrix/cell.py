@@ -86,7 +86,7 @@ class Cell:
             *(f"tests/{name}.py" for name in TESTS),
             "tests/package/test_glues.py",
             "-m",
-            "not slow",
+            "not slow and not thorough",
         ]
         lines = self._call("the tests", *command, cwd=here, OMP_NUM_THREADS="1", PYTHONPATH=str(here)).splitlines()
         if not re.match(r"\d+ passed", lines[-1]):
