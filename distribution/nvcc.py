@@ -23,7 +23,8 @@ NVCC_FLAGS = [
     "-Werror=all-warnings",
     "-Xcompiler=-fPIC,-Wall,-Wextra,-Wno-psabi,-fvisibility=hidden",
 ]
-ARCHITECTURES = ["7.5", "8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "11.0", "12.0"]
+# Those of torch's own wheels, and Jetson's. 8.9 runs the code of 8.6.
+ARCHITECTURES = ["7.5", "8.0", "8.6", "8.7", "9.0", "10.0", "11.0", "12.0"]
 JETSON = {"8.7", "11.0"}  # whose processors are Arm: an x86 machine's build leaves them out
 
 

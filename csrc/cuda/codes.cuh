@@ -29,7 +29,7 @@ __device__ __forceinline__ uint32_t largest_in_warp(uint32_t bits) {
 }
 
 template <class K, class OneEntry>
-__device__ __noinline__ Updated<K::kBeside> update_codes_tile(const Header& header, const Hyper& hyper,
+__device__ __noinline__ UpdatedBy<K, float> update_codes_tile(const Header& header, const Hyper& hyper,
                                                               const OneEntry& entry, int64_t begin, int size,
                                                               FactorsOf<K> factors, const uint4* slot) {
   using R = typename K::Rule;
@@ -46,7 +46,7 @@ __device__ __noinline__ Updated<K::kBeside> update_codes_tile(const Header& head
   const int per_pack = entry.grad_dtype == DType::float32 ? 4 : 8;  // elements in 16 bytes, as the measure keeps them
   const int kept = slot && entry.aligned ? size / per_pack * per_pack : 0;
   const int lane = threadIdx.x % kWarp;
-  Updated<K::kBeside> updated;
+  UpdatedBy<K, float> updated;
 
   const auto update = [&](auto size_of_word, int from, int count) {
     constexpr int kSize = decltype(size_of_word)::value, kWords = kOfLane / kSize;

@@ -64,15 +64,15 @@ __device__ __forceinline__ Measure sum_over_block(Norm norm, Measure sum) {
 }
 
 // Sums a warp's share of a tile, and writes it to the tile's place among `measures`.
-template <DTypes kDTypes, bool kWide>
+template <DTypes kDTypes, bool kFloat64>
 __device__ __forceinline__ void write_measure(const Header& header, Norm norm, double* measures, uint32_t tile,
                                               Measure sum) {
-  sum = sum_over_warp<kWide>(norm, sum);
+  sum = sum_over_warp<kFloat64>(norm, sum);
   if (threadIdx.x % kWarp != 0) return;
   measures[tile] = sum.medium;
-  if constexpr (kDTypes == DTypes::any) {
-    measures[header.tiles + tile] = kWide ? sum.small : 0;
-    measures[2 * header.tiles + tile] = kWide ? sum.big : 0;
+  if constexpr (kWide<kDTypes>) {
+    measures[header.tiles + tile] = kFloat64 ? sum.small : 0;
+    measures[2 * header.tiles + tile] = kFloat64 ? sum.big : 0;
   }
 }
 
@@ -106,20 +106,21 @@ __device__ __noinline__ void sum_large_segments(const Header& header, Segments s
 
 // The same for tensors.
 template <class K, DTypes kDTypes>
-__device__ __noinline__ void sum_large_tensors(const Header& header, const Table<K, kDTypes>& table, Segments segments,
+__device__ __noinline__ void sum_large_tensors(const Header& header, Table<K, kDTypes> table, Segments segments,
                                                Tensors tensors) {
 #pragma unroll 1
   for (uint32_t i = 0; i < header.tensors_by_block; ++i) {
     const uint32_t tensor = tensors.by_block[i];
     const TensorRow& row = tensors.rows[tensor];
-    Measure sums[3];
+    TensorOutcome& outcome = header.tensor_outcomes[tensor];
 #pragma unroll 1
     for (int j = 0; j < K::kSums; ++j) {
       __syncthreads();  // `warp_sums` is read
-      sums[j] =
-          sum_over_tiles<true>(header, Norm::two, measures_of_sum(header, j), row.first_tile, (&row + 1)->first_tile);
+      const Measure sum = sum_over_tiles<kWide<kDTypes>>(header, Norm::two, measures_of_sum(header, j), row.first_tile,
+                                                         (&row + 1)->first_tile);
+      if (threadIdx.x == 0) outcome.sums[j] = sum;
     }
-    if (threadIdx.x == 0) close_tensor(header, table, segments, row, header.tensor_outcomes[tensor], sums);
+    if (threadIdx.x == 0) close_tensor(header, table, segments, row, outcome);
   }
 }
 
@@ -164,7 +165,7 @@ __device__ __noinline__ void limit_deltas_of_segments(const Header& header, Segm
 
 // What is left to one block when all tiles have been measured for what an update would add.
 template <class K, DTypes kDTypes>
-__device__ __forceinline__ void finish_deltas(const Header& header, const Table<K, kDTypes>& table, Segments segments,
+__device__ __forceinline__ void finish_deltas(const Header& header, Table<K, kDTypes> table, Segments segments,
                                               Tensors tensors) {
   sum_large_tensors(header, table, segments, tensors);
   __syncthreads();  // all is summed
@@ -173,7 +174,7 @@ __device__ __forceinline__ void finish_deltas(const Header& header, const Table<
 
 // Applies the clip that a rule has of its own to each group, in one block; by the norms after all other clips.
 template <class K, DTypes kDTypes>
-__device__ __noinline__ void clip_groups(const Header& header, const Table<K, kDTypes>& table, Segments segments,
+__device__ __noinline__ void clip_groups(const Header& header, Table<K, kDTypes> table, Segments segments,
                                          Tensors tensors) {
   using R = typename K::Rule;
   __syncthreads();  // all is summed
@@ -243,24 +244,23 @@ __device__ __forceinline__ void meet(const Header& header, bool goes_on, const B
 
 // Lets all blocks meet that have measured gradients, and one add up the measures.
 template <class K, DTypes kDTypes>
-__device__ __forceinline__ void meet_and_sum(const Header& header, const Table<K, kDTypes>& table, Segments segments,
+__device__ __forceinline__ void meet_and_sum(const Header& header, Table<K, kDTypes> table, Segments segments,
                                              Tensors tensors) {
   meet(header, header.update, [&] {
     if (threadIdx.x == kThreads - 1) read_levels(header);  // meanwhile
-    constexpr bool kWide = kDTypes == DTypes::any;  // only float64 has more than one part
     Sums sums{};
-    sums.grads = sum_over_tiles<kWide>(header, header.norm, header.measures, 0, header.tiles);
+    sums.grads = sum_over_tiles<kWide<kDTypes>>(header, header.norm, header.measures, 0, header.tiles);
     if constexpr (K::kLimitsChange) {
       if (header.change_measures) {
         __syncthreads();  // `warp_sums` is read
-        sums.change = sum_over_tiles<kWide>(header, header.norm, header.change_measures, 0, header.tiles);
+        sums.change = sum_over_tiles<kWide<kDTypes>>(header, header.norm, header.change_measures, 0, header.tiles);
       }
       if (header.param_measures) {
         __syncthreads();
-        sums.params = sum_over_tiles<kWide>(header, header.norm, header.param_measures, 0, header.tiles);
+        sums.params = sum_over_tiles<kWide<kDTypes>>(header, header.norm, header.param_measures, 0, header.tiles);
       }
     }
-    if (header.segments_by_block > 0) sum_large_segments<kWide, K::kLimitsChange>(header, segments);
+    if (header.segments_by_block > 0) sum_large_segments<kWide<kDTypes>, K::kLimitsChange>(header, segments);
     if (threadIdx.x == 0) header.outcome->sums = sums;
     if constexpr (K::kMeasuresProducts) {
       sum_large_tensors(header, table, segments, tensors);
@@ -278,7 +278,7 @@ __device__ __forceinline__ const Decision& decide_for_block(const Header& header
   if (threadIdx.x == 0) {
     Decision& decision = shared().decision;
     decide_from_sums(header, decision);
-    if constexpr (K::kMeasuresDelta) {  // what was measured beside the norm, or what will be
+    if (K::kMeasuresDelta && header.tensor_outcomes) {  // what was measured beside the norm, or what will be
       const volatile double& change = header.outcome->change;
       decision.change = decision.skip ? 0 : change;
     }
@@ -344,20 +344,13 @@ __device__ __noinline__ void measure_all_params(const Arguments<kTableBytes>& ar
         arguments, false, false,
         [&](uint32_t tile, const Hyper&, const Entry<K, kDTypes>& entry, int64_t begin, int size, const uint4*) {
           if (entry.param_is_measured) return;
-          bool mixed = false;
-          if constexpr (kMixed<K, kDTypes>) mixed = kOnlyMixtures<K, kDTypes> || !entry.uniform;
           with_dtype<kDTypes>(entry.dtype, [&](auto stored) {
             using Stored = decltype(stored);
-            constexpr int kFull = kPackBytes / sizeof(Stored);
-            const auto measure = [&](auto full) {
-              write_measure<kDTypes, sizeof(Stored) == sizeof(double)>(
-                  header, header.norm, header.param_measures, tile,
-                  measure_params<Stored, decltype(full)::value>(header, entry, begin, size));
-            };
-            if constexpr (kMixed<K, kDTypes> && sizeof(Stored) < sizeof(double)) {
-              if (mixed) return measure(std::integral_constant<int, kElements>{});
-            }
-            measure(std::integral_constant<int, kFull>{});
+            constexpr bool kAsMixture = kMixed<K, kDTypes> && sizeof(Stored) < sizeof(double);
+            constexpr int kTaken = kAsMixture ? kElements : kPackBytes / int{sizeof(Stored)};
+            write_measure<kDTypes, sizeof(Stored) == sizeof(double)>(
+                header, header.norm, header.param_measures, tile,
+                measure_params<Stored, kTaken>(header, entry, begin, size));
           });
         });
   }
@@ -406,13 +399,10 @@ __device__ __forceinline__ void update_any_tile(const Header& header, const Hype
   }
   if constexpr (kDTypes == DTypes::mixed) {
     update_mixed(float{});
-  } else if constexpr (kOnlyMixtures<K, kDTypes>) {
+  } else if constexpr (kMixed<K, kDTypes>) {
     if (entry.dtype != DType::float64) return update_mixed(float{});
     note(double{}, update_tile<K, double>(header, hyper, entry, begin, size, factors, slot));
   } else {
-    if constexpr (kMixed<K, kDTypes>) {
-      if (!entry.uniform) return update_mixed(float{});
-    }
     with_dtype<kDTypes>(entry.dtype, [&](auto stored) {
       note(stored, update_tile<K, decltype(stored)>(header, hyper, entry, begin, size, factors, slot));
     });
@@ -421,32 +411,39 @@ __device__ __forceinline__ void update_any_tile(const Header& header, const Hype
 
 // Measures what the update of a tile would add.
 template <class K, DTypes kDTypes>
-__device__ __forceinline__ void measure_delta_of_tile(const Header& header, const Table<K, kDTypes>& table,
-                                                      Segments segments, Tensors tensors, uint32_t tile,
-                                                      const Hyper& hyper, const Entry<K, kDTypes>& entry, int64_t begin,
-                                                      int size, Factors factors, const uint4* slot) {
+__device__ __forceinline__ void measure_delta_of_tile(const Header& header, Table<K, kDTypes> table, Segments segments,
+                                                      Tensors tensors, uint32_t tile, const Hyper& hyper,
+                                                      const Entry<K, kDTypes>& entry, int64_t begin, int size,
+                                                      Factors factors, const uint4* slot) {
   const uint32_t tensor = tensor_of(header, tensors.rows, tile);
   factors.measures = delta_parts<typename K::Rule>(header, segments, tensors.rows[tensor], hyper, entry.grad);
-  DeltaSums sums{};
+  const auto write = [&](const auto& updated) {
+    const Measure measures[] = {updated.delta, updated.relative, updated.param};
+#pragma unroll
+    for (int i = 0; i < K::kSums; ++i) {
+      write_measure<kDTypes, kWide<kDTypes>>(header, Norm::two, measures_of_sum(header, i), tile, measures[i]);
+    }
+  };
   if (factors.measures) {
     update_any_tile<K, kDTypes>(header, hyper, entry, begin, size, factors, slot,
-                                [&](auto, const Updated<K::kBeside>& updated) { sums = updated.deltas; });
-  }
-  const Measure measures[] = {sums.delta, sums.relative, sums.param};
-#pragma unroll
-  for (int i = 0; i < K::kSums; ++i) {
-    write_measure<kDTypes, true>(header, Norm::two, measures_of_sum(header, i), tile, measures[i]);
+                                [&](auto, const auto& updated) { write(updated); });
+  } else {
+    write(Updated<K::kBeside, false>{});
   }
   note_tile_of_tensor<K>(header, table, segments, tensors, tensor);
 }
 
 // Returns the smallest number of blocks on a multiprocessor. It caps the registers, so that enough loads are in flight.
-constexpr int min_blocks(DTypes dtypes) { return dtypes == DTypes::any ? 1 : 2; }
+// float64 needs more than a half of them, and so does what measures an update and updates by the same function.
+template <class K, DTypes kDTypes>
+constexpr int min_blocks() {
+  return kDTypes == DTypes::any || K::kMeasuresDelta ? 1 : 2;
+}
 
 // Measures and updates in one launch, if all blocks run at the same time. If not, one launch measures and the next
 // updates; between them, another one may measure what is added.
 template <class K, DTypes kDTypes, int kTableBytes>
-__global__ void __launch_bounds__(kThreads, min_blocks(kDTypes))
+__global__ void __launch_bounds__(kThreads, min_blocks<K, kDTypes>())
     step_kernel(const __grid_constant__ Arguments<kTableBytes> arguments) {
   const Header& header = arguments.header;
   if (header.found_inf && *header.found_inf != 0) {
@@ -477,7 +474,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks(kDTypes))
                                                    multiplied(header.norm, sum, change));
                 }
               });
-          if (header.segments > 0) note_tile<kDTypes == DTypes::any, K::kLimitsChange>(header, segments, tile);
+          if (header.segments > 0) note_tile<kWide<kDTypes>, K::kLimitsChange>(header, segments, tile);
           if constexpr (K::kMeasuresTensors) __syncwarp();  // the slot is filled
           if constexpr (K::kMeasuresProducts) {
             const Products products = measure_products(header, hyper, entry, begin, size, slot);
@@ -532,7 +529,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks(kDTypes))
           }
         }
         update_any_tile<K, kDTypes>(
-            header, hyper, entry, begin, size, factors, slot, [&](auto stored, const Updated<K::kBeside>& updated) {
+            header, hyper, entry, begin, size, factors, slot, [&](auto stored, const auto& updated) {
               clamped += updated.clamped;
               if constexpr (K::kLimitsChange) {
                 constexpr bool kFloat64 = sizeof(stored) == sizeof(double);

@@ -197,7 +197,7 @@ __device__ __noinline__ Products measure_products(const Header& header, const Hy
 
 // Updates a tile.
 template <class K, class OneEntry>
-__device__ __noinline__ Updated<K::kBeside> update_mixed_tile(const Header& header, const Hyper& hyper,
+__device__ __noinline__ UpdatedBy<K, float> update_mixed_tile(const Header& header, const Hyper& hyper,
                                                               const OneEntry& entry, int64_t begin, int size,
                                                               FactorsOf<K> factors, const uint4* slot) {
   using R = typename K::Rule;
@@ -216,7 +216,7 @@ __device__ __noinline__ Updated<K::kBeside> update_mixed_tile(const Header& head
   }
   const int per_pack = entry.grad_dtype == DType::float32 ? 4 : 8;  // elements in 16 bytes, as the measure keeps them
   const int kept = slot && entry.aligned ? size / per_pack * per_pack : 0;
-  Updated<K::kBeside> updated;
+  UpdatedBy<K, float> updated;
   const Norm norm = header.norm;
 
   const auto update = [&](auto size_of_word, int from, int count) {
@@ -265,7 +265,7 @@ __device__ __noinline__ Updated<K::kBeside> update_mixed_tile(const Header& head
           if constexpr (K::kMeasuresDelta) {
             if (factors.measures) {
               const float d = clip(grad[j]);
-              measure_delta<R, false>(updated.deltas, factors.measures, terms, constants, param[j], d, state);
+              measure_delta<R>(updated, factors.measures, terms, constants, param[j], d, state);
               continue;
             }
           }
@@ -295,7 +295,7 @@ __device__ __noinline__ Updated<K::kBeside> update_mixed_tile(const Header& head
           float as_rounded[kElements];
           unpack(stored, entry.dtype, as_rounded);
 #pragma unroll
-          for (int j = 0; j < kSize; ++j) measure_param<false>(norm, updated.params, as_rounded[j]);
+          for (int j = 0; j < kSize; ++j) measure_param(norm, updated.params, as_rounded[j]);
         }
         if (entry.rounded)
           write<kSize>(entry.rounded, entry.rounded_dtype, at(i), pack(param, entry.rounded_dtype, nearest));

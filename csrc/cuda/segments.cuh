@@ -20,7 +20,7 @@ struct Segments {
 };
 
 template <class K, DTypes kDTypes>
-__device__ __forceinline__ Segments segments_of(const Header& header, const Table<K, kDTypes>& table) {
+__device__ __forceinline__ Segments segments_of(const Header& header, Table<K, kDTypes> table) {
   const auto* const rows = reinterpret_cast<const SegmentRow*>(table.entries + header.tensors);
   const auto* const limits = reinterpret_cast<const NormLimit*>(rows + header.segments + 1);
   const auto* const changes = reinterpret_cast<const ChangeLimits*>(limits + header.groups);

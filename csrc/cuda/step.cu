@@ -87,7 +87,6 @@ void write_entry(const TensorEntry& tensor, int64_t begin, int64_t numel, uint32
     entry.grad_dtype = tensor.grad_dtype;
     for (int s = 0; s < K::kStates; ++s) entry.state_dtypes[s] = tensor.state_dtypes[s];
     entry.rounded_dtype = tensor.rounded_dtype;
-    entry.uniform = is_simple(tensor);
   }
 }
 
@@ -102,9 +101,8 @@ int states_of(const Step& step) {
   return states;
 }
 
-// Chooses the kernel among those of a rule. Rarer rules have one for all dtypes.
+// Tells what a step has, of all that a kernel may know.
 DTypes dtypes_of(const Step& step) {
-  if (!Rules::visit(step.rule, [](auto tag) { return decltype(tag)::Rule::kIsCommon; })) return DTypes::any;
   const DType first = step.tensors.empty() ? DType::float32 : step.tensors.front().dtype;
   bool one = true, uniform = true, float64 = false;
   for (const TensorEntry& tensor : step.tensors) {
@@ -114,24 +112,27 @@ DTypes dtypes_of(const Step& step) {
   }
   if (uniform && one && first == DType::float32) return DTypes::float32;
   if (uniform && one && first == DType::bfloat16) return DTypes::bfloat16;
-  return float64 || clips_in_place(step.rule) ? DTypes::any : DTypes::mixed;
+  return float64 ? DTypes::any : DTypes::mixed;
 }
 
 template <DTypes kDTypes>
 using DTypesTag = std::integral_constant<DTypes, kDTypes>;
 
-// Calls body(kernel, dtypes), with both as types.
+// Calls body(kernel, dtypes), with both as types: the kernel that knows these dtypes, and the fewest others.
 template <class K, class Body>
 auto with_dtypes(DTypes dtypes, const Body& body) {
-  if constexpr (K::Rule::kIsCommon) {
+  if constexpr (kHasUniform<K>) {
     if (dtypes == DTypes::float32) return body(K{}, DTypesTag<DTypes::float32>{});
     if (dtypes == DTypes::bfloat16) return body(K{}, DTypesTag<DTypes::bfloat16>{});
-    // A rule that clips in place sees one array, which is no mixture.
-    if constexpr (!K::Rule::kClipsInPlace) {
-      if (dtypes == DTypes::mixed) return body(K{}, DTypesTag<DTypes::mixed>{});
-    }
   }
-  return body(K{}, DTypesTag<DTypes::any>{});
+  if constexpr (!kHasFloat64<K>) {
+    return body(K{}, DTypesTag<DTypes::mixed>{});
+  } else {
+    if constexpr (kMixed<K, DTypes::mixed>) {
+      if (dtypes != DTypes::any) return body(K{}, DTypesTag<DTypes::mixed>{});
+    }
+    return body(K{}, DTypesTag<DTypes::any>{});
+  }
 }
 
 // What a step's kernel is chosen by.
@@ -148,24 +149,20 @@ Beside beside_of(const Step& step) {
   return step.limits.measures_change || !step.segment_changes.empty() ? Beside::change : Beside::nothing;
 }
 
+// A rule's largest kernel measures the most, and is the one for float64. A common rule has it without that, too.
 template <class R, size_t kKernel, class Body>
 auto with_kernel_from(const Choice& choice, const Body& body) {
   constexpr int kStates = R::kKernels[kKernel];
-  constexpr DTypesTag<DTypes::any> kAny{};
-  if constexpr (kKernel + 1 < std::size(R::kKernels)) {
-    const bool fits = choice.states <= kStates && choice.beside == Beside::nothing;  // only the largest measures more
-    if (!fits) return with_kernel_from<R, kKernel + 1>(choice, body);
-  } else if constexpr (R::kNeedsProducts) {
-    return body(Kernel<R, kStates, Beside::products>{}, kAny);
-  } else if constexpr (R::kMeasuresDelta && !R::kIsCommon) {  // a rare rule has one kernel
-    return body(Kernel<R, kStates, Beside::deltas>{}, kAny);
-  } else if constexpr (R::kMeasuresDelta) {
-    if (choice.beside == Beside::deltas) return body(Kernel<R, kStates, Beside::deltas>{}, kAny);
-  } else if constexpr (R::kLimitsChange) {
-    if (choice.beside == Beside::change) return with_dtypes<Kernel<R, kStates, Beside::change>>(choice.dtypes, body);
+  constexpr bool kIsLargest = kKernel + 1 == std::size(R::kKernels);
+  if constexpr (!kIsLargest || (R::kIsCommon && kMost<R> != Beside::nothing)) {
+    if (choice.states <= kStates && choice.beside == Beside::nothing && choice.dtypes != DTypes::any) {
+      return with_dtypes<Kernel<R, kStates, Beside::nothing>>(choice.dtypes, body);
+    }
   }
-  if constexpr (!R::kNeedsProducts && (!R::kMeasuresDelta || R::kIsCommon)) {
-    return with_dtypes<Kernel<R, kStates, Beside::nothing>>(choice.dtypes, body);
+  if constexpr (kIsLargest) {
+    return with_dtypes<Kernel<R, kStates, kMost<R>>>(choice.dtypes, body);
+  } else {
+    return with_kernel_from<R, kKernel + 1>(choice, body);
   }
 }
 
@@ -270,6 +267,8 @@ Layout layout_of(const Step& step) {
   constexpr int64_t kManyTiles = 1 << 15;
   constexpr int kLargestTileBits = 14;
   Layout layout{{step.rule, states_of(step), dtypes_of(step), beside_of(step)}};
+  // That kernel may know more.
+  layout.choice.dtypes = with_kernel(layout.choice, [](auto, auto dtypes) { return decltype(dtypes)::value; });
   const bool narrow = std::all_of(step.tensors.begin(), step.tensors.end(),
                                   [](const TensorEntry& tensor) { return item_size(tensor.grad_dtype) == 2; });
   if (narrow) ++layout.tile_bits;  // as many bytes

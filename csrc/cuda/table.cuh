@@ -71,17 +71,25 @@ struct Kernel {
   }();
 };
 
-// The dtypes that a kernel knows. float32 and bfloat16 are the dtypes that models are trained in. `mixed` is all that
-// is computed in float32: float16, several dtypes, or a mixture within a tensor. `any` is a step with float64; it needs
-// more registers, and all lanes of a warp take the same branch. Rare rules have only `any`, and so has what measures
-// tensors.
+// The dtypes that a kernel knows. float32 and bfloat16 are the dtypes that models are trained in: the common rules have
+// kernels for them. `mixed` is all that is computed in float32: float16, several dtypes, or a mixture within a tensor.
+// `any` is a step with float64, which needs more registers: each rule has one such kernel. What `mixed` and `any`
+// compute in float32, they take as mixtures. A rule that clips in place sees one array, which is none.
 enum class DTypes { float32, bfloat16, mixed, any };
+template <class K>
+constexpr bool kHasUniform = K::Rule::kIsCommon && !K::kMeasuresTensors;
+template <class R>
+constexpr Beside kMost = R::kNeedsProducts   ? Beside::products
+                         : R::kMeasuresDelta ? Beside::deltas
+                         : R::kLimitsChange  ? Beside::change
+                                             : Beside::nothing;
+template <class K>
+constexpr bool kHasFloat64 = K::kStates == int{K::Rule::kStates.size()} && K::kBeside == kMost<typename K::Rule>;
 template <class K, DTypes kDTypes>
 constexpr bool kMixed = !K::Rule::kClipsInPlace && (kDTypes == DTypes::mixed || kDTypes == DTypes::any);
-// The tensors of a kernel that are computed in float32 are all taken as mixtures.
-template <class K, DTypes kDTypes>
-constexpr bool kOnlyMixtures =
-    kMixed<K, kDTypes> && (kDTypes == DTypes::mixed || K::Rule::kIsCommon || K::kMeasuresTensors);
+// Whether a measure has three parts: those of float32 have one.
+template <DTypes kDTypes>
+constexpr bool kWide = kDTypes == DTypes::any;
 
 // Returns the number of state arrays of the one kernel of a rule that takes states in 8 bits: its smallest with states.
 template <class R>
@@ -92,9 +100,8 @@ constexpr int states_in_codes() {
   return 0;
 }
 template <class K, DTypes kDTypes>
-constexpr bool kTakesCodes =
-    K::Rule::kQuantizesStates && K::kBeside == Beside::nothing && K::kStates == states_in_codes<typename K::Rule>() &&
-    kDTypes == (K::Rule::kIsCommon ? DTypes::mixed : DTypes::any);
+constexpr bool kTakesCodes = K::Rule::kQuantizesStates && K::kBeside == Beside::nothing &&
+                             K::kStates == states_in_codes<typename K::Rule>() && kDTypes == DTypes::mixed;
 template <class K, DTypes kDTypes>
 constexpr bool kCounts = K::Rule::kCountsSteps || kMixed<K, kDTypes>;
 
@@ -128,7 +135,6 @@ struct MixedPart {
   DType grad_dtype;
   DType state_dtypes[kRoom];
   DType rounded_dtype;
-  bool uniform;  // and none is rounded at random
 };
 template <int kRoom>
 struct MixedPart<false, kRoom> {};

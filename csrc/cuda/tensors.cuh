@@ -30,7 +30,7 @@ __device__ __noinline__ uint32_t tensor_of(const Header& header, const TensorRow
 
 // A tensor has one entry, or two.
 template <class K, DTypes kDTypes>
-__device__ __forceinline__ double numel_of(const Table<K, kDTypes>& table, const TensorRow& row) {
+__device__ __forceinline__ double numel_of(Table<K, kDTypes> table, const TensorRow& row) {
   int64_t numel = 0;
   for (uint32_t i = row.first_entry; i < (&row + 1)->first_entry; ++i) numel += table.entries[i].numel;
   return static_cast<double>(numel);
@@ -47,18 +47,16 @@ __device__ __forceinline__ DeltaParts delta_parts(const Header& header, Segments
   return has_grad ? parts : parts & kParam;
 }
 
-// Writes what was measured of a tensor, and the factor of its learning rate that follows. A limit on the change of a
-// segment that is this tensor is applied here; others wait for all of their tensors.
+// Writes the factor of a tensor's learning rate that follows from its sums. A limit on the change of a segment that is
+// this tensor is applied here; others wait for all of their tensors.
 template <class K, DTypes kDTypes>
-__device__ __noinline__ void close_tensor(const Header& header, const Table<K, kDTypes>& table, Segments segments,
-                                          const TensorRow& row, TensorOutcome& outcome, const Measure (&sums)[3]) {
-#pragma unroll
-  for (int i = 0; i < K::kSums; ++i) outcome.sums[i] = sums[i];
+__device__ __noinline__ void close_tensor(const Header& header, Table<K, kDTypes> table, Segments segments,
+                                          const TensorRow& row, TensorOutcome& outcome) {
   outcome.factor = 1;
   if constexpr (K::kMeasuresDelta) {
     using R = typename K::Rule;
     const auto& entry = table.entries[row.first_entry];
-    const DeltaSums deltas{sums[0], sums[1], sums[2]};
+    const DeltaSums deltas{outcome.sums[0], outcome.sums[1], outcome.sums[2]};
     if (entry.grad) {
       SharedHyper hyper = table.hypers[entry.hyper];
       hyper.lr = lr_of(table.hypers[entry.hyper]);
@@ -83,27 +81,28 @@ __device__ __forceinline__ double* measures_of_sum(const Header& header, int sum
 
 // A warp has measured a tile. If it is the last of its tensor, the warp adds up all of them, in their order.
 template <class K, DTypes kDTypes>
-__device__ __noinline__ void note_tile_of_tensor(const Header& header, const Table<K, kDTypes>& table,
-                                                 Segments segments, Tensors tensors, uint32_t tensor) {
+__device__ __noinline__ void note_tile_of_tensor(const Header& header, Table<K, kDTypes> table, Segments segments,
+                                                 Tensors tensors, uint32_t tensor) {
   const TensorRow& row = tensors.rows[tensor];
   const uint32_t first = row.first_tile, end = (&row + 1)->first_tile;
   TensorOutcome& outcome = header.tensor_outcomes[tensor];
   if (end - first > kTilesOfWarp || !is_last_tile(outcome.measured, end - first)) return;
   const uint32_t lane = threadIdx.x % kWarp;
-  Measure sums[3];
 #pragma unroll 1
   for (int i = 0; i < K::kSums; ++i) {
-    sums[i] = sum_over_warp<true>(
-        Norm::two, sum_of_lane<true>(header, Norm::two, measures_of_sum(header, i), first + lane, end, kWarp));
+    const Measure sum = sum_over_warp<kWide<kDTypes>>(
+        Norm::two,
+        sum_of_lane<kWide<kDTypes>>(header, Norm::two, measures_of_sum(header, i), first + lane, end, kWarp));
+    if (lane == 0) outcome.sums[i] = sum;
   }
   if (lane != 0) return;
-  close_tensor(header, table, segments, row, outcome, sums);
+  close_tensor(header, table, segments, row, outcome);
   atomicExch(&outcome.measured, 0u);
 }
 
 // What was measured of a tensor's products, after all clips; and the factor of a tile of it.
 template <class K, DTypes kDTypes>
-__device__ __forceinline__ void add_tensor(const Header& header, const Table<K, kDTypes>& table, Tensors tensors,
+__device__ __forceinline__ void add_tensor(const Header& header, Table<K, kDTypes> table, Tensors tensors,
                                            uint32_t tensor, Factors& factors) {
   const volatile TensorOutcome& outcome = header.tensor_outcomes[tensor];
   if constexpr (K::kMeasuresDelta) {

@@ -125,14 +125,30 @@ __device__ __noinline__ Measure measure_tile(const Header& header, const Hyper& 
   return {small, static_cast<double>(medium), big};
 }
 
+// A measure that a lane carries through an update. float32 has one part of it: three would take registers.
+template <bool kFloat64>
+struct LaneSum {
+  double medium = 0;
+  __device__ __forceinline__ void add_square(double x) {
+    double unused = 0;
+    measure<Norm::two, false>(unused, medium, unused, x);
+  }
+  __device__ __forceinline__ operator Measure() const { return {0, medium, 0}; }
+};
+template <>
+struct LaneSum<true> : Measure {
+  __device__ __forceinline__ LaneSum() : Measure{} {}
+  __device__ __forceinline__ void add_square(double x) { measure<Norm::two, true>(small, medium, big, x); }
+};
+
 // Adds a parameter to this lane's share of a tile's measure.
 template <bool kFloat64, class T>
-__device__ __forceinline__ void measure_param(Norm norm, Measure& sum, T x) {
+__device__ __forceinline__ void measure_param(Norm norm, LaneSum<kFloat64>& sum, T x) {
   if (norm == Norm::inf) {
     const T magnitude = fabs(x);
     sum.medium = larger(sum.medium, double{magnitude});
   } else {
-    measure<Norm::two, kFloat64>(sum.small, sum.medium, sum.big, double{x});
+    sum.add_square(double{x});
   }
 }
 
@@ -142,13 +158,14 @@ template <class Stored, int kFull>
 __device__ __noinline__ Measure measure_params(const Header& header, const EntryHead& entry, int64_t begin, int size) {
   using Value = Pack<Stored, 1>;
   const auto* const params = reinterpret_cast<const typename Value::Word*>(static_cast<const Stored*>(entry.param));
-  Measure sum{};
+  constexpr bool kFloat64 = sizeof(Stored) == sizeof(double);
+  LaneSum<kFloat64> sum;
   for_tile<Stored, 1, kFull>(entry.aligned, size, [&](auto values, int offset, int first, int) {
     constexpr int kSize = decltype(values)::value;
 #pragma unroll 1
     for (int j = 0; j < kSize; ++j) {
       const Value value(__ldcs(params + begin + offset + first * kSize + j));
-      measure_param<sizeof(Stored) == sizeof(double)>(header.norm, sum, load(value.values[0]));
+      measure_param(header.norm, sum, load(value.values[0]));
     }
   });
   return sum;
@@ -188,20 +205,22 @@ __device__ __forceinline__ auto constants_of(const Hyper& hyper, const OneEntry&
 }
 
 // What an update tells of this lane's share of a tile. The parameters are measured for a limit on the change.
-template <Beside kMeasured>
+template <Beside kMeasured, bool kFloat64>
 struct Updated {
   uint32_t clamped = 0;  // number of elements that the value clip changed
 };
-template <>
-struct Updated<Beside::change> {
+template <bool kFloat64>
+struct Updated<Beside::change, kFloat64> {
   uint32_t clamped = 0;
-  Measure params{};
+  LaneSum<kFloat64> params;
 };
-template <>
-struct Updated<Beside::deltas> {
+template <bool kFloat64>
+struct Updated<Beside::deltas, kFloat64> {
   uint32_t clamped = 0;
-  DeltaSums deltas{};
+  LaneSum<kFloat64> delta, relative, param;
 };
+template <class K, class Stored>
+using UpdatedBy = Updated<K::kBeside, sizeof(Stored) == sizeof(double)>;
 
 // What a tile's update reads: all, or what is needed to measure what it would add.
 template <class K>
@@ -225,20 +244,19 @@ __device__ __forceinline__ Reads<K> reads_of(Terms terms, const FactorsOf<K>& fa
 
 // Measures what the update of one element would add.
 template <class R, bool kFloat64, class T, class Constants>
-__device__ __forceinline__ void measure_delta(DeltaSums& sums, DeltaParts parts, Terms terms,
+__device__ __forceinline__ void measure_delta(Updated<Beside::deltas, kFloat64>& sums, DeltaParts parts, Terms terms,
                                               const Constants& constants, T param, T d, T* states) {
   const T delta = R::delta(terms, constants, param, d, states);
-  const auto add = [](Measure& sum, T x) { measure<Norm::two, kFloat64>(sum.small, sum.medium, sum.big, double{x}); };
-  if (parts & kDelta) add(sums.delta, delta);
-  if (parts & kRelative) add(sums.relative, R::relative(constants, d, states));
-  if (parts & kParam) add(sums.param, param);
+  if (parts & kDelta) sums.delta.add_square(delta);
+  if (parts & kRelative) sums.relative.add_square(R::relative(constants, d, states));
+  if (parts & kParam) sums.param.add_square(param);
 }
 
 // Updates a tile.
 template <class K, class Stored, class OneEntry>
-__device__ __noinline__ Updated<K::kBeside> update_tile(const Header& header, const Hyper& hyper, const OneEntry& entry,
-                                                        int64_t begin, int size, FactorsOf<K> factors,
-                                                        const uint4* slot) {
+__device__ __noinline__ UpdatedBy<K, Stored> update_tile(const Header& header, const Hyper& hyper,
+                                                         const OneEntry& entry, int64_t begin, int size,
+                                                         FactorsOf<K> factors, const uint4* slot) {
   using T = ComputeType<Stored>;
   using R = typename K::Rule;
   constexpr bool kReadsParam = !R::kClipsInPlace;
@@ -255,7 +273,7 @@ __device__ __noinline__ Updated<K::kBeside> update_tile(const Header& header, co
   Stored* states_at[kRoom];  // in registers: if not, the compiler looks them up for each word
 #pragma unroll
   for (int s = 0; s < kStates; ++s) states_at[s] = static_cast<Stored*>(entry.states[s]) + begin;
-  Updated<K::kBeside> updated;
+  UpdatedBy<K, Stored> updated;
   const Norm norm = header.norm;
 
   for_tile<Stored, kAtOnce>(entry.aligned, size, [&](auto values, int offset, int first, int count) {
@@ -304,15 +322,14 @@ __device__ __noinline__ Updated<K::kBeside> update_tile(const Header& header, co
         for (int s = 0; s < kStates; ++s) state[s] = load(states[s].values[j]);
         if constexpr (K::kMeasuresDelta) {
           if (factors.measures) {
-            constexpr bool kFloat64 = sizeof(Stored) == sizeof(double);
-            measure_delta<R, kFloat64>(updated.deltas, factors.measures, terms, constants, x, d, state);
+            measure_delta<R>(updated, factors.measures, terms, constants, x, d, state);
             continue;
           }
         }
         R::update(terms, constants, x, d, state);
         store(param.values[j], x);
         if constexpr (K::kLimitsChange) {
-          measure_param<sizeof(Stored) == sizeof(double)>(norm, updated.params, load(param.values[j]));
+          measure_param(norm, updated.params, load(param.values[j]));
         }
 #pragma unroll
         for (int s = 0; s < kStates; ++s) store(states[s].values[j], state[s]);

@@ -138,6 +138,11 @@ def variants(rule):
     return found if is_common(rule) or not more else found[-1:]
 
 
+def has_float64(variant):
+    """A rule has one kernel for float64: the largest."""
+    return variant == variants(variant.split()[0])[-1]
+
+
 def is_common(rule):
     """Whether it has kernels of its own for float32 and bfloat16."""
     return says(rule, "kIsCommon", "(true|false)") == "true"
@@ -372,7 +377,23 @@ def table(architecture):
     return "\n".join(rows)
 
 
+def table_of_registers(architecture):
+    """Markdown: the registers of each kernel with a large table, and the blocks on a multiprocessor that they allow."""
+    usage = usage_of(compiled(architecture))
+    large = max(kernel.table_bytes for kernel in usage)
+    dtypes = enumerators("DTypes")
+    rows = [f"| sm_{architecture.replace('.', '')} kernel | {' | '.join(dtypes)} |", "|---" * (1 + len(dtypes)) + "|"]
+    for rule in headers():
+        for variant in variants(rule):
+            cells = []
+            for used in (usage.get(Kernel(variant, name, large)) for name in dtypes):
+                local = f", {used['STACK']} bytes of local memory" if used and used["STACK"] else ""
+                cells.append(f"{used['REG']} ({blocks_per_multiprocessor(used['REG'])}{local})" if used else "")
+            rows.append(f"| {variant} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 if __name__ == "__main__":
     if reason := missing("nvdisasm", "cuobjdump"):
         raise SystemExit(reason)
-    print("\n\n".join(map(table, ARCHITECTURES)))
+    print("\n\n".join(f"{table(name)}\n\n{table_of_registers(name)}" for name in ARCHITECTURES))
