@@ -34,11 +34,9 @@ def main(arguments=None):
     if load > 0.5:
         print(f"Load average {load}: other processes are at work, which all-thread times suffer from.", file=sys.stderr)
     torch.set_num_threads(options.threads[0])
-    try:
-        if any(count(MODELS[model]) >= rows.LARGE for model in options.model):
-            limit.require(max(options.threads))
-    except RuntimeError as error:
-        print(f"Nothing was measured: {error}.", file=sys.stderr)
+    is_large = any(count(MODELS[model]) >= rows.LARGE for model in options.model)
+    if lack := is_large and limit.lack(max(options.threads)):
+        print(f"Nothing was measured: {lack}.", file=sys.stderr)
         return 2
     problems = [Problem(model, MODELS[model]) for model in options.model]
     try:

@@ -61,13 +61,8 @@ def main(arguments=None):
     """Returns the exit code: 1 where a sample is wrong, 2 where memory or a compiler is missing."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
-    if lack := memory.lack(max(case.bytes() for case in RUNS)):
+    if lack := memory.lack(max(case.bytes() for case in RUNS)) or limit.lack(options.threads):
         print(f"Nothing was run: {lack}.", file=sys.stderr)
-        return 2
-    try:
-        limit.require(options.threads)
-    except RuntimeError as error:
-        print(f"Nothing was run: {error}.", file=sys.stderr)
         return 2
     torch.set_num_threads(options.threads)
     found = record.describe(arguments, "python -m benchmarks large") | {"kind": "large", "cases": []}

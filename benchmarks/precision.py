@@ -50,15 +50,11 @@ class Unchanged(Exception):
 
 
 def main(arguments=None):
-    """Returns the exit code: 1 where there is no limit to measure, 2 where memory is short."""
+    """Returns the exit code: 2 where there is no limit to measure, or memory is short."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = command.parse("precision", __doc__, arguments, rounds=9, models=[MODEL])
-    try:
-        limit.require(max(options.threads))
-    except RuntimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    if lack := memory.lack(BYTES * max(count(MODELS[model]) for model in options.model)):
+    needed = BYTES * max(count(MODELS[model]) for model in options.model)
+    if lack := memory.lack(needed) or limit.lack(max(options.threads)):
         print(f"Nothing was measured: {lack}.", file=sys.stderr)
         return 2
     found = record.describe(arguments, "python -m benchmarks precision") | {"kind": "precision", "cases": []}
@@ -85,6 +81,8 @@ def timed_rows(problem, options, dtype, scale, way, rule):
         optimizer.step()  # makes states
     actors = {name: optimizer.step for name, optimizer in optimizers.items()}
     actors["limit"] = limit_of(optimizers["fastclip"])
+    if rule.ours is fastclip.AdamW:
+        actors["divider"] = limit.Divider(problem.numel).run
     found, before = [], torch.get_num_threads()
     for threads in options.threads:
         torch.set_num_threads(threads)
@@ -102,6 +100,9 @@ def timed_rows(problem, options, dtype, scale, way, rule):
                 "threads": threads,
                 "ms_per_step": {name: rows.described(rows.scaled(1e3, values)) for name, values in samples.items()},
                 "of_limit": rows.described(timing.ratios(samples["limit"], samples["fastclip"])),
+                "of_divider": rows.described(timing.ratios(samples["divider"], samples["fastclip"]))
+                if "divider" in samples
+                else None,
                 "over_torch": rows.described(timing.ratios(samples["torch"], samples["fastclip"])),
             }
         )

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 SOURCE = Path(__file__).with_name("limit.cpp")
-FLAGS = ["-std=c++20", "-O3", "-shared", "-fPIC"]
+FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-shared", "-fPIC"]
 # The widest registers are not always the fastest.
 IS_X86 = platform.machine() in ("x86_64", "AMD64")
 WIDTHS = (("-march=native", "-mprefer-vector-width=256"), ("-march=native", "-mprefer-vector-width=512"))
@@ -79,16 +79,47 @@ class Limit:
 
     def seconds(self, written, threads, target, distance):
         arguments = ctypes.c_int64(len(self.arrays)), written, threads, ctypes.c_int64(distance), ctypes.c_uint32(0)
-        parallel = threads_of_torch() if threads > 1 else None
-        return compiled(target).pass_seconds(self.tensors, *arguments, parallel)
+        return compiled(target).pass_seconds(self.tensors, *arguments, parallel(threads))
 
 
-def require(threads):
-    """Compiles limit.cpp; raises RuntimeError where a limit on a number of threads cannot be measured."""
-    for target in TARGETS:
-        compiled(target)
-    if threads > 1:
-        threads_of_torch()
+class Divider:
+    """The other limit of Adam: a square root and two divisions for each parameter, in the innermost cache.
+
+    Args:
+        numel: number of parameters.
+    """
+
+    def __init__(self, numel):
+        self.numel, self.best = numel, {}
+
+    def run(self):
+        """Divides as often as a step of Adam does."""
+        threads = torch.get_num_threads()
+        if threads not in self.best:
+            samples = {target: [self.seconds(threads, target) for _ in range(TRIES)] for target in TARGETS}
+            self.best[threads] = min(samples, key=lambda target: statistics.median(samples[target]))
+        self.seconds(threads, self.best[threads])
+
+    def seconds(self, threads, target):
+        divide, total = compiled(target).divider_seconds, ctypes.c_double()
+        seconds = divide(ctypes.c_int64(self.numel), threads, ctypes.c_float(1), ctypes.byref(total), parallel(threads))
+        assert total.value == 2.0 * self.numel, total.value  # 6 / (2 / 1 + 1)
+        return seconds
+
+
+def parallel(threads):
+    return threads_of_torch() if threads > 1 else None
+
+
+def lack(threads):
+    """Compiles limit.cpp. Returns what to tell where a limit on a number of threads cannot be measured, or None."""
+    try:
+        for target in TARGETS:
+            compiled(target)
+        parallel(threads)
+    except RuntimeError as error:
+        return str(error)
+    return None
 
 
 def as_tensor(read, written):
@@ -114,7 +145,7 @@ def compiled(target):
         except subprocess.CalledProcessError as error:
             raise RuntimeError(f"limit.cpp does not compile: {error.stderr[-2000:]}") from error
         loaded = ctypes.CDLL(str(library))
-    loaded.pass_seconds.restype = ctypes.c_double
+    loaded.pass_seconds.restype = loaded.divider_seconds.restype = ctypes.c_double
     return loaded
 
 

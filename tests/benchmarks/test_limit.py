@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from benchmarks import cpu, large
+from benchmarks import cpu, large, precision
 from benchmarks.core import limit, memory
 
 SIZES = (1, 127, 128, 3 * 2**20 + 5)  # below a block, a block, and in pieces
@@ -54,6 +54,20 @@ def test_a_pass_takes_every_word_once(written, threads, target):
             assert torch.equal(array.view(torch.int32), was + read.view(torch.int32))
 
 
+@pytest.mark.parametrize("target", limit.TARGETS, ids=" ".join)
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("numel", [1, 2049, 3 * 2**20 + 5])
+def test_the_divider_divides_for_each_number(numel, threads, target):
+    total = ctypes.c_double()
+    arguments = ctypes.c_int64(numel), threads, ctypes.c_float(0.4), ctypes.byref(total), limit.parallel(threads)
+    assert limit.compiled(target).divider_seconds(*arguments) > 0
+    assert total.value == 1.0 * numel  # 6 / (2 / 0.4 + 1)
+    torch.set_num_threads(threads)
+    divider = limit.Divider(numel)
+    divider.run()
+    assert divider.best.keys() == {threads}
+
+
 def test_arrays_that_no_pass_can_take_are_refused():
     params, rows = tensors(torch.float32, 4, sizes=(8,))
     with pytest.raises(ValueError, match="5 arrays that are written; 4 at most"):
@@ -70,7 +84,7 @@ def test_a_missing_compiler_is_said(monkeypatch):
     limit.compiled.cache_clear()
 
 
-@pytest.mark.parametrize("command", [cpu.main, large.main], ids=["cpu", "large"])
+@pytest.mark.parametrize("command", [cpu.main, large.main, precision.main], ids=["cpu", "large", "precision"])
 def test_a_missing_compiler_is_told_before_anything_is_timed(command, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr(memory, "available", lambda: None)

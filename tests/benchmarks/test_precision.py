@@ -21,6 +21,7 @@ def test_all_dtypes_magnitudes_and_ways_are_timed_and_reported(monkeypatch, tmp_
     assert len(found["cases"]) == (1 + 3) * 3 * 2
     for row in found["cases"]:
         assert row["of_limit"]["median"] > 0 and row["over_torch"]["median"] > 0
+        assert (row["of_divider"] is not None) == (row["rule"] == "AdamW")
     assert {row["rounded"] for row in found["cases"]} == set(precision.WAYS)
     capsys.readouterr()
     assert documents.main([str(tmp_path / "precision.json")]) == 0
