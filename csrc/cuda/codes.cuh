@@ -45,6 +45,8 @@ __device__ __noinline__ UpdatedBy<K, float> update_codes_tile(const Header& head
   }
   const int per_pack = entry.grad_dtype == DType::float32 ? 4 : 8;  // elements in 16 bytes, as the measure keeps them
   const int kept = slot && entry.aligned ? size / per_pack * per_pack : 0;
+  char* const params = address_of(entry.param, entry.dtype, begin);
+  const char* const grads = address_of(entry.grad, entry.grad_dtype, begin);
   const int lane = threadIdx.x % kWarp;
   UpdatedBy<K, float> updated;
 
@@ -58,7 +60,7 @@ __device__ __noinline__ UpdatedBy<K, float> update_codes_tile(const Header& head
     float scales[kRoom]{};
 #pragma unroll
     for (int w = 0; w < kWords; ++w) {
-      if (is_inside(w)) p[w] = read<kSize>(entry.param, entry.dtype, begin + at(w));
+      if (is_inside(w)) p[w] = read<kSize>(params, entry.dtype, at(w));
     }
 #pragma unroll
     for (int s = 0; s < kStates; ++s) {
@@ -79,7 +81,7 @@ __device__ __noinline__ UpdatedBy<K, float> update_codes_tile(const Header& head
     for (int w = 0; w < kWords; ++w) {
       if (!is_inside(w)) continue;
       g[w] = at(w) < kept ? read<kSize, From::shared>(slot, entry.grad_dtype, at(w))
-                          : read<kSize>(entry.grad, entry.grad_dtype, begin + at(w));
+                          : read<kSize>(grads, entry.grad_dtype, at(w));
     }
     float states[kRoom][kOfLane];
     uint32_t largest[kRoom]{};
@@ -113,9 +115,10 @@ __device__ __noinline__ UpdatedBy<K, float> update_codes_tile(const Header& head
       };
       const uint4 word =
           hyper.stochastic_rounding ? pack(param, entry.dtype, at_random) : pack(param, entry.dtype, nearest);
-      write<kSize>(entry.param, entry.dtype, begin + at(w), word);
+      write<kSize>(params, entry.dtype, at(w), word);
       if (entry.rounded) {
-        write<kSize>(entry.rounded, entry.rounded_dtype, begin + at(w), pack(param, entry.rounded_dtype, nearest));
+        write<kSize>(address_of(entry.rounded, entry.rounded_dtype, begin), entry.rounded_dtype, at(w),
+                     pack(param, entry.rounded_dtype, nearest));
       }
     }
 #pragma unroll

@@ -14,32 +14,39 @@ constexpr int kElements = 4;
 // where no load with a cache hint finds anything.
 enum class From { memory, memory_again, shared };
 
-// Reads a word of kSize elements: 4, or 1 where memory is not aligned.
+// Returns where an array's element is; of no array, an address that nobody reads.
+__device__ __forceinline__ char* address_of(void* array, DType dtype, int64_t element) {
+  return reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(array) +
+                                 static_cast<uintptr_t>(element * item_size(dtype)));
+}
+
+// Reads the word of kSize elements (4, or 1 where memory is not aligned) that begins `element` behind `from`, which is
+// less than a tile.
 template <int kSize, From kFrom = From::memory>
-__device__ __forceinline__ uint4 read(const void* array, DType dtype, int64_t i) {
-  const auto read_at = [](const auto* from) {
+__device__ __forceinline__ uint4 read(const void* from, DType dtype, int element) {
+  const auto read_at = [](const auto* at) {
     if constexpr (kFrom == From::shared) {
-      return *from;
+      return *at;
     } else if constexpr (kFrom == From::memory_again) {
-      return __ldcg(from);
+      return __ldcg(at);
     } else {
-      return __ldcs(from);
+      return __ldcs(at);
     }
   };
+  const bool wide = dtype == DType::float32;
+  const char* const at = static_cast<const char*>(from) + (element << (wide ? 2 : 1));
   uint4 word{};
-  if (dtype == DType::float32) {
-    const auto* const values = static_cast<const float*>(array) + i;
+  if (wide) {
     if constexpr (kSize == 1) {
-      word.x = bits_from_float(read_at(values));
+      word.x = bits_from_float(read_at(reinterpret_cast<const float*>(at)));
     } else {
-      word = read_at(reinterpret_cast<const uint4*>(values));
+      word = read_at(reinterpret_cast<const uint4*>(at));
     }
   } else {
-    const auto* const values = static_cast<const unsigned short*>(array) + i;
     if constexpr (kSize == 1) {
-      word.x = read_at(values);
+      word.x = read_at(reinterpret_cast<const unsigned short*>(at));
     } else {
-      const uint2 half = read_at(reinterpret_cast<const uint2*>(values));
+      const uint2 half = read_at(reinterpret_cast<const uint2*>(at));
       word.x = half.x;
       word.y = half.y;
     }
@@ -48,20 +55,20 @@ __device__ __forceinline__ uint4 read(const void* array, DType dtype, int64_t i)
 }
 
 template <int kSize>
-__device__ __forceinline__ void write(void* array, DType dtype, int64_t i, const uint4& word) {
-  if (dtype == DType::float32) {
-    auto* const values = static_cast<float*>(array) + i;
+__device__ __forceinline__ void write(void* to, DType dtype, int element, const uint4& word) {
+  const bool wide = dtype == DType::float32;
+  char* const at = static_cast<char*>(to) + (element << (wide ? 2 : 1));
+  if (wide) {
     if constexpr (kSize == 1) {
-      __stcs(values, float_from_bits(word.x));
+      __stcs(reinterpret_cast<float*>(at), float_from_bits(word.x));
     } else {
-      __stcs(reinterpret_cast<uint4*>(values), word);
+      __stcs(reinterpret_cast<uint4*>(at), word);
     }
   } else {
-    auto* const values = static_cast<unsigned short*>(array) + i;
     if constexpr (kSize == 1) {
-      __stcs(values, static_cast<unsigned short>(word.x));
+      __stcs(reinterpret_cast<unsigned short*>(at), static_cast<unsigned short>(word.x));
     } else {
-      __stcs(reinterpret_cast<uint2*>(values), uint2{word.x, word.y});
+      __stcs(reinterpret_cast<uint2*>(at), uint2{word.x, word.y});
     }
   }
 }
@@ -123,8 +130,8 @@ __device__ __noinline__ Measure measure_mixed_tile(const Header& header, const H
     for (int j = 0; j < kElements; ++j) add(values[j]);
   };
   const int per_pack = dtype == DType::float32 ? 4 : 8;
-  const auto* const words =
-      reinterpret_cast<const uint4*>(static_cast<const char*>(entry.grad) + begin * item_size(dtype));
+  const char* const grads = address_of(entry.grad, dtype, begin);
+  const auto* const words = reinterpret_cast<const uint4*>(grads);
   const int full = entry.aligned ? size / per_pack : 0;
 #pragma unroll 1
   for (int first = lane; first < full; first += kAtOnce * kWarp) {
@@ -144,9 +151,8 @@ __device__ __noinline__ Measure measure_mixed_tile(const Header& header, const H
 #pragma unroll 1
   for (int first = lane; first < rest; first += kAtOnce * kWarp) {
     uint4 g[kAtOnce];
-    for_words<kAtOnce>(first, rest, [&](int k, int i) {
-      g[k] = read<1, From::memory_again>(entry.grad, dtype, begin + full * per_pack + i);
-    });
+    for_words<kAtOnce>(first, rest,
+                       [&](int k, int i) { g[k] = read<1, From::memory_again>(grads, dtype, full * per_pack + i); });
     for_words<kAtOnce>(first, rest, [&](int k, int) {
       float values[kElements];
       unpack(g[k], dtype, values);
@@ -162,6 +168,8 @@ __device__ __noinline__ Products measure_products(const Header& header, const Hy
                                                   int64_t begin, int size, const uint4* slot) {
   const int per_pack = kPackBytes / item_size(entry.grad_dtype);  // as in update_mixed_tile
   const int kept = slot && entry.aligned ? size / per_pack * per_pack : 0;
+  const char* const params = address_of(entry.param, entry.dtype, begin);
+  const char* const grads = address_of(entry.grad, entry.grad_dtype, begin);
   Products products{};
   const auto measure = [&](const auto& clip, const auto& load_from) {
     constexpr int kAtOnce = kInFlight<2>;
@@ -169,9 +177,9 @@ __device__ __noinline__ Products measure_products(const Header& header, const Hy
     for (int first = threadIdx.x % kWarp; first < size; first += kAtOnce * kWarp) {
       decltype(clip.low) p[kAtOnce], g[kAtOnce];
       for_words<kAtOnce>(first, size, [&](int k, int i) {
-        p[k] = load_from(std::false_type{}, entry.param, entry.dtype, begin + i);
+        p[k] = load_from(std::false_type{}, params, entry.dtype, i);
         g[k] = i < kept ? load_from(std::true_type{}, slot, entry.grad_dtype, i)
-                        : load_from(std::false_type{}, entry.grad, entry.grad_dtype, begin + i);
+                        : load_from(std::false_type{}, grads, entry.grad_dtype, i);
       });
       for_words<kAtOnce>(first, size, [&](int k, int) {
         const double param = p[k], grad = clip(g[k]);
@@ -181,12 +189,12 @@ __device__ __noinline__ Products measure_products(const Header& header, const Hy
     }
   };
   if (entry.dtype == DType::float64) {
-    measure(clip_of<double>(hyper, header.asked, {}), [](auto shared, const void* array, DType, int64_t i) {
+    measure(clip_of<double>(hyper, header.asked, {}), [](auto shared, const void* array, DType, int i) {
       const double* const from = static_cast<const double*>(array) + i;
       return decltype(shared)::value ? *from : __ldcs(from);
     });
   } else {
-    measure(clip_of<float>(hyper, header.asked, {}), [](auto shared, const void* array, DType dtype, int64_t i) {
+    measure(clip_of<float>(hyper, header.asked, {}), [](auto shared, const void* array, DType dtype, int i) {
       float values[kElements];
       unpack(read<1, decltype(shared)::value ? From::shared : From::memory>(array, dtype, i), dtype, values);
       return values[0];
@@ -216,6 +224,12 @@ __device__ __noinline__ UpdatedBy<K, float> update_mixed_tile(const Header& head
   }
   const int per_pack = entry.grad_dtype == DType::float32 ? 4 : 8;  // elements in 16 bytes, as the measure keeps them
   const int kept = slot && entry.aligned ? size / per_pack * per_pack : 0;
+  // Before the loop: if not, the compiler looks all of it up for each word, and waits for that.
+  char* const params = address_of(entry.param, entry.dtype, begin);
+  const char* const grads = address_of(entry.grad, entry.grad_dtype, begin);
+  char* states_at[kRoom];
+#pragma unroll
+  for (int s = 0; s < kStates; ++s) states_at[s] = address_of(entry.states[s], entry.state_dtypes[s], begin);
   UpdatedBy<K, float> updated;
   const Norm norm = header.norm;
 
@@ -225,25 +239,29 @@ __device__ __noinline__ UpdatedBy<K, float> update_mixed_tile(const Header& head
 #pragma unroll 1
     for (int first = lane; first < count; first += kAtOnce * kWarp) {
       uint4 p[kAtOnce], g[kAtOnce], state_in[kRoom][kAtOnce];
-      const auto at = [&](int i) { return begin + from + int64_t{i} * kSize; };
+      const auto at = [&](int i) { return from + i * kSize; };  // in the tile
       if constexpr (K::kMeasuresDelta) {  // not all is read
 #pragma unroll
         for (int k = 0; k < kAtOnce; ++k) p[k] = g[k] = uint4{};
       }
       if (!K::kMeasuresDelta || reads.param) {
-        for_words<kAtOnce>(first, count, [&](int k, int i) { p[k] = read<kSize>(entry.param, entry.dtype, at(i)); });
+        for_words<kAtOnce>(first, count, [&](int k, int i) { p[k] = read<kSize>(params, entry.dtype, at(i)); });
       }
 #pragma unroll
       for (int s = 0; s < kStates; ++s) {
         if (!has(reads.states, s)) continue;
         for_words<kAtOnce>(first, count, [&](int k, int i) {
-          state_in[s][k] = read<kSize>(entry.states[s], entry.state_dtypes[s], at(i));
+          state_in[s][k] = read<kSize>(states_at[s], entry.state_dtypes[s], at(i));
         });
       }
-      if (!K::kMeasuresDelta || entry.grad) {  // if not, its parameters alone are measured
+      if (K::kMeasuresDelta && !entry.grad) {
+        // Its parameters alone are measured.
+      } else if (kept == 0) {  // without a look at each word, the loads wait for nothing
+        for_words<kAtOnce>(first, count, [&](int k, int i) { g[k] = read<kSize>(grads, entry.grad_dtype, at(i)); });
+      } else {
         for_words<kAtOnce>(first, count, [&](int k, int i) {
-          g[k] = at(i) - begin < kept ? read<kSize, From::shared>(slot, entry.grad_dtype, at(i) - begin)
-                                      : read<kSize>(entry.grad, entry.grad_dtype, at(i));
+          g[k] = at(i) < kept ? read<kSize, From::shared>(slot, entry.grad_dtype, at(i))
+                              : read<kSize>(grads, entry.grad_dtype, at(i));
         });
       }
       for_words<kAtOnce>(first, count, [&](int k, int i) {
@@ -281,7 +299,7 @@ __device__ __noinline__ UpdatedBy<K, float> update_mixed_tile(const Header& head
           uint4 word;
           if (hyper.stochastic_rounding && dtype != DType::float32) {
             const auto at_random = [&](auto& narrow, float value, int j) {
-              store(narrow, value, noise(keys[array], place + from + int64_t{i} * kSize + j));
+              store(narrow, value, noise(keys[array], place + at(i) + j));
             };
             word = pack(values, dtype, at_random);
           } else {
@@ -290,18 +308,20 @@ __device__ __noinline__ UpdatedBy<K, float> update_mixed_tile(const Header& head
           write<kSize>(to, dtype, at(i), word);
           return word;
         };
-        const uint4 stored = write_array(0, entry.dtype, entry.param, param);
+        const uint4 stored = write_array(0, entry.dtype, params, param);
         if constexpr (K::kLimitsChange) {
           float as_rounded[kElements];
           unpack(stored, entry.dtype, as_rounded);
 #pragma unroll
           for (int j = 0; j < kSize; ++j) measure_param(norm, updated.params, as_rounded[j]);
         }
-        if (entry.rounded)
-          write<kSize>(entry.rounded, entry.rounded_dtype, at(i), pack(param, entry.rounded_dtype, nearest));
+        if (entry.rounded) {
+          write<kSize>(address_of(entry.rounded, entry.rounded_dtype, begin), entry.rounded_dtype, at(i),
+                       pack(param, entry.rounded_dtype, nearest));
+        }
 #pragma unroll
         for (int s = 0; s < kStates; ++s) {
-          if (has(writes, s)) write_array(1 + s, entry.state_dtypes[s], entry.states[s], states[s]);
+          if (has(writes, s)) write_array(1 + s, entry.state_dtypes[s], states_at[s], states[s]);
         }
       });
     }

@@ -347,6 +347,34 @@ def loads_in_flight(loop):
     return len(set(pending.values()))
 
 
+def loads_in_flight_on_a_path(function):
+    """The same for words of 8 or 16 bytes, on the best path through a function: one that branches for each word reuses
+    the registers of one branch in another."""
+    most, seen, paths = 0, set(), [(0, {})]
+    while paths:
+        at, pending = paths.pop()
+        for n in range(at, len(function.instructions)):
+            i = function.instructions[n]
+            load = re.fullmatch(r"LDG\.E\.EF\.(64|128)", i.opcode)
+            first = int(re.match(r"R(\d+)", i.operands)[1]) if load else None
+            if load and pending.get(first) == first:  # the other of two alternatives under opposite predicates
+                continue
+            if i.registers() & pending.keys():
+                break
+            if load:
+                pending = pending | dict.fromkeys(range(first, first + int(load[1]) // 32), first)
+            label = re.search(r"`\((\.L_\w+)\)", i.operands)
+            if i.opcode == "BRA" and label:
+                target = function.labels[label[1]]
+                if target > n and (target, tuple(pending)) not in seen:
+                    seen.add((target, tuple(pending)))
+                    paths.append((target, pending))
+                if not i.predicate:
+                    break
+        most = max(most, len(set(pending.values())))
+    return most
+
+
 def table(architecture):
     """Markdown; of the kernels with a small table, as the others contain the same loops."""
     usage = usage_of(compiled(architecture))
