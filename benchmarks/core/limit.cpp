@@ -7,6 +7,10 @@
 #include <cmath>
 #include <cstdint>
 
+// torch's own threads: others would be new to each pass, and share the cores with them. OpenMP of GCC, and of LLVM, has
+// it.
+using Parallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
+
 namespace {
 
 constexpr int64_t kBlock = 128, kLine = 16;  // words
@@ -85,7 +89,7 @@ class Divided {
 
 // Calls work() in all threads at once, and returns the seconds that it takes.
 template <class Work>
-double seconds_of(Work& work, int threads, void (*parallel)(void (*)(void*), void*, unsigned, unsigned)) {
+double seconds_of(Work& work, int threads, Parallel parallel) {
   const auto call = [](void* context) { (*static_cast<Work*>(context))(); };
   const auto start = std::chrono::steady_clock::now();
   parallel ? parallel(call, &work, threads, 0) : work();
@@ -94,10 +98,6 @@ double seconds_of(Work& work, int threads, void (*parallel)(void (*)(void*), voi
 }
 
 }  // namespace
-
-// torch's own threads: others would be new to each pass, and share the cores with them. OpenMP of GCC, and of LLVM, has
-// it.
-using Parallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
 
 // Returns the seconds that it takes to read all tensors' `read`, and to read and write the first `written` of their
 // arrays; -1 if there are not as many.

@@ -66,16 +66,10 @@ class Limit:
     def run(self, written):
         threads = torch.get_num_threads()
         if (written, threads) not in self.best:
-            self.best[written, threads] = self.fastest(written, threads)
+            self.best[written, threads] = fastest(
+                itertools.product(TARGETS, DISTANCES), lambda choice: self.seconds(written, threads, *choice)
+            )
         self.seconds(written, threads, *self.best[written, threads])
-
-    def fastest(self, written, threads):
-        """Returns target and distance."""
-        samples = {choice: [] for choice in itertools.product(TARGETS, DISTANCES)}
-        for _ in range(TRIES):
-            for choice, taken in samples.items():
-                taken.append(self.seconds(written, threads, *choice))
-        return min(samples, key=lambda choice: statistics.median(samples[choice]))
 
     def seconds(self, written, threads, target, distance):
         arguments = ctypes.c_int64(len(self.arrays)), written, threads, ctypes.c_int64(distance), ctypes.c_uint32(0)
@@ -96,8 +90,7 @@ class Divider:
         """Divides as often as a step of Adam does."""
         threads = torch.get_num_threads()
         if threads not in self.best:
-            samples = {target: [self.seconds(threads, target) for _ in range(TRIES)] for target in TARGETS}
-            self.best[threads] = min(samples, key=lambda target: statistics.median(samples[target]))
+            self.best[threads] = fastest(TARGETS, lambda target: self.seconds(threads, target))
         self.seconds(threads, self.best[threads])
 
     def seconds(self, threads, target):
@@ -107,7 +100,17 @@ class Divider:
         return seconds
 
 
+def fastest(choices, seconds):
+    """Returns the choice that takes the fewest seconds, by the median of some tries in turns."""
+    samples = {choice: [] for choice in choices}
+    for _ in range(TRIES):
+        for choice, taken in samples.items():
+            taken.append(seconds(choice))
+    return min(samples, key=lambda choice: statistics.median(samples[choice]))
+
+
 def parallel(threads):
+    """Returns what limit.cpp is to call for so many threads."""
     return threads_of_torch() if threads > 1 else None
 
 

@@ -417,6 +417,7 @@ __device__ __forceinline__ void measure_delta_of_tile(const Header& header, Tabl
                                                       Factors factors, const uint4* slot) {
   const uint32_t tensor = tensor_of(header, tensors.rows, tile);
   factors.measures = delta_parts<typename K::Rule>(header, segments, tensors.rows[tensor], hyper, entry.grad);
+  // Sums are written where they are returned: carried on to one place, those of float64 would be in local memory.
   const auto write = [&](const auto& updated) {
     const Measure measures[] = {updated.delta, updated.relative, updated.param};
 #pragma unroll
@@ -434,7 +435,8 @@ __device__ __forceinline__ void measure_delta_of_tile(const Header& header, Tabl
 }
 
 // Returns the smallest number of blocks on a multiprocessor. It caps the registers, so that enough loads are in flight.
-// float64 needs more than a half of them, and so does what measures an update and updates by the same function.
+// float64 needs more than half of them. So does a kernel that measures what an update would add: one function does
+// both.
 template <class K, DTypes kDTypes>
 constexpr int min_blocks() {
   return kDTypes == DTypes::any || K::kMeasuresDelta ? 1 : 2;

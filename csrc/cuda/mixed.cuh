@@ -20,10 +20,14 @@ __device__ __forceinline__ char* address_of(void* array, DType dtype, int64_t el
                                  static_cast<uintptr_t>(element * item_size(dtype)));
 }
 
-// Reads the word of kSize elements (4, or 1 where memory is not aligned) that begins `element` behind `from`, which is
-// less than a tile.
+// Returns the bytes before an element of a tile.
+__device__ __forceinline__ int bytes_before(int element, DType dtype) {
+  return element << (dtype == DType::float32 ? 2 : 1);
+}
+
+// Reads a word of kSize elements: 4, or 1 where memory is not aligned. It begins with this element of a tile.
 template <int kSize, From kFrom = From::memory>
-__device__ __forceinline__ uint4 read(const void* from, DType dtype, int element) {
+__device__ __forceinline__ uint4 read(const void* tile, DType dtype, int element) {
   const auto read_at = [](const auto* at) {
     if constexpr (kFrom == From::shared) {
       return *at;
@@ -33,10 +37,9 @@ __device__ __forceinline__ uint4 read(const void* from, DType dtype, int element
       return __ldcs(at);
     }
   };
-  const bool wide = dtype == DType::float32;
-  const char* const at = static_cast<const char*>(from) + (element << (wide ? 2 : 1));
+  const char* const at = static_cast<const char*>(tile) + bytes_before(element, dtype);
   uint4 word{};
-  if (wide) {
+  if (dtype == DType::float32) {
     if constexpr (kSize == 1) {
       word.x = bits_from_float(read_at(reinterpret_cast<const float*>(at)));
     } else {
@@ -55,10 +58,9 @@ __device__ __forceinline__ uint4 read(const void* from, DType dtype, int element
 }
 
 template <int kSize>
-__device__ __forceinline__ void write(void* to, DType dtype, int element, const uint4& word) {
-  const bool wide = dtype == DType::float32;
-  char* const at = static_cast<char*>(to) + (element << (wide ? 2 : 1));
-  if (wide) {
+__device__ __forceinline__ void write(void* tile, DType dtype, int element, const uint4& word) {
+  char* const at = static_cast<char*>(tile) + bytes_before(element, dtype);
+  if (dtype == DType::float32) {
     if constexpr (kSize == 1) {
       __stcs(reinterpret_cast<float*>(at), float_from_bits(word.x));
     } else {
@@ -224,7 +226,7 @@ __device__ __noinline__ UpdatedBy<K, float> update_mixed_tile(const Header& head
   }
   const int per_pack = entry.grad_dtype == DType::float32 ? 4 : 8;  // elements in 16 bytes, as the measure keeps them
   const int kept = slot && entry.aligned ? size / per_pack * per_pack : 0;
-  // Before the loop: if not, the compiler looks all of it up for each word, and waits for that.
+  // In registers: if not, the compiler looks them up for each word.
   char* const params = address_of(entry.param, entry.dtype, begin);
   const char* const grads = address_of(entry.grad, entry.grad_dtype, begin);
   char* states_at[kRoom];

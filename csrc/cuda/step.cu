@@ -101,7 +101,7 @@ int states_of(const Step& step) {
   return states;
 }
 
-// Tells what a step has, of all that a kernel may know.
+// Returns what a kernel has to know for a step.
 DTypes dtypes_of(const Step& step) {
   const DType first = step.tensors.empty() ? DType::float32 : step.tensors.front().dtype;
   bool one = true, uniform = true, float64 = false;
@@ -267,7 +267,7 @@ Layout layout_of(const Step& step) {
   constexpr int64_t kManyTiles = 1 << 15;
   constexpr int kLargestTileBits = 14;
   Layout layout{{step.rule, states_of(step), dtypes_of(step), beside_of(step)}};
-  // That kernel may know more.
+  // Those that the kernel knows, which may be more.
   layout.choice.dtypes = with_kernel(layout.choice, [](auto, auto dtypes) { return decltype(dtypes)::value; });
   const bool narrow = std::all_of(step.tensors.begin(), step.tensors.end(),
                                   [](const TensorEntry& tensor) { return item_size(tensor.grad_dtype) == 2; });

@@ -76,8 +76,10 @@ struct Kernel {
 // `any` is a step with float64, which needs more registers: each rule has one such kernel. What `mixed` and `any`
 // compute in float32, they take as mixtures. A rule that clips in place sees one array, which is none.
 enum class DTypes { float32, bfloat16, mixed, any };
+// Whether a kernel exists for float32 alone, and for bfloat16.
 template <class K>
 constexpr bool kHasUniform = K::Rule::kIsCommon && !K::kMeasuresTensors;
+// The most that a rule measures. The kernel that does, with all states, is the one for float64.
 template <class R>
 constexpr Beside kMost = R::kNeedsProducts   ? Beside::products
                          : R::kMeasuresDelta ? Beside::deltas

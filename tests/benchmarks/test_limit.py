@@ -46,8 +46,7 @@ def test_a_pass_takes_every_word_once(written, threads, target):
     measured = limit.Limit(params, rows)
     words = [[array.view(torch.int32).clone() for array in arrays] for _, arrays in measured.arrays]
     adds_all = ctypes.c_uint32(2**32 - 1)
-    parallel = limit.threads_of_torch() if threads > 1 else None
-    arguments = ctypes.c_int64(len(params)), written, threads, ctypes.c_int64(64), adds_all, parallel
+    arguments = ctypes.c_int64(len(params)), written, threads, ctypes.c_int64(64), adds_all, limit.parallel(threads)
     assert limit.compiled(target).pass_seconds(measured.tensors, *arguments) > 0
     for (read, arrays), old in zip(measured.arrays, words, strict=True):
         for array, was in zip(arrays, old, strict=True):

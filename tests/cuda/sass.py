@@ -178,10 +178,6 @@ class Kernel:
         return self.variant.split()[0]
 
     @property
-    def measures_tensors(self):
-        return self.variant.endswith(OF_TENSORS)
-
-    @property
     def clips_in_place(self):
         return says(self.rule, "kClipsInPlace", "(true|false)") == "true"
 
